@@ -1,0 +1,61 @@
+# Two commands matter: `make study` reruns the study, `make test` runs every check. `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_REQUIRE_VIRTUALENV := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+QUICK := build/quick
+
+.PHONY: help study quick test lab docs readme export deps ceiling hooks clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/done: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	@echo "Installing into .venv: about 3 GB and a few minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@TORCH=$$(grep '^torch==' constraints.txt); \
+	 $(BIN)/pip install -q -c constraints.txt $$TORCH 2>.venv/pip.log \
+	 || $(BIN)/pip install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) $$TORCH 2>.venv/pip.log \
+	 || { cat .venv/pip.log; exit 1; }
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
+	@$(BIN)/pip check >/dev/null || $(BIN)/pip check
+	@touch $@
+
+study: .venv/done  ## the whole study on the built-in data
+	@dvc repro
+	@test -f runs/study/index.html || dvc repro -f -s page
+	@echo "The study page: $(CURDIR)/runs/study/index.html"
+
+quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
+	@bash tests/smoke.sh $(QUICK)
+	@cd $(QUICK) && dvc repro
+	@echo "The study page: $(CURDIR)/$(QUICK)/runs/study/index.html"
+
+test: .venv/done  ## every check; the last line reads `N passed, N failed`
+	@python tests/run.py
+
+ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
+	@python benchmarks/ceiling.py
+
+lab: .venv/done  ## JupyterLab on nbs/
+	@jupyter lab nbs
+
+docs: .venv/done  ## the notebooks as a site in _docs/
+	@mkdocs build -q && echo "The pages: $(CURDIR)/_docs/index.html"
+
+readme: .venv/done  ## README.md from nbs/index.ipynb
+	@python tests/readme.py
+
+export: .venv/done  ## notebooks -> asap/, cleaned
+	@nbdev_export && nbdev_clean
+
+hooks: .venv/done  ## commit only clean, exported notebooks
+	@git config core.hooksPath .githooks && echo "git now runs .githooks/pre-commit"
+
+clean:  ## remove what the study made (not .venv, not what git keeps)
+	@rm -rf build data runs _docs .pytest_cache

@@ -1,0 +1,6 @@
+"What the tests share: where the tree is"
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+PAGES = sorted(p for p in (TOP/"nbs").rglob("*.ipynb") if "stages" not in p.parts and ".ipynb_checkpoints" not in p.parts)
+STAGES = sorted((TOP/"nbs/stages").glob("*.ipynb"))

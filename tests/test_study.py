@@ -1,0 +1,128 @@
+"The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what changed, it survives a kill"
+import hashlib, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil, pytest, yaml
+from conftest import TOP
+
+pytestmark = [pytest.mark.study, pytest.mark.xdist_group("study")]
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "ASAP_ROOT": ""}
+
+def run(*args, cwd, check=True)->str:
+    "Output of a command, both streams"
+    done = subprocess.run(args, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert not check or done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+def ran(text)->set[str]:
+    "Stages that a repro executed"
+    return set(re.findall(r"Running stage '([^']+)'", text))
+
+def edit(clone, **changed):
+    "Set section__key in the clone's params.yaml; returns what stood there"
+    f = clone/"params.yaml"
+    raw, old = yaml.safe_load(f.read_text()), f.read_text()
+    for name, value in changed.items():
+        section, key = name.split("__")
+        raw[section][key] = value
+    f.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return old
+
+def digest(path)->str: return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def kill_when(clone, there, *args):
+    "Start a command, wait until `there()` holds, then kill it and all its children at once"
+    log = open(clone/"killed.log", "w")
+    p = psutil.Popen(args, cwd=clone, env=ENV, stdout=log, stderr=subprocess.STDOUT)
+    end = time.monotonic()+180
+    while not there():
+        assert p.poll() is None and time.monotonic() < end, "it ended before it could be killed: "+(clone/"killed.log").read_text()[-3000:]
+        time.sleep(0.02)
+    for child in [*p.children(recursive=True), p]:
+        try: child.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess: pass
+    p.wait()
+    psutil.wait_procs(p.children(recursive=True) if p.is_running() else [], timeout=10)
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "A clone at smoke scale in which the whole study has run once"
+    to = tmp_path_factory.mktemp("smoke")/"asap"
+    run("bash", "tests/smoke.sh", str(to), cwd=TOP)
+    (to/"first.log").write_text(run("dvc", "repro", cwd=to))
+    return to
+
+def test_the_study_runs(clone):
+    assert len(run("dvc", "stage", "list", cwd=clone).splitlines()) <= 25
+    page = (clone/"runs/study/index.html").read_text()
+    assert len(page) > 20_000 and "phantom" in page.lower()
+    metrics = json.loads((clone/"runs/classify/metrics.json").read_text())
+    assert {"scratch", "asap"} <= set(metrics)
+
+def test_the_page_stands_alone(clone):
+    page = (clone/"runs/study/index.html").read_text()
+    outside = re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?!data:|#)([^"']+)""", page)
+    assert not outside, outside
+    links = [a for a in re.findall(r"""<a[^>]+href=["']([^"'#]+)""", page) if not a.startswith(("http", "data:"))]
+    assert links and all((clone/"runs/study"/a).exists() for a in links), links
+
+def test_a_second_repro_runs_nothing(clone):
+    assert not ran(run("dvc", "repro", cwd=clone))
+
+def test_a_changed_number_reruns_what_depends_on_it(clone):
+    old = edit(clone, tables__bootstrap=60)
+    assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "page"} | {"classify"}
+    (clone/"params.yaml").write_text(old)
+    run("dvc", "repro", cwd=clone)
+
+def test_an_edited_arm_reruns_alone(clone):
+    raw = yaml.safe_load((clone/"params.yaml").read_text())
+    raw["arms"]["asap"]["organs"] = 2
+    old = (clone/"params.yaml").read_text()
+    (clone/"params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    status = run("dvc", "repro", "--dry", "-P", cwd=clone)
+    (clone/"params.yaml").write_text(old)
+    assert "pretrain@asap" in ran(status) and "pretrain@scratch" not in ran(status) and "prepare@ct_rate" not in ran(status)
+
+def test_a_wrong_key_stops_before_anything_runs(clone):
+    old = edit(clone, pretrain__step=10)
+    text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
+    (clone/"params.yaml").write_text(old)
+    assert "unknown key `pretrain.step`: did you mean `steps`?" in text
+
+def test_a_killed_stage_ends_with_the_same_numbers(clone):
+    arm = clone/"runs/pretrain/asap"
+    old = edit(clone, pretrain__steps=60)
+    run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+    whole = [digest(arm/f) for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
+    edit(clone, pretrain__steps=61); run("dvc", "repro", "-s", "pretrain@asap", cwd=clone)
+    edit(clone, pretrain__steps=60)
+    kill_when(clone, lambda: (arm/"train/resume").exists(), "dvc", "repro", "-f", "-s", "pretrain@asap")
+    assert not (arm/"checkpoint/model.safetensors").exists()
+    text = run("dvc", "repro", "-s", "pretrain@asap", cwd=clone)
+    assert "resum" in text.lower(), text[-3000:]
+    assert whole == [digest(arm/f) for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
+    (clone/"params.yaml").write_text(old)
+
+def test_a_changed_rate_does_not_resume_the_old_weights(clone):
+    arm = clone/"runs/pretrain/asap"
+    old = edit(clone, pretrain__steps=60, pretrain__lr=0.0005)
+    run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+    clean = digest(arm/"checkpoint/model.safetensors")
+    edit(clone, pretrain__lr=0.002)
+    kill_when(clone, lambda: (arm/"train/resume").exists(), "dvc", "repro", "-s", "pretrain@asap")
+    edit(clone, pretrain__lr=0.0005)
+    text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+    assert "pretrain.lr" in text, text[-3000:]
+    assert digest(arm/"checkpoint/model.safetensors") == clean
+    (clone/"params.yaml").write_text(old)
+
+def test_a_kill_while_preparing_leaves_nothing_half(clone):
+    volumes = clone/"build/volumes/ct_rate"
+    before = {f.name: digest(f) for f in volumes.glob("*.nii")}
+    metrics = (clone/"runs/classify/metrics.json").read_text()
+    for f in sorted(volumes.glob("*.nii"))[5:]: f.unlink()
+    kill_when(clone, lambda: len(list(volumes.glob("*.nii"))) > 8, "dvc", "repro", "-f", "-s", "prepare@ct_rate")
+    run("dvc", "repro", cwd=clone)
+    assert {f.name: digest(f) for f in volumes.glob("*.nii")} == before
+    assert (clone/"runs/classify/metrics.json").read_text() == metrics

@@ -1,5 +1,5 @@
 "The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what changed, it survives a kill"
-import hashlib, json, os, re, signal, subprocess, sys, time
+import contextlib, hashlib, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest, yaml
@@ -36,13 +36,15 @@ def kill_when(clone, there, *args):
     p = psutil.Popen(args, cwd=clone, env=ENV, stdout=log, stderr=subprocess.STDOUT)
     end = time.monotonic()+180
     while not there():
-        assert p.poll() is None and time.monotonic() < end, "it ended before it could be killed: "+(clone/"killed.log").read_text()[-3000:]
-        time.sleep(0.02)
-    for child in [*p.children(recursive=True), p]:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            p.wait(timeout=0.02)
+            pytest.fail("it ended before it could be killed: "+(clone/"killed.log").read_text()[-3000:])
+        assert time.monotonic() < end
+    family = [*p.children(recursive=True), p]
+    for child in family:
         try: child.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess: pass
-    p.wait()
-    psutil.wait_procs(p.children(recursive=True) if p.is_running() else [], timeout=10)
+    psutil.wait_procs(family, timeout=20)
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):

@@ -6,14 +6,14 @@
 __all__ = ['ABNORMALITIES', 'ODDS', 'PAINTERS', 'ORDER', 'Finding', 'draw_present', 'lobe_words', 'heart_factor', 'Chest',
            'scanner', 'chest', 'pair', 'read_region', 'twin_auc']
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #341ef131
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #222ab5e6
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from ..core import rng
-from .body import LABELS, Body, CARINA, aorta, ball, body, heart_at, heart_radii, planes, texture, tube
+from .body import LABELS, Body, CARINA, aorta, ball, body, heart_at, heart_radii, planes, texture, traits, tube
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #ddaf4a0e
 ABNORMALITIES = ["Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
@@ -103,8 +103,8 @@ def heart_factor(seed, sev)->float: # size of an enlarged heart against a normal
     "1.25 to 1.42"
     return 1.25+0.17*sev
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #942910ab
-def _plaques(b, r, points, mm, hu=850): # bright lumps
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #3b3f64d3
+def _plaques(b, r, points, mm, hu=800): # bright lumps
     share = np.zeros(b.hu.shape, np.float32)
     for p in points: share = np.maximum(share, _edge(ball(b.frame, p, np.float32([mm, mm, mm*1.1])/2)))
     _blend(b, share, hu)
@@ -129,7 +129,7 @@ def _coronary(b, r, sev):
         a, down = np.deg2rad(r.uniform(40, 120)), r.uniform(-0.5, 0.7)
         ring = np.sqrt(1-down**2)
         points.append(at+radii*np.float32([ring*np.cos(a), ring*np.sin(a), down]))
-    return dict(side="", place="coronary arteries", size_mm=mm, count=n, mask=_plaques(b, r, points, mm, 800))
+    return dict(side="", place="coronary arteries", size_mm=mm, count=n, mask=_plaques(b, r, points, mm, 760))
 
 @_painter("Medical material")
 def _material(b, r, sev):
@@ -170,16 +170,17 @@ def _nodes(b, r, sev):
     _blend(b, share, 45.)
     return dict(side="", place=f"{_list(places)} stations", size_mm=mm*b.traits["scale"], count=len(places), mask=share > 0.5)
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #e9e35908
-def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, inside=True, stretch=None): # balls of `mm` in the lungs
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #b3c4265b
+def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in the lungs
     share, places = np.zeros(b.hu.shape, np.float32), []
     for _ in range(n):
         p, lobe = _where(b, r, lobes)
-        radii = np.float32([mm, mm, mm] if stretch is None else stretch)/2*r.uniform(0.85, 1.15)
+        radii = np.float32([mm, mm, mm])/2*r.uniform(0.85, 1.15)
         share = np.maximum(share, _edge(ball(b.frame, p, radii), edge))
         places.append(lobe_words(lobe)[1])
-    if inside: share = share*b.lung
-    _blend(b, share, hu)
+    share = share*b.lung
+    if add: b.hu += share*hu
+    else: _blend(b, share, hu)
     return dict(side=_sides(places), place=_list(places), size_mm=mm*b.traits["scale"], count=n, mask=share > 0.4)
 
 @_painter("Lung nodule")
@@ -194,8 +195,7 @@ def _consolidation(b, r, sev):
 
 @_painter("Lung opacity")
 def _opacity(b, r, sev):
-    out = _lumps(b, r, 2+int(2*r.random()), 62+20*sev, -520., edge=0.6)
-    return out
+    return _lumps(b, r, 2+int(2*r.random()), 62+20*sev, r.uniform(220, 330), edge=0.6, add=True)
 
 @_painter("Emphysema")
 def _emphysema(b, r, sev):
@@ -207,7 +207,7 @@ def _emphysema(b, r, sev):
 @_painter("Mosaic attenuation pattern")
 def _mosaic(b, r, sev):
     patch = (texture(("mosaic", b.seed), b.hu.shape, b.frame.spacing, 46) > 0.1) & b.lung
-    b.hu += np.where(patch, 110+70*sev, np.where(b.lung, -25., 0)).astype(np.float32)
+    b.hu += np.where(patch, 90+60*sev, np.where(b.lung, -30., 0)).astype(np.float32)
     return dict(side="both sides", place="both lungs", size_mm=46*b.traits["scale"], mask=patch)
 
 @_painter("Atelectasis")
@@ -247,7 +247,7 @@ def _septa(b, r, sev): # a net of lines under the pleura
         net = np.maximum(net, _edge(np.abs((axis/step) % 1-0.5)*step/(3.2+1.2*sev)))
     deep = gaussian_filter(b.lung.astype(np.float32), [14/s for s in b.frame.spacing])
     share = net*b.lung*np.clip((1.02-deep)*3, 0, 1)*np.clip((60-b.frame.z)/60, 0.15, 1)
-    _blend(b, share, -250.)
+    b.hu += share*r.uniform(330, 520)
     return dict(side="both sides", place="both lower zones", size_mm=24*b.traits["scale"], mask=share > 0.4)
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #5136bf0d
@@ -299,7 +299,7 @@ def _pleural(b, r, sev): # a pool at the back of the lung, higher behind than in
     thick = max(float(level+88), 12.)
     return dict(side=str(side), place="pleural space on "+("both sides" if side == "both sides" else f"the {side}"), size_mm=thick*b.traits["scale"], mask=mask)
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #0049ff8e
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #6547287d
 ORDER = ["Mosaic attenuation pattern", "Emphysema", "Lung opacity", "Interlobular septal thickening", "Pulmonary fibrotic sequela", "Consolidation",
          "Atelectasis", "Bronchiectasis", "Peribronchial thickening", "Lung nodule", "Cardiomegaly", "Pericardial effusion", "Lymphadenopathy",
          "Hiatal hernia", "Pleural effusion", "Arterial wall calcification", "Coronary artery wall calcification", "Medical material"]
@@ -338,12 +338,11 @@ def chest(
     wanted = [only] if only else present
     for name in [*(wanted or []), *without]:
         if name not in ABNORMALITIES: raise ValueError(f"`{name}` is none of the 18 abnormalities: {', '.join(ABNORMALITIES)}")
-    b = body(seed, size, spacing)
-    have = [n for n in (draw_present(seed, b.traits["age"]) if wanted is None else wanted) if n not in without]
+    age = traits(seed)["age"]
+    have = [n for n in (draw_present(seed, age) if wanted is None else wanted) if n not in without]
     severity = {n: float(rng("severity", seed, n).beta(1.6, 1.4)) for n in ABNORMALITIES}
     factor = heart_factor(seed, severity["Cardiomegaly"]) if "Cardiomegaly" in have else 1.
-    if factor > 1: b = body(seed, size, spacing, factor)
-    b.seed, b.factor = seed, factor
+    b = body(seed, size, spacing, factor)
     findings = []
     for name in ORDER:
         if name in have: findings.append(Finding(name=name, severity=severity[name], **PAINTERS[name](b, rng("paint", seed, name), severity[name])))

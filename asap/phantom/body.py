@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..core import rng
 
-# %% ../../nbs/1_phantom/10_body.ipynb #c1ddf103
+# %% ../../nbs/1_phantom/10_body.ipynb #56e43c33
 VERSION = "1" # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
 
 LABELS = dict(lung_upper_lobe_left=10, lung_lower_lobe_left=11, lung_upper_lobe_right=12, lung_middle_lobe_right=13,
@@ -30,8 +30,8 @@ def traits(
     return dict(
         scale=u(0.84, 1.08), wide=u(0.92, 1.06), deep=u(0.9, 1.12), tall=u(0.88, 1.12), shift=[u(-18, 18), u(-18, 18), u(-32, 32)], turn=u(-8, 8),
         fat=u(6, 26), age=int(r.integers(25, 90)), sex=str(r.choice(["M", "F"])),
-        lung=u(-890, -790), slope=u(10, 60), vessels=u(60, 160), muscle=u(45, 65), adipose=u(-115, -85), blood=u(130, 260) if contrast else u(35, 50),
-        liver=u(45, 65)+(u(25, 50) if contrast else 0), bone=u(180, 420), contrast=bool(contrast),
+        lung=u(-890, -790), slope=u(10, 110), vessels=u(80, 420), muscle=u(45, 65), adipose=u(-115, -85), blood=u(130, 260) if contrast else u(35, 50),
+        liver=u(45, 65)+(u(25, 50) if contrast else 0), bone=u(220, 640), contrast=bool(contrast),
         dome=[u(0, 26), u(0, 26)], heart=u(0.9, 1.04), heart_at=[u(-6, 6), u(-6, 6), u(-8, 8)], aorta=u(0.9, 1.25), stomach=u(0, 1))
 
 # %% ../../nbs/1_phantom/10_body.ipynb #5c9d8af5
@@ -103,7 +103,7 @@ def oesophagus(f:Frame)->np.ndarray: # bool
     "From the neck to the diaphragm"
     return tube(f, (-4, -30, 170), (-6, -34, -110), 8) < 1
 
-# %% ../../nbs/1_phantom/10_body.ipynb #d64b57d0
+# %% ../../nbs/1_phantom/10_body.ipynb #639dc257
 def bones(f:Frame)->np.ndarray: # relative density 0..1.3
     "Ribs on the chest wall, spine with discs, sternum"
     shell = (f.x/132)**2+((f.y+2)/100)**2
@@ -112,9 +112,9 @@ def bones(f:Frame)->np.ndarray: # relative density 0..1.3
     body = (f.x**2+(f.y+84)**2 < 19**2)*np.where(np.cos(f.z*(2*np.pi/26)) > -0.75, 1., 0.35)
     arch = (np.abs(f.x) < 26) & (np.abs(f.y+112) < 9) & (np.cos(f.z*(2*np.pi/26)) > 0.2)
     sternum = (np.abs(f.x) < 17) & (np.abs(f.y-93) < 6) & (np.abs(f.z-20) < 75)
-    return np.maximum(np.maximum(rib*1.2, body), np.maximum(arch, sternum)*1.)
+    return np.maximum(np.maximum(rib*1.35, body*0.7), np.maximum(arch*1.2, sternum*0.8))
 
-# %% ../../nbs/1_phantom/10_body.ipynb #6befd9b3
+# %% ../../nbs/1_phantom/10_body.ipynb #404ed3d3
 @dataclass
 class Body:
     "A drawn chest, before abnormalities and before the scanner"
@@ -123,8 +123,10 @@ class Body:
     frame:Frame
     traits:dict
     affine:np.ndarray
-    lung:np.ndarray = field(repr=False, default=None) # bool
-    side:dict = field(repr=False, default=None) # "left", "right" -> bool
+    lung:np.ndarray = field(repr=False) # bool
+    side:dict = field(repr=False) # "left", "right" -> bool
+    seed:object # that names the patient
+    factor:float # size of the heart against this patient's normal one
 
 def texture(keys, size, spacing, mm)->np.ndarray: # float32, zero mean, unit variance, shape `size`
     "Smooth noise with structures of about `mm`"
@@ -185,7 +187,7 @@ def body(
     lung = (labels >= 10) & (labels <= 14)
     x = np.broadcast_to(f.x > 0, size)
     affine = np.diag([*spacing, 1.]); affine[:3, 3] = [-(n-1)/2*s for n, s in zip(size, spacing)]
-    return Body(hu, labels, f, t, affine, lung, dict(right=lung & x, left=lung & ~x))
+    return Body(hu, labels, f, t, affine, lung, dict(right=lung & x, left=lung & ~x), seed, heart_factor)
 
 # %% ../../nbs/1_phantom/10_body.ipynb #a0e2a4a3
 def planes(volume, spacing, at=None)->list: # coronal, sagittal, axial slices as seen by a radiologist

@@ -143,7 +143,7 @@ def _material(b, r, sev):
     side = "right" if s > 0 else "left"
     return dict(side=side, place=f"{side} chest wall", size_mm=44*b.traits["scale"], mask=mask)
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #d863ab8d
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #f27f70aa
 @_painter("Hiatal hernia")
 def _hernia(b, r, sev):
     mm = 44+26*sev
@@ -157,7 +157,7 @@ def _hernia(b, r, sev):
 
 @_painter("Lymphadenopathy")
 def _nodes(b, r, sev):
-    n, mm, places = int(3+3*sev), r.uniform(20, 28), []
+    n, mm, places = int(4+3*sev), r.uniform(26, 34), []
     share = np.zeros(b.hu.shape, np.float32)
     spots = {"right paratracheal": (24, -6, 62), "left paratracheal": (-26, -2, 70), "prevascular": (-6, 44, 40), "subcarinal": (0, -22, 2),
              "right hilar": (34, -14, 4), "left hilar": (-36, -14, 10)}
@@ -167,10 +167,10 @@ def _nodes(b, r, sev):
         places.append(str(name))
     keep = ~np.isin(b.labels, [LABELS["aorta"], LABELS["trachea"], LABELS["heart"]]) & (b.hu < 150)
     share *= keep
-    _blend(b, share, 45.)
+    _blend(b, share, 60.)
     return dict(side="", place=f"{_list(places)} stations", size_mm=mm*b.traits["scale"], count=len(places), mask=share > 0.5)
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #b3c4265b
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #0c3ea238
 def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in the lungs
     share, places = np.zeros(b.hu.shape, np.float32), []
     for _ in range(n):
@@ -184,18 +184,18 @@ def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in
     return dict(side=_sides(places), place=_list(places), size_mm=mm*b.traits["scale"], count=n, mask=share > 0.4)
 
 @_painter("Lung nodule")
-def _nodule(b, r, sev): return _lumps(b, r, int(2+3*r.random()), 20+10*sev, 45.)
+def _nodule(b, r, sev): return _lumps(b, r, int(4+4*r.random()), 25+5*sev, 70.)
 
 @_painter("Consolidation")
 def _consolidation(b, r, sev):
-    out = _lumps(b, r, 1+int(2*r.random()), 64+22*sev, 35., edge=0.2)
+    out = _lumps(b, r, 1+int(2.5*r.random()), 70+22*sev, 35., edge=0.2)
     bronchogram = out["mask"] & (texture(("bronchogram", b.seed), b.hu.shape, b.frame.spacing, 8) > 1.3)
     b.hu[bronchogram] = -700
     return out
 
 @_painter("Lung opacity")
 def _opacity(b, r, sev):
-    return _lumps(b, r, 2+int(2*r.random()), 62+20*sev, r.uniform(220, 330), edge=0.6, add=True)
+    return _lumps(b, r, 2+int(3*r.random()), 72+20*sev, r.uniform(240, 350), edge=0.6, add=True)
 
 @_painter("Emphysema")
 def _emphysema(b, r, sev):
@@ -207,7 +207,7 @@ def _emphysema(b, r, sev):
 @_painter("Mosaic attenuation pattern")
 def _mosaic(b, r, sev):
     patch = (texture(("mosaic", b.seed), b.hu.shape, b.frame.spacing, 46) > 0.1) & b.lung
-    b.hu += np.where(patch, 90+60*sev, np.where(b.lung, -30., 0)).astype(np.float32)
+    b.hu += np.where(patch, 110+60*sev, np.where(b.lung, -40., 0)).astype(np.float32)
     return dict(side="both sides", place="both lungs", size_mm=46*b.traits["scale"], mask=patch)
 
 @_painter("Atelectasis")

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..core import rng
 
-# %% ../../nbs/1_phantom/10_body.ipynb #56e43c33
+# %% ../../nbs/1_phantom/10_body.ipynb #c2ddfe84
 VERSION = "1" # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
 
 LABELS = dict(lung_upper_lobe_left=10, lung_lower_lobe_left=11, lung_upper_lobe_right=12, lung_middle_lobe_right=13,
@@ -30,7 +30,7 @@ def traits(
     return dict(
         scale=u(0.84, 1.08), wide=u(0.92, 1.06), deep=u(0.9, 1.12), tall=u(0.88, 1.12), shift=[u(-18, 18), u(-18, 18), u(-32, 32)], turn=u(-8, 8),
         fat=u(6, 26), age=int(r.integers(25, 90)), sex=str(r.choice(["M", "F"])),
-        lung=u(-890, -790), slope=u(10, 110), vessels=u(80, 420), muscle=u(45, 65), adipose=u(-115, -85), blood=u(130, 260) if contrast else u(35, 50),
+        lung=u(-890, -790), slope=u(10, 110), vessels=u(80, 320), muscle=u(45, 65), adipose=u(-115, -85), blood=u(130, 260) if contrast else u(35, 50),
         liver=u(45, 65)+(u(25, 50) if contrast else 0), bone=u(220, 640), contrast=bool(contrast),
         dome=[u(0, 26), u(0, 26)], heart=u(0.9, 1.04), heart_at=[u(-6, 6), u(-6, 6), u(-8, 8)], aorta=u(0.9, 1.25), stomach=u(0, 1))
 

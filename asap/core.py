@@ -79,7 +79,7 @@ class Real(_Section):
     version:str
     sha256:Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-# %% ../nbs/00_core.ipynb #4ca232ef
+# %% ../nbs/00_core.ipynb #bb1ef522
 class Text(_Section):
     "The frozen text encoder"
     encoder:str # a folder, or a Hugging Face id; `build/text` is trained on the train split's reports
@@ -118,7 +118,9 @@ class Pretrain(_Section):
     max_share:Annotated[float, Field(gt=0, le=1)] # a sentence needs one patch up to this share of those seen
     temperature:Positive
     duplicate:Annotated[float, Field(ge=-1, le=1)] # sentences above this cosine are no negatives
+    scale:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] # side of a crop against the model's size
     precision:Literal["auto", "no", "bf16", "fp16"]
+    save_every:Number # steps between states to resume from
 
 class Arm(_Section):
     "One pre-training recipe: weights of four losses, and what the alignment and the fusion use"

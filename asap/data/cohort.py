@@ -73,7 +73,7 @@ def fractions(
     keep = {s: set(names[:max(1, round(s*len(names)))]) for s in shares}
     return pd.DataFrame({str(s): (table.split == "train") & table.patient.isin(keep[s]) for s in shares}, index=table.index)
 
-# %% ../../nbs/2_data/22_cohort.ipynb #a98126a7
+# %% ../../nbs/2_data/22_cohort.ipynb #6d3b88ad
 def _source(path)->list: # size and time of a file, cheap to ask; empty when there is none
     p = Path(path)
     return [p.stat().st_size, int(p.stat().st_mtime)] if path and p.exists() else []
@@ -102,13 +102,15 @@ def prepare(
     organs=None, # (path, shape, affine) -> organ map
     jobs:int=1, # processes (joblib; its backend is the caller's choice)
     quarantine:Path|None=None, # CSV of the cases that were left out
+    bad:Quarantine|None=None, # those that the adapter left out already
 )->pd.DataFrame: # the cases that are whole; `image` and `organ_map` are the new files
     "Make every case's standard volume and organ map; a broken case is left out by name"
     import joblib
     out.mkdir(parents=True, exist_ok=True); organs_out.mkdir(parents=True, exist_ok=True)
     rows = table[["case", "image", "organ_map"]].to_dict("records")
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_guarded)(r, out, organs_out, how, organs) for r in rows)
-    bad, remade = Quarantine(quarantine), []
+    bad, remade = bad or Quarantine(), []
+    bad.path = quarantine
     for case, why, error in progress(run, total=len(rows), label="volumes"):
         if error: bad.add(case, error)
         if why: remade.append(why)
@@ -122,13 +124,14 @@ def prepare(
     return kept.assign(image=[str(out/f"{c}.nii") for c in kept.case],
                        organ_map=[str(organs_out/f"{c}.nii.gz") if m else "" for c, m in zip(kept.case, kept.organ_map)])
 
-# %% ../../nbs/2_data/22_cohort.ipynb #8a614c35
+# %% ../../nbs/2_data/22_cohort.ipynb #3bf776d9
 def save(table, questions, folder, name, root):
     "Write `<name>.parquet` and `<name>.questions.parquet`"
     rel = lambda p: Path(p).relative_to(root).as_posix() if p else ""
     t = check(table, name).assign(image=[rel(p) for p in table.image], organ_map=[rel(p) for p in table.organ_map])
     write_parquet(t, Path(folder)/f"{name}.parquet")
-    write_parquet(questions, Path(folder)/f"{name}.questions.parquet")
+    none = pd.DataFrame(columns=["case", "kind", "question", "answer"], dtype=str) # a data set without questions has an empty table
+    write_parquet(none if questions is None else questions, Path(folder)/f"{name}.questions.parquet")
 
 def load(path, root)->pd.DataFrame: # with whole paths
     "Read a cohort table"

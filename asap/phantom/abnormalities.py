@@ -170,7 +170,7 @@ def _nodes(b, r, sev):
     _blend(b, share, 60.)
     return dict(side="", place=f"{_list(places)} stations", size_mm=mm*b.traits["scale"], count=len(places), mask=share > 0.5)
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #0c3ea238
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #959aea75
 def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in the lungs
     share, places = np.zeros(b.hu.shape, np.float32), []
     for _ in range(n):
@@ -184,7 +184,7 @@ def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in
     return dict(side=_sides(places), place=_list(places), size_mm=mm*b.traits["scale"], count=n, mask=share > 0.4)
 
 @_painter("Lung nodule")
-def _nodule(b, r, sev): return _lumps(b, r, int(4+4*r.random()), 25+5*sev, 70.)
+def _nodule(b, r, sev): return _lumps(b, r, int(4+4*r.random()), 25+5*sev, 110.)
 
 @_painter("Consolidation")
 def _consolidation(b, r, sev):

@@ -27,7 +27,7 @@ def place(name:str)->str: # "train_1_a_1.nii.gz" -> "train_1/train_1_a/train_1_a
     split, patient, scan, _ = name.split("_")
     return f"{split}_{patient}/{split}_{patient}_{scan}/{name}"
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #ba86fc4a
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8c778835
 def _lps(array, affine): # flip both horizontal axes
     flipped, a = array[::-1, ::-1], affine.copy()
     a[:3, 3] = affine[:3, :3]@[array.shape[0]-1, array.shape[1]-1, 0]+affine[:3, 3]
@@ -48,8 +48,7 @@ def write_case(k:Case, root)->list: # a row a volume: name, report, labels, meta
             write_volume(*_lps(array, r.affine), Path(root)/"dataset"/folder/place(name))
         rows.append(dict(report=dict(VolumeName=name, ClinicalInformation_EN="Phantom.", Technique_EN="Drawn by a program." + (" With contrast." if k.contrast else ""),
                                      Findings_EN=k.report.findings, Impressions_EN=k.report.impression),
-                         labels=dict(VolumeName=name, **k.labels), metadata=_metadata(name, k, r),
-                         questions=[dict(VolumeName=name, **q) for q in k.questions]))
+                         labels=dict(VolumeName=name, **k.labels), metadata=_metadata(name, k, r)))
     return rows
 
 def _one(split, i, root, seed, kw): return write_case(case(seed, split, i, **kw), root)
@@ -75,7 +74,7 @@ def write(
         write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d/"metadata"/metadata)
     write_text("", Path(root)/"dataset/no_chest_train.txt")
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #b55c2162
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #467743e4
 def _table(path, key="VolumeName")->pd.DataFrame:
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: CT-RATE publishes it beside the volumes")
     t = pd.read_csv(path)
@@ -92,7 +91,7 @@ def _text(x)->str: return "" if pd.isna(x) else str(x).strip()
 
 def read(
     root, # folder that holds `dataset/`
-)->tuple: # table of raw paths (design of 22_cohort), Quarantine
+)->tuple: # cohort table with raw paths, Quarantine
     "Every volume of both splits that has a report and labels; what has not is left out by name"
     d, rows, bad = Path(root)/"dataset", [], Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected CT-RATE's dataset/ folder there")

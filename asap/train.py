@@ -42,13 +42,12 @@ class Draws(torch.utils.data.Sampler):
                 out.append((draw, int(order[place])))
             yield out
 
-# %% ../nbs/01_train.ipynb #ef5cd7da
+# %% ../nbs/01_train.ipynb #ea240cfa
 def precision(wanted:str="auto")->str: # "no", "bf16" or "fp16", as Accelerate calls them
-    "bf16 on a GPU that has it and on processors with native bf16, else fp32"
+    "bf16 on a GPU that has it and on processors with matrix tiles, else fp32"
     if wanted != "auto": return wanted
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return "bf16" if fast else "no"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
 
 def groups(model, weight_decay:float)->list: # for an optimiser
     "Weights decay; biases, norms and other vectors do not"
@@ -69,7 +68,7 @@ def _load(folder, model, opt, fp)->tuple: # step, log, best
     say(f"resumed at step {state['step']}")
     return state["step"], json.loads((folder/"resume/log.json").read_text()), state["best"]
 
-# %% ../nbs/01_train.ipynb #9a6bbccd
+# %% ../nbs/01_train.ipynb #7159700b
 def _check(value, parts, step):
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at step {step} ({', '.join(f'{k} {v:.4g}' for k, v in parts.items())}): lower the rate or look at the batch")
@@ -100,6 +99,8 @@ def fit(
 )->pd.DataFrame: # step, loss, parts of the loss
     "Train in place; on return the model holds the last weights, or the best where `validate` is given"
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state() # a process may train several models, each with its own precision
     acc = Accelerator(mixed_precision=precision(precision_))
     fp = dict(fp or {}, steps=steps, batch=batch, lr=lr, precision=acc.mixed_precision, seed=str(seed))
     opt = torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=tuple(betas))
@@ -117,10 +118,10 @@ def fit(
         with acc.autocast(): value, parts = loss(model, samples, step)
         acc.backward(value)
         if step % log_every == 0 or step == steps-1:
-            parts = {k: float(v) for k, v in parts.items()}
-            _check(float(value), parts, step)
-            log.append(dict(step=step, loss=float(value), **parts))
-            bar.set_postfix_str(f"loss {float(value):.3f}")
+            now, parts = float(value.detach()), {k: float(v) for k, v in parts.items()}
+            _check(now, parts, step)
+            log.append(dict(step=step, loss=now, **parts))
+            bar.set_postfix_str(f"loss {now:.3f}")
         acc.clip_grad_norm_(model.parameters(), clip)
         opt.step(); opt.zero_grad()
         bar.update()

@@ -46,12 +46,13 @@ def extract(archive:Path, to:Path)->list: # what was taken
                 taken.append(target)
     return taken
 
-# %% ../../nbs/2_data/24_real.ipynb #ab3298e3
+# %% ../../nbs/2_data/24_real.ipynb #d1ea63b7
 def masks(folder:Path)->dict: # name -> path
     "Masks by class name; where both reports have one, the larger file is the whole one"
     found = {}
     for f in sorted(Path(folder).rglob("models/*.nii.gz")):
         name = f.name.removesuffix(".nii.gz")
+        if name in ("ct", "ct_cropped"): continue # images that lie beside the masks
         if name not in found or f.stat().st_size > found[name].stat().st_size: found[name] = f
     return found
 

@@ -15,7 +15,7 @@ from ..pretrain.pretrain import interval
 from ..tasks.classify import by_scan, compare, summary
 from ..tasks.metrics import bootstrap, wide
 
-# %% ../../nbs/8_study/80_tables.ipynb #afa83276
+# %% ../../nbs/8_study/80_tables.ipynb #820279d9
 def macro(predictions, n:int, level:float)->pd.DataFrame: # arm, fraction, auc, lo, hi, by_volume, draws, labelled
     "Macro AUC of each arm and label fraction"
     labelled = predictions.groupby("fraction").labelled.mean().round().astype(int)
@@ -28,7 +28,7 @@ def labels(predictions, ceiling, n:int, level:float)->pd.DataFrame: # a row a la
     for arm, g in full.groupby("arm", sort=False):
         b = bootstrap(*wide(by_scan(g)), n=n, level=level)
         t = pd.DataFrame([{"label": k, arm: v["auc"], f"{arm}_lo": v["lo"], f"{arm}_hi": v["hi"]} for k, v in b.items() if k != "macro"])
-        out = t if out is None else out.merge(t, on="label", how="outer", sort=False)
+        out = t if out is None else out.merge(t, on="label", how="left")
     positives = by_scan(full[full.arm == full.arm.iloc[0]]).groupby("label").truth.sum().astype(int)
     out.insert(1, "positives", out.label.map(positives))
     return out.merge(ceiling[["label", "cnn_auc", "histogram_auc"]], on="label", how="left") if ceiling is not None else out

@@ -18,7 +18,7 @@ from ..model.vit import choose, patchify
 from .batches import Pairs, collate
 from ..train import fit, precision
 
-# %% ../../nbs/6_pretrain/61_pretrain.ipynb #a60ae4df
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #e63ed48f
 CODE = ["asap.model.vit", "asap.model.anatomy", "asap.model.align", "asap.model.fuse", "asap.model.asap", "asap.pretrain.batches", "asap.pretrain.pretrain", "asap.train"]
 
 def build(p, arm, text, seed)->ASAP:
@@ -39,7 +39,7 @@ def train(
 )->pd.DataFrame: # the log
     "Fit one arm"
     text, t = data.text, p.pretrain
-    def loss(m, b, step): return m(dict(b, words=text.tokens(b["masked"])) if m_arm["words"] else b)
+    def loss(m, b, step): return m(dict(b, words=text.tokens(b["masked"], b["of"])) if m_arm["words"] else b)
     m_arm = model.arm
     return fit(model, loss, data, steps=t.steps, batch=t.batch, lr=t.lr, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip, precision_=t.precision,
                seed=("pretrain", seed), folder=folder, fp=fp, save_every=t.save_every, collate=lambda rows: collate(rows, text, t.word_mask), label=label)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image', 'features', 'save', 'load']
 
-# %% ../../nbs/6_pretrain/63_embed.ipynb #ce6f69bf
+# %% ../../nbs/6_pretrain/63_embed.ipynb #b5c2f115
 from pathlib import Path
 
 import nibabel as nib
@@ -15,8 +15,9 @@ import torch
 
 from ..core import atomic, progress, write_parquet
 from ..data.crops import apply, centre, to_unit
+from ..train import device
 
-# %% ../../nbs/6_pretrain/63_embed.ipynb #b700178c
+# %% ../../nbs/6_pretrain/63_embed.ipynb #56a64c16
 def image(path, size, hu)->torch.Tensor: # (1,H,W,D) in [-1,1]
     "The centre of a standard volume as the model takes it"
     v = np.asanyarray(nib.load(path, mmap="r").dataobj)
@@ -32,9 +33,10 @@ def features(
     label:str="embed",
 )->np.ndarray: # (n,C) float32
     "Mean of the patch tokens of each volume"
-    out = []
+    out, where = [], device()
+    if isinstance(encoder, torch.nn.Module): encoder.to(where)
     for i in progress(range(0, len(paths), batch), label=label):
-        x = torch.stack([image(p, size, hu) for p in paths[i:i+batch]])
+        x = torch.stack([image(p, size, hu) for p in paths[i:i+batch]]).to(where)
         out.append(encoder.tokens(x, norm=False)[:, 1:].mean(1).float().cpu().numpy())
     return np.concatenate(out)
 

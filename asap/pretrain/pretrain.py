@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CODE', 'build', 'trains', 'train', 'place_guesses', 'evaluate', 'share_errors', 'interval', 'run', 'sizes']
 
-# %% ../../nbs/6_pretrain/61_pretrain.ipynb #ae488a3c
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ from ..core import code_hash, file_hash, fingerprint, progress, rng, say, seed32
 from ..model.asap import ASAP, config, voxel_loss
 from ..model.vit import choose, patchify
 from .batches import Pairs, collate
-from ..train import fit, precision
+from ..train import device, fit
 
-# %% ../../nbs/6_pretrain/61_pretrain.ipynb #e63ed48f
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #eb594655
 CODE = ["asap.model.vit", "asap.model.anatomy", "asap.model.align", "asap.model.fuse", "asap.model.asap", "asap.pretrain.batches", "asap.pretrain.pretrain", "asap.train"]
 
 def build(p, arm, text, seed)->ASAP:
@@ -39,12 +39,13 @@ def train(
 )->pd.DataFrame: # the log
     "Fit one arm"
     text, t = data.text, p.pretrain
-    def loss(m, b, step): return m(dict(b, words=text.tokens(b["masked"], b["of"])) if m_arm["words"] else b)
-    m_arm = model.arm
+    words = bool(model.arm["words"])
+    text.to(device())
+    def loss(m, b, step): return m(dict(b, words=text.tokens(b["masked"], b["of"])) if words else b)
     return fit(model, loss, data, steps=t.steps, batch=t.batch, lr=t.lr, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip, precision_=t.precision,
                seed=("pretrain", seed), folder=folder, fp=fp, save_every=t.save_every, collate=lambda rows: collate(rows, text, t.word_mask), label=label)
 
-# %% ../../nbs/6_pretrain/61_pretrain.ipynb #78a3ce9b
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
 def place_guesses(data:Pairs)->dict: # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
     every = np.stack([data[(0, i)]["shares"] for i in progress(range(len(data)), label="places")])
@@ -60,18 +61,18 @@ def evaluate(
     batch:int=8,
 )->pd.DataFrame: # a row a case
     "Errors of shares, voxels and words on cases that were not trained on"
-    model.eval()
+    model.eval().to(device())
     rows = []
     for i in progress(range(0, len(data), batch), label="held-out"):
         samples = [data[(0, k)] for k in range(i, min(i+batch, len(data)))]
         b = collate(samples, data.text, word_mask)
-        patches = patchify(b["image"], model.vit.patch)
-        keep = choose(len(patches), patches.shape[1], visible, generator=torch.Generator().manual_seed(seed32("evaluate", i)))
+        patches = patchify(b["image"].to(device()), model.vit.patch)
+        keep = choose(len(patches), patches.shape[1], visible, patches.device, torch.Generator().manual_seed(seed32("evaluate", i)))
         latent = model.vit.see(patches, keep)
         shares, voxels = model.decoder(latent, keep)
         for j, s in enumerate(samples):
             row = dict(case=s["case"], patient=data.rows[i+j]["patient"], voxels=float(voxel_loss(voxels[j:j+1], patches[j:j+1], keep[j:j+1])))
-            rows.append(row | share_errors(s, shares[j].softmax(-1).numpy(), guesses))
+            rows.append(row | share_errors(s, shares[j].softmax(-1).cpu().numpy(), guesses))
     return pd.DataFrame(rows)
 
 def share_errors(sample, guess, guesses)->dict: # mean absolute errors, with and without background, and per group for the model

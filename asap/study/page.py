@@ -121,15 +121,16 @@ def inputs(figures, sample, quarantined)->str:
     out = f"<p>{len(quarantined)} cases were left out"+(":</p>"+table(quarantined) if len(quarantined) else ".</p>")
     return BRIEF+picture(figures/"inputs.png", "Phantoms of the train split, coronal and axial, with their labels.")+report+out
 
-# %% ../../nbs/8_study/83_page.ipynb #6f62ac78
+# %% ../../nbs/8_study/83_page.ipynb #f1abde53
 def notebooks(source, out)->str:
     "Executed stage notebooks as HTML, and links to them"
+    import logging, nbformat
     from nbconvert import HTMLExporter
-    import nbformat
+    quiet = logging.getLogger("asap.page"); quiet.setLevel(logging.ERROR) # nbconvert asks for alternative texts of plots
     links = []
     for f in sorted(Path(source).glob("*.ipynb")):
         if f.stem == "page": continue # it is running
-        body, _ = HTMLExporter(embed_images=True).from_notebook_node(nbformat.read(f, as_version=4))
+        body, _ = HTMLExporter(embed_images=True, log=quiet).from_notebook_node(nbformat.read(f, as_version=4))
         write_text(body, Path(out)/"notebooks"/f"{f.stem}.html")
         links.append(f'<li><a href="notebooks/{f.stem}.html">{f.stem}</a></li>')
     return "<p>What ran, cell by cell:</p><ul>"+"".join(links)+"</ul>"

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from asap.core import progress, rng, root, say, write_csv, write_json
+from asap.core import code_hash, progress, rng, root, say, write_csv, write_json
 from asap.phantom.abnormalities import ABNORMALITIES, chest, twin_auc
 from asap.phantom.body import VERSION
 
@@ -23,7 +23,7 @@ def draw(split, i): # other patients than the study's: the key says so
 
 def cases(split, n, jobs):
     "Volumes (n,96,96,48) int16 and labels (n,18), kept in build/ceiling"
-    kept = root()/f"build/ceiling/{split}-{n}-v{VERSION}.npz"
+    kept = root()/f"build/ceiling/{split}-{n}-{code_hash('asap.phantom.body', 'asap.phantom.abnormalities')}.npz"
     if not kept.exists():
         done = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(draw)(split, i) for i in range(n))
         x, y = zip(*progress(done, total=n, label=f"{split} phantoms"))
@@ -105,7 +105,7 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--train", type=int, default=1000); a.add_argument("--val", type=int, default=150); a.add_argument("--test", type=int, default=300)
-    a.add_argument("--epochs", type=int, default=24); a.add_argument("--lr", type=float, default=0.002); a.add_argument("--jobs", type=int, default=os.cpu_count())
+    a.add_argument("--epochs", type=int, default=20); a.add_argument("--lr", type=float, default=0.002); a.add_argument("--jobs", type=int, default=os.cpu_count())
     a.add_argument("--widths", type=int, nargs=4, default=[16, 32, 64, 128]); a.add_argument("--twins", type=int, default=30); a.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = a.parse_args()
     os.environ["ASAP_PROGRESS"] = "1"

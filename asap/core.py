@@ -240,9 +240,12 @@ def params(
     with contextlib.chdir(root()): part = dvc.api.params_show(stages=stage, deps=True)
     return Declared(_same_part(whole.model_dump(by_alias=True), part), stage)
 
-# %% ../nbs/00_core.ipynb #932c4949
+# %% ../nbs/00_core.ipynb #dc931abc
+def _python(k): # NumPy numbers as Python's, so that 3 is 3
+    return tuple(map(_python, k)) if isinstance(k, (tuple, list)) else k.item() if isinstance(k, np.generic) else k
+
 def _digest(keys)->int: # 128 bits from any ints, strings, floats
-    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:16], "little")
+    return int.from_bytes(hashlib.sha256(repr(_python(keys)).encode()).digest()[:16], "little")
 
 def rng(*keys)->np.random.Generator: # the same keys give the same generator, on every machine
     "A NumPy generator that belongs to these keys"

@@ -26,11 +26,12 @@ def rate(
     if step < warmup: return (step+1)/(warmup+1)
     return 0.5*(1+math.cos(math.pi*min(1., (step-warmup)/max(1, steps-warmup))))
 
-# %% ../nbs/01_train.ipynb #b47eda86
+# %% ../nbs/01_train.ipynb #5b4befee
 class Draws(torch.utils.data.Sampler):
     "Batches of (draw, index): every sample once a draw, in an order that belongs to seed and draw"
     def __init__(self, n:int, batch:int, steps:int, seed, start:int=0):
         self.n, self.batch, self.steps, self.seed, self.start = n, batch, steps, seed, start
+        self.batch_size, self.drop_last = batch, True # what Accelerate asks when it shares batches among processes
     def __len__(self): return self.steps-self.start
     def __iter__(self):
         order, held = None, -1
@@ -73,7 +74,7 @@ def _load(folder, model, opt, fp)->tuple: # step, log, best
     say(f"resumed at step {state['step']}")
     return state["step"], json.loads((folder/"resume/log.json").read_text()), state["best"]
 
-# %% ../nbs/01_train.ipynb #4d63086d
+# %% ../nbs/01_train.ipynb #9d9671cb
 def _check(value, parts, step):
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} at step {step} ({', '.join(f'{k} {v:.4g}' for k, v in parts.items())}): lower the rate or look at the batch")
@@ -111,7 +112,7 @@ def fit(
     opt = torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=tuple(betas))
     folder = Path(folder) if folder else None
     start, log, best = _load(folder, model, opt, fp) if folder else (0, [], None)
-    loader = DataLoader(data, batch_sampler=Draws(len(data), batch, steps, seed, start), collate_fn=collate)
+    loader = DataLoader(data, batch_sampler=Draws(len(data), batch, steps*acc.num_processes, seed, start*acc.num_processes), collate_fn=collate)
     model, opt, loader = acc.prepare(model, opt, loader)
     bar, main = progress(total=steps, label=label), acc.is_main_process
     bar.update(start)

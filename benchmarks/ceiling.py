@@ -105,7 +105,7 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.):
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument("--train", type=int, default=1000); a.add_argument("--val", type=int, default=150); a.add_argument("--test", type=int, default=300)
-    a.add_argument("--epochs", type=int, default=20); a.add_argument("--lr", type=float, default=0.002); a.add_argument("--jobs", type=int, default=os.cpu_count())
+    a.add_argument("--epochs", type=int, default=26); a.add_argument("--lr", type=float, default=0.002); a.add_argument("--jobs", type=int, default=os.cpu_count())
     a.add_argument("--widths", type=int, nargs=4, default=[16, 32, 64, 128]); a.add_argument("--twins", type=int, default=30); a.add_argument("--out", type=Path, default=Path(__file__).parent)
     a = a.parse_args()
     os.environ["ASAP_PROGRESS"] = "1"

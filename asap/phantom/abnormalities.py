@@ -103,8 +103,8 @@ def heart_factor(seed, sev)->float: # size of an enlarged heart against a normal
     "1.25 to 1.42"
     return 1.25+0.17*sev
 
-# %% ../../nbs/1_phantom/11_abnormalities.ipynb #3b3f64d3
-def _plaques(b, r, points, mm, hu=800): # bright lumps
+# %% ../../nbs/1_phantom/11_abnormalities.ipynb #a344aafa
+def _plaques(b, r, points, mm, hu=880): # bright lumps
     share = np.zeros(b.hu.shape, np.float32)
     for p in points: share = np.maximum(share, _edge(ball(b.frame, p, np.float32([mm, mm, mm*1.1])/2)))
     _blend(b, share, hu)
@@ -112,24 +112,24 @@ def _plaques(b, r, points, mm, hu=800): # bright lumps
 
 @_painter("Arterial wall calcification")
 def _arterial(b, r, sev):
-    n, k = int(4+5*sev), b.traits["aorta"]
+    n, k = int(6+5*sev), b.traits["aorta"]
     points = []
     for _ in range(n):
         a, on = r.uniform(0, 2*np.pi), r.random()
         if on < 0.6: points.append((-17+12.5*k*np.cos(a), -46+12.5*k*np.sin(a), r.uniform(-100, 40)))
         else: points.append((r.uniform(-22, 8), r.uniform(-36, 12), 42+12*k*r.choice([-1, 1])))
-    mm = r.uniform(13, 18)
+    mm = r.uniform(17, 22)
     return dict(side="", place="aorta", size_mm=mm, count=n, mask=_plaques(b, r, points, mm))
 
 @_painter("Coronary artery wall calcification")
 def _coronary(b, r, sev):
     at, radii = heart_at(b.traits), heart_radii(b.traits, b.factor)
-    n, mm, points = int(4+4*sev), r.uniform(13, 17), []
+    n, mm, points = int(6+4*sev), r.uniform(17, 21), []
     for i in range(n): # along the groove in front, from the base of the heart down and to the left
         a, down = np.deg2rad(r.uniform(40, 120)), r.uniform(-0.5, 0.7)
         ring = np.sqrt(1-down**2)
         points.append(at+radii*np.float32([ring*np.cos(a), ring*np.sin(a), down]))
-    return dict(side="", place="coronary arteries", size_mm=mm, count=n, mask=_plaques(b, r, points, mm, 760))
+    return dict(side="", place="coronary arteries", size_mm=mm, count=n, mask=_plaques(b, r, points, mm, 860))
 
 @_painter("Medical material")
 def _material(b, r, sev):

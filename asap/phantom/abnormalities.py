@@ -119,7 +119,7 @@ def _arterial(b, r, sev):
         if on < 0.6: points.append((-17+12.5*k*np.cos(a), -46+12.5*k*np.sin(a), r.uniform(-100, 40)))
         else: points.append((r.uniform(-22, 8), r.uniform(-36, 12), 42+12*k*r.choice([-1, 1])))
     mm = r.uniform(17, 22)
-    return dict(side="", place="aorta", size_mm=mm, count=n, mask=_plaques(b, r, points, mm))
+    return dict(side="", place="aorta", size_mm=mm*b.traits["scale"], count=n, mask=_plaques(b, r, points, mm))
 
 @_painter("Coronary artery wall calcification")
 def _coronary(b, r, sev):
@@ -129,7 +129,7 @@ def _coronary(b, r, sev):
         a, down = np.deg2rad(r.uniform(40, 120)), r.uniform(-0.5, 0.7)
         ring = np.sqrt(1-down**2)
         points.append(at+radii*np.float32([ring*np.cos(a), ring*np.sin(a), down]))
-    return dict(side="", place="coronary arteries", size_mm=mm, count=n, mask=_plaques(b, r, points, mm, 860))
+    return dict(side="", place="coronary arteries", size_mm=mm*b.traits["scale"], count=n, mask=_plaques(b, r, points, mm, 860))
 
 @_painter("Medical material")
 def _material(b, r, sev):

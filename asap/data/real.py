@@ -22,7 +22,8 @@ REPORT = f"{FOLDER}/aorta_report/example_ct_report/aorta_report.json"
 
 def download(version:str, to:Path)->Path: # the archive
     "Fetch TotalSegmentator's source archive with pip; `RuntimeError` carries pip's own words"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "totalsegmentator", f"totalsegmentator=={version}", "-d", str(to)]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", "totalsegmentator",
+               f"totalsegmentator=={version}", "-d", str(to)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     files = sorted(Path(to).glob("*.tar.gz"))
     if done.returncode or not files: raise RuntimeError((done.stderr.strip().splitlines() or ["pip gave no archive"])[-1])

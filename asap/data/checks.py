@@ -205,6 +205,7 @@ def check_mask(
     at = corners(shape, np.asarray(affine))@np.linalg.inv(v.affine)[:3, :3].T+np.linalg.inv(v.affine)[:3, 3]
     out = max(float((-0.5-at).max()), float((at-np.array(v.hu.shape)+0.5).max()))
     edge = float(np.sqrt((np.asarray(affine)[:3, :3]**2).sum(0)).max()/min(v.spacing))
-    if shape == v.hu.shape and out > 1:
-        raise ValueError(f"{path}: {shape} voxels as the image, but another affine (off by {out:.0f} voxels): its header was lost; copy the image's affine onto it if they belong together")
+    off = max(np.abs(at.min(0)+0.5).max(), np.abs(at.max(0)-np.array(v.hu.shape)+0.5).max()) # 0 where both fill the same box
+    if shape == v.hu.shape and off > 1:
+        raise ValueError(f"{path}: {shape} voxels as the image, but another affine (off by {off:.0f} voxels): its header was lost; copy the image's affine onto it if they belong together")
     if out > max(1, edge): raise ValueError(f"{path}: the mask sticks out of the image by {out:.0f} voxels, expected it inside: is it of another scan?")

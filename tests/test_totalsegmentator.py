@@ -37,9 +37,10 @@ def place(tmp_path_factory):
 def scan(place):
     "A phantom chest and its labels"
     c = chest(("segment", 0), (48, 48, 24), (7., 7., 14.))
-    v, before = Volume(c.hu, c.affine), dict(os.environ)
+    names = lambda: {k: x for k, x in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+    v, before = Volume(c.hu, c.affine), names()
     found, = seg.segment([v], P.groups, device="cpu")
-    assert dict(os.environ) == before
+    assert names() == before
     return v, found
 
 def test_labels_lie_on_the_input_grid(scan):

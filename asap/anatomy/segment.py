@@ -59,9 +59,10 @@ def need(fast:bool, download:bool=False)->Path: # folder of weights
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d86b8193
 @contextlib.contextmanager
 def apart():
-    "TotalSegmentator in a home of its own, where statistics are off; environment and torch are as before when it ends"
+    "TotalSegmentator in a home of its own, where statistics are off; its variables and torch are as before when it ends"
     import torch
-    before, threads, tuned = dict(os.environ), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    names = lambda: {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+    before, threads, tuned = names(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     held = getattr(sys.modules.get("nnunetv2.paths"), "nnUNet_results", folder())
     if not held or Path(held).resolve() != folder():
         raise RuntimeError(f"nnU-Net was imported with {held} as its folder of models and keeps to it, not to {folder()}: start Python anew")
@@ -71,7 +72,8 @@ def apart():
         os.environ.update(TOTALSEG_WEIGHTS_PATH=str(folder()), TOTALSEG_HOME_DIR=home)
         try: yield
         finally:
-            os.environ.clear(); os.environ.update(before)
+            for k in names(): del os.environ[k]
+            os.environ.update(before)
             torch.set_num_threads(threads); torch.backends.cudnn.benchmark = tuned
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d1034c1d

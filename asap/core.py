@@ -10,7 +10,7 @@ __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'roo
            'difference', 'reusable', 'say', 'progress', 'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
-import contextlib, difflib, hashlib, importlib.util, json, os, shutil, sys, tempfile
+import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -390,12 +390,15 @@ def progress(
                 maxinterval=0.3 if live else 10, dynamic_ncols=live, ncols=None if live else 90, ascii=not live, leave=True)
 
 # %% ../nbs/00_core.ipynb #6f9547ad
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EIO) # full, over quota, read-only, too many files, broken
+
 class Quarantine:
     "Cases that were left out, by name, with the reason"
     def __init__(self, path:Path|str|None=None): # CSV to write
         self.path, self.rows = path, []
     def add(self, case:str, reason): # `reason`: an exception or a sentence
-        "Leave a case out"
+        "Leave a case out; what is the machine's fault and not the case's is raised again"
+        if isinstance(reason, MemoryError) or getattr(reason, "errno", None) in _MACHINE: raise reason
         self.rows.append(dict(case=str(case), reason=f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)))
     def __len__(self): return len(self.rows)
     def save(self)->str: # a line for the person who ran the batch

@@ -13,7 +13,8 @@ import numpy as np
 
 from .organs import group_ids, group_map
 from ..core import Quarantine, difference, file_hash, fingerprint, progress, read_json, say, write_json
-from ..data.volumes import Volume, check, open_nifti, read, write
+from ..data.checks import finite, hounsfield, spacing
+from ..data.volumes import Volume, open_nifti, read, write
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9297cfc4
 def models(
@@ -97,7 +98,8 @@ def labels(
     "One scan through TotalSegmentator, from memory to memory"
     import nibabel as nib
     from totalsegmentator.python_api import totalsegmentator
-    check(v.hu, v.spacing, "volume to segment")
+    for f in (f for rule in (finite, hounsfield, spacing) for f in rule(v)):
+        if f.level == "error": raise ValueError(f"volume to segment: {f}")
     names = None if fast else [n for g in groups.values() for n in g]
     with apart():
         out = totalsegmentator(nib.Nifti1Image(v.hu, v.affine), None, ml=True, fast=fast, roi_subset=names,

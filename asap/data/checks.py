@@ -119,9 +119,10 @@ class Anatomy:
     mm:np.ndarray # spacing of this copy
     @property
     def litres(self)->float: return float(self.air.sum()*np.prod(self.mm)/1e6)
-    @property
-    def whole(self)->bool: # the body ends inside the field of view at front, back and sides
-        return self.body.any() and not any(self.body.take(i, a).any() for a in (0, 1) for i in (0, -1))
+    def cut(self, axis:int)->float: # 0 across, 1 front to back -> share of slices
+        "In how many slices the body is cut off by a border of the field of view"
+        touched = self.body.take(0, axis).any(0) | self.body.take(-1, axis).any(0)
+        return float(touched.mean())
 
 def anatomy(v:Volume, mm:float=5.)->Anatomy:
     "Body and air inside it, on every n-th voxel"
@@ -137,7 +138,7 @@ def _share(a, b): return float(a.sum()/max(b.sum(), 1))
 def back_is_back(a:Anatomy)->float: # > 0: bone is at the back; < 0: at the front; 0: not known
     "Bone in the rear against bone in the front third of the body, near the midline"
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
-    if not a.whole or len(x) < 6 or len(y) < 6: return 0.
+    if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6: return 0.
     third = lambda i, k: slice(i[0]+k*len(i)//3, i[0]+(k+1)*len(i)//3)
     bone = (a.hu > 300) & a.body
     back, front = bone[third(x, 1), third(y, 0)].sum(), bone[third(x, 1), third(y, 2)].sum()
@@ -174,7 +175,7 @@ def field_of_view(v:Volume):
     up = int(np.argmax(np.abs(v.affine[2, :3])))
     covers, a = v.spacing[up]*v.hu.shape[up], anatomy(v)
     litres = a.litres
-    if covers >= 100 and litres < 0.15 and (a.whole or not (a.hu < -400).mean() > 0.05):
+    if covers >= 100 and litres < 0.15 and max(a.cut(0), a.cut(1)) < 0.5:
         yield Finding("error", "field of view", f"{litres:.2f} litres of air inside the body in {covers:.0f} mm", "lungs, 1 to 9 litres", "this is no chest: take it out")
     elif covers < 180: yield Finding("warning", "field of view", f"covers {covers:.0f} mm", "250 to 400 mm, a whole chest", "what lies outside is not there for the model")
     elif litres < 1: yield Finding("warning", "field of view", f"{litres:.2f} litres of air inside the body", "lungs, 1 to 9 litres", "the chest is in it in part at most")

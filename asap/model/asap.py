@@ -88,5 +88,5 @@ def config(p, arm:dict, text_dim:int, vocab:int)->dict: # plain JSON
     "What a model of this study and arm is built from; `p` has the sections volumes, model, pretrain, anatomy"
     dump = lambda x: x if isinstance(x, dict) else x.model_dump(by_alias=True) if hasattr(x, "model_config") else x.model_dump()
     model = dump(p.model)
-    return dict(size=list(p.volumes.size), patch=list(model["patch"]), model=model, arm=dump(arm), n_organs=len(dump(p.anatomy.groups)), organs=list(dump(p.anatomy.groups)),
+    return dict(size=list(p.volumes.size), spacing=list(p.volumes.spacing), hu=list(p.volumes.hu), patch=list(model["patch"]), model=model, arm=dump(arm), n_organs=len(dump(p.anatomy.groups)), organs=list(dump(p.anatomy.groups)),
                 pretrain={k: v for k, v in dump(p.pretrain).items() if k in ("visible", "max_share", "temperature", "duplicate")}, text_dim=text_dim, vocab=vocab)

@@ -42,8 +42,10 @@ def load_model(
     return model.eval()
 
 def load(folder)->torch.nn.Module: # ViT3D in eval mode
-    "The encoder: `tokens(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first"
-    return load_model(folder).vit
+    "The encoder: `tokens(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first; `size`, `spacing`, `window` say what it takes"
+    model = load_model(folder)
+    model.vit.spacing, model.vit.window = tuple(model.config["spacing"]), tuple(model.config["hu"])
+    return model.vit
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b57c52cc
 def card(arm, config, metrics, study)->str: # Markdown

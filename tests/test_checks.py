@@ -8,7 +8,7 @@ from asap.data.checks import check_mask, load
 from asap.data.volumes import Source, read
 from asap.phantom.abnormalities import chest
 
-C = chest(("checks", 1), (96, 96, 48), (3.5, 3.5, 7.), present=["Lung nodule"])
+C = chest(("checks", 11), (96, 96, 48), (3.5, 3.5, 7.), present=["Lung nodule"])
 HU, AT = C.hu[::-1, ::-1], np.diag([-1, -1, 1, 1.])@C.affine # LPS, as scanners write
 
 def float_with(value): # one voxel of a float volume

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Finding', 'finite', 'size', 'hounsfield', 'spacing', 'slices', 'body_mask', 'Anatomy', 'anatomy',
-           'back_is_back', 'head_is_up', 'orientation', 'field_of_view', 'check', 'load', 'check_mask']
+           'bone_in_slices', 'head_is_up', 'orientation', 'field_of_view', 'check', 'load', 'check_mask']
 
 # %% ../../nbs/2_data/21_checks.ipynb #fb955e69
 from dataclasses import dataclass
@@ -135,14 +135,13 @@ def anatomy(v:Volume, mm:float=5.)->Anatomy:
 # %% ../../nbs/2_data/21_checks.ipynb #7cc766c7
 def _share(a, b): return float(a.sum()/max(b.sum(), 1))
 
-def back_is_back(a:Anatomy)->float: # > 0: bone is at the back; < 0: at the front; 0: not known
-    "Bone in the rear against bone in the front third of the body, near the midline"
+def bone_in_slices(a:Anatomy)->tuple: # share of slices with bone near the midline in the front third, and in the rear third
+    "The spine is in every slice; sternum, calcium and metal are in some"
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
-    if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6: return 0.
+    if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6: return 0., 0.
     third = lambda i, k: slice(i[0]+k*len(i)//3, i[0]+(k+1)*len(i)//3)
-    bone = (a.hu > 300) & a.body
-    back, front = bone[third(x, 1), third(y, 0)].sum(), bone[third(x, 1), third(y, 2)].sum()
-    return float((back-front)/(back+front)) if back+front > 50 else 0.
+    bone = ((a.hu > 300) & a.body)[third(x, 1)]
+    return tuple(float((bone[:, third(y, k)].sum((0, 1)) >= 2).mean()) for k in (2, 0))
 
 def head_is_up(a:Anatomy)->float: # > 0: the windpipe is on top; < 0: below; 0: not known
     "Air in the middle of the body in the top against the bottom fifth of the lungs"
@@ -164,8 +163,8 @@ def orientation(v:Volume):
         return
     if v.facts.get("intensity", "hu") == "mr" or not np.isfinite(v.affine).all() or min(v.hu.shape) < 8: return
     a = anatomy(v)
-    back, head = back_is_back(a), head_is_up(a)
-    if back < -0.5: yield Finding("error", "orientation", f"{(1-back)/2:.0%} of the bone near the midline is in the front third", "the spine at the back", f"front and back are swapped in the header (axes {v.axes}): write it again")
+    (front, rear), head = bone_in_slices(a), head_is_up(a)
+    if front > 0.85 and rear < 0.7: yield Finding("error", "orientation", f"bone near the midline in {front:.0%} of the slices in front and in {rear:.0%} at the back", "the spine at the back of every slice", f"front and back are swapped in the header (axes {v.axes}): write it again")
     if head < -0.7: yield Finding("error", "orientation", f"{(1-head)/2:.0%} of the air in the midline is at the lower end of the lungs", "the windpipe at the upper end", f"head and feet are swapped in the header (axes {v.axes}): write it again")
 
 @_rule

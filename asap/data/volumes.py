@@ -344,7 +344,7 @@ def standard(
     out = resample(v.hu, v.affine, shape, new, fill=hu[0], clip=hu)
     return Volume(np.rint(out, out=out).astype(np.int16), new, dict(path=v.facts.get("path", "")))
 
-# %% ../../nbs/2_data/20_volumes.ipynb #b2b049e5
+# %% ../../nbs/2_data/20_volumes.ipynb #342d91c5
 def crop(
     path, # uncompressed .nii
     start, # voxel, may be negative
@@ -357,8 +357,9 @@ def crop(
 
 def cut(data, start, size, fill)->np.ndarray:
     "A box of an array, padded where it leaves it"
-    out = np.full(size, fill, data.dtype)
     a = [max(s, 0) for s in start]; b = [min(s+n, m) for s, n, m in zip(start, size, data.shape)]
+    if all(y-x == n for x, y, n in zip(a, b, size)): return np.array(data[tuple(slice(x, y) for x, y in zip(a, b))], order="K")
+    out = np.full(size, fill, data.dtype)
     if all(x < y for x, y in zip(a, b)):
         out[tuple(slice(x-s, y-s) for x, y, s in zip(a, b, start))] = data[tuple(slice(x, y) for x, y in zip(a, b))]
     return out

@@ -73,13 +73,13 @@ def efficiency(macro:pd.DataFrame, ceiling, out):
     ax.legend(frameon=False, fontsize=8)
     keep(fig, macro, out, "efficiency")
 
-def organ_bars(rows:pd.DataFrame, names, out): # organs.csv of one arm
+def organ_bars(rows:pd.DataFrame, names, visible:float, out): # organs.csv of one arm, groups, share of patches that the model saw
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"
     import matplotlib.pyplot as plt, seaborn as sns
     style()
     every = ["background", *names]
     data = pd.DataFrame([dict(organ=every[c], guess=m, error=rows[f"group{c}_{k}"].mean()) for c in range(len(every))
-                         for k, m in (("model", "model, 25 % of patches seen"), ("mean", "mean share at the place"), ("median", "median share at the place"))])
+                         for k, m in (("model", f"model, {visible:.0%} of patches seen"), ("mean", "mean share at the place"), ("median", "median share at the place"))])
     fig, ax = plt.subplots(figsize=(6.4, 2.8))
     sns.barplot(data, x="organ", y="error", hue="guess", ax=ax)
     ax.set(xlabel="", ylabel="mean absolute error of the share"); ax.tick_params(axis="x", rotation=30); plt.setp(ax.get_xticklabels(), ha="right"); ax.legend(title="", frameon=False, fontsize=8)

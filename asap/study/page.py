@@ -29,7 +29,7 @@ p{margin:.6rem 0} a{color:var(--accent)} .soft{color:var(--soft);font-size:.92re
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;margin:1.2rem 0} .card{background:var(--wash);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem}
 .card b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums} .card span{font-size:.86rem;color:var(--soft)}
 .fig{margin:1rem 0} .fig img{max-width:100%;height:auto;display:block;border-radius:6px} figcaption{font-size:.9rem;color:var(--soft);margin-top:.4rem}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%} th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap} th:first-child,td:first-child{text-align:left}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%} th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap} .n{text-align:right}
 details{margin:.8rem 0} summary{cursor:pointer;color:var(--accent)} pre{background:var(--wash);border:1px solid var(--line);border-radius:6px;padding:.8rem;overflow-x:auto;font-size:.82rem} blockquote{margin:.6rem 0;padding:.1rem 1rem;border-left:3px solid var(--line);color:var(--soft)}
 footer{margin:4rem 0 2rem;color:var(--soft);font-size:.86rem}
 """
@@ -47,8 +47,12 @@ def picture(path, caption="")->str:
     return f'<figure class="fig"><img alt="{html.escape(caption or path.stem)}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 def table(t:pd.DataFrame, digits:int=3)->str:
-    "A table that scrolls sideways on a phone"
-    return f'<div class="wide">{t.to_html(index=False, border=0, float_format=lambda v: f"{v:.{digits}f}", na_rep="")}</div>'
+    "A table that scrolls sideways on a phone; numbers to the right, words to the left"
+    number = {c: pd.api.types.is_numeric_dtype(t[c]) for c in t}
+    show = lambda c, v: "" if pd.isna(v) else f"{v:.{digits}f}" if pd.api.types.is_float_dtype(t[c]) else html.escape(str(v))
+    cell = lambda tag, c, text: f"<{tag}{' class=n' if number[c] else ''}>{text}</{tag}>"
+    rows = "".join("<tr>"+"".join(cell("td", c, show(c, v)) for c, v in zip(t, r))+"</tr>" for r in t.itertuples(index=False))
+    return f'<div class="wide"><table><thead><tr>{"".join(cell("th", c, html.escape(str(c))) for c in t)}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 def cards(items:list)->str: # (figure, what it is)
     return '<div class="cards">'+"".join(f"<div class='card'><b>{html.escape(str(a))}</b><span>{html.escape(b)}</span></div>" for a, b in items)+"</div>"
@@ -94,13 +98,13 @@ def ceiling(csv, how)->str:
             f"{csv.twin_auc.min():.3f}.</p><details><summary>By label</summary>"+table(csv)+"</details>")
 
 # %% ../../nbs/8_study/83_page.ipynb #c4e4135f
-def learnt(tables, figures, text)->str:
+def learnt(tables, figures, text, visible)->str:
     "Curves and organ shares"
     body = BRIEF+picture(figures/"curves.png", "Losses of pre-training, step by step.")
     if (tables/"organs.csv").exists():
         for r in pd.read_csv(tables/"organs.csv").to_dict("records"):
             verdict = "below" if r["hi"] < 0 else "above" if r["lo"] > 0 else "not distinguishable from"
-            body += (f"<p>Organ shares of held-out patients from a quarter of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {verdict} the best guess by place alone "
+            body += (f"<p>Organ shares of held-out patients from {visible:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {verdict} the best guess by place alone "
                      f"({r['best']}, {r['guess']:.4f}); difference {r['difference']:+.4f} [{r['lo']:+.4f}, {r['hi']:+.4f}], {r['patients']} patients.</p>")
     body += picture(figures/"organs.png", "Error of the share of each organ: the model against guesses that know the place of a patch and nothing of the image.")
     if "accuracy" not in text: return body+f"<p>The frozen text encoder is {html.escape(text['encoder'])}.</p>"
@@ -120,10 +124,11 @@ def real(status, folder)->str:
 
 def sentence_rows(path)->str: return "<details><summary>Where each region lies</summary>"+table(pd.read_csv(path))+"</details>" if path.exists() else ""
 
-def inputs(figures, sample, quarantined)->str:
-    "Pictures of what went in, a report, what was left out"
+def inputs(figures, sample, left_out:int, warnings:int, scans:int)->str:
+    "Pictures of what went in, a report, how much was left out (names and reasons stay in the tables of the cohort)"
     report = f"<h3>A phantom's report</h3><blockquote>{html.escape(sample['findings'])}<br><b>Impression.</b> {html.escape(sample['impression'])}</blockquote>"
-    out = f"<p>{len(quarantined)} cases were left out"+(":</p>"+table(quarantined) if len(quarantined) else ".</p>")
+    out = f"<p>Left out: {left_out} cases; warnings: {warnings}. Names and reasons: <code>quarantine.csv</code> and <code>warnings.csv</code> in <code>build/cohorts/</code>.</p>"
+    out += f"<p>Beside the phantoms, <a href='#real'>{scans} real CT scan{'s' if scans != 1 else ''}</a>, looked at and never trained on.</p>"
     return BRIEF+picture(figures/"inputs.png", "Phantoms of the train split, coronal and axial, with their labels.")+report+out
 
 # %% ../../nbs/8_study/83_page.ipynb #f1abde53
@@ -144,7 +149,7 @@ def run(
     p, # params, all sections
     folder:Path, # runs/
     table_, # cohort table
-    quarantined, # table of cases that were left out
+    left_out:int, warnings:int, # cases, and warnings on others
     status:dict, # of the real CT
     ceiling_csv, ceiling_json, # benchmarks/, or None
 )->Path: # the page
@@ -154,8 +159,8 @@ def run(
     macro = pd.read_csv(tables/"macro.csv")
     head = [(f"{r['auc']:.3f}", f"macro AUC of 18 abnormalities, {r['arm']}, {r['fraction']:.0%} of the labels") for r in macro.to_dict("records")]
     if ceiling_csv is not None: head.append((f"{ceiling_csv.cnn_auc.mean():.3f}", "macro AUC of a supervised CNN given all labels: what this data allows"))
-    sections = [("summary", "In short", PHANTOM+cards(head)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, table_.iloc[0], quarantined)),
-                ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"))), ("probe", "What a probe finds", probe(p, tables)),
+    sections = [("summary", "In short", PHANTOM+cards(head)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, table_.iloc[0], left_out, warnings, len(status["scans"]))),
+                ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("probe", "What a probe finds", probe(p, tables)),
                 ("ceiling", "What this data allows", ceiling(ceiling_csv, ceiling_json)), ("real", "Real CT", real(status, folder/"grounding")),
                 ("notebooks", "The executed notebooks", notebooks(folder/"notebooks", out))]
     body = Environment().from_string(TEMPLATE).render(title=p.page.title, style=STYLE, sections=[dict(id=i, title=t, body=b) for i, t, b in sections])

@@ -22,11 +22,12 @@ LABELS = dict(lung_upper_lobe_left=10, lung_lower_lobe_left=11, lung_upper_lobe_
 
 def traits(
     seed, # anything that names a patient, such as (1, "train", 7)
+    contrast:float=0.5, # share of scans with contrast medium
 )->dict: # what this body is and how it lies
     "Draw a patient: build, pose, densities, contrast"
     r = rng("body", seed)
     u = r.uniform
-    contrast = r.random() < 0.5
+    contrast = r.random() < contrast
     return dict(
         scale=u(0.84, 1.08), wide=u(0.92, 1.06), deep=u(0.9, 1.12), tall=u(0.88, 1.12), shift=[u(-18, 18), u(-18, 18), u(-32, 32)], turn=u(-8, 8),
         fat=u(6, 26), age=int(r.integers(25, 90)), sex=str(r.choice(["M", "F"])),
@@ -149,9 +150,10 @@ def body(
     size=(96, 96, 48), # voxels
     spacing=(3.5, 3.5, 7.), # mm
     heart_factor:float=1., # 1.3 for an enlarged heart
+    contrast:float=0.5, # share of scans with contrast medium
 )->Body:
     "Draw a chest"
-    t = traits(seed)
+    t = traits(seed, contrast)
     f = frame(t, size, spacing)
     hu, cavity = soft(f, t)
     labels = np.zeros(size, np.uint8)

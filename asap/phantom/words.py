@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESENT', 'ABSENT', 'NORMAL', 'ASK', 'HAZARD', 'degree', 'sentence', 'Report', 'report', 'questions', 'outcome',
-           'Recon', 'Case', 'spacing_of', 'regrid', 'case']
+           'Recon', 'Case', 'spacing_of', 'regrid', 'mask_on', 'case']
 
 # %% ../../nbs/1_phantom/12_words.ipynb #2c47818e
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.ndimage import affine_transform
 
 from ..core import rng
-from .abnormalities import ABNORMALITIES, Chest, chest, scanner
+from .abnormalities import ABNORMALITIES, SAME, Chest, Shift, chest, scanner
 
 # %% ../../nbs/1_phantom/12_words.ipynb #a53feac4
 PRESENT = {
@@ -142,6 +142,7 @@ class Case:
     findings:list
     questions:list
     outcome:dict
+    masks:dict = field(default_factory=dict) # abnormality -> bool on the first reconstruction's grid
 
 def spacing_of(seed, recon, spacing)->tuple: # mm, rounded to a hundredth
     "A reconstruction's own spacing, near the study's"
@@ -158,6 +159,11 @@ def regrid(c:Chest, spacing)->tuple: # clean float32, labels uint8, affine
     affine = np.diag([*spacing, 1.]); affine[:3, 3] = -(np.array(shape)-1)/2*np.array(spacing)
     return clean, labels, affine
 
+def mask_on(c:Chest, mask, r:Recon)->np.ndarray: # bool
+    "A lesion's mask on a reconstruction's grid"
+    m = np.linalg.inv(c.affine)@r.affine
+    return affine_transform(mask.astype(np.uint8), m.diagonal()[:3], m[:3, 3], r.hu.shape, order=0, mode="constant") > 0
+
 def case(
     seed:int, # of the study
     split:str, # "train" or "valid"
@@ -165,13 +171,16 @@ def case(
     size=(96, 96, 48), # of the study's grid
     spacing=(3.5, 3.5, 7.), # mm
     recon_share:float=0.2, # scans with a second reconstruction
+    shift:Shift=SAME, # of the hospital
+    masks=(), # abnormalities whose masks are wanted
 )->Case:
     "Draw one patient of a cohort"
     key, recons = (seed, split, index), []
-    c = chest(key, size, spacing)
+    c = chest(key, size, spacing, shift=shift)
     for n in range(1+(rng("recons", key).random() < recon_share)):
-        own = spacing_of(key, n, spacing)
+        own = spacing_of(key, n, np.multiply(spacing, shift.spacing))
         clean, labels, affine = regrid(c, own)
-        recons.append(Recon(scanner(clean, key, own, n), labels, affine, ["standard", "sharp"][n]))
+        recons.append(Recon(scanner(clean, key, own, n, shift), labels, affine, ["standard", "sharp"][n]))
+    found = {f.name: mask_on(c, f.mask, recons[0]) for f in c.findings if f.name in masks}
     return Case(f"{split}_{index}", c.traits["age"], c.traits["sex"], c.traits["contrast"], recons, report(c, key),
-                {n: int(c.has(n)) for n in ABNORMALITIES}, c.findings, questions(c, key), outcome(c, key))
+                {n: int(c.has(n)) for n in ABNORMALITIES}, c.findings, questions(c, key), outcome(c, key), found)

@@ -66,30 +66,28 @@ def stage(
 def find_scans(paths:list)->list: # (name, path), names unique
     "Files and folders that are a scan, in the folders given too"
     from asap.data.volumes import PICTURES, SUFFIXES, suffix
-    out = []
-    def walk(p, base):
+    out, loose = [], (".dcm", ".ima")
+    def walk(p):
         if not p.exists(): raise FileNotFoundError(f"{p} is missing")
-        if p.is_file(): return out.append((p, base))
+        if p.is_file(): return out.append(p)
         files = [f for f in sorted(p.iterdir()) if not f.name.startswith(".")]
-        volumes = [f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in (".dcm", ".ima")]
-        slices = [f for f in files if f.is_file() and (suffix(f) in ("", ".dcm", ".ima") or f.suffix.lower() in PICTURES or f.suffix[1:].isdigit())]
-        out.extend((f, base) for f in volumes)
-        if slices and not volumes: out.append((p, base))
+        volumes = [f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in loose]
+        slices = [f for f in files if f.is_file() and (suffix(f) in ("", *loose) or f.suffix.lower() in PICTURES or f.suffix[1:].isdigit())]
+        out.extend(volumes or ([p] if slices else []))
         for f in files:
-            if f.is_dir(): walk(f, base)
-    for p in map(Path, paths): walk(p, p if p.is_dir() else p.parent)
-    return _named(out)
+            if f.is_dir(): walk(f)
+    for p in map(Path, paths): walk(p)
+    return list(zip(_names(out), out))
 
-def _named(found)->list: # a name from the file; with its folders where two files have the same one
+def _names(paths)->list: # the file's name; with as many of its folders as it takes where two have the same
     from asap.data.volumes import suffix
-    stem = lambda p: p.name[:-len(suffix(p))] if p.is_file() and suffix(p) else p.name
-    long = lambda p, base: "_".join([*p.relative_to(base).parts[:-1], stem(p)]) if p != base else stem(p)
-    count = {}
-    for p, _ in found: count[stem(p)] = count.get(stem(p), 0)+1
-    names = [stem(p) if count[stem(p)] == 1 else long(p, base) for p, base in found]
-    twice = [n for n in names if names.count(n) > 1]
-    if twice: raise ValueError(f"two scans would be called `{twice[0]}`: give their folders in separate runs")
-    return [(n, p) for n, (p, _) in zip(names, found)]
+    parts = [[*p.resolve().parts[1:-1], p.name[:-len(suffix(p))] if p.is_file() and suffix(p) else p.name] for p in paths]
+    depth = [1]*len(paths)
+    while True:
+        names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
+        same = [i for i, n in enumerate(names) if names.count(n) > 1 and depth[i] < len(parts[i])]
+        if not same: return names
+        for i in same: depth[i] += 1
 
 def _source(a): # what the options declare
     from asap.data.volumes import Source

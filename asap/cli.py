@@ -7,6 +7,7 @@ __all__ = ['stage', 'find_scans', 'check', 'standardise', 'organs', 'embed', 'ma
 
 # %% ../nbs/90_cli.ipynb #ada30da1
 import argparse, contextlib, os, sys, tempfile, threading, time
+from collections import Counter
 from pathlib import Path
 
 from .core import Quarantine, atomic, load_params, progress, root, say, write_json
@@ -65,19 +66,25 @@ def stage(
 # %% ../nbs/90_cli.ipynb #d4db1d11
 def find_scans(paths:list)->list: # (name, path), names unique
     "Files and folders that are a scan, in the folders given too"
-    from asap.data.volumes import PICTURES, SUFFIXES, suffix
+    from asap.data.volumes import SUFFIXES, suffix
     out, loose = [], (".dcm", ".ima")
     def walk(p):
         if not p.exists(): raise FileNotFoundError(f"{p} is missing")
         if p.is_file(): return out.append(p)
         files = [f for f in sorted(p.iterdir()) if not f.name.startswith(".")]
         volumes = [f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in loose]
-        slices = [f for f in files if f.is_file() and (suffix(f) in ("", *loose) or f.suffix.lower() in PICTURES or f.suffix[1:].isdigit())]
-        out.extend(volumes or ([p] if slices else []))
+        out.extend(volumes or ([p] if any(f.is_file() and _slice(f) for f in files) else []))
         for f in files:
             if f.is_dir(): walk(f)
     for p in map(Path, paths): walk(p)
+    out = list(dict.fromkeys(out))
     return list(zip(_names(out), out))
+
+def _slice(f)->bool: # one slice of a series or of a folder of pictures
+    from asap.data.volumes import PICTURES
+    if f.suffix.lower() in (".dcm", ".ima", *PICTURES): return True
+    if f.suffix and not f.suffix[1:].isdigit(): return False
+    with open(f, "rb") as h: return h.read(132)[128:] == b"DICM"
 
 def _names(paths)->list: # the file's name; with as many of its folders as it takes where two have the same
     from asap.data.volumes import suffix
@@ -85,7 +92,8 @@ def _names(paths)->list: # the file's name; with as many of its folders as it ta
     depth = [1]*len(paths)
     while True:
         names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
-        same = [i for i, n in enumerate(names) if names.count(n) > 1 and depth[i] < len(parts[i])]
+        count = Counter(names)
+        same = [i for i, n in enumerate(names) if count[n] > 1 and depth[i] < len(parts[i])]
         if not same: return names
         for i in same: depth[i] += 1
 

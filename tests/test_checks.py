@@ -57,6 +57,7 @@ REFUSED = { # what: (writes the file, declared, words of the message)
     "HU twice": (lambda d: nifti(C.hu-1024, C.affine, d/"a.nii.gz"), Source(), "applied twice"),
     "HU never": (lambda d: nifti(C.hu+1024, C.affine, d/"a.nii.gz"), Source(), "the intercept (-1024) was never applied"),
     "8-bit": (lambda d: nifti(np.clip(C.hu/8+125, 0, 255).astype(np.uint8), C.affine, d/"a.nii.gz"), Source(), "8-bit pictures of a display window"),
+    "a mask": (lambda d: nifti(C.labels, C.affine, d/"a.nii.gz"), Source(), "this is a mask"),
     "undeclared pictures": (lambda d: pictures(C.hu, d/"p"), Source(), "declare the window"),
     "MR in a DICOM": (lambda d: dicom(HU, AT, d/"s", Modality="MR"), Source(), "modality MR; expected CT"),
     "MR": (lambda d: nifti((np.abs(C.hu.astype(float))/3+400).astype(np.int16), C.affine, d/"a.nii.gz"), Source(), "this is no CT"),

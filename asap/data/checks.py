@@ -60,11 +60,13 @@ def hounsfield(v:Volume):
     low, high = np.percentile(x, [0.5, 99.9])
     if low < -1150:
         yield Finding("error", "hounsfield", f"the darkest half per cent is below {low:.0f}", "air at about -1000 HU", "slope and intercept were applied twice: read the file without rescaling it again")
+    elif low > -500 and x.min() >= 0 and len(np.unique(x)) <= 130:
+        yield Finding("error", "hounsfield", f"{len(np.unique(x))+1} different values, {v.hu.min():g} to {v.hu.max():g}", "a CT", "this is a mask: give it as the organ map or target of its image")
     elif low > -500 and x.min() >= 0 and high <= 255:
-        yield Finding("error", "hounsfield", f"values {x.min():g} to {x.max():g}", "air at about -1000 HU", "these are 8-bit pictures of a display window: declare the window, Source(intensity=('window', lo, hi))")
+        yield Finding("error", "hounsfield", f"values {x.min():g} to {x.max():g}", "air at about -1000 HU", "these are 8-bit pictures of a display window: declare the window, Source(intensity=('window', lo, hi)) or --window LO HI")
     elif low > -500:
         soft = float(((x > 950) & (x < 1250)).mean())
-        why = "the intercept (-1024) was never applied: rescale the file" if soft > 0.1 else "this is no CT, or no air is in the field of view: declare the intensity (MR: Source(intensity='mr'))"
+        why = "the intercept (-1024) was never applied: rescale the file" if soft > 0.1 else "this is no CT, or no air is in the field of view: declare the intensity (MR: Source(intensity='mr') or --mr)"
         yield Finding("error", "hounsfield", f"nothing is darker than {low:.0f}", "air at about -1000 HU", why)
     if not v.facts.get("rescaled", True): yield Finding("warning", "hounsfield", "slices without RescaleIntercept", "one in every CT slice", "the values were taken as HU as they are")
 
@@ -74,7 +76,7 @@ def spacing(v:Volume):
     "A spacing that the file gives and that a chest CT can have"
     s, mm = np.round(v.spacing, 3), np.array(v.spacing)*v.hu.shape
     if not v.facts.get("spaced", True):
-        yield Finding("error", "spacing", "the file gives no spacing (its affine is the identity)", "millimetres along each axis", "declare it, Source(spacing=(x, y, z)), or write the header again")
+        yield Finding("error", "spacing", "the file gives no spacing (its affine is the identity)", "millimetres along each axis", "declare it, Source(spacing=(x, y, z)) or --spacing X Y Z, or write the header again")
     elif not all(0.2 <= x <= 20 for x in s):
         yield Finding("error", "spacing", f"spacing {tuple(s.tolist())} mm", "0.2 to 20 mm", "the header has no believable spacing: metres for millimetres, or a lost field?")
     elif not (100 <= np.sort(mm)[1] and mm.max() <= 2500):

@@ -13,6 +13,7 @@ def readme()->str:
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith("#| hide"))]
     for c in nb.cells:
         if c.cell_type == "code": c.update(outputs=[], source="\n".join(x for x in c.source.splitlines() if not x.startswith("#|")))
+    nb.metadata.language_info = dict(name="python")
     body, _ = MarkdownExporter().from_notebook_node(nb)
     lines = [line.rstrip() for line in body.strip().splitlines()]
     return "<!-- made from nbs/index.ipynb by `make readme`: edit that page, not this file -->\n" + "\n".join(lines) + "\n"

@@ -202,13 +202,21 @@ def _sentence(err, path)->str: # one error of pydantic as a sentence that says w
     note = "; write 0.001, not 1e-3, which YAML reads as text" if isinstance(value, str) and "number" in err["msg"] else ""
     return f"{path}: `{key}` is {value!r}: {err['msg'].removeprefix('Value error, ')}{note}"
 
+class _Once(yaml.SafeLoader):
+    "YAML in which a key stands once: of two, PyYAML would take the last and say nothing"
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k, _ in node.value]
+        twice = next((k for k, _ in node.value if keys.count(k.value) > 1), None)
+        if twice is not None: raise yaml.constructor.ConstructorError(None, None, f"key `{twice.value}` stands there twice: keep one", twice.start_mark)
+        return super().construct_mapping(node, deep)
+
 def load_params(
     path:Path|str|None=None, # YAML file; the project's params.yaml when None
 )->"Params": # validated, frozen, attribute access
     "Read and check a file of params; `ValueError` names each wrong key, its value and what is allowed"
     path = Path(path or root()/"params.yaml")
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: restore it with `git checkout {path.name}`")
-    try: raw = yaml.safe_load(path.read_text(encoding="utf8"))
+    try: raw = yaml.load(path.read_text(encoding="utf8"), _Once)
     except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(raw, dict): raise ValueError(f"{path} holds {type(raw).__name__}, expected sections such as `study:`")
     try: return Params.model_validate(raw)

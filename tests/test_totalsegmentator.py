@@ -6,6 +6,7 @@ from tiny_totalsegmentator import write_tiny
 
 from asap.anatomy import segment as seg
 from asap.anatomy.organs import group_map
+from asap.cli import main
 from asap.core import load_params
 from asap.data.volumes import Volume, write
 from asap.phantom.abnormalities import chest
@@ -70,6 +71,17 @@ def test_fill(scan, place, monkeypatch):
     assert run(fewer)[0] and np.asanyarray(nib.load(place/"organs/a.nii.gz").dataobj).min() == 1
     monkeypatch.setattr(seg, "labels", lambda *a: np.zeros(v.hu.shape, np.uint8))
     with pytest.raises(ValueError, match="none of 2 cases"): run()
+
+def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
+    "`asap organs`: a map on the standard grid; without weights, an exit code and a sentence"
+    v, found = scan
+    write(v.hu, v.affine, tmp_path/"a.nii.gz")
+    command = ["organs", str(tmp_path/"a.nii.gz"), "-o", str(tmp_path/"out"), "--to", "7", "7", "14"]
+    assert main(command) == 0
+    img = nib.load(tmp_path/"out/a_organs.nii.gz")
+    assert img.shape == v.hu.shape and np.array_equal(np.asanyarray(img.dataobj), group_map(found, P.groups))
+    monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path/"none"))
+    assert main(command) == 1 and "TotalSegmentator's weights are not whole" in capsys.readouterr().err
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_absent_weights_are_named(place, monkeypatch, tmp_path, fast):

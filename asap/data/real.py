@@ -112,7 +112,7 @@ def sentences(s:Scan, files:Path, v:Volume)->list: # rows: sentence, source
 def one(
     s:Scan,
     files:Path, # the extracted folder
-    out:Path, # image.nii, organ_map.nii.gz, lesion.nii.gz, sentences.json: those that there are
+    out:Path, # image.nii; organ_map.nii.gz, lesion.nii.gz, sentences.json and the measurements: those that there are
     spacing, hu,
     organs:dict, # "masks": (masks, shape, affine, hu) -> map, first; else "labels": (path, shape, affine) -> map
 )->dict: # what is known of it
@@ -129,6 +129,7 @@ def one(
         write(resample((lesion.hu > 0).astype(np.uint8), lesion.affine, std.hu.shape, std.affine, order=0, fill=0), std.affine, out/"lesion.nii.gz")
     rows = sentences(s, files, v)
     if rows: write_json(rows, out/"sentences.json")
+    for r in s.reports: write_json(read_json(files/r), out/Path(r).name)
     return dict(what=s.what, format=v.facts["format"], shape=list(v.hu.shape), spacing=[round(x, 3) for x in v.spacing], axes=v.axes, hu=[int(v.hu.min()), int(v.hu.max())],
                 masks=len(m) or (1 if s.labels else 0), organ_map=organ_map is not None, lesion=bool(s.lesion), sentences=len(rows), warnings=[str(f) for f in warnings])
 

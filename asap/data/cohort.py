@@ -151,8 +151,9 @@ def prepare(
     bad = _report(made, bad or Quarantine(), quarantine)
     kept = table[~table.case.isin({r["case"] for r in bad.rows})].reset_index(drop=True)
     if not len(kept): raise ValueError(f"none of {len(table)} cases could be prepared; the first: {bad.rows[0]['reason']}")
+    mine = {f"{c}{s}" for c in kept.case for s in (".nii", ".nii.gz", ".json")}
     for f in [*out.glob("[!.]*.nii"), *out.glob("[!.]*.json"), *organs_out.glob("[!.]*.nii.gz")]: # what an earlier table had and this one has not
-        if f.name.split(".")[0] not in set(kept.case): f.unlink()
+        if f.name not in mine: f.unlink()
     return kept.assign(image=[str(out/f"{c}.nii") for c in kept.case],
                        organ_map=[str(organs_out/f"{c}.nii.gz") if m else "" for c, m in zip(kept.case, kept.organ_map)])
 

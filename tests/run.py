@@ -18,7 +18,7 @@ class Count:
         if report.failed: self.failed += 1
 
 count = Count()
-code = pytest.main(["-q", "-n", "2", "--dist", "loadgroup", "--durations", "15", *sys.argv[1:]], plugins=[count])
+code = pytest.main(["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "15", *sys.argv[1:]], plugins=[count])
 if code and not count.failed: count.failed = 1
 print(f"{count.passed} passed, {count.failed} failed" + (f", {count.skipped} skipped" if count.skipped else ""))
 sys.exit(int(code))

@@ -9,7 +9,6 @@ from asap.data.checks import body_mask, check_mask, load
 from asap.data.volumes import open_nifti, read, standard
 
 P = load_params()
-pytestmark = pytest.mark.xdist_group("real")
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):

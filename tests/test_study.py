@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil, pytest, yaml
 from conftest import TOP
 
-pytestmark = [pytest.mark.study, pytest.mark.xdist_group("study")]
+pytestmark = pytest.mark.study
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "ASAP_ROOT": ""}
 
 def run(*args, cwd, check=True)->str:

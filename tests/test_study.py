@@ -18,15 +18,21 @@ def ran(text)->set[str]:
     "Stages that a repro executed"
     return set(re.findall(r"Running stage '([^']+)'", text))
 
-def edit(clone, **changed):
-    "Set section__key in the clone's params.yaml; returns what stood there"
-    f = clone/"params.yaml"
-    raw, old = yaml.safe_load(f.read_text()), f.read_text()
+def change(clone, **changed):
+    "Set section__key in the clone's params.yaml"
+    raw = yaml.safe_load((clone/"params.yaml").read_text())
     for name, value in changed.items():
         section, key = name.split("__")
         raw[section][key] = value
-    f.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return old
+    (clone/"params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+@contextlib.contextmanager
+def edited(clone, **changed):
+    "The same, until the test ends, well or not"
+    old = (clone/"params.yaml").read_text()
+    change(clone, **changed)
+    try: yield
+    finally: (clone/"params.yaml").write_text(old)
 
 def digest(path)->str: return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -71,55 +77,52 @@ def test_a_second_repro_runs_nothing(clone):
     assert not ran(run("dvc", "repro", cwd=clone))
 
 def test_a_changed_number_reruns_what_depends_on_it(clone):
-    old = edit(clone, tables__bootstrap=60)
-    assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "page"} | {"classify"}
-    (clone/"params.yaml").write_text(old)
+    with edited(clone, tables__bootstrap=60): assert ran(run("dvc", "repro", cwd=clone)) == {"classify", "tables", "figures", "page"}
     run("dvc", "repro", cwd=clone)
 
 def test_an_edited_arm_reruns_alone(clone):
-    raw = yaml.safe_load((clone/"params.yaml").read_text())
-    raw["arms"]["asap"]["organs"] = 2
-    old = (clone/"params.yaml").read_text()
-    (clone/"params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
-    status = run("dvc", "repro", "--dry", "-P", cwd=clone)
-    (clone/"params.yaml").write_text(old)
-    assert "pretrain@asap" in ran(status) and "pretrain@scratch" not in ran(status) and "prepare@ct_rate" not in ran(status)
+    arm = yaml.safe_load((clone/"params.yaml").read_text())["arms"]["asap"]
+    with edited(clone, arms__asap=dict(arm, organs=2)): status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
+    assert "pretrain@asap" in status and not status & {"pretrain@scratch", "prepare@ct_rate", "synthesize", "text"}
 
 def test_a_wrong_key_stops_before_anything_runs(clone):
-    old = edit(clone, pretrain__step=10)
-    text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
-    (clone/"params.yaml").write_text(old)
+    with edited(clone, pretrain__step=10): text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
     assert "unknown key `pretrain.step`: did you mean `steps`?" in text
 
+def forget(clone):
+    "Away with what could be resumed, and with DVC's memory of earlier runs, out of which it would restore outputs"
+    for folder in ("build/resume", ".dvc/cache/runs"): shutil.rmtree(clone/folder, ignore_errors=True)
+
+def half_trained(clone): return lambda: (clone/"build/resume/pretrain/asap/resume").exists()
+
 def test_a_killed_stage_ends_with_the_same_numbers(clone):
-    arm = clone/"runs/pretrain/asap"
-    old = edit(clone, pretrain__steps=60)
-    run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
-    whole = [digest(arm/f) for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
-    shutil.rmtree(clone/"build/resume")
-    kill_when(clone, lambda: (clone/"build/resume/pretrain/asap/resume").exists(), "dvc", "repro", "-f", "-s", "pretrain@asap")
-    assert not (arm/"checkpoint/model.safetensors").exists()
-    text = run("dvc", "repro", "--no-run-cache", "-s", "pretrain@asap", cwd=clone) # DVC remembers the first run's outputs
-    assert "resumed at step" in text, text[-3000:]
-    assert whole == [digest(arm/f) for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
-    (clone/"params.yaml").write_text(old)
+    arm, kept = clone/"runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json", "log.csv")
+    with edited(clone, pretrain__steps=60):
+        run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+        whole = [digest(arm/f) for f in kept]
+        forget(clone)
+        kill_when(clone, half_trained(clone), "dvc", "repro", "-f", "-s", "pretrain@asap")
+        assert not (arm/"checkpoint/model.safetensors").exists()
+        text = run("dvc", "repro", "-s", "pretrain@asap", cwd=clone)
+        assert "resumed at step" in text, text[-3000:]
+        assert whole == [digest(arm/f) for f in kept]
 
 def test_a_changed_rate_does_not_resume_the_old_weights(clone):
     arm = clone/"runs/pretrain/asap"
-    old = edit(clone, pretrain__steps=60, pretrain__lr=0.0005)
-    run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
-    clean = digest(arm/"checkpoint/model.safetensors")
-    shutil.rmtree(clone/"build/resume")
-    edit(clone, pretrain__lr=0.002)
-    kill_when(clone, lambda: (clone/"build/resume/pretrain/asap/resume").exists(), "dvc", "repro", "-s", "pretrain@asap")
-    edit(clone, pretrain__lr=0.0005)
-    text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
-    assert "lr: 0.002 -> 0.0005" in text, text[-3000:]
-    assert digest(arm/"checkpoint/model.safetensors") == clean
-    (clone/"params.yaml").write_text(old)
+    with edited(clone, pretrain__steps=60, pretrain__lr=0.0005):
+        run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+        clean = digest(arm/"checkpoint/model.safetensors")
+        forget(clone)
+        change(clone, pretrain__lr=0.002)
+        kill_when(clone, half_trained(clone), "dvc", "repro", "-s", "pretrain@asap")
+        change(clone, pretrain__lr=0.0005)
+        text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
+        assert "lr: 0.002 -> 0.0005" in text, text[-3000:]
+        assert digest(arm/"checkpoint/model.safetensors") == clean
 
 def test_a_kill_while_preparing_leaves_nothing_half(clone):
     volumes = clone/"build/volumes/ct_rate"
+    run("dvc", "repro", cwd=clone)
     before = {f.name: digest(f) for f in volumes.glob("*.nii")}
     metrics = (clone/"runs/classify/metrics.json").read_text()
     for f in sorted(volumes.glob("*.nii"))[5:]: f.unlink()

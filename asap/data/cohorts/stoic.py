@@ -49,6 +49,7 @@ def _one(i, root, seed, kw):
     write_mha(k.recons[0], Path(root)/f"data/mha/{i}.mha")
     return dict(PatientID=i, **answers(k, NAME, seed, i))
 
+# %% ../../../nbs/2_data/cohorts/stoic.ipynb #878eb3fa
 def write(
     root, # of the cohort
     seed, # of the study
@@ -79,7 +80,7 @@ def flag(x)->int|None: # 0 or 1; None where it is neither
     "A label as the table writes it"
     return {"0": 0, "1": 1}.get(str(x).strip().removesuffix(".0"))
 
-# %% ../../../nbs/2_data/cohorts/stoic.ipynb #3e4c59c4
+# %% ../../../nbs/2_data/cohorts/stoic.ipynb #ebd49fbf
 def _row(r, f)->dict: # a row of reference.csv with its split
     return dict(case=r["PatientID"], scan=r["PatientID"], patient=r["PatientID"], image=str(f), organ_map="", target_map="", findings="", impression="",
                 split=r["split"], time_days=None, event=None, **{f"label:{n}": flag(r[c]) for c, n in COLUMNS.items()})
@@ -89,6 +90,7 @@ def _doubt(r, f)->str: # why a patient is left out, or ""
     wrong = [c for c in COLUMNS if flag(r[c]) is None]
     return f"reference.csv: {wrong[0]} is {r[wrong[0]]}, expected 0 or 1" if wrong else ""
 
+# %% ../../../nbs/2_data/cohorts/stoic.ipynb #8d73729c
 def read(
     root, # folder that holds data/ and metadata/
 )->tuple: # cohort table with raw paths, Quarantine

@@ -70,9 +70,9 @@ def decathlon(
     except ValueError as e: raise ValueError(f"{f} is not valid JSON ({e}): fetch it again") from None
     pairs = told.get("training") if isinstance(told, dict) else None
     if not isinstance(pairs, list) or not pairs: raise ValueError(f"{f}: no list `training`, expected one of {{image, label}}: is this a decathlon's dataset.json?")
-    odd = [p for p in pairs if not isinstance(p, dict) or not {"image", "label"} <= set(p)]
+    odd = [p for p in pairs if not isinstance(p, dict) or not all(isinstance(p.get(k), str) for k in ("image", "label"))]
     if odd: raise ValueError(f"{f}: {odd[0]!r} in `training`, expected {{image, label}}")
-    return [(Path(d)/p["image"], Path(d)/p["label"]) for p in pairs], told.get("labels") or {}
+    return [(Path(d)/p["image"], Path(d)/p["label"]) for p in pairs], dict(told["labels"]) if isinstance(told.get("labels"), dict) else {}
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #7d1429e7
 @functools.cache

@@ -65,6 +65,7 @@ def patient_of(case:str)->str: # "volume-covid19-A-0011_1" -> "volume-covid19-A-
     found = re.match(r"volume-covid19-[A-Za-z]+-\d+", case)
     return found[0] if found else case
 
+# %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #a007a0f5
 def read(
     root, # folder that holds COVID-19-20_v2, or is it
 )->tuple: # cohort table with raw paths, Quarantine

@@ -42,6 +42,7 @@ def write_case(root, seed, i, name, kw):
     for folder, data in zip(FOLDERS, (hu.astype(np.int16), lung.astype(np.uint8), lesions(k))):
         write_volume(data, r.affine, Path(root)/folder/f"{name}.nii.gz")
 
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #e0058ee6
 def write(
     root, # of the cohort
     seed:int, # of the study
@@ -56,7 +57,7 @@ def write(
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(root, seed, i, n, kw) for i, n in todo)
     for _ in progress(run, total=len(todo), label=NAME): pass
 
-# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #78e7f580
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #1a5cec34
 @functools.cache
 def _warn(): say(f"{NAME}: {UNVERIFIED}")
 
@@ -64,6 +65,7 @@ def _row(name, image, lung, lesion)->dict:
     return dict(case=name, scan=name, patient=name, image=str(image), organ_map="", target_map=str(lesion), findings="", impression="",
                 split="test", time_days=None, event=None, lung_map=str(lung))
 
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #0dc66fd9
 def lungs(
     path, # `lung_map` of a case
 )->tuple: # uint8 (W,H,D), affine
@@ -71,7 +73,7 @@ def lungs(
     v = read_volume(path)
     return sides(v.hu.astype(np.uint8), v.affine, 1, 2), v.affine
 
-# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #1a5cec34
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #4595eb82
 def read(
     root, # folder that holds the three folders
 )->tuple: # cohort table with raw paths, Quarantine

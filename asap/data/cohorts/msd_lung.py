@@ -37,12 +37,13 @@ def write_case(d, seed, i, folder, kw)->dict: # its entry in dataset.json
     if folder == "Tr": write_volume(k.masks["Lung nodule"].astype(np.uint8), r.affine, d/"labelsTr"/name)
     return dict(image=f"./images{folder}/{name}", label=f"./labels{folder}/{name}")
 
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #4bb1f8d0
 def index(d, training:list, test:list, labels:dict, name:str):
     "Write a decathlon's dataset.json"
     write_json(dict(name=name, description="phantoms", tensorImageSize="3D", modality={"0": "CT"}, labels=labels,
                     numTraining=len(training), numTest=len(test), training=training, test=test), d/"dataset.json")
 
-# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #4bb1f8d0
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #104eaf6e
 def write(
     root, # of the cohort
     seed:int, # of the study
@@ -59,7 +60,7 @@ def write(
     rows = list(progress(run, total=len(todo), label=NAME))
     index(d, rows[:-1], [rows[-1]["image"]], {"0": "background", "1": "cancer"}, "Lung")
 
-# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #c7c6e6cc
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #7d1429e7
 def decathlon(
     d, # folder that holds dataset.json
 )->tuple: # list of (image, label) paths, dict of labels as the file gives them
@@ -74,7 +75,7 @@ def decathlon(
     if odd: raise ValueError(f"{f}: {odd[0]!r} in `training`, expected {{image, label}}")
     return [(Path(d)/p["image"], Path(d)/p["label"]) for p in pairs], dict(told["labels"]) if isinstance(told.get("labels"), dict) else {}
 
-# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #7d1429e7
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #456e0888
 @functools.cache
 def _warn(): say(f"{NAME}: {UNVERIFIED}")
 
@@ -83,7 +84,7 @@ def _row(image, label, patient_of)->dict:
     return dict(case=case, scan=case, patient=patient_of(case), image=str(image), organ_map="", target_map=str(label), findings="", impression="",
                 split="train", time_days=None, event=None)
 
-# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #456e0888
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #ae3eb732
 def pairs_table(
     pairs:list, # (image, label) paths
     share:float, # of the patients that are test
@@ -100,7 +101,7 @@ def pairs_table(
     if not len(table): raise ValueError(f"cohort {name}: none of {len(rows)} cases has image and label; the first: {bad.rows[0]['reason']}")
     return table, bad
 
-# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #ae3eb732
+# %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #ba1480b5
 def read(
     root, # folder that holds Task06_Lung, or is it
 )->tuple: # cohort table with raw paths, Quarantine

@@ -38,6 +38,7 @@ def organs(labels)->np.ndarray: # uint8, 1..4
     for value, name in TARGETS.items(): out[labels == ORGAN_IDS["esophagus" if value == 1 else name]] = value
     return out
 
+# %% ../../../nbs/2_data/cohorts/segthor.ipynb #a71dff71
 def write_case(d, seed, i, layout, labelled, kw)->dict: # its entry in dataset.json
     "Image and target of one patient"
     k = case(f"{NAME} {seed}", "train" if labelled else "hidden", i, shift=SHIFT, **{**kw, "recon_share": 0})
@@ -47,7 +48,7 @@ def write_case(d, seed, i, layout, labelled, kw)->dict: # its entry in dataset.j
     if labelled: write_volume(organs(k.recons[0].labels), k.recons[0].affine, d/label)
     return dict(image=f"./{image}", label=f"./{label}")
 
-# %% ../../../nbs/2_data/cohorts/segthor.ipynb #a71dff71
+# %% ../../../nbs/2_data/cohorts/segthor.ipynb #ee28f043
 def write(
     root, # of the cohort
     seed:int, # of the study
@@ -65,7 +66,7 @@ def write(
     rows = list(progress(run, total=len(todo), label=NAME))
     if layout == "released": index(d, rows, [], {"0": "background", "1": "Esophagus", "2": "Heart", "3": "Trachea", "4": "Aorta"}, "SegTHOR")
 
-# %% ../../../nbs/2_data/cohorts/segthor.ipynb #0c08b9b7
+# %% ../../../nbs/2_data/cohorts/segthor.ipynb #cb975ecb
 @functools.cache
 def _warn(): say(f"{NAME}: {UNVERIFIED}")
 
@@ -74,6 +75,7 @@ def _owners(d)->list: # (image, label) paths
     if not names: raise FileNotFoundError(f"{d/'train'} is empty: expected Patient_01/ and so on; fetch it again")
     return [(d/f"train/{n}/{n}.nii.gz", d/f"train/{n}/GT.nii.gz") for n in names]
 
+# %% ../../../nbs/2_data/cohorts/segthor.ipynb #c9983763
 def _released(d)->list: # (image, label) paths
     pairs, labels = decathlon(d)
     for value, name in TARGETS.items():
@@ -81,6 +83,7 @@ def _released(d)->list: # (image, label) paths
         if SPELLED.get(given, given) != name: raise ValueError(f"{d/'dataset.json'}: label {value} is {labels.get(str(value))!r}, expected '{name}'")
     return pairs
 
+# %% ../../../nbs/2_data/cohorts/segthor.ipynb #ea1f64ba
 def read(
     root, # folder that holds train/, or dataset.json
 )->tuple: # cohort table with raw paths, Quarantine

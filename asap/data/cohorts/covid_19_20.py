@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import Quarantine, progress, say
+from ...core import progress, say
 from .msd_lung import pairs_table
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
@@ -46,8 +46,7 @@ def write(
     seed:int, # of the study
     train:int, # patients with a label, together with `test`
     test:int, # which of them are test is for `read` to say
-    jobs:int=1,
-    **kw, # size, spacing of the phantom
+    jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-20 of phantoms"
     import joblib

@@ -48,8 +48,7 @@ def write(
     seed:int, # of the study
     train:int, # not used: all of it is test
     test:int, # patients
-    jobs:int=1,
-    **kw, # size, spacing of the phantom
+    jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-CT-Seg of phantoms"
     import joblib
@@ -66,6 +65,11 @@ def _row(name, image, lung, lesion)->dict:
                 split="test", time_days=None, event=None, lung_map=str(lung))
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #0dc66fd9
+def _why(name, paths)->str: # a scan is left out, or ""
+    if not name.startswith("coronacases_"): return "an 8-bit picture of a display window, not Hounsfield units; expected coronacases_*"
+    return next((f"{p} is missing: fetch it again" for p in paths if not p.exists()), "")
+
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #4595eb82
 def lungs(
     path, # `lung_map` of a case
 )->tuple: # uint8 (W,H,D), affine
@@ -73,7 +77,7 @@ def lungs(
     v = read_volume(path)
     return sides(v.hu.astype(np.uint8), v.affine, 1, 2), v.affine
 
-# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #4595eb82
+# %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #619ce9e0
 def read(
     root, # folder that holds the three folders
 )->tuple: # cohort table with raw paths, Quarantine
@@ -84,9 +88,7 @@ def read(
         if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected the folders {', '.join(FOLDERS)}; fetch and unpack it there")
     for name in sorted({f.name.removesuffix(".nii.gz") for folder in FOLDERS for f in (d/folder).glob("[!.]*.nii.gz")}):
         paths = [d/folder/f"{name}.nii.gz" for folder in FOLDERS]
-        lost = [p for p in paths if not p.exists()]
-        if not name.startswith("coronacases_"): bad.add(name, "an 8-bit picture of a display window, not Hounsfield units; expected coronacases_*")
-        elif lost: bad.add(name, f"{lost[0]} is missing: fetch it again")
+        if why := _why(name, paths): bad.add(name, why)
         else: rows.append(_row(name, *paths))
     if not rows: raise ValueError(f"{d}: no coronacases_* with scan, lungs and lesions")
     return check(pd.DataFrame(rows), NAME), bad

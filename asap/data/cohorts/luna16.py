@@ -94,8 +94,7 @@ def write(
     seed:int, # of the study
     train:int, # patients in subset0..6; 7 or more fill each
     test:int, # patients in subset7..9; 3 or more fill each
-    jobs:int=1,
-    **kw, # size, spacing of the phantom
+    jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature LUNA16 of phantoms"
     import joblib
@@ -119,7 +118,8 @@ def _annotations(path)->pd.Series: # seriesuid -> number of nodules
     return t.seriesuid.value_counts()
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #c970ebf0
-def _lost(f, mask)->str: # why a scan is left out, or ""
+def _why(f, mask)->str: # a scan is left out, or ""
+    if not f.exists(): return f"{f} is missing: fetch {f.parent.name} again"
     if not f.with_suffix(".raw").exists(): return f"{f.with_suffix('.raw')} is missing: fetch {f.parent.name} again"
     return "" if mask.exists() else f"{mask} is missing: fetch seg-lungs-LUNA16 again"
 
@@ -129,17 +129,14 @@ def read(
 )->tuple: # cohort table with raw paths, Quarantine
     "Every scan of the ten folds with its label and its lungs"
     _warn()
-    d, rows, bad = Path(root), [], Quarantine()
-    masks = d/"seg-lungs-LUNA16"
-    for folder in (d, masks):
-        if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}")
+    d, masks, rows, bad = Path(root), Path(root)/"seg-lungs-LUNA16", [], Quarantine()
+    if not masks.is_dir(): raise FileNotFoundError(f"{masks} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}")
     found = _annotations(d/"annotations.csv")
     for fold in range(10):
-        files = {f.with_suffix(".mhd") for f in (d/f"subset{fold}").glob("*") if f.suffix in (".mhd", ".raw")}
+        files = sorted({f.with_suffix(".mhd") for f in (d/f"subset{fold}").glob("[!.]*") if f.suffix in (".mhd", ".raw")})
         if not files: bad.add(f"subset{fold}", f"{d/f'subset{fold}'} is missing or empty: its scans are not in the table; fetch it")
-        for f in sorted(files):
-            why = _lost(f, masks/f.name) if f.exists() else f"{f} is missing: fetch subset{fold} again"
-            if why: bad.add(f.stem.replace(".", "_"), why)
+        for f in files:
+            if why := _why(f, masks/f.name): bad.add(f.stem.replace(".", "_"), why)
             else: rows.append(_row(f, masks/f.name, fold, int(found.get(f.stem, 0))))
     if not rows: raise ValueError(f"{d}: no scan in subset0 to subset9")
     return check(pd.DataFrame(rows), NAME), bad

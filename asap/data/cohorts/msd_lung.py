@@ -49,8 +49,7 @@ def write(
     seed:int, # of the study
     train:int, # patients with a label, together with `test`
     test:int, # which of them are test is for `read` to say
-    jobs:int=1,
-    **kw, # size, spacing of the phantom
+    jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature Task06_Lung of phantoms"
     import joblib
@@ -61,10 +60,8 @@ def write(
     index(d, rows[:-1], [rows[-1]["image"]], {"0": "background", "1": "cancer"}, "Lung")
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #7d1429e7
-def decathlon(
-    d, # folder that holds dataset.json
-)->tuple: # list of (image, label) paths, dict of labels as the file gives them
-    "The training list of a decathlon's dataset.json"
+def decathlon(d)->tuple: # list of (image, label) paths, dict of labels as the file gives them
+    "The training list of the dataset.json in folder `d`"
     f = Path(d)/"dataset.json"
     if not f.exists(): raise FileNotFoundError(f"{f} is missing: expected the decathlon's list beside imagesTr and labelsTr; fetch it again")
     try: told = json.loads(f.read_text(encoding="utf8"))

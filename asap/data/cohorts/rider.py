@@ -51,8 +51,7 @@ def write(
     seed:int, # of the study
     train:int, # not used: all of RIDER is test
     test:int, # patients, each with two CTs
-    jobs:int=1,
-    **kw, # size, spacing of the phantom
+    jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature RIDER of phantoms"
     import joblib
@@ -79,6 +78,11 @@ def _row(folder, masks)->dict:
                 manual=is_manual(masks[0]), other_targets=";".join(map(str, masks[1:])))
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #ac469bb1
+def _why(folder, masks)->str: # a CT is left out, or ""
+    if not (folder/"ct.nii.gz").exists(): return f"{folder/'ct.nii.gz'} is missing: convert it again"
+    return "" if masks else f"{folder}: no mask_rtstruct_* in it: convert it again"
+
+# %% ../../../nbs/2_data/cohorts/rider.ipynb #05152d3f
 def read(
     root, # folder that holds the patients
 )->tuple: # cohort table with raw paths, Quarantine
@@ -88,8 +92,7 @@ def read(
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*")
     for folder in sorted(f for f in d.glob("*/*") if f.is_dir() and not f.name.startswith(".")):
         masks = order(folder.glob("mask_rtstruct_*"))
-        lost = f"{folder/'ct.nii.gz'} is missing" if not (folder/"ct.nii.gz").exists() else f"{folder}: no mask_rtstruct_* in it" if not masks else ""
-        if lost: bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), f"{lost}: convert it again")
+        if why := _why(folder, masks): bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), why)
         else: rows.append(_row(folder, masks))
     if not rows: raise ValueError(f"{d}: no CT with a mask; expected {{patient}}/{{series}}/ct.nii.gz and mask_rtstruct_* beside it")
     return check(pd.DataFrame(rows), NAME), bad

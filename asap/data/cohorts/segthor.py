@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import Quarantine, progress, say
+from ...core import progress, say
 from .msd_lung import decathlon, index, pairs_table
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
@@ -54,14 +54,13 @@ def write(
     seed:int, # of the study
     train:int, # patients with a label, together with `test`
     test:int, # which of them are test is for `read` to say
-    jobs:int=1,
-    layout:str="owners", # or "released"
+    jobs:int=1, layout:str="owners", # or "released"
     **kw, # size, spacing of the phantom
 ):
     "A miniature SegTHOR of phantoms"
     import joblib
     d, n = Path(root), train+test
-    todo = [(i, True) for i in range(1, n+1)]+[(n+1, False)]*(layout == "owners")
+    todo = [(i, i <= n) for i in range(1, n+1+(layout == "owners"))]
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(d, seed, i, layout, l, kw) for i, l in todo)
     rows = list(progress(run, total=len(todo), label=NAME))
     if layout == "released": index(d, rows, [], {"0": "background", "1": "Esophagus", "2": "Heart", "3": "Trachea", "4": "Aorta"}, "SegTHOR")

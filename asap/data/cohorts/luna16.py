@@ -154,8 +154,8 @@ def sides(
     left:int, right:int, # values they shall have
 )->np.ndarray:
     "Name two lungs by where they lie: the left one is farther along the patient's left"
-    x = [np.argwhere(mask == v).mean(0)@affine[0, :3] if (mask == v).any() else None for v in (left, right)]
-    if None in x or x[0] < x[1]: return mask
+    x = [np.argwhere(mask[::2, ::2, ::2] == v)@affine[0, :3] for v in (left, right)] # along left to right; every other voxel is enough
+    if not all(map(len, x)) or x[0].mean() < x[1].mean(): return mask
     return np.where(mask == left, right, np.where(mask == right, left, mask)).astype(mask.dtype)
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #b7b23f5a

@@ -79,6 +79,7 @@ def _draw(key, across)->tuple: # phase -> (image, labels), group
 def _info(t, group, es)->str:
     return f"ED: 1\nES: {es}\nGroup: {group}\nHeight: {170*t['scale']:.1f}\nNbFrame: {FRAMES}\nWeight: {60+t['fat']:.1f}\n"
 
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #c700a6e6
 def _one(seed, split, i, name, folder, owners, across): # one patient
     key, es = (f"{NAME} {seed}", split, i), 3+i % 2
     (drawn, group), d = _draw(key, across), Path(folder)
@@ -92,7 +93,7 @@ def _one(seed, split, i, name, folder, owners, across): # one patient
         write_volume(whole.astype(np.int16), affine, d/f"{name}_4d.nii.gz"); write_text(_info(traits(key), group, es), d/"Info.cfg")
     return [f"{name}_frame{n:02d}" for n in (1, es)]
 
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #c2cec74b
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #544e6365
 def write(
     root, # of the cohort
     seed, # of the study
@@ -112,13 +113,14 @@ def write(
     frames = [f for names in progress(run, total=len(todo), label=NAME) for f in names]
     if not owners: _list(root, frames, seed)
 
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #693f6e7d
 def _list(root, frames, seed): # the released way: a fifth of the frames, whoever they are of
     entry = [dict(image=f"imagesTr/{f}_0000.nii.gz", label=f"labelsTr/{f}.nii.gz") for f in frames]
     order = rng("frames", NAME, seed).permutation(len(frames))
     test = [entry[i] for i in sorted(order[:max(1, round(TEST*len(frames)))])]
     write_json(dict(labels={str(k): v for k, v in TARGETS.items()}, training=[e for e in entry if e not in test], validation=test, testing=test), root/"dataset.json")
 
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #e6a23dd1
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #7a793674
 def _facts(path)->dict: # "ED", "ES" as numbers, "Group", ... as text
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: it says which frames are ED and ES; fetch it again")
     pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
@@ -132,6 +134,7 @@ def _row(case, image, mask, split, **more)->dict:
     return dict(case=case, scan=case, patient=patient, image=str(image), organ_map="", target_map=str(mask), findings="", impression="",
                 split=split, time_days=None, event=None, **more)
 
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #ed968f4f
 def _patient(d, split, bad)->list: # rows of both frames
     try: said = _facts(d/"Info.cfg")
     except (OSError, ValueError) as e: bad.add(d.name, e); return []
@@ -144,7 +147,7 @@ def _patient(d, split, bad)->list: # rows of both frames
         else: rows.append(_row(case, image, mask, split, group=said.get("Group", ""), phase=phase))
     return rows
 
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #a33a8139
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #45e93920
 def _entries(path)->dict: # "training", "testing" -> list of (image, label)
     try: said = json.loads(path.read_bytes())
     except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): fetch it again") from None
@@ -157,6 +160,7 @@ def _entries(path)->dict: # "training", "testing" -> list of (image, label)
         out[key] = [(path.parent/e["image"], path.parent/e["label"]) for e in found]
     return out
 
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #c7cbbf51
 def decathlon(
     root, # folder with `dataset*.json`
 )->dict: # "train", "test" -> list of (image, label)
@@ -165,7 +169,7 @@ def decathlon(
     best = max(found, key=lambda e: len(e["training"]))
     return dict(train=best["training"], test=best["testing"])
 
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #119d884c
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #f8122364
 def _owners(root)->tuple:
     rows, bad = [], Quarantine()
     for folder, split in (("training", "train"), ("testing", "test")):
@@ -174,6 +178,7 @@ def _owners(root)->tuple:
     if not rows: raise ValueError(f"{root}: no patient with an outlined frame; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}")
     return check(pd.DataFrame(rows), NAME), bad
 
+# %% ../../../nbs/2_data/cohorts/acdc.ipynb #5bfc9bc0
 def _released(root, lists)->tuple:
     rows, bad = [], Quarantine()
     for split, entries in decathlon(root).items():
@@ -181,7 +186,7 @@ def _released(root, lists)->tuple:
             case, lost = image.name.removesuffix(".nii.gz").removesuffix("_0000"), [f for f in (image, mask) if not f.exists()]
             if lost: bad.add(case, f"{lost[0]} is missing, and the list names it")
             else: rows.append(_row(case, image, mask, split, group="", phase=""))
-    if not rows: raise ValueError(f"{root}: none of the {len(bad)} frames of the list is there: expected imagesTr/ and labelsTr/ beside it")
+    if not rows: raise ValueError(f"{root}: none of the {len(bad)} frames of the list is there, the first: {bad.rows[0]['reason'] if bad.rows else 'it names none'}")
     t = pd.DataFrame(rows)
     if lists == "ours": return check(carve(t.assign(split="train"), TEST, 0, "test"), NAME), bad
     leak = sorted(set(t.patient[t.split == "train"]) & set(t.patient[t.split == "test"]))

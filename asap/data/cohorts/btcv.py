@@ -44,6 +44,7 @@ SHAPES = { # class: (HU, function of the frame that is < 1 inside), painted in t
     12: (75, lambda f: ball(f, (36, -40, -100), (12, 9, 14))), 13: (75, lambda f: ball(f, (-34, -42, -98), (12, 9, 14)))}
 _OWN = {6: 5, 5: 15, 8: 52} # class -> TotalSegmentator's id
 
+# %% ../../../nbs/2_data/cohorts/btcv.ipynb #4a19a520
 def abdomen(r, t, key)->tuple: # int16 HU, uint8 classes
     "A reconstruction with the organs of the abdomen, and their map"
     f = frame(t, r.hu.shape, np.sqrt((r.affine[:3, :3]**2).sum(0)))
@@ -56,7 +57,7 @@ def abdomen(r, t, key)->tuple: # int16 HU, uint8 classes
     for k in (5, 8): out[r.labels == _OWN[k]] = k
     return hu, out
 
-# %% ../../../nbs/2_data/cohorts/btcv.ipynb #1d1114b2
+# %% ../../../nbs/2_data/cohorts/btcv.ipynb #2cc64876
 def _one(seed, split, i, n, root, owners, kw): # one patient
     key = (f"{NAME} {seed}", split, i)
     r = case(*key, shift=SHIFT, **kw).recons[0]
@@ -65,6 +66,7 @@ def _one(seed, split, i, n, root, owners, kw): # one patient
     write_volume(hu, r.affine, root/f"{image}.nii.gz"); write_volume(classes, r.affine, root/f"{mask}.nii.gz")
     return dict(image=f"{image}.nii.gz", label=f"{mask}.nii.gz")
 
+# %% ../../../nbs/2_data/cohorts/btcv.ipynb #0b78acf9
 def write(
     root, # of the cohort
     seed, # of the study
@@ -100,7 +102,7 @@ def _row(image, mask, n, split)->dict:
     return dict(case=name, scan=name, patient=name, image=str(image), organ_map="", target_map=str(mask), findings="", impression="",
                 split=split, time_days=None, event=None)
 
-# %% ../../../nbs/2_data/cohorts/btcv.ipynb #b454d972
+# %% ../../../nbs/2_data/cohorts/btcv.ipynb #5eb3dee9
 def read(
     root, # folder that holds RawData/, or dataset_5.json and imagesTr/
 )->tuple: # cohort table with raw paths, Quarantine
@@ -115,5 +117,5 @@ def read(
         if not n.isdigit(): bad.add(image.name, f"{image}: no number in its name, expected img0001.nii.gz or btcv_001.nii.gz")
         elif lost: bad.add(f"btcv_{int(n):03d}", f"{lost[0]} is missing: fetch it again")
         else: rows.append(_row(image, mask, n, "test" if int(n) in TEST else "train"))
-    if not rows: raise ValueError(f"{root}: no image with its label; {len(bad)} were left out")
+    if not rows: raise ValueError(f"{root}: no image with its label; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}")
     return check(pd.DataFrame(rows), NAME), bad

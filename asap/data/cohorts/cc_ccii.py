@@ -46,8 +46,10 @@ def grey(hu, affine)->np.ndarray: # uint8 (columns, rows, slices) in the declare
     block = max(1, round(abs(affine[0, 0])/s[0]))
     shape, new = grid(hu.shape, affine, s*[block, block, 1])
     v = resample(hu, affine, shape, new)[::-1, ::-1] # RAS -> LPS
+    out = int(abs(affine[2, 2])/2/s[2]) # beyond the middle of the last slice every new one would be the same
     _, lo, hi = SOURCE.intensity
-    return np.rint(np.clip((v-lo)/(hi-lo), 0, 1)*255).astype(np.uint8).repeat(block, 0).repeat(block, 1)
+    v = np.rint(np.clip((v[:, :, out:v.shape[2]-out]-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
+    return v.repeat(block, 0).repeat(block, 1)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #1d328ad2
 def _one(seed, split, i, root, kw): # one patient
@@ -60,6 +62,7 @@ def _one(seed, split, i, root, kw): # one patient
             tmp.mkdir()
             for z, picture in enumerate(np.moveaxis(grey(r.hu, r.affine), 2, 0), 1): Image.fromarray(picture.T).save(tmp/f"{z:04d}.png", compress_level=3)
 
+# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #86e982e3
 def write(
     root, # of the cohort
     seed, # of the study
@@ -74,7 +77,7 @@ def write(
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, root, kw) for s, i in todo)
     for _ in progress(run, total=len(todo), label=NAME): pass
 
-# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #4f84bf9b
+# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b9376dba
 def _pictures(scan)->list: # sorted by number
     "The slices of a scan; a gap in their numbers is named"
     files = [f for f in scan.iterdir() if f.suffix.lower() in PICTURES]
@@ -88,6 +91,7 @@ def _pictures(scan)->list: # sorted by number
         raise ValueError(f"{scan}: after slice {at[int((steps != steps.min()).argmax())]} the numbers jump; expected even steps: slices are missing or there twice")
     return files
 
+# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #4545fa0d
 def read(
     root, # folder that holds NCP/, CP/, Normal/
 )->tuple: # cohort table with raw paths, Quarantine
@@ -104,6 +108,7 @@ def read(
     if not rows: raise ValueError(f"{root}: none of {len(bad)} scans is whole: expected patient/scan/0001.png in {', '.join(LABELS)}")
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
+# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #a02638be
 def _row(name, scan, kind)->dict:
     return dict(case=name, scan=name, patient=scan.parent.name, image=str(scan), organ_map="", target_map="", findings="", impression="",
                 split="train", time_days=None, event=None, **{f"label:{n}": int(n == kind) for n in LABELS})

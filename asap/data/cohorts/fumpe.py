@@ -67,6 +67,7 @@ def _slice(hu, k, a, s, uid): # `a`: LPS affine, `s`: spacing
     d.PixelData = np.ascontiguousarray(hu[:, :, k].T.astype(np.int32)+1024).astype(np.int16).tobytes()
     return d
 
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #e125002b
 def _series(hu, affine, folder, key): # D0001.dcm is the first along the last axis
     from pydicom.uid import generate_uid
     a = LPS@affine
@@ -83,7 +84,7 @@ def _mat(mask, path): # rows, columns, slices
     savemat(out, {VARIABLE: np.ascontiguousarray(mask.transpose(1, 0, 2)).astype(np.uint8)}, do_compression=True)
     with atomic(path) as tmp: tmp.write_bytes(b"MATLAB 5.0 MAT-file, phantom".ljust(116)+out.getvalue()[116:])
 
-# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #a0d67f6d
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #99200902
 def _turned(array, affine): # head first, axes L, P, I, as a scanner numbers its slices
     a, last = affine.copy(), np.array(array.shape)-1
     a[:3, 3] = affine[:3, :3]@last+affine[:3, 3]
@@ -97,6 +98,7 @@ def _one(seed, split, i, n, root, kw): # one patient
     _series(*_turned(fill(r.hu, mask, key), r.affine), root/f"CT_scans/PAT{n:03d}", key)
     _mat(_turned(mask, r.affine)[0], root/f"GroundTruth/PAT{n:03d}.mat")
 
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #be3cda2e
 def write(
     root, # of the cohort
     seed, # of the study
@@ -111,7 +113,7 @@ def write(
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, n, Path(root), kw) for s, i, n in todo)
     for _ in progress(run, total=len(todo), label=NAME): pass
 
-# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #156eb4e5
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #b505906e
 def read(
     root, # folder that holds CT_scans/ and GroundTruth/
 )->tuple: # cohort table with raw paths, Quarantine
@@ -128,11 +130,12 @@ def read(
     if not rows: raise ValueError(f"{root}: no patient with both a series and a mask")
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #3da455b7
 def _row(name, scan, mask)->dict:
     return dict(case=name, scan=name, patient=name, image=str(scan), organ_map="", target_map=str(mask), findings="", impression="",
                 split="train", time_days=None, event=None, released=name not in LEFT_OUT)
 
-# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #9b109f88
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #27826d81
 def _values(path)->np.ndarray: # uint8 (columns, rows, slices)
     from scipy.io import loadmat
     path = Path(path)
@@ -145,6 +148,7 @@ def _values(path)->np.ndarray: # uint8 (columns, rows, slices)
     if said[VARIABLE].ndim != 3: raise ValueError(f"{path}: `{VARIABLE}` has shape {said[VARIABLE].shape}, expected rows, columns, slices")
     return (said[VARIABLE] != 0).astype(np.uint8).transpose(1, 0, 2)
 
+# %% ../../../nbs/2_data/cohorts/fumpe.ipynb #cf495b4b
 def target(
     path, # GroundTruth/PAT001.mat; its series lies in CT_scans/PAT001/
 )->tuple: # uint8 (W,H,D), 4x4

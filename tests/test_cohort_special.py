@@ -14,7 +14,7 @@ HOW = dict(spacing=[7., 7., 14.], hu=[-1000, 1000])
 KEYS = ["acdc", "acdc-released", "cc_ccii", "fumpe", "btcv", "btcv-released"]
 GOLDEN = { # cases, patients, labels, cases a split
     "acdc": (12, 6, [], dict(train=8, test=4)), "acdc-released": (12, 6, [], dict(train=10, test=2)),
-    "cc_ccii": (6, 6, [1, 3, 2], dict(train=4, test=2)), "fumpe": (6, 6, [], dict(train=5, test=1)),
+    "cc_ccii": (6, 6, [2, 2, 2], dict(train=4, test=2)), "fumpe": (6, 6, [], dict(train=5, test=1)),
     "btcv": (6, 6, [], dict(train=4, test=2)), "btcv-released": (6, 6, [], dict(train=4, test=2))}
 
 def adapter(key): return importlib.import_module(f"asap.data.cohorts.{key.split('-')[0]}")

@@ -51,14 +51,13 @@ def grey(hu, affine)->np.ndarray: # uint8 (columns, rows, slices) in the declare
     v = np.rint(np.clip((v[:, :, out:v.shape[2]-out]-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
     return v.repeat(block, 0).repeat(block, 1)
 
-# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #1d328ad2
-def _one(seed, split, i, root, kw): # one patient
+# %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #905d5d2e
+def _one(seed, split, i, n, root, kw): # one patient, the n-th of all
     from PIL import Image
-    kind = LABELS[i % 3]
+    kind = LABELS[n % 3]
     k = case(f"{NAME} {seed}", split, i, shift=shift_of(kind), **kw)
-    patient = i if split == "train" else 1000+i
-    for n, r in enumerate(k.recons):
-        with atomic(Path(root)/kind/str(patient)/str(3000+2*patient+n)) as tmp:
+    for j, r in enumerate(k.recons):
+        with atomic(Path(root)/kind/str(n)/str(3000+2*n+j)) as tmp:
             tmp.mkdir()
             for z, picture in enumerate(np.moveaxis(grey(r.hu, r.affine), 2, 0), 1): Image.fromarray(picture.T).save(tmp/f"{z:04d}.png", compress_level=3)
 
@@ -73,8 +72,8 @@ def write(
 ):
     "A miniature CC-CCII of phantoms: folders of pictures"
     import joblib
-    todo = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, root, kw) for s, i in todo)
+    todo = [("train", i, i) for i in range(1, train+1)]+[("valid", i, train+i) for i in range(1, test+1)]
+    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, n, root, kw) for s, i, n in todo)
     for _ in progress(run, total=len(todo), label=NAME): pass
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b9376dba

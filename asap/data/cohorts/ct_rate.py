@@ -7,7 +7,7 @@ __all__ = ['SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'NAMES', 'INTE
            'release', 'stored', 'open_volume', 'read_lists', 'leaks', 'listed', 'read']
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c5c047ec
-import json, re
+import csv, json, re
 from functools import cache
 from pathlib import Path
 
@@ -114,17 +114,20 @@ def _which(d, folder)->str:
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #467743e4
 def _table(path, need=(), key="VolumeName")->pd.DataFrame:
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: CT-RATE publishes it beside the volumes")
-    try: t = pd.read_csv(path)
-    except ValueError as e: raise ValueError(f"{path} is broken or no CSV ({type(e).__name__}: {e}): fetch it again") from None
+    try:
+        with open(path, newline="", encoding="utf8") as f: fields = {len(r) for r in csv.reader(f) if r}
+        t = pd.read_csv(path)
+    except (csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV ({type(e).__name__}: {e}): fetch it again") from None
     lost = [n for n in (key, *need) if n not in t]
     if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[str(c)[:40] for c in list(t)[:6]]}")
+    if len(fields) > 1: raise ValueError(f"{path}: rows of {min(fields)} to {max(fields)} fields, expected {len(t.columns)}: the file is cut off; fetch it again")
     return t.drop_duplicates(key).set_index(key)
 
 def _labels(path)->pd.DataFrame:
     t = _table(path)
     lost = [n for n in ABNORMALITIES if n not in t]
     if lost: raise ValueError(f"{path}: no column `{lost[0]}`; expected the 18 abnormalities of CT-RATE")
-    return t[ABNORMALITIES].rename(columns=lambda n: f"label:{n}")
+    return t.dropna(subset=ABNORMALITIES)[ABNORMALITIES].rename(columns=lambda n: f"label:{n}")
 
 def _text(x)->str: return "" if pd.isna(x) else str(x).strip()
 

@@ -17,7 +17,7 @@ import pandas as pd
 from ...core import Quarantine, atomic, progress, say, write_json
 from ..cohort import carve, check
 from .own import table as read_table
-from ..volumes import PICTURES, Source, grid, placed, resample, write as write_volume
+from ..volumes import PICTURES, Source, placed, resample, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
 
@@ -37,7 +37,8 @@ def _grey(hu)->np.ndarray: # uint8
 def write_pictures(hu, affine, folder):
     "A volume as numbered JPG slices at the assumed spacing and axes"
     from PIL import Image
-    shape, _ = grid(hu.shape, affine, SOURCE.spacing)
+    mm = np.abs(affine[:3, :3]).sum(0) # between the middles of its first and last voxels, so that no slice is repeated
+    shape = tuple(np.floor((np.array(hu.shape)-1)*mm/SOURCE.spacing).astype(int).tolist())
     v = _grey(resample(hu, affine, shape, placed(shape, SOURCE.spacing, SOURCE.axes)))
     with atomic(folder) as tmp:
         tmp.mkdir()

@@ -7,7 +7,7 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHARE
            'write', 'table', 'split_report', 'inside', 'read']
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #4dad097b
-import csv as _csv, os, re
+import csv as _csv, io, os, re
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +105,14 @@ def table(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected {what} there; put it there")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f: head, *rows = list(_csv.reader(f, strict=True))
+        with open(path, newline="", encoding="utf-8-sig") as f: text = f.read()
+        head, *rows = list(_csv.reader(io.StringIO(text, newline=""), strict=True))
     except (_csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): fetch or export it again") from None
     lost = [c for c in need if c not in head]
     if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}")
     for n, r in enumerate(rows, 2):
         if len(r) not in (0, len(head)): raise ValueError(f"{path}: row {n} has {len(r)} fields, expected {len(head)}: the file is cut off or a comma stands unquoted")
+    if not text.endswith(("\n", "\r")): raise ValueError(f"{path} ends in the middle of a line: the file is cut off; if it is whole, end its last line")
     return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #06ee2a3c

@@ -46,6 +46,7 @@ def _metadata(name, k:Case, r)->dict:
     return dict(VolumeName=name, Manufacturer="phantom", ConvolutionKernel=r.kernel, PatientSex=k.sex, PatientAge=f"{k.age:03d}Y", RescaleIntercept=-1024, RescaleSlope=1,
                 XYSpacing=f"[{x}, {y}]", ZSpacing=z, Rows=r.hu.shape[1], Columns=r.hu.shape[0], NumberofSlices=r.hu.shape[2])
 
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fb80cf44
 INTERCEPTS = (-1024, -8192) # of stored values in the first release, by turns
 
 def _first(k, array, said)->tuple: # stored values, an affine that says nothing of spacing and place
@@ -67,9 +68,10 @@ def write_case(k:Case, root, release="fixed")->list: # a row a volume: name, rep
                          labels=dict(VolumeName=name, **k.labels), metadata=said))
     return rows
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fb80cf44
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5e7e92c2
 def _one(split, i, root, seed, release, kw): return write_case(case(seed, split, i, **kw), root, release)
 
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #1a322fee
 def write(
     root, # of the cohort; `dataset/` is made in it
     seed:int, # of the study
@@ -93,7 +95,7 @@ def write(
         write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d/"metadata"/metadata)
     write_text("", Path(root)/"dataset/no_chest_train.txt")
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #1a322fee
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
 def release(root)->str: # "fixed" or "first"
     "Which release lies in `dataset/`"
     d = Path(root)/"dataset"
@@ -106,7 +108,7 @@ def release(root)->str: # "fixed" or "first"
     if any(first) and not any(fixed): lost = next(n[0] for n, there in zip(NAMES.values(), first) if not there).removesuffix("_fixed")
     raise FileNotFoundError(_which(d, lost))
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #1bcebde7
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #de827156
 def _which(d, folder)->str:
     old = folder.removesuffix("_fixed")
     return (f"{d/folder} is missing"+(f", but {d/old} is there: that is the first release, whose volumes still need slope and intercept; fetch the fixed release" if (d/old).is_dir() else ""))
@@ -131,7 +133,7 @@ def _labels(path)->pd.DataFrame:
 
 def _text(x)->str: return "" if pd.isna(x) else str(x).strip()
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #86e6ee8c
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #68b670fc
 HOW = ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
 
 def stored(row, path)->dict: # slope, intercept, spacing
@@ -146,7 +148,7 @@ def stored(row, path)->dict: # slope, intercept, spacing
 @cache
 def _known(path, stamp)->pd.DataFrame: return _table(path, HOW) # once a file
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #f47f1272
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8f34635f
 def open_volume(path)->Volume: # in HU
     "A volume of the first release: slope, intercept and spacing of the metadata table applied, once"
     path = Path(path)
@@ -162,7 +164,7 @@ def open_volume(path)->Volume: # in HU
     hu = v.hu.astype(np.float32)*np.float32(how["slope"])+np.float32(how["intercept"])
     return Volume(small(np.rint(hu).astype(np.int32)), _spaced(v, how["spacing"]), {**{k: x for k, x in v.facts.items() if k != "zooms"}, "spaced": True})
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #68b670fc
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8b8ac102
 def _spaced(v, spacing)->np.ndarray: # the header's directions, the table's spacing
     mm = np.array([float(x) for x in spacing.split()])
     if np.allclose(v.spacing, mm, rtol=0.02): return v.affine
@@ -171,12 +173,12 @@ def _spaced(v, spacing)->np.ndarray: # the header's directions, the table's spac
     a[:3, 3] = -a[:3, :3]@((np.array(v.hu.shape)-1)/2)
     return a
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #dab4302a
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #935ebc39
 def _split_of(text)->str|None: # train, val, test
     words = re.split(r"[^a-z]+", text.lower())
     return next((s for w in words for s in ("train", "val", "test") if w.startswith(s)), None)
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #87508538
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #e7143817
 def read_lists(folder)->dict: # split -> names of volumes
     "The lists of a benchmark, by split"
     files, found = sorted(f for f in Path(folder).rglob("*") if f.suffix in (".csv", ".json", ".txt")), {}
@@ -192,7 +194,7 @@ def read_lists(folder)->dict: # split -> names of volumes
     if lost: raise FileNotFoundError(f"{folder}: no list for {lost[0]} among {[f.name for f in files]}, expected CSV or JSON lists for train and test")
     return found
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #935ebc39
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #7f9fb1a1
 def _patients(names)->set: return {n.rsplit("_", 2)[0] for n in names}
 
 def leaks(lists:dict)->list[str]:
@@ -205,7 +207,7 @@ def leaks(lists:dict)->list[str]:
         if both and not (b == "test" and a == "val" and val == test): out.append(f"{len(both)} patient{'' if len(both) == 1 else 's'} in the {a} and the {b} list, the first {min(both)}")
     return out
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #e7143817
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #394e0d7e
 def listed(table, lists:dict, bad)->pd.DataFrame: # only what the lists name, split as they say
     "Apply lists: what leaks is said; a patient in two of them stays in the stricter one"
     for s in leaks(lists): say(f"CT-RATE lists: {s}")
@@ -219,7 +221,7 @@ def listed(table, lists:dict, bad)->pd.DataFrame: # only what the lists name, sp
     for n, s in zip(t.case[out], strict[out]): bad.add(n, f"is in a training list, but its patient is in the {order[s]} list")
     return t[~out].reset_index(drop=True)
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #d5c68651
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fe8659fa
 def _row(f, mask, said, has, split, how)->dict:
     name = f.name.removesuffix(".nii.gz")
     s, p, scan, _ = name.split("_")
@@ -235,13 +237,13 @@ def _left_out(path)->set: # names without suffix
     if text.strip() and not names: raise ValueError(f"{path}: no name of a volume in it, expected one a line: fetch it again")
     return names
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #ade67e50
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
 def _volumes(folder, bad)->list: # files in the order of their numbers
     files = [f for f in folder.glob("*/*/*.nii.gz") if _NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
     for f in sorted(set(folder.glob("*/*/*.nii.gz"))-set(files)): bad.add(f.name, "not named as train_1_a_1.nii.gz")
     return sorted(files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")])
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fe8659fa
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5c8f6976
 def _split(d, split, old, skip, bad)->list: # rows
     folder, reports, labels, metadata = NAMES[split]
     folder = folder.removesuffix("_fixed" if old else "")
@@ -256,7 +258,7 @@ def _split(d, split, old, skip, bad)->list: # rows
         rows.append(_row(f, d/"ts_seg/ts_total"/folder/place(f.name), said.loc[f.name], has.loc[f.name], "train" if split == "train" else "test", more))
     return rows
 
-# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #15894313
 def read(
     root, # folder that holds `dataset/`
     lists=None, # folder of a benchmark's lists; None: the owners' splits

@@ -34,6 +34,7 @@ def _grey(hu)->np.ndarray: # uint8
     _, lo, hi = SOURCE.intensity
     return np.rint((np.clip(hu, lo, hi).astype(np.float32)-lo)*np.float32(255/(hi-lo))).astype(np.uint8)
 
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #a8e7d4d4
 def write_pictures(hu, affine, folder):
     "A volume as numbered JPG slices at the assumed spacing and axes"
     from PIL import Image
@@ -44,6 +45,7 @@ def write_pictures(hu, affine, folder):
         tmp.mkdir()
         for k in range(shape[2]): Image.fromarray(np.ascontiguousarray(v[:, :, k].T)).save(tmp/f"{k+1:03d}.jpg", quality=90)
 
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #04c8790c
 def write_case(k:Case, name:str, root, pictures=False)->dict: # what the table says of it
     "The volume of one scan"
     r = k.recons[0]
@@ -51,9 +53,10 @@ def write_case(k:Case, name:str, root, pictures=False)->dict: # what the table s
     else: write_volume(_grey(r.hu), r.affine, Path(root)/f"images/{name}.nii.gz")
     return dict(id=name, finding=k.report.findings, impression=k.report.impression)
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #a8e7d4d4
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #09cb0992
 def _one(split, i, name, root, seed, pictures, kw): return write_case(case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), name, root, pictures)
 
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #cdfa18b3
 def write(
     root, # of the cohort
     seed, # of the study
@@ -69,7 +72,7 @@ def write(
     run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(s, i, str(100+n), root, seed, n < pictures, kw) for n, (s, i) in enumerate(todo))
     write_json(list(progress(run, total=len(todo), label="phantoms")), Path(root)/"CTRG-Chest-548K.json")
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #cdfa18b3
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #86ffe21c
 KEYS = dict(id=("id", "Id", "ID", "name"), findings=("finding", "findings", "report"), impression=("impression", "impressions", "result"), split=("split",))
 
 def _get(record, key)->str:
@@ -87,7 +90,7 @@ def _records(path)->list: # dictionaries, with `split` where the file tells it
         if not any(k in r for r in found for k in KEYS[key]): raise ValueError(f"{path}: no record has one of {KEYS[key]}; the first has {[str(k)[:40] for k in list(found[0])[:8]]}")
     return found
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e694e0d7
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #7cd1ae4f
 def _place(root, table)->Path: # of the reports
     if not (Path(root)/"images").is_dir(): raise FileNotFoundError(f"{Path(root)/'images'} is missing: expected CTRG's scans there, a NIfTI file or a folder of JPG each")
     if table: return Path(root)/table
@@ -101,7 +104,7 @@ def _image(root, name)->str: # "" where there is none
     if (d/name).is_dir() and any(f.suffix.lower() in PICTURES for f in (d/name).iterdir()): found.append(d/name)
     return str(found[0]) if found else ""
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #86ffe21c
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e054d42e
 @cache
 def _once(text): say(text)
 
@@ -113,7 +116,7 @@ def _without_leak(records)->list: # a validation list that is the test list is d
     say(f"CTRG: {len(ids('val') & ids('test'))} of {len(ids('val'))} validation scans are in the test list: an epoch chosen on them is chosen on the test; they count as test")
     return [r for r in records if not (_SIDES.get(_get(r, "split").lower()) == "val" and _get(r, "id") in ids("test"))]
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #7cd1ae4f
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #5d18b3f9
 def _row(root, r)->dict: # ValueError says what is wrong with the case
     name, side = _get(r, "id"), _get(r, "split").lower()
     if not re.fullmatch(r"[\w-]+", name): raise ValueError(f"id `{name}`: expected letters, digits, _ and - only")
@@ -123,6 +126,7 @@ def _row(root, r)->dict: # ValueError says what is wrong with the case
     return dict(case=name, scan=name, patient=name, image=_image(root, name), organ_map="", target_map="", findings=_get(r, "findings"), impression=_get(r, "impression"),
                 split=_SIDES[side], time_days=None, event=None)
 
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #c2ea32cd
 def _rows(root, records, bad)->list:
     rows, words = [], {}
     for r in records: words.setdefault(_get(r, "id"), []).append((_get(r, "findings"), _get(r, "impression"), _SIDES.get(_get(r, "split").lower())))
@@ -136,7 +140,7 @@ def _rows(root, records, bad)->list:
         words.pop(name, None)
     return rows
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #d366d138
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #08cd7857
 def read(
     root, # folder that holds the reports and `images/`
     table=None, # name of the reports' file; None: the only JSON or CSV there
@@ -153,7 +157,7 @@ def read(
     if not rows: raise ValueError(f"{path}: none of {len(records)} records is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""))
     return check(_repeated(_divided(pd.DataFrame(rows), path)), NAME), bad
 
-# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e054d42e
+# %% ../../../nbs/2_data/cohorts/ctrg.ipynb #b4a21aa2
 def _divided(t, path)->pd.DataFrame: # as the file says, or drawn
     if (t.split != "").all(): return t
     if (t.split != "").any(): raise ValueError(f"{path}: case {t.case[t.split == ''].iloc[0]} has no split, others have")

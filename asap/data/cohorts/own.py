@@ -76,10 +76,11 @@ def write_case(k:Case, number:int, split:str, root, seed)->list: # a row a volum
                          time_days=k.outcome["time_days"], event=k.outcome["event"], name="Phantom Nobody", **k.labels))
     return rows
 
+# %% ../../../nbs/2_data/cohorts/own.ipynb #69352e72
 def _one(split, i, number, root, seed, kw):
     return write_case(case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), number, split, root, seed)
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #69352e72
+# %% ../../../nbs/2_data/cohorts/own.ipynb #2129adb3
 def write(
     root, # of the cohort
     seed, # of the study
@@ -95,7 +96,7 @@ def write(
     rows = [r for patient in progress(run, total=len(todo), label="phantoms") for r in patient]
     write_csv(pd.DataFrame(rows), Path(root)/"cases.csv")
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #e7c51878
+# %% ../../../nbs/2_data/cohorts/own.ipynb #b5df38dd
 def table(
     path,
     need=(), # columns
@@ -115,17 +116,18 @@ def table(
     if not text.endswith(("\n", "\r")): raise ValueError(f"{path} ends in the middle of a line: the file is cut off; if it is whole, end its last line")
     return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #06ee2a3c
+# %% ../../../nbs/2_data/cohorts/own.ipynb #7fcc26af
 _HEADING = re.compile(r"^[ \t]*(?i:impressions?|conclusions?)[ \t]*(?::|$)|\b(?:IMPRESSIONS?|CONCLUSIONS?)[ \t]*:", re.M)
 _FIRST = re.compile(r"^\s*findings?[ \t]*(?::|$)", re.I | re.M)
 
+# %% ../../../nbs/2_data/cohorts/own.ipynb #43cf3092
 def split_report(text:str)->tuple: # findings, impression; impression "" where there is no heading
     "A report in one piece at its first heading IMPRESSION or CONCLUSION"
     at = _HEADING.search(text)
     findings, impression = (text[:at.start()], text[at.end():]) if at else (text, "")
     return _FIRST.sub("", findings, count=1).strip(), impression.strip()
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #f828e8a1
+# %% ../../../nbs/2_data/cohorts/own.ipynb #f8d7795e
 def inside(root:Path, base:Path, name:str)->Path:
     "A path relative to the CSV that must lie in the cohort's folder and exist"
     p = Path(os.path.normpath(base/name))
@@ -133,6 +135,7 @@ def inside(root:Path, base:Path, name:str)->Path:
     if not p.exists(): raise ValueError(f"`{name}` is missing: expected a file or a DICOM folder")
     return p
 
+# %% ../../../nbs/2_data/cohorts/own.ipynb #ff24fa46
 def _number(name, x, allowed=None)->float|None: # None where empty
     try: v = float(x) if x else None
     except ValueError: v = np.nan
@@ -145,7 +148,7 @@ def _words(get)->tuple: # findings, impression
     if not findings and not impression: raise ValueError("no report")
     return findings, impression
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #e636828d
+# %% ../../../nbs/2_data/cohorts/own.ipynb #98365abf
 _SPLITS = dict(train="train", val="val", valid="val", validation="val", test="test")
 
 def _names(columns, t, path)->tuple: # {ours: theirs}, labels
@@ -160,7 +163,7 @@ def _names(columns, t, path)->tuple: # {ours: theirs}, labels
     if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in list(t)[:12]]}: name yours in `columns`")
     return names, [n for n in LABELS if n in t] if labels is None else labels
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #f8d7795e
+# %% ../../../nbs/2_data/cohorts/own.ipynb #a2692012
 def _row(raw, names, labels, root, base)->dict: # ValueError says what is wrong with the case
     get = lambda k: raw[names[k]] if k in names else ""
     for k in ("case", "patient"):
@@ -178,7 +181,7 @@ def _once(t, names, bad)->pd.DataFrame: # without cases that are there twice and
     for c in twice: bad.add(c, f"is there {int((t[names['case']] == c).sum())} times, expected once: give each volume a name of its own")
     return t[~t[names["case"]].isin(twice)]
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #ff24fa46
+# %% ../../../nbs/2_data/cohorts/own.ipynb #8d12520f
 def _one_side(rows, bad)->list: # a patient in two splits teaches the test: all of them are left out
     sides = {}
     for r in rows: sides.setdefault(r["patient"], set()).add(r["split"])
@@ -186,7 +189,7 @@ def _one_side(rows, bad)->list: # a patient in two splits teaches the test: all 
         if len(sides[r["patient"]]) > 1: bad.add(r["case"], f"patient `{r['patient']}` is in {' and '.join(sorted(sides[r['patient']]))}: split by patient")
     return [r for r in rows if len(sides[r["patient"]]) == 1]
 
-# %% ../../../nbs/2_data/cohorts/own.ipynb #98365abf
+# %% ../../../nbs/2_data/cohorts/own.ipynb #ffaa889b
 def read(
     root, # folder that holds the CSV and the images
     columns:dict|None=None, # {our name: your column}; `labels`: a list of columns

@@ -66,10 +66,11 @@ def _patient(tree, seed, split, i, size, spacing)->dict: # file -> rows
     if tree[name] != report(c, key).findings: raise ValueError(f"the CT-RATE tree beside tells another report of {name}: it was written with another seed or size")
     return {kind: [dict(Volumename=name, **r) for r in rows] for kind, rows in dict(_asked(c, key), region=_said(c, key)).items()}
 
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #0a3f8494
 def _file(root, split, kind)->Path: # split: train, validation
     return Path(root)/"dataset/radgenome_files"/f"{split}_{dict(FILES, region='region_report')[kind]}.csv"
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #0a3f8494
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #54a6c8f9
 def write(
     root, # of the cohort; CT-RATE's tree lies beside it and is written where it is not there
     seed, # of the study, the same as CT-RATE's
@@ -89,7 +90,7 @@ def write(
         for kind, names in COLUMNS_OF.items():
             write_csv(pd.DataFrame([r for p in all_rows for r in p[kind]], columns=names), _file(root, split, kind))
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #110ca1a1
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #236ba38f
 @cache
 def _once(text): say(text)
 
@@ -102,7 +103,7 @@ def _every(root, kind)->pd.DataFrame: # both splits, with `case`
     both = [read_table(_file(root, s, kind), COLUMNS_OF[kind], f"RadGenome-ChestCT's table of kind {kind}").assign(side=ours) for s, ours in SPLITS.items()]
     return pd.concat(both, ignore_index=True).assign(case=lambda t: t.Volumename.str.removesuffix(".nii.gz"))
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #236ba38f
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #07f8bee2
 def read(
     root, # folder that holds `dataset/`
     ct_rate=None, # folder of CT-RATE; None: the one beside `root`
@@ -120,14 +121,14 @@ def read(
     if not len(t): raise ValueError(f"{root}: none of its {asked.case.nunique()} volumes is in CT-RATE's tree")
     return check(t.drop(columns=[c for c in t if c.startswith("label:")]), NAME), left
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #f6990a77
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #a73a59aa
 def _of(rows, table, left_out, what)->pd.DataFrame: # those whose volume is there
     rows = rows[~rows.case.isin({c.removesuffix(".nii.gz") for c in left_out})]
     lost = rows[~rows.case.isin(set(table.case))]
     if len(lost): raise ValueError(f"{lost.case.iloc[0]} has {int((lost.case == lost.case.iloc[0]).sum())} {what}, but is not in the table of cases ({lost.case.nunique()} such volumes): fetch the volume, or name it in left_out")
     return rows
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #a73a59aa
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #9f4b0165
 def questions(
     root, # folder that holds `dataset/`
     table, # of `read`, or what was left of it
@@ -141,7 +142,7 @@ def questions(
         for r in t.to_dict("records"): out.append(dict(case=r["case"], kind=kind, question=words.format(**{n: r[n] for n in needs}), answer=_answer(kind, r[answer])))
     return pd.DataFrame(out, columns=["case", "kind", "question", "answer"])
 
-# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #9f4b0165
+# %% ../../../nbs/2_data/cohorts/radgenome.ipynb #44e6d49e
 def regions(root, table, left_out=())->pd.DataFrame: # case, region, sentence
     "The reports by region"
     t = _of(_every(root, "region"), table, left_out, "sentences")

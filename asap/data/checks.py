@@ -39,7 +39,8 @@ def finite(v:Volume):
 @_rule
 def size(v:Volume):
     "Enough voxels to be a volume"
-    if min(v.hu.shape) < 8: yield Finding("error", "size", f"shape {v.hu.shape}", "at least 8 voxels along each axis", "is this a localizer, or a part of a series?")
+    least = 4 if v.facts.get("intensity", "hu") == "mr" else 8 # a heart's short axis has few slices
+    if min(v.hu.shape) < least: yield Finding("error", "size", f"shape {v.hu.shape}", f"at least {least} voxels along each axis", "is this a localizer, or a part of a series?")
 
 # %% ../../nbs/2_data/21_checks.ipynb #0b5f6930
 def _inside(hu)->np.ndarray: # about a million finite values from all over the volume, without the padding constant
@@ -161,10 +162,11 @@ def head_is_up(a:Anatomy)->float: # > 0: the windpipe is on top; < 0: below; 0: 
 @_rule
 def orientation(v:Volume):
     "The header says how the patient lies, and the anatomy agrees"
+    mr = v.facts.get("intensity", "hu") == "mr"
     if not v.facts.get("oriented", True):
-        yield Finding("error", "orientation", "neither qform nor sform is set", "an affine that says where front, head and left are", "write the header again with the scanner's affine")
+        yield Finding("warning" if mr else "error", "orientation", "neither qform nor sform is set", "an affine that says where front, head and left are", "write the header again with the scanner's affine")
         return
-    if v.facts.get("intensity", "hu") == "mr" or not np.isfinite(v.affine).all() or min(v.hu.shape) < 8: return
+    if mr or not np.isfinite(v.affine).all() or min(v.hu.shape) < 8: return
     a = anatomy(v)
     (front, rear), head = bone_in_slices(a), head_is_up(a)
     if front > 0.85 and rear < 0.7: yield Finding("error", "orientation", f"bone near the midline in {front:.0%} of the slices in front and in {rear:.0%} at the back", "the spine at the back of every slice", f"front and back are swapped in the header (axes {v.axes}): write it again")
@@ -173,7 +175,7 @@ def orientation(v:Volume):
 @_rule
 def field_of_view(v:Volume):
     "Lungs in the field of view"
-    if v.facts.get("intensity", "hu") != "hu" or min(v.hu.shape) < 8: return
+    if v.facts.get("intensity", "hu") != "hu" or not v.facts.get("chest", True) or min(v.hu.shape) < 8: return
     up = int(np.argmax(np.abs(v.affine[2, :3])))
     covers, a = v.spacing[up]*v.hu.shape[up], anatomy(v)
     litres = a.litres

@@ -50,6 +50,7 @@ class Source:
     intensity:str|tuple = "hu" # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
     spacing:tuple|None = None # assumed, mm along each array axis; None: the file must say it
     axes:str = "LPS" # where each array axis points, for files that do not say (npz without affine, pictures)
+    chest:bool = True # False: an abdomen, a heart; lungs are not expected
 
 def placed(shape, spacing, axes:str="LPS")->np.ndarray: # 4x4
     "An affine for an array of which only spacing and directions are known; its middle is at 0"
@@ -255,7 +256,7 @@ def read(
     if source.spacing is not None and not facts["spaced"]:
         affine = affine.copy(); affine[:3, :3] *= np.array(source.spacing)/np.sqrt((affine[:3, :3]**2).sum(0))
         facts["spaced"] = True
-    return Volume(to_hu(data, source.intensity), affine, dict(facts, path=str(path), intensity=source.intensity, raw=(float(np.nanmin(data)), float(np.nanmax(data)))))
+    return Volume(to_hu(data, source.intensity), affine, dict(facts, path=str(path), intensity=source.intensity, chest=source.chest, raw=(float(np.nanmin(data)), float(np.nanmax(data)))))
 
 # %% ../../nbs/2_data/20_volumes.ipynb #ab6a8de4
 def write(

@@ -23,7 +23,7 @@ from ...phantom.body import aorta, ball, bones, frame, heart_at, heart_radii, lu
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #b3708814
 NAME = "acdc"
-SOURCE = Source(intensity="mr")
+SOURCE = Source(intensity="mr", chest=False)
 LABELS, TARGETS, ORGANS = [], {1: "RV", 2: "MLV", 3: "LVC"}, False
 SHIFT = Shift(noise=1.5, blur=0.4)
 TEST = 0.2 # of the re-pack's patients: the paper tests on 40 of 200 frames

@@ -23,7 +23,7 @@ from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #e183e9ad
 NAME = "btcv"
-SOURCE = Source()
+SOURCE = Source(chest=False)
 ORGAN_NAMES = ["spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
                "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland"]
 LABELS, TARGETS, ORGANS = [], dict(enumerate(ORGAN_NAMES, 1)), False

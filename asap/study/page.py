@@ -119,7 +119,7 @@ def real(status, folder)->str:
         body += (f"<p>{len(scans)} real scans out of {html.escape(' and '.join(status['sources'].values()))}, read and checked as any other. A group without a mask is unknown (grey), and is never taken for background. "
                  "So few scans carry no statistics: they were looked at, never trained on.</p>"+table(rows))
     for name, s in scans.items():
-        if (folder/f"{name}.png").exists(): body += f"<h3>{html.escape(s['what'])}</h3>"+picture(folder/f"{name}.png", REAL)+sentence_rows(folder/f"{name}.csv")
+        if (folder/f"{name}.png").exists(): body += f"<h3>{html.escape(s['what'])} <span class='soft'>{html.escape(name)}</span></h3>"+picture(folder/f"{name}.png", REAL)+sentence_rows(folder/f"{name}.csv")
     return body+"<h3>A phantom of the test split</h3>"+picture(folder/"phantom.png", "The same panel on a phantom.")+sentence_rows(folder/"phantom.csv")
 
 def sentence_rows(path)->str: return "<details><summary>Where each region lies</summary>"+table(pd.read_csv(path))+"</details>" if path.exists() else ""

@@ -89,6 +89,13 @@ def test_a_wrong_key_stops_before_anything_runs(clone):
     with edited(clone, pretrain__step=10): text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
     assert "unknown key `pretrain.step`: did you mean `steps`?" in text
 
+def test_the_same_seed_gives_the_same_bytes(clone):
+    "Word pieces, text encoder and weights, made again in processes of their own"
+    kept = [clone/"build/text"/f for f in ("tokenizer.json", "model.safetensors")]+[clone/"runs/pretrain/asap"/f for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
+    before = [digest(f) for f in kept]
+    for stage in ("text", "pretrain@asap"): run("dvc", "repro", "-f", "-s", stage, cwd=clone)
+    assert before == [digest(f) for f in kept]
+
 def half_trained(clone): return lambda: (clone/"build/resume/pretrain/asap/resume").exists()
 
 def test_a_killed_stage_ends_with_the_same_numbers(clone):

@@ -20,11 +20,14 @@ def train_tokenizer(
     vocab:int, # word pieces, at most
     out, # folder, in transformers' layout
 ):
-    "Lower-cased WordPiece, as BERT's"
+    "Lower-cased WordPiece, as BERT's; the same reports give the same pieces"
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
-    t = BertWordPieceTokenizer(lowercase=True, strip_accents=True)
-    t.train_from_iterator(list(reports), vocab_size=vocab, min_frequency=2, special_tokens=SPECIALS, show_progress=False)
+    kind, reports = dict(lowercase=True, strip_accents=True), list(reports)
+    t = BertWordPieceTokenizer(**kind)
+    pieces = [f"##{c}" for c in sorted({c for r in reports for c in t.normalize(r)} - {" "})] # see the prose
+    t.train_from_iterator(reports, vocab_size=vocab, min_frequency=2, special_tokens=SPECIALS+pieces, show_progress=False)
+    t = BertWordPieceTokenizer(t.get_vocab(), **kind)
     fast = BertTokenizerFast(tokenizer_object=t._tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
     Path(out).mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(out)

@@ -41,6 +41,7 @@ def train(
     text, t = data.text, p.pretrain
     words = bool(model.arm["words"])
     text.to(device())
+    text.sentences(sorted({s for r in data.sentences for s in r})) # once, in one order: a feature's last bits depend on its batch, and a resumed run must find the same
     def loss(m, b, step): return m(dict(b, words=text.tokens(b["masked"], b["of"])) if words else b)
     return fit(model, loss, data, steps=t.steps, batch=t.batch, lr=t.lr, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip, precision_=t.precision,
                seed=("pretrain", seed), folder=folder, fp=fp, save_every=t.save_every, collate=lambda rows: collate(rows, text, t.word_mask), label=label)

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from ..core import rng
 
 # %% ../../nbs/1_phantom/10_body.ipynb #c2ddfe84
-VERSION = "1" # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
+VERSION = "2" # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
 
 LABELS = dict(lung_upper_lobe_left=10, lung_lower_lobe_left=11, lung_upper_lobe_right=12, lung_middle_lobe_right=13,
               lung_lower_lobe_right=14, esophagus=15, trachea=16, heart=51, aorta=52, liver=5) # TotalSegmentator's `total` classes

@@ -145,12 +145,12 @@ def _how(a)->dict: # spacing and window of the study, or of the options
 
 def standardise(a)->int:
     "`asap standardise`"
-    from asap.data.cohort import make_one
+    from asap.data.cohort import Store, make_one
     scans, n = _batch(a, "standardise")
     out, bad = Path(a.out), Quarantine(Path(a.out)/"quarantine.csv")
     out.mkdir(parents=True, exist_ok=True)
     for name, path in scans:
-        made = make_one(dict(case=name, image=str(path), organ_map=""), out, out, _how(a), None, _source(a))
+        made = make_one(dict(case=name, image=str(path), organ_map=""), Store(out, out), _how(a), None, _source(a))
         if made.error: bad.add(name, made.error); say(f"refused {name}: {made.error}")
         else: print(out/f"{name}.nii", flush=True)
     return _end(bad, n)

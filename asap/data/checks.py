@@ -192,9 +192,10 @@ def check(v:Volume)->list: # Findings, errors first
 def load(
     path, # of any format
     source:Source=Source(), # what is declared of it
+    opener=None, # path -> Volume, where a data set needs more than its files say
 )->tuple: # Volume, warnings
     "Read a volume and check it; `ValueError` names the file and every error"
-    v = read(path, source)
+    v = opener(path) if opener else read(path, source)
     found = check(v)
     errors = [str(f) for f in found if f.level == "error"]
     if errors: raise ValueError(f"{path}: "+"; also: ".join(errors))

@@ -36,8 +36,8 @@ def sample(
     box=None, # start, stop that must stay inside
     scale=(0.9, 1.0), # the box's side against `size`, stretched to `size` afterwards
     jitter:float=0.05, # of the place, as a share of the size
-)->dict: # start, side, shift, noise
-    "Draw where to look and how"
+)->dict: # start, side
+    "Draw where to look"
     shape, size = np.array(shape), np.array(size)
     side = np.rint(size*r.uniform(*scale)).astype(int)
     if box is not None: side = np.clip(np.maximum(side, box[1]-box[0]), None, size)
@@ -45,11 +45,11 @@ def sample(
     if box is not None: # the start may lie anywhere between "the box ends here" and "the box begins here"
         lo, hi = box[1]-side, box[0]
         middle = np.clip(middle, np.minimum(lo, hi), np.maximum(lo, hi))
-    return dict(start=np.rint(middle).astype(int), side=side, shift=r.uniform(-0.05, 0.05) if r.random() < 0.3 else 0., noise=0.)
+    return dict(start=np.rint(middle).astype(int), side=side)
 
 def centre(shape, size)->dict: # as `sample`
     "The middle of a volume, as it is"
-    return dict(start=np.rint((np.array(shape)-np.array(size))/2).astype(int), side=np.array(size), shift=0., noise=0.)
+    return dict(start=np.rint((np.array(shape)-np.array(size))/2).astype(int), side=np.array(size))
 
 def apply(
     data:np.ndarray, # volume or organ map; a memory map is read only where needed

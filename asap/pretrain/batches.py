@@ -17,6 +17,11 @@ from ..text.sentences import join, split
 from ..text.tokens import encode, mask_words, pad
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #d9391297
+def _shift(t): # MONAI's shift of intensities, or None
+    if not t.shift or not t.shift_share: return None
+    from monai.transforms import RandShiftIntensity
+    return RandShiftIntensity(offsets=t.shift, prob=t.shift_share, channel_wise=False)
+
 class Pairs:
     "Image, organ shares and report of each case, by (draw, index)"
     def __init__(self,
@@ -27,7 +32,7 @@ class Pairs:
         augment:bool=True): # centre crops when False
         self.rows, self.p, self.text, self.seed, self.augment = table.to_dict("records"), p, text, seed, augment
         self.n = len(list(p.anatomy.groups))
-        self.boxes = {}
+        self.boxes, self.shift = {}, _shift(p.pretrain) if augment else None
         self.sentences = [split(join(r["findings"], r["impression"])) or ["No report."] for r in self.rows]
         self.coded = [encode(text.tokenizer, s, text.max_length) for s in self.sentences]
         self.lost = sum(c[2] > 0 for c in self.coded) # reports of which sentences did not fit
@@ -39,18 +44,27 @@ class Pairs:
         if not self.augment: return centre(shape, self.p.volumes.size)
         if i not in self.boxes: self.boxes[i] = None if organs is None else lung_box(organs)
         return sample(rng("crop", self.seed, draw, i), shape, self.p.volumes.size, self.boxes[i], scale=self.p.pretrain.scale)
+    def look(self, x, draw, i)->np.ndarray: # the crop as the model sees it
+        if self.shift is None: return x
+        self.shift.set_random_state(seed32("shift", self.seed, draw, i))
+        return np.asarray(self.shift(x), np.float32)
     def __getitem__(self, at)->dict:
         draw, i = at
         row, size = self.rows[i], self.p.volumes.size
         volume, organs = np.asanyarray(nib.load(row["image"], mmap="r").dataobj), self.organs(row)
         how = self.where(draw, i, volume.shape, organs)
         lo, hi = self.p.volumes.hu
-        out = dict(image=to_unit(apply(volume, how, size, lo), lo, hi)+np.float32(how["shift"]), case=row["case"])
+        out = dict(image=self.look(to_unit(apply(volume, how, size, lo), lo, hi), draw, i), case=row["case"])
         if organs is not None: out["shares"], out["known"] = shares(apply(organs, how, size, 0, 0), self.p.model.patch, self.n)
         ids, of, _ = self.coded[i]
         return out | dict(ids=ids, of=of, sentences=self.sentences[i][:of.max()+1 if len(of) else 0], seed=seed32("words", self.seed, draw, i))
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #cea6354e
+def _organs(rows)->dict: # shares (B,N,n+1), known (B,N); a case without an organ map has no known patch
+    one = next(r for r in rows if "shares" in r)
+    none = dict(shares=np.zeros_like(one["shares"]), known=np.zeros_like(one["known"]))
+    return {k: torch.from_numpy(np.stack([r.get(k, none[k]) for r in rows])) for k in none}
+
 def collate(
     rows:list, # samples
     text, # the frozen encoder
@@ -58,11 +72,11 @@ def collate(
 )->dict: # what the model's forward takes
     "A batch: padded, hidden words and sentence features from the frozen encoder"
     b = dict(image=torch.from_numpy(np.stack([r["image"] for r in rows]))[:, None])
-    if all("shares" in r for r in rows):
-        b |= dict(shares=torch.from_numpy(np.stack([r["shares"] for r in rows])), known=torch.from_numpy(np.stack([r["known"] for r in rows])))
+    if any("shares" in r for r in rows): b |= _organs(rows)
     tok = text.tokenizer
     ids, of = (torch.from_numpy(pad([r[k] for r in rows], v)) for k, v in (("ids", tok.pad_token_id), ("of", -1)))
-    masked, labels = mask_words(ids, of, share, tok.mask_token_id, torch.Generator().manual_seed(rows[0]["seed"]))
+    hide = lambda k: mask_words(ids[k:k+1], of[k:k+1], share, tok.mask_token_id, torch.Generator().manual_seed(rows[k]["seed"]))
+    masked, labels = map(torch.cat, zip(*map(hide, range(len(rows)))))
     most = max(len(r["sentences"]) for r in rows)
     real = torch.tensor([[s < len(r["sentences"]) for s in range(most)] for r in rows])
     features = text.sentences([s for r in rows for s in r["sentences"]])

@@ -198,6 +198,8 @@ class Params(_Section):
                                  +(f": did you mean `{near[0]}`?" if near else "")+f" Known: {', '.join(self.arms)}")
         lost = [c for c in self.pretrain.cohorts if c not in self.study.cohorts]
         if lost: raise ValueError(f"`pretrain.cohorts` names `{lost[0]}`, which `study.cohorts` does not: add it there")
+        given, asked = self.phantom.patients.get("ct_rate", [0, 0]), self.phantom.patients.get("radgenome", [0, 0])
+        if any(a > g for a, g in zip(asked, given)): raise ValueError(f"`phantom.patients.radgenome` is {asked}: it asks about ct_rate's patients, who are {given}")
         for size, patch in zip(self.volumes.size, self.model.patch):
             if size % patch: raise ValueError(f"`volumes.size` {self.volumes.size} is not a multiple of `model.patch` {self.model.patch}")
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):

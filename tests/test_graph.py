@@ -4,6 +4,8 @@ import ast, json
 import grimp, pytest, yaml
 from conftest import STAGES, TOP
 
+from asap.core import Cohorts, Name
+
 GRAPH = yaml.safe_load((TOP/"dvc.yaml").read_text())["stages"]
 REACH = grimp.build_graph("asap")
 
@@ -20,7 +22,19 @@ def modules(stage)->set[str]:
     reached = direct.union(*(REACH.find_upstream_modules(m) for m in direct))
     return {m for m in reached if (TOP/f"{m.replace('.', '/')}.py").exists()}
 
-def files(stage)->set[str]: return {f"{m.replace('.', '/')}.py" for m in modules(stage)}
+COHORTS = {m for m in REACH.modules if m.startswith("asap.data.cohorts.")}
+ADAPTERS = dict(synthesize={f"{m.replace('.', '/')}.py" for m in COHORTS}, prepare={"asap/data/cohorts/${item}.py"}) # stages that import them by name
+
+def files(stage)->set[str]:
+    "What a stage reaches, as files; with what adapters reach where it imports them by name"
+    found = modules(stage)
+    if stage.stem in ADAPTERS: found = found.union(*(REACH.find_upstream_modules(m) for m in COHORTS))
+    return {f"{m.replace('.', '/')}.py" for m in found if (TOP/f"{m.replace('.', '/')}.py").exists()} | ADAPTERS.get(stage.stem, set())
+
+def test_the_cohorts_of_the_study_are_the_pages():
+    "Params, adapters and pages name the same data sets"
+    pages = {p.stem for p in (TOP/"nbs/2_data/cohorts").glob("*.ipynb")}
+    assert pages == set(Cohorts.model_fields) == set(Name.__args__) == {m.rsplit(".", 1)[1] for m in COHORTS}
 
 def test_every_stage_has_its_notebook():
     assert {p.stem for p in STAGES} == set(GRAPH)

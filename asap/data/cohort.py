@@ -137,7 +137,7 @@ def _named(table, lists)->tuple: # rows of the lists with case and patient; name
     known = {bare(image): c for c, image in zip(table.case, table.image)} | {bare(c): c for c in table.case}
     t = lists.assign(case=lists.name.map(known))
     named = t[t.place.isin(set(t.place[t.case.notna()]))] # a column of labels names nobody
-    return named.dropna().assign(patient=lambda d: d.case.map(dict(zip(table.case, table.patient)))), sorted(set(named.name[named.case.isna()]))
+    return named.dropna().assign(patient=lambda d: d.case.map(dict(zip(table.case, table.patient)))), sorted(n for n in set(named.name[named.case.isna()]) if re.search(r"\d", n)) # without digits: a heading
 
 def listed(
     table, lists, # of an adapter, of `read_lists`
@@ -398,7 +398,7 @@ def run(
     how = dict(spacing=p.volumes.spacing, hu=p.volumes.hu, groups=p.anatomy.groups.model_dump(), code=[code_hash("asap.data.volumes"), code])
     with workers(p.study.backend):
         table = prepare(table, store.volumes, store.organs, how, organs, p.study.jobs, here/"quarantine.csv", bad, adapter.SOURCE, getattr(adapter, "open_volume", None), store.kept)
-    if adapter.ORGANS: table = fill(table, store.organs, here/"without_organs.csv")
+    if adapter.ORGANS: table = fill(table, out=store.organs, quarantine=here/"without_organs.csv")
     if not (table.split == "val").any(): table = carve(table, p.cohort.val_share, p.study.seed)
     asked = adapter.questions(place(name, data), table, {r["case"] for r in bad.rows}) if hasattr(adapter, "questions") else None
     save(table, asked, here, name, root)
@@ -423,14 +423,15 @@ def present(
 def corpus(
     names, # cohorts to learn from
     root:Path, # the project's folder
-)->pd.DataFrame: # their tables in one, paths relative to the project; `voxels`, `organs`: hashes
+)->pd.DataFrame: # their tables in one, paths relative to the project; `cohort`, `phantoms`; `voxels`, `organs`: hashes
     "One table of the cohorts that are there; `ValueError` where none is"
     have = present(names, root)
     if not have: raise ValueError(f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name one that is there in params.yaml")
     tables = []
     for n in have:
         t, store = pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet"), Store(root/"build/volumes"/n, root/"build/organs"/n)
-        tables.append(t.assign(cohort=n, voxels=[store.record(c)["voxels"] for c in t.case], organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map]))
+        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=[store.record(c)["voxels"] for c in t.case], organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map]))
     t = pd.concat(tables, ignore_index=True)
+    if not (t.split == "train").any(): raise ValueError(f"no train case in {have}: pre-training needs some; name another cohort in pretrain.cohorts")
     for c in ("case", "scan", "patient"): t[c] = t.cohort+":"+t[c] if len(have) > 1 else t[c] # names of two hospitals may agree
     return t

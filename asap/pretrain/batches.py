@@ -32,6 +32,8 @@ class Pairs:
         augment:bool=True): # centre crops when False
         self.rows, self.p, self.text, self.seed, self.augment = table.to_dict("records"), p, text, seed, augment
         self.n = len(list(p.anatomy.groups))
+        patches = int(np.prod(np.array(p.volumes.size)//p.model.patch))
+        self.none = np.zeros((patches, self.n+1), np.float32), np.zeros(patches, bool) # a case without an organ map has no known patch
         self.boxes, self.shift = {}, _shift(p.pretrain) if augment else None
         self.sentences = [split(join(r["findings"], r["impression"])) or ["No report."] for r in self.rows]
         self.coded = [encode(text.tokenizer, s, text.max_length) for s in self.sentences]
@@ -55,16 +57,11 @@ class Pairs:
         how = self.where(draw, i, volume.shape, organs)
         lo, hi = self.p.volumes.hu
         out = dict(image=self.look(to_unit(apply(volume, how, size, lo), lo, hi), draw, i), case=row["case"])
-        if organs is not None: out["shares"], out["known"] = shares(apply(organs, how, size, 0, 0), self.p.model.patch, self.n)
+        out["shares"], out["known"] = self.none if organs is None else shares(apply(organs, how, size, 0, 0), self.p.model.patch, self.n)
         ids, of, _ = self.coded[i]
         return out | dict(ids=ids, of=of, sentences=self.sentences[i][:of.max()+1 if len(of) else 0], seed=seed32("words", self.seed, draw, i))
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #cea6354e
-def _organs(rows)->dict: # shares (B,N,n+1), known (B,N); a case without an organ map has no known patch
-    one = next(r for r in rows if "shares" in r)
-    none = dict(shares=np.zeros_like(one["shares"]), known=np.zeros_like(one["known"]))
-    return {k: torch.from_numpy(np.stack([r.get(k, none[k]) for r in rows])) for k in none}
-
 def collate(
     rows:list, # samples
     text, # the frozen encoder
@@ -72,7 +69,7 @@ def collate(
 )->dict: # what the model's forward takes
     "A batch: padded, hidden words and sentence features from the frozen encoder"
     b = dict(image=torch.from_numpy(np.stack([r["image"] for r in rows]))[:, None])
-    if any("shares" in r for r in rows): b |= _organs(rows)
+    b |= {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in ("shares", "known")}
     tok = text.tokenizer
     ids, of = (torch.from_numpy(pad([r[k] for r in rows], v)) for k, v in (("ids", tok.pad_token_id), ("of", -1)))
     hide = lambda k: mask_words(ids[k:k+1], of[k:k+1], share, tok.mask_token_id, torch.Generator().manual_seed(rows[k]["seed"]))

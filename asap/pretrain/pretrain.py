@@ -49,7 +49,8 @@ def train(
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
 def place_guesses(data:Pairs)->dict: # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
-    every = np.stack([data[(0, i)]["shares"] for i in progress(range(len(data)), label="places")])
+    every = [data[(0, i)] for i in progress(range(len(data)), label="places")]
+    every = np.stack([s["shares"] for s in every if s["known"].all()] or [np.zeros_like(every[0]["shares"])])
     return dict(mean=every.mean(0), median=np.median(every, 0))
 
 @torch.no_grad()
@@ -80,6 +81,7 @@ def share_errors(sample, guess, guesses)->dict: # mean absolute errors, with and
     "How far shares are from the truth, over known patches"
     truth, known = sample["shares"], sample["known"]
     out = {}
+    if not known.any(): return out # no organ map
     for name, g in (("model", guess), *guesses.items()):
         error = np.abs(g-truth)[known]
         out |= {f"mae_{name}": error.mean(), f"mae_organs_{name}": error[:, 1:].mean()}
@@ -93,7 +95,7 @@ def interval(
     seed=0,
 )->dict: # the model's error, the best guess's, their difference with a 95 % interval by patient
     "Model minus the best guess by place alone; an interval below 0 says that it saw something"
-    by = rows.groupby("patient")[[f"{column}_{k}" for k in ("model", "mean", "median")]].mean()
+    by = rows.groupby("patient")[[f"{column}_{k}" for k in ("model", "mean", "median")]].mean().dropna()
     best = min(("mean", "median"), key=lambda k: by[f"{column}_{k}"].mean())
     d = (by[f"{column}_model"]-by[f"{column}_{best}"]).to_numpy()
     draws = d[rng("organs", seed).integers(len(d), size=(n, len(d)))].mean(1)
@@ -122,7 +124,7 @@ def run(
     log = train(model, data, p, seed, folder, fp, f"pretrain {name}")
     plain = lambda k: Pairs(parts[k], p, text, seed, augment=False)
     rows = evaluate(model, plain("test"), place_guesses(plain("train")), p.pretrain.visible, p.pretrain.word_mask)
-    learnt = {k: interval(rows, k) for k in ("mae", "mae_organs")} if arm["organs"] else {}
+    learnt = {k: interval(rows, k) for k in ("mae", "mae_organs")} if arm["organs"] and "mae_model" in rows else {}
     return model, log, rows, dict(arm=name, steps=int(p.pretrain.steps), voxels=round(float(rows.voxels.mean()), 5), organs=learnt, **sizes(model))
 
 def sizes(model)->dict: # parameters of the whole and of the encoder

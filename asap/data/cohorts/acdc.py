@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'SHIFT', 'TEST', 'UNVERIFIED', 'SPACING', 'SLICES', 'FRAMES',
-           'GROUPS', 'ventricles', 'scan', 'write', 'decathlon', 'read']
+           'GROUPS', 'ventricles', 'scan', 'write', 'read']
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #1e6dbf92
-import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
 
-from ...core import Quarantine, progress, rng, say, write_json, write_text
+from ...core import Quarantine, each, rng, say, write_json, write_text
 from ..cohort import carve, check
+from ..layouts import caution, decathlon
 from ..volumes import Source, placed, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.body import aorta, ball, bones, frame, heart_at, heart_radii, lungs, soft, traits
@@ -27,10 +26,7 @@ SOURCE = Source(intensity="mr", chest=False)
 LABELS, TARGETS, ORGANS = [], {1: "RV", 2: "MLV", 3: "LVC"}, False
 SHIFT = Shift(noise=1.5, blur=0.4)
 TEST = 0.2 # of the re-pack's patients: the paper tests on 40 of 200 frames
-UNVERIFIED = "the layout, the names in Info.cfg and the name of the re-pack's list were not checked against the owners' files"
-
-@cache
-def _once(): say(f"{NAME}: {UNVERIFIED}")
+UNVERIFIED = "the layout, the names in Info.cfg and the name of the re-pack's list were not checked against the owners' files."
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #287f8df3
 SPACING, SLICES, FRAMES = (1.5, 1.5, 8.), 10, 6
@@ -105,12 +101,9 @@ def write(
     recon_share:float=0., # not used: a frame is reconstructed once
 ):
     "A miniature ACDC of phantoms"
-    import joblib
     root, owners, across = Path(root), layout == "owners", round(size[0]*spacing[0]/2/SPACING[0])
     todo = [("train", i, i, "training") for i in range(1, train+1)]+[("valid", i, i+(max(100, train) if owners else train), "testing") for i in range(1, test+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(
-        seed, s, i, f"patient{n:03d}", root/folder/f"patient{n:03d}" if owners else root, owners, across) for s, i, n, folder in todo)
-    frames = [f for names in progress(run, total=len(todo), label=NAME) for f in names]
+    frames = [f for names in each(_one, [(seed, s, i, f"patient{n:03d}", root/folder/f"patient{n:03d}" if owners else root, owners, across) for s, i, n, folder in todo], jobs, NAME) for f in names]
     if not owners: _list(root, frames, seed)
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #693f6e7d
@@ -147,28 +140,6 @@ def _patient(d, split, bad)->list: # rows of both frames
         else: rows.append(_row(case, image, mask, split, group=said.get("Group", ""), phase=phase))
     return rows
 
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #45e93920
-def _entries(path)->dict: # "training", "testing" -> list of (image, label)
-    try: said = json.loads(path.read_bytes())
-    except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): fetch it again") from None
-    out = {}
-    for key in ("training", "testing"):
-        found = said.get(key) if isinstance(said, dict) else None
-        if key == "testing" and found and not isinstance(found[0], dict): found = said.get("validation")
-        if not isinstance(found, list) or not all(isinstance(e, dict) and {"image", "label"} <= set(e) for e in found):
-            raise ValueError(f"{path}: no list `{key}` of entries with `image` and `label`: is this the benchmark's list?")
-        out[key] = [(path.parent/e["image"], path.parent/e["label"]) for e in found]
-    return out
-
-# %% ../../../nbs/2_data/cohorts/acdc.ipynb #c7cbbf51
-def decathlon(
-    root, # folder with `dataset*.json`
-)->dict: # "train", "test" -> list of (image, label)
-    "The list of a re-pack; of several (small fractions) the one with most to train on"
-    found = [_entries(f) for f in sorted(Path(root).glob("dataset*.json"))]
-    best = max(found, key=lambda e: len(e["training"]))
-    return dict(train=best["training"], test=best["testing"])
-
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #f8122364
 def _owners(root)->tuple:
     rows, bad = [], Quarantine()
@@ -179,35 +150,26 @@ def _owners(root)->tuple:
     return check(pd.DataFrame(rows), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #5bfc9bc0
-def _released(root, lists)->tuple:
+def _released(root)->tuple: # split anew by patient
     rows, bad = [], Quarantine()
-    for split, entries in decathlon(root).items():
-        for image, mask in entries:
-            case, lost = image.name.removesuffix(".nii.gz").removesuffix("_0000"), [f for f in (image, mask) if not f.exists()]
-            if lost: bad.add(case, f"{lost[0]} is missing, and the list names it")
-            else: rows.append(_row(case, image, mask, split, group="", phase=""))
+    for image, mask in decathlon(root):
+        case, lost = image.name.removesuffix(".nii.gz").removesuffix("_0000"), [f for f in (image, mask) if not f.exists()]
+        if lost: bad.add(case, f"{lost[0]} is missing, and the list names it")
+        else: rows.append(_row(case, image, mask, "train", group="", phase=""))
     if not rows: raise ValueError(f"{root}: none of the {len(bad)} frames of the list is there, the first: {bad.rows[0]['reason'] if bad.rows else 'it names none'}")
-    t = pd.DataFrame(rows)
-    if lists == "ours": return check(carve(t.assign(split="train"), TEST, 0, "test"), NAME), bad
-    leak = sorted(set(t.patient[t.split == "train"]) & set(t.patient[t.split == "test"]))
-    if leak: say(f"{NAME}: the released list has {len(leak)} of {t.patient[t.split == 'test'].nunique()} test patients in training too: {', '.join(leak)}")
-    check(t.assign(patient=t.case), NAME)
-    return t, bad
+    return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #674fc6ff
 def read(
     root, # folder that holds training/ and testing/, or dataset.json and imagesTr/
-    lists:str="ours", # "released": the re-pack's own list, in which patients leak
 )->tuple: # cohort table with raw paths, Quarantine
     "Every outlined frame; says which of the two layouts it found"
     root = Path(root)
-    if lists not in ("ours", "released"): raise ValueError(f"lists={lists!r}, expected 'ours' or 'released'")
-    _once()
+    caution(NAME, UNVERIFIED)
     if (root/"training").is_dir() or (root/"testing").is_dir():
-        if lists == "released": raise ValueError(f"{root} is in the owners' layout, which has no released list: lists='released' needs the re-pack")
         say(f"{NAME}: the owners' layout")
         return _owners(root)
     if any(root.glob("dataset*.json")):
-        say(f"{NAME}: the benchmark's re-pack"+(", split anew by patient" if lists == "ours" else ", its own list"))
-        return _released(root, lists)
+        say(f"{NAME}: the benchmark's re-pack, split anew by patient")
+        return _released(root)
     raise FileNotFoundError(f"{root}: neither training/ and testing/ (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")

@@ -7,15 +7,14 @@ __all__ = ['NAME', 'SOURCE', 'ORGAN_NAMES', 'LABELS', 'TARGETS', 'ORGANS', 'TRAI
            'abdomen', 'write', 'read']
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #73f9a960
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, progress, rng, say, write_json
+from ...core import Quarantine, each, rng, say, write_json
 from ..cohort import check
-from .acdc import decathlon
+from ..layouts import caution, decathlon
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.body import ball, bones, frame, traits, tube
@@ -29,10 +28,7 @@ ORGAN_NAMES = ["spleen", "right kidney", "left kidney", "gallbladder", "esophagu
 LABELS, TARGETS, ORGANS = [], dict(enumerate(ORGAN_NAMES, 1)), False
 TRAIN, TEST = [*range(1, 11), *range(21, 35)], [*range(35, 41)] # numbers of the owners' training cases
 SHIFT = Shift(spacing=(1., 1., 0.85), noise=0.8, contrast=1.) # portal venous phase: every scan has contrast medium
-UNVERIFIED = "the names of both layouts, and that the re-pack's numbers are the owners', were not checked against the files"
-
-@cache
-def _once(): say(f"{NAME}: {UNVERIFIED}")
+UNVERIFIED = "the names of both layouts, and that the re-pack's numbers are the owners', were not checked against the files."
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #ae7297c6
 SHAPES = { # class: (HU, function of the frame that is < 1 inside), painted in this order
@@ -77,11 +73,9 @@ def write(
     **kw, # size, spacing, recon_share of the phantom; one reconstruction is written
 ):
     "A miniature BTCV of phantoms"
-    import joblib
     if train > len(TRAIN) or test > len(TEST): raise ValueError(f"train={train}, test={test}: BTCV has {len(TRAIN)} and {len(TEST)} cases with outlines")
     todo = [("train", i, n) for i, n in enumerate(TRAIN[:train], 1)]+[("valid", i, n) for i, n in enumerate(TEST[:test], 1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, n, Path(root), layout == "owners", kw) for s, i, n in todo)
-    made = list(progress(run, total=len(todo), label=NAME))
+    made = each(_one, [(seed, s, i, n, Path(root), layout == "owners", kw) for s, i, n in todo], jobs, NAME)
     if layout != "owners": write_json(dict(labels={str(k): v for k, v in TARGETS.items()}, training=made[:train], validation=made[train:], testing=made[train:]), Path(root)/"dataset_5.json")
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #f3a1ced4
@@ -94,7 +88,7 @@ def _pairs(root)->list: # (image, label, number as text)
     return [(d/f"img/img{n}.nii.gz", d/f"label/label{n}.nii.gz", n) for n in sorted(numbers)]
 
 def _listed(root)->list:
-    found = [(image, mask, image.name.removesuffix(".nii.gz").split("_")[-1]) for entries in decathlon(root).values() for image, mask in entries]
+    found = [(image, mask, image.name.removesuffix(".nii.gz").split("_")[-1]) for image, mask in decathlon(root)]
     return sorted(found, key=lambda e: e[2])
 
 def _row(image, mask, n, split)->dict:
@@ -108,7 +102,7 @@ def read(
 )->tuple: # cohort table with raw paths, Quarantine
     "Every outlined abdomen; says which of the two layouts it found"
     root, rows, bad = Path(root), [], Quarantine()
-    _once()
+    caution(NAME, UNVERIFIED)
     owners, released = (root/"RawData").is_dir(), any(root.glob("dataset*.json"))
     if not owners and not released: raise FileNotFoundError(f"{root}: neither RawData/Training (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")
     say(f"{NAME}: the owners' layout" if owners else f"{NAME}: the benchmark's re-pack")

@@ -8,14 +8,14 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'SHIFT', 'TEST', 'UN
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #f173e1d0
 import re
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, say
+from ...core import Quarantine, atomic, each
 from ..cohort import carve, check
+from ..layouts import caution
 from ..volumes import PICTURES, Source, grid, resample
 from ...phantom.abnormalities import Shift
 from ...phantom.words import case
@@ -28,9 +28,6 @@ SHIFT = Shift(spacing=(1., 1., 1.1), noise=1.2, blur=0.2, contrast=0.1)
 TEST = 1008/3393 # of the patients, as of the paper's scans
 UNVERIFIED = ("window -1350 to 150 HU, spacing 0.7 x 0.7 x 5 mm and axes LPS are assumed, since the owners give pictures alone; "
               "the names of the pictures were not checked against the owners' files")
-
-@cache
-def _once(): say(f"{NAME}: {UNVERIFIED}")
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b82a58e2
 _LUNG = ["Lung opacity", "Consolidation", "Atelectasis", "Interlobular septal thickening", "Pleural effusion", "Peribronchial thickening", "Bronchiectasis", "Mosaic attenuation pattern"]
@@ -71,10 +68,8 @@ def write(
     **kw, # size, spacing, recon_share of the phantom
 ):
     "A miniature CC-CCII of phantoms: folders of pictures"
-    import joblib
     todo = [("train", i, i) for i in range(1, train+1)]+[("valid", i, train+i) for i in range(1, test+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, n, root, kw) for s, i, n in todo)
-    for _ in progress(run, total=len(todo), label=NAME): pass
+    each(_one, [(seed, s, i, n, root, kw) for s, i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b9376dba
 def _pictures(scan)->list: # sorted by number
@@ -96,7 +91,7 @@ def read(
 )->tuple: # cohort table with raw paths, Quarantine
     "Every scan of the three classes; test is carved by patient"
     root, rows, bad = Path(root), [], Quarantine()
-    _once()
+    caution(NAME, UNVERIFIED)
     for kind in LABELS:
         if not (root/kind).is_dir(): raise FileNotFoundError(f"{root/kind} is missing: expected {', '.join(LABELS)}, each with patient/scan/0001.png: unpack the archives there")
         for scan in sorted(d for d in (root/kind).glob("*/*") if d.is_dir()):

@@ -7,13 +7,13 @@ __all__ = ['NAME', 'SHARE', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED
            'write', 'patient_of', 'read']
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #75da45a0
-import functools, re
+import re
 from pathlib import Path
 
 import numpy as np
 
-from ...core import progress, say
-from .msd_lung import pairs_table
+from ...core import each
+from ..layouts import caution, pairs_table
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import case
@@ -24,7 +24,7 @@ SOURCE = Source() # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "lesion"}
 ORGANS = False
-UNVERIFIED = "the folders COVID-19-20_v2/Train and Validation are not verified against the owners' archive"
+UNVERIFIED = "the folders COVID-19-20_v2/Train and Validation are not verified against the owners' archive."
 LESIONS = ["Lung opacity", "Consolidation"] # of the phantom
 SHIFT = Shift(spacing=(1., 1., 1.1), noise=1.2, contrast=0.1, odds={"Lung opacity": 9, "Consolidation": 1}) # every case has a lesion
 
@@ -49,16 +49,11 @@ def write(
     jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-20 of phantoms"
-    import joblib
     d, n = Path(root)/"COVID-19-20_v2", train+test
     todo = [("Train", i) for i in range(1, n+1)]+[("Validation", n+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(d, seed, i, s, kw) for s, i in todo)
-    for _ in progress(run, total=len(todo), label=NAME): pass
+    each(write_case, [(d, seed, i, s, kw) for s, i in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #d2ceef00
-@functools.cache
-def _warn(): say(f"{NAME}: {UNVERIFIED}")
-
 def patient_of(case:str)->str: # "volume-covid19-A-0011_1" -> "volume-covid19-A-0011"
     "The patient in a file's name"
     found = re.match(r"volume-covid19-[A-Za-z]+-\d+", case)
@@ -69,7 +64,7 @@ def read(
     root, # folder that holds COVID-19-20_v2, or is it
 )->tuple: # cohort table with raw paths, Quarantine
     "Every case of Train; 40 of 199 are test"
-    _warn()
+    caution(NAME, UNVERIFIED)
     d = Path(root)/"COVID-19-20_v2" if (Path(root)/"COVID-19-20_v2").is_dir() else Path(root)
     if not (d/"Train").is_dir(): raise FileNotFoundError(f"{d/'Train'} is missing: expected COVID-19-20's Train/ with *_ct.nii.gz and *_seg.nii.gz; fetch it")
     names = sorted({re.sub(r"_(ct|seg)\.nii\.gz$", "", f.name) for f in (d/"Train").glob("*.nii.gz") if not f.name.startswith(".")})

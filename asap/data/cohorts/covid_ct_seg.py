@@ -7,16 +7,15 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'LUNGS', 'ORGANS', 'UNVERIFIED
            'lungs', 'read']
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #aee9cb1e
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, progress, say
+from ...core import Quarantine, each
 from ..cohort import check
 from .covid_19_20 import LESIONS, lesions
-from .luna16 import sides
+from ..layouts import caution, sides
 from ..volumes import Source, read as read_volume, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import case
@@ -28,7 +27,7 @@ LABELS = []
 TARGETS = {1: "lesion"} # of target_map
 LUNGS = {1: "left lung", 2: "right lung"} # of what `lungs` returns for lung_map
 ORGANS = False
-UNVERIFIED = "which of 1 and 2 is the left lung is not verified against the owners' files; `lungs` goes by where each lung lies"
+UNVERIFIED = "which of 1 and 2 is the left lung is not verified against the owners' files; `lungs` goes by where each lung lies."
 SHIFT = Shift(spacing=(1.1, 1.1, 1.2), noise=1.9, blur=0.6, contrast=0., odds={"Lung opacity": 9, "Consolidation": 2}) # another hospital
 FOLDERS = ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask")
 
@@ -51,15 +50,10 @@ def write(
     jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-CT-Seg of phantoms"
-    import joblib
     todo = [(i, f"coronacases_{i:03d}") for i in range(1, test+1)]+[(1, "radiopaedia_1_1_0")]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(root, seed, i, n, kw) for i, n in todo)
-    for _ in progress(run, total=len(todo), label=NAME): pass
+    each(write_case, [(root, seed, i, n, kw) for i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #1a5cec34
-@functools.cache
-def _warn(): say(f"{NAME}: {UNVERIFIED}")
-
 def _row(name, image, lung, lesion)->dict:
     return dict(case=name, scan=name, patient=name, image=str(image), organ_map="", target_map=str(lesion), findings="", impression="",
                 split="test", time_days=None, event=None, lung_map=str(lung))
@@ -82,7 +76,7 @@ def read(
     root, # folder that holds the three folders
 )->tuple: # cohort table with raw paths, Quarantine
     "Every coronacases_* scan with both masks; all are test"
-    _warn()
+    caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     for folder in FOLDERS:
         if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected the folders {', '.join(FOLDERS)}; fetch and unpack it there")

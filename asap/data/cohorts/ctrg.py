@@ -8,15 +8,14 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHARE
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #33db7437
 import json, re
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, say, write_json
+from ...core import Quarantine, atomic, each, say, write_json
 from ..cohort import carve, check
-from .own import table as read_table
+from ..layouts import caution, table as read_table
 from ..volumes import PICTURES, Source, placed, resample, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -25,7 +24,7 @@ from ...phantom.words import Case, case
 NAME = "ctrg"
 SOURCE = Source(intensity=("window", -1000, 1000), spacing=(0.7, 0.7, 1.0)) # all of it assumed
 LABELS, TARGETS, ORGANS = [], {}, True
-UNVERIFIED = "CTRG-Chest-548K: layout, display window (-1000 to 1000 HU), spacing (0.7 x 0.7 x 1.0 mm) and order of the slices are assumed; the owners do not give them."
+UNVERIFIED = "layout, display window (-1000 to 1000 HU), spacing (0.7 x 0.7 x 1.0 mm) and order of the slices are assumed; the owners do not give them."
 SHARE = 360/1804 # of the scans become test, as many as in the released list
 SHIFT = Shift(spacing=(1.05, 1.05, 0.9), noise=0.9, blur=0.3, contrast=0.2, odds={"Lung nodule": 0.4, "Pulmonary fibrotic sequela": 0.4})
 
@@ -67,10 +66,8 @@ def write(
     **kw, # size, spacing of the phantom; there is one reconstruction
 ):
     "A miniature CTRG of phantoms: images and reports"
-    import joblib
     todo, kw = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n+1)], dict(kw, recon_share=0.)
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(s, i, str(100+n), root, seed, n < pictures, kw) for n, (s, i) in enumerate(todo))
-    write_json(list(progress(run, total=len(todo), label="phantoms")), Path(root)/"CTRG-Chest-548K.json")
+    write_json(each(_one, [(s, i, str(100+n), root, seed, n < pictures, kw) for n, (s, i) in enumerate(todo)], jobs, "phantoms"), Path(root)/"CTRG-Chest-548K.json")
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #86ffe21c
 KEYS = dict(id=("id", "Id", "ID", "name"), findings=("finding", "findings", "report"), impression=("impression", "impressions", "result"), split=("split",))
@@ -105,9 +102,6 @@ def _image(root, name)->str: # "" where there is none
     return str(found[0]) if found else ""
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e054d42e
-@cache
-def _once(text): say(text)
-
 _SIDES = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test", **{"": ""})
 
 def _without_leak(records)->list: # a validation list that is the test list is dropped
@@ -148,7 +142,7 @@ def read(
     "Every scan with its report; what is not whole is left out by name"
     path, bad = _place(root, table), Quarantine()
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected CTRG's reports there")
-    _once(UNVERIFIED)
+    caution(NAME, UNVERIFIED)
     records = _without_leak(_records(path))
     rows = _rows(root, records, bad)
     ids = {_get(r, "id") for r in records}

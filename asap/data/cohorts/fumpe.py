@@ -8,14 +8,14 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'SHIFT', 'TEST', 'VA
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #fc6052ca
 import io
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, rng, say
+from ...core import Quarantine, atomic, each, rng
 from ..cohort import carve, check
+from ..layouts import caution
 from ..volumes import LPS, Source, choose_series, headers, read as read_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import case
@@ -27,10 +27,7 @@ LABELS, TARGETS, ORGANS = [], {1: "PE"}, False
 SHIFT = Shift(spacing=(0.95, 0.95, 0.9), noise=0.9, contrast=1.) # an angiography: every scan has contrast medium
 TEST = 7/33 # of the patients, as in the released list
 VARIABLE, LEFT_OUT = "Mask", ("PAT024", "PAT032") # of the .mat files; of the released list
-UNVERIFIED = "the names of the slices, the variable `Mask` and the order of its axes were not checked against the owners' files"
-
-@cache
-def _once(): say(f"{NAME}: {UNVERIFIED}")
+UNVERIFIED = "the names of the slices, the variable `Mask` and the order of its axes were not checked against the owners' files."
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #344e7224
 def clots(r, key)->np.ndarray: # bool, on the grid of a reconstruction
@@ -108,10 +105,8 @@ def write(
     **kw, # size, spacing, recon_share of the phantom; one reconstruction is written
 ):
     "A miniature FUMPE of phantoms: DICOM series and .mat masks"
-    import joblib
     todo = [("train", i, i) for i in range(1, train+1)]+[("valid", i, train+i) for i in range(1, test+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(seed, s, i, n, Path(root), kw) for s, i, n in todo)
-    for _ in progress(run, total=len(todo), label=NAME): pass
+    each(_one, [(seed, s, i, n, Path(root), kw) for s, i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #b505906e
 def read(
@@ -119,7 +114,7 @@ def read(
 )->tuple: # cohort table with raw paths, Quarantine
     "Every patient with a series and a mask; test is carved by patient"
     root, rows, bad = Path(root), [], Quarantine()
-    _once()
+    caution(NAME, UNVERIFIED)
     for folder in ("CT_scans", "GroundTruth"):
         if not (root/folder).is_dir(): raise FileNotFoundError(f"{root/folder} is missing: expected CT_scans/PAT001/D0001.dcm and GroundTruth/PAT001.mat: unpack FUMPE's archives there")
     scans, masks = {d.name: d for d in (root/"CT_scans").iterdir() if d.is_dir()}, {f.stem: f for f in (root/"GroundTruth").glob("*.mat")}

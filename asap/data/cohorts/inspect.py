@@ -7,14 +7,14 @@ __all__ = ['NAME', 'SOURCE', 'HORIZONS', 'FLAGS', 'LABELS', 'TARGETS', 'ORGANS',
            'FLAG', 'pe', 'flags', 'back', 'write_lps', 'write', 'table', 'flag', 'survival', 'joined', 'read']
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #0ceb474f
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, progress, rng, say, seed32, write_text
+from ...core import Quarantine, each, rng, seed32, write_text
 from ..cohort import check
+from ..layouts import caution
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -74,18 +74,13 @@ def write(
     **kw, # size, spacing of the phantom; recon_share is not used: one study a patient
 ):
     "A miniature INSPECT of phantoms"
-    import joblib
     todo, kw = [(s, i) for s, n in zip(SPLITS, (train, test, test)) for i in range(1, n+1)], kw | dict(recon_share=0)
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(n, s, i, root, seed, kw) for n, (s, i) in enumerate(todo, 1))
-    rows = list(progress(run, total=len(todo), label="phantoms"))
+    rows = each(_one, [(n, s, i, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms")
     for name in TABLES:
         t = pd.DataFrame([dict(impression_id=n, **r[name]) for n, r in enumerate(rows, 1)])
         write_text(t.to_csv(sep="\t", index=False, lineterminator="\n"), Path(root)/f"{name}_20250611.tsv")
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #c58e717d
-@functools.cache
-def _caution(): say(f"{NAME}: {UNVERIFIED}") # once a process
-
 def table(root, name)->pd.DataFrame: # text, by impression_id
     "The newest table of a name"
     found = sorted(Path(root).glob(f"{name}_*.tsv")) or [Path(root)/f"{name}.tsv"]
@@ -151,7 +146,7 @@ def read(
     root, # folder that holds CTPA/ and the tables
 )->tuple: # cohort table with raw paths, Quarantine
     "Every study with a split, labels, an impression and a volume; what has not is left out by name"
-    _caution()
+    caution(NAME, UNVERIFIED)
     d, bad = Path(root)/"CTPA", Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected the volumes, one {{image_id}}.nii.gz each; put INSPECT's CTPA/ there")
     every, rows = joined(root), []

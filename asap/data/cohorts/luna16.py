@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAME', 'TEST', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHIFT', 'FIELDS', 'TYPES', 'write_mhd', 'uid',
-           'lungs', 'nodules', 'write_case', 'write', 'read', 'sides', 'target']
+           'lungs', 'nodules', 'write_case', 'write', 'read', 'target']
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #429dcc19
-import functools, zlib
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, rng, say, write_csv, write_text
+from ...core import Quarantine, atomic, each, rng, write_csv, write_text
 from ..cohort import check
+from ..layouts import caution, sides
 from ..volumes import LPS, Source, read as read_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -25,7 +26,7 @@ SOURCE = Source() # HU, spacing and orientation as the .mhd says
 LABELS = ["nodule"]
 TARGETS = {3: "left lung", 4: "right lung", 5: "trachea"} # of what `target` returns
 ORGANS = False
-UNVERIFIED = "which of the values 3 and 4 is the left lung is not verified against the owners' files; `target` goes by where each lung lies"
+UNVERIFIED = "which of the values 3 and 4 is the left lung is not verified against the owners' files; `target` goes by where each lung lies."
 SHIFT = Shift(noise=1.3, blur=0.1, contrast=0.35, odds={"Lung nodule": 0.6}) # screening and diagnostic scans of many hospitals
 FIELDS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 
@@ -97,16 +98,11 @@ def write(
     jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature LUNA16 of phantoms"
-    import joblib
     todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(root, seed, s, i, kw) for s, i in todo)
-    rows = [r for one in progress(run, total=len(todo), label=NAME) for r in one]
+    rows = [r for one in each(write_case, [(root, seed, s, i, kw) for s, i in todo], jobs, NAME) for r in one]
     write_csv(pd.DataFrame(rows, columns=FIELDS), Path(root)/"annotations.csv")
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #1d26a155
-@functools.cache
-def _warn(): say(f"{NAME}: {UNVERIFIED}")
-
 def _annotations(path)->pd.Series: # seriesuid -> number of nodules
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: LUNA16 publishes it beside the subsets; fetch it")
     try: t = pd.read_csv(path)
@@ -128,7 +124,7 @@ def read(
     root, # folder that holds subset0..9
 )->tuple: # cohort table with raw paths, Quarantine
     "Every scan of the ten folds with its label and its lungs"
-    _warn()
+    caution(NAME, UNVERIFIED)
     d, masks, rows, bad = Path(root), Path(root)/"seg-lungs-LUNA16", [], Quarantine()
     if not masks.is_dir(): raise FileNotFoundError(f"{masks} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}")
     found = _annotations(d/"annotations.csv")
@@ -146,17 +142,6 @@ def _row(f, mask, fold, n)->dict:
     case = f.stem.replace(".", "_") # a case names files: no dots
     return dict(case=case, scan=f.stem, patient=f.stem, image=str(f), organ_map="", target_map=str(mask), findings="", impression="",
                 split="test" if fold in TEST else "train", time_days=None, event=None, fold=fold, nodules=n, **{"label:nodule": int(n > 0)})
-
-# %% ../../../nbs/2_data/cohorts/luna16.ipynb #5cf80f70
-def sides(
-    mask:np.ndarray, # with two lungs
-    affine, # RAS+ mm
-    left:int, right:int, # values they shall have
-)->np.ndarray:
-    "Name two lungs by where they lie: the left one is farther along the patient's left"
-    x = [np.argwhere(mask[::2, ::2, ::2] == v)@affine[0, :3] for v in (left, right)] # along left to right; every other voxel is enough
-    if not all(map(len, x)) or x[0].mean() < x[1].mean(): return mask
-    return np.where(mask == left, right, np.where(mask == right, left, mask)).astype(mask.dtype)
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #b7b23f5a
 def target(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHARE', 'NAMES', 'SHIFT', 'write_dicom', 'write_case',
-           'write', 'table', 'split_report', 'inside', 'read']
+           'write', 'split_report', 'inside', 'read']
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #4dad097b
-import csv as _csv, io, os, re
+import os, re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, seed32, write_csv
+from ...core import Quarantine, atomic, each, seed32, write_csv
 from ..cohort import carve, check
+from ..layouts import table
 from ..volumes import LPS, Source, write as write_volume
 from ...phantom.abnormalities import ABNORMALITIES, Shift
 from ...phantom.words import Case, case
@@ -90,31 +91,9 @@ def write(
     **kw, # size, spacing, recon_share of the phantom
 ):
     "A miniature hospital of phantoms: images, organ maps, one CSV"
-    import joblib
     todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n+1)]
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(s, i, n, root, seed, kw) for n, (s, i) in enumerate(todo, 1))
-    rows = [r for patient in progress(run, total=len(todo), label="phantoms") for r in patient]
+    rows = [r for patient in each(_one, [(s, i, n, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms") for r in patient]
     write_csv(pd.DataFrame(rows), Path(root)/"cases.csv")
-
-# %% ../../../nbs/2_data/cohorts/own.ipynb #b5df38dd
-def table(
-    path,
-    need=(), # columns
-    what:str="the cohort's table", # what it is, for the message
-)->pd.DataFrame: # text everywhere, "" where empty
-    "Read a CSV; what is missing, broken or cut off is named"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected {what} there; put it there")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f: text = f.read()
-        head, *rows = list(_csv.reader(io.StringIO(text, newline=""), strict=True))
-    except (_csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): fetch or export it again") from None
-    lost = [c for c in need if c not in head]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}")
-    for n, r in enumerate(rows, 2):
-        if len(r) not in (0, len(head)): raise ValueError(f"{path}: row {n} has {len(r)} fields, expected {len(head)}: the file is cut off or a comma stands unquoted")
-    if not text.endswith(("\n", "\r")): raise ValueError(f"{path} ends in the middle of a line: the file is cut off; if it is whole, end its last line")
-    return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #7fcc26af
 _HEADING = re.compile(r"^[ \t]*(?i:impressions?|conclusions?)[ \t]*(?::|$)|\b(?:IMPRESSIONS?|CONCLUSIONS?)[ \t]*:", re.M)

@@ -7,14 +7,14 @@ __all__ = ['MADE_OF', 'LABELS', 'NAME', 'SOURCE', 'TARGETS', 'ORGANS', 'TABLES',
            'write_npz', 'write', 'refuse_copy', 'labels', 'read']
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #c68c73c7
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, say, write_csv
+from ...core import Quarantine, atomic, each, write_csv
 from ..cohort import check
+from ..layouts import caution
 from ..volumes import Source
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -76,16 +76,11 @@ def write(
     **kw, # size, spacing of the phantom; recon_share is not used: one volume a patient
 ):
     "A miniature RAD-ChestCT of phantoms"
-    import joblib
     todo, kw = [(p, i) for p, n in zip(TABLES, (train, test, test)) for i in range(1, n+1)], kw | dict(recon_share=0)
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(p, i, root, seed, kw) for p, i in todo)
-    t = pd.DataFrame(list(progress(run, total=len(todo), label="phantoms")))
+    t = pd.DataFrame(each(_one, [(p, i, root, seed, kw) for p, i in todo], jobs, "phantoms"))
     for prefix, (_, name) in TABLES.items(): write_csv(t[t.NoteAcc_DEID.str.startswith(prefix)], Path(root)/name)
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #59a54ce7
-@functools.cache
-def _caution(): say(f"{NAME}: {UNVERIFIED}") # once a process
-
 WHAT = "put the owners' "+", ".join(n for _, n in TABLES.values())+" beside the volumes; all labels are made from them"
 
 def refuse_copy(t, path):
@@ -141,7 +136,7 @@ def read(
     root, # folder that holds the volumes and the tables
 )->tuple: # cohort table with raw paths, Quarantine
     "Every volume with 16 labels; what has not is left out by name"
-    _caution()
+    caution(NAME, UNVERIFIED)
     root, bad = Path(root), Quarantine()
     if not root.is_dir(): raise FileNotFoundError(f"{root} is missing: expected trnNNNNN.npz, valNNNNN.npz, tstNNNNN.npz and three label tables there")
     t = labels(root)

@@ -7,22 +7,21 @@ __all__ = ['NAME', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHIFT', 'SPLITS
            'read', 'questions', 'regions']
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #de8ed4ef
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from ...core import Quarantine, rng, say, write_csv
+from ...core import Quarantine, rng, write_csv
 from ..cohort import check, place as place_cohort
-from .ct_rate import NAMES as VOLUMES, SOURCE, read as read_volumes, write as write_volumes
-from .own import table as read_table
+from ..layouts import caution, table as read_table
+from .ct_rate import NAMES as VOLUMES, SOURCE, open_volume, read as read_volumes, write as write_volumes
 from ...phantom.abnormalities import ABNORMALITIES, SAME, chest
 from ...phantom.words import report
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #3709dab9
 NAME = "radgenome"
 LABELS, TARGETS, ORGANS = [], {}, True
-UNVERIFIED = "RadGenome-ChestCT: names and columns of its tables are those that public code reads; they were not checked against the owners' files."
+UNVERIFIED = "names and columns of its tables are those that public code reads; they were not checked against the owners' files."
 SHIFT = SAME # its volumes are CT-RATE's
 SPLITS = dict(train="train", validation="valid")
 FILES = dict(abnormality="vqa_abnormality", presence="vqa_presence", location="vqa_location", size="vqa_size", disorder="case_disorders")
@@ -91,9 +90,6 @@ def write(
             write_csv(pd.DataFrame([r for p in all_rows for r in p[kind]], columns=names), _file(root, split, kind))
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #236ba38f
-@cache
-def _once(text): say(text)
-
 def _tree(root, given)->Path: # of CT-RATE
     if given is not None: return Path(given)
     try: return place_cohort("ct_rate", Path(root).absolute().parent)
@@ -110,7 +106,7 @@ def read(
 )->tuple: # cohort table with raw paths, Quarantine
     "Every volume of CT-RATE that is asked about; what CT-RATE's tree lacks is left out by name"
     if not (Path(root)/"dataset").is_dir(): raise FileNotFoundError(f"{Path(root)/'dataset'} is missing: expected RadGenome-ChestCT's dataset/ folder there")
-    _once(UNVERIFIED)
+    caution(NAME, UNVERIFIED)
     asked = pd.concat([_every(root, k)[["case", "side"]] for k in COLUMNS_OF], ignore_index=True).drop_duplicates()
     wrong = asked[[not c.startswith(f"{s}_") for c, s in zip(asked.case, asked.side)]]
     if len(wrong): raise ValueError(f"{root}: `{wrong.case.iloc[0]}` is in a table of {wrong.side.iloc[0]}, expected volumes named {wrong.side.iloc[0]}_...: the test would be trained on")

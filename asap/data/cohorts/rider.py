@@ -7,14 +7,15 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHIFT
            'order', 'read']
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #e8239540
-import functools, re
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, progress, rng, say
+from ...core import Quarantine, each, rng
 from ..cohort import check
+from ..layouts import caution
 from ..volumes import Source, resample, write as write_volume
 from ...phantom.abnormalities import Shift
 from ...phantom.words import case
@@ -25,7 +26,7 @@ SOURCE = Source() # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "cancer"}
 ORGANS = False
-UNVERIFIED = "the names after mask_rtstruct_ are not verified: the target of a CT is the mask with a word that begins with `man`, else the first by name"
+UNVERIFIED = "the names after mask_rtstruct_ are not verified: the target of a CT is the mask with a word that begins with `man`, else the first by name."
 SHIFT = Shift(spacing=(0.88, 0.88, 1.2), noise=2.2, blur=0.5, contrast=0., odds={"Lung nodule": 9, "Emphysema": 1.5}) # another hospital
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #f37955b3
@@ -54,14 +55,9 @@ def write(
     jobs:int=1, **kw, # processes; size, spacing of the phantom
 ):
     "A miniature RIDER of phantoms"
-    import joblib
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(write_case)(root, seed, i, kw) for i in range(1, test+1))
-    for _ in progress(run, total=test, label=NAME): pass
+    each(write_case, [(root, seed, i, kw) for i in range(1, test+1)], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #5eb38c00
-@functools.cache
-def _warn(): say(f"{NAME}: {UNVERIFIED}")
-
 def is_manual(path)->bool:
     "Has the name a word that begins with `man`?"
     return any(w.startswith("man") for w in re.split(r"[^a-z]+", Path(path).name.lower()))
@@ -75,7 +71,7 @@ def _row(folder, masks)->dict:
     patient, series = folder.parent.name, folder.name
     return dict(case=f"{patient}_{series}".replace(".", "_"), scan=f"{patient}_{series}", patient=patient, image=str(folder/"ct.nii.gz"), organ_map="",
                 target_map=str(masks[0]), findings="", impression="", split="test", time_days=None, event=None,
-                manual=is_manual(masks[0]), other_targets=";".join(map(str, masks[1:])))
+                manual=is_manual(masks[0]), other_maps=";".join(map(str, masks[1:])))
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #ac469bb1
 def _why(folder, masks)->str: # a CT is left out, or ""
@@ -87,7 +83,7 @@ def read(
     root, # folder that holds the patients
 )->tuple: # cohort table with raw paths, Quarantine
     "Every CT with a mask; all are test"
-    _warn()
+    caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*")
     for folder in sorted(f for f in d.glob("*/*") if f.is_dir() and not f.name.startswith(".")):

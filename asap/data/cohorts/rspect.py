@@ -7,14 +7,14 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UIDS', 'FLAGS', 'OT
            'write_series', 'write', 'exams', 'read']
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #80895559
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, rng, say, write_csv
+from ...core import Quarantine, atomic, each, rng, write_csv
 from ..cohort import check
+from ..layouts import caution
 from ..volumes import Source
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -89,15 +89,10 @@ def write(
     **kw, # size, spacing of the phantom; recon_share is not used: one series an exam
 ):
     "A miniature RSPECT of phantoms"
-    import joblib
     kw = kw | dict(recon_share=0)
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(i, root, seed, kw) for i in range(1, test+1))
-    write_csv(pd.concat(list(progress(run, total=test, label="phantoms"))), Path(root)/"train.csv")
+    write_csv(pd.concat(each(_one, [(i, root, seed, kw) for i in range(1, test+1)], jobs, "phantoms")), Path(root)/"train.csv")
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #01b1b27e
-@functools.cache
-def _caution(): say(f"{NAME}: {UNVERIFIED}") # once a process
-
 def exams(path)->pd.DataFrame: # study, series, slices, the lowest and highest of both flags
     "One row an exam"
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected the owners' table, a row a slice, with {', '.join(UIDS[:2]+FLAGS)}; fetch it again")
@@ -131,7 +126,7 @@ def read(
     root, # folder that holds train/ and train.csv
 )->tuple: # cohort table with raw paths, Quarantine
     "Every exam with an answer and all its slices, as test; what has not is left out by name"
-    _caution()
+    caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root)/"train", [], Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected {{StudyInstanceUID}}/{{SeriesInstanceUID}}/*.dcm there; put the training exams of RSPECT there")
     t = exams(Path(root)/"train.csv")

@@ -7,14 +7,14 @@ __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'TEST', 'COLUMNS', '
            'write', 'flag', 'read']
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #31eaa933
-import functools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, progress, rng, say, write_csv
+from ...core import Quarantine, atomic, each, rng, write_csv
 from ..cohort import carve, check
+from ..layouts import caution
 from ..volumes import Source
 from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
@@ -59,15 +59,10 @@ def write(
     **kw, # size, spacing of the phantom; recon_share is not used: one volume a patient
 ):
     "A miniature STOIC of phantoms"
-    import joblib
     n, kw = train+test, kw | dict(recon_share=0)
-    run = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(_one)(i, root, seed, kw) for i in range(1, n+1))
-    write_csv(pd.DataFrame(list(progress(run, total=n, label="phantoms"))), Path(root)/"metadata/reference.csv")
+    write_csv(pd.DataFrame(each(_one, [(i, root, seed, kw) for i in range(1, n+1)], jobs, "phantoms")), Path(root)/"metadata/reference.csv")
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #2f9627b8
-@functools.cache
-def _caution(): say(f"{NAME}: {UNVERIFIED}") # once a process
-
 def _reference(path)->pd.DataFrame: # text, one row a patient
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected the owners' table with PatientID, {', '.join(COLUMNS)}; fetch metadata/ again")
     try: t = pd.read_csv(path, dtype=str)
@@ -95,7 +90,7 @@ def read(
     root, # folder that holds data/ and metadata/
 )->tuple: # cohort table with raw paths, Quarantine
     "Every patient with a volume and both labels; who has not is left out by name"
-    _caution()
+    caution(NAME, UNVERIFIED)
     d, bad = Path(root)/"data/mha", Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected the volumes, one {{PatientID}}.mha each; put STOIC's data/ there")
     t = _reference(Path(root)/"metadata/reference.csv")

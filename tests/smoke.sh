@@ -8,6 +8,6 @@ mkdir -p "$to"
 keep=()
 for f in dvc.lock data.dvc; do [ -e "$to/$f" ] && keep+=(--exclude="./$f" --exclude="$f"); done
 git ls-files -co --exclude-standard -z | while IFS= read -r -d '' f; do [ -e "$f" ] && printf '%s\0' "$f"; done \
-  | tar --null -T - "${keep[@]}" -cf - | tar -xf - -C "$to"
+  | tar "${keep[@]}" --null -T - -cf - | tar -xf - -C "$to"
 cp params/smoke.yaml "$to/params.yaml"
 [ -d "$to/.git" ] || git init -q "$to"

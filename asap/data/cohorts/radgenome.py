@@ -14,7 +14,7 @@ import pandas as pd
 
 from ...core import Quarantine, rng, say, write_csv
 from ..cohort import check, place as place_cohort
-from .ct_rate import NAMES as VOLUMES, SOURCE, read as read_volumes, write as write_volumes
+from .ct_rate import NAMES as VOLUMES, SOURCE, open_volume, read as read_volumes, write as write_volumes
 from .own import table as read_table
 from ...phantom.abnormalities import ABNORMALITIES, SAME, chest
 from ...phantom.words import report

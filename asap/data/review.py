@@ -7,7 +7,7 @@ __all__ = ['RULES', 'KINDS', 'MAPS', 'STYLE', 'TEMPLATE', 'TABLE', 'names', 'ada
            'content', 'picture', 'maps', 'look', 'Review', 'review', 'twice', 'splits', 'labels', 'kinds', 'counts',
            'lines', 'page']
 
-# %% ../../nbs/2_data/26_review.ipynb #d09b997a
+# %% ../../nbs/2_data/26_review.ipynb #d5968d6e
 import base64, contextlib, hashlib, importlib, io, pkgutil, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from .cohort import COLUMNS, SPLITS, label_columns
 from .volumes import Volume, open_nifti, read, values
 from ..phantom.body import planes
 
-# %% ../../nbs/2_data/26_review.ipynb #21ead9f9
+# %% ../../nbs/2_data/26_review.ipynb #6b7cb368
 def names()->list: # "acdc", "btcv", ...
     "The data sets that there are"
     return sorted(m.name for m in pkgutil.iter_modules(cohorts.__path__))
@@ -38,7 +38,7 @@ def options(
     "The row `cohorts.<name>` of the params, without `lists` and without what is null"
     return {k: v for k, v in getattr(p.cohorts, name).model_dump().items() if k != "lists" and v is not None}
 
-# %% ../../nbs/2_data/26_review.ipynb #7425b897
+# %% ../../nbs/2_data/26_review.ipynb #ae06d975
 RULES = dict(finite="values that are no numbers", size="too small", hounsfield="no Hounsfield units", spacing="spacing not believable", slices="slices missing or repeated",
              orientation="orientation wrong or not given", **{"field of view": "no chest"})
 KINDS = [ # kind, words of the sentence, what to do
@@ -69,7 +69,7 @@ def errors(found:list)->tuple|None: # kind, reason, what to do; None where there
     join = lambda parts: "; also: ".join(dict.fromkeys(parts))
     return (RULES[bad[0].rule], join(f"{f.found}, expected {f.expected}" for f in bad), join(f.do for f in bad)) if bad else None
 
-# %% ../../nbs/2_data/26_review.ipynb #f5a8eab4
+# %% ../../nbs/2_data/26_review.ipynb #e8ae4ce9
 @dataclass
 class Looked:
     "What the files of a case say"
@@ -89,7 +89,7 @@ def content(v:Volume)->str: # 16 hexadecimal digits
 def _heard(text)->list: # warnings, out of what `say` said
     return [("series", line.split(": ", 1)[1], "is this the series that the report is about?") for line in text.splitlines() if " series; read " in line]
 
-# %% ../../nbs/2_data/26_review.ipynb #11ca9ff4
+# %% ../../nbs/2_data/26_review.ipynb #a91dce57
 def picture(
     v:Volume,
     box:tuple=(110, 100), # pixels that a plane may fill
@@ -107,7 +107,7 @@ def picture(
     out.save(data, "JPEG", quality=70)
     return data.getvalue()
 
-# %% ../../nbs/2_data/26_review.ipynb #5b552600
+# %% ../../nbs/2_data/26_review.ipynb #cf66569f
 def _organs(row, adapter, v):
     img = open_nifti(row["organ_map"])
     checks.check_mask(img.shape, img.affine, v, row["organ_map"])
@@ -132,7 +132,7 @@ def maps(row:dict, adapter, v:Volume)->tuple|None: # kind, reason, what to do
             why, reason, repair = sort(str(e))
             return kind, reason.removesuffix(": is it of another scan?"), repair if why in ("file broken", "file missing", "no permission") else do
 
-# %% ../../nbs/2_data/26_review.ipynb #cb4564c5
+# %% ../../nbs/2_data/26_review.ipynb #a69a8edf
 def look(
     row:dict, # case, image, organ_map, target_map
     name:str, # of the data set
@@ -157,7 +157,7 @@ def look(
     if pictured and not out.refused: out.picture = picture(v)
     return out
 
-# %% ../../nbs/2_data/26_review.ipynb #cfa47f11
+# %% ../../nbs/2_data/26_review.ipynb #a09d7420
 @dataclass
 class Review:
     "What is usable of a data set"
@@ -175,7 +175,7 @@ def _table(name, root, told)->tuple: # the adapter's table; without a row where 
 
 def _frame(rows, columns)->pd.DataFrame: return pd.DataFrame(rows, columns=columns, dtype=object)
 
-# %% ../../nbs/2_data/26_review.ipynb #4f89cdec
+# %% ../../nbs/2_data/26_review.ipynb #6d51235c
 def review(
     root, # the data set's folder, in its owners' layout; only read
     name:str="own", # of the cohort
@@ -198,7 +198,7 @@ def review(
     shown = [x for x in good if x.picture][:pictures]
     return Review(name, usable, _frame(refused, ["case", "kind", "reason", "do"]), _frame(doubts, ["case", "rule", "warning", "do"]), {x.case: x.picture for x in shown})
 
-# %% ../../nbs/2_data/26_review.ipynb #9239a898
+# %% ../../nbs/2_data/26_review.ipynb #cb053047
 def twice(r:Review)->pd.DataFrame: # what, cases, patients, splits; the worst first
     "Usable cases with the same voxels, and scans with the same report"
     words = (r.table.findings+" "+r.table.impression).map(lambda x: " ".join(str(x).lower().split()))
@@ -208,7 +208,7 @@ def twice(r:Review)->pd.DataFrame: # what, cases, patients, splits; the worst fi
     rows = [dict(what=f"the same {what}", cases=list(g.case), patients=g.patient.nunique(), splits=[s for s in SPLITS if s in set(g.split)]) for what, g in pairs]
     return _frame(sorted(rows, key=lambda x: (x["what"] == "the same report", -len(x["splits"]))), ["what", "cases", "patients", "splits"])
 
-# %% ../../nbs/2_data/26_review.ipynb #80c29dcf
+# %% ../../nbs/2_data/26_review.ipynb #01343dc3
 def splits(r:Review)->pd.DataFrame: # split, cases, scans, patients
     "How many of what on each side"
     g = r.table.groupby("split")[["case", "scan", "patient"]].nunique().reindex([s for s in SPLITS if s in set(r.table.split)])
@@ -230,7 +230,7 @@ def counts(r:Review)->dict: # what -> how many
     return dict(usable=len(t), refused=len(r.refused), patients=t.patient.nunique(), scans=t.scan.nunique(), report=int(report.sum()),
                 organs=int((t.organ_map != "").sum()), targets=int((t.target_map != "").sum()), outcomes=int(t.time_days.notna().sum()), warnings=r.warnings.case.nunique())
 
-# %% ../../nbs/2_data/26_review.ipynb #ff2508ae
+# %% ../../nbs/2_data/26_review.ipynb #ba60b759
 def lines(r:Review)->list: # for a terminal
     "A line a case that is not plainly fine, then the summary"
     n, many, facts = counts(r), lambda n, what: f"{n} {what}{'' if n == 1 else 's'}", r.table.set_index("case")
@@ -245,7 +245,7 @@ def lines(r:Review)->list: # for a terminal
     if len(labels(r)): out.append("labels   "+", ".join(f"{x.label} {x.positive} of {x.positive+x.negative}" for x in labels(r).itertuples()))
     return out+[f"refused  {many(n['refused'], 'case')}"+(": " if n["refused"] else "")+", ".join(f"{v} {k}" for k, v in kinds(r).items())]
 
-# %% ../../nbs/2_data/26_review.ipynb #68da837e
+# %% ../../nbs/2_data/26_review.ipynb #ec38975f
 STYLE = """
 :root{--ink:#1c2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--wash:#f5f7fa;--good:#1a7f4b;--bad:#b3261e;--doubt:#9a6700;--note:#fff6e0;--noteline:#e2b84a}
 @media (prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#9aa6b5;--line:#2c3542;--paper:#12161c;--wash:#1a2029;--good:#5fd39a;--bad:#ff8a80;--doubt:#e8b84a;--note:#2b2513;--noteline:#8a6d1f}}
@@ -262,14 +262,14 @@ tbody.kind tr:first-child td{padding-top:1rem;font-weight:700;color:var(--bad);b
 details summary{cursor:pointer;margin:.5rem 0} footer{margin:3rem 0 2rem;color:var(--soft);font-size:.86rem} @media print{.look{break-inside:avoid} figure{break-inside:avoid}}
 """
 
-# %% ../../nbs/2_data/26_review.ipynb #74726e91
+# %% ../../nbs/2_data/26_review.ipynb #c31268c9
 TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>Usable: {{ name }}</title><style>{{ style|safe }}</style></head><body>
 <header><div class="in"><h1>What is usable of the data set <i>{{ name }}</i></h1>
 <p class="lead"><b>{{ n.usable }} of {{ n.usable+n.refused }}</b> cases can be used as they are{% if n.refused %}; <b>{{ n.refused }}</b> cannot, and below stands why{% endif %}.</p></div></header><main>
 <div class="note"><b>This page may hold patients' data</b>: names of cases, pictures of scans, reasons with the names of files. Keep it where the data may be kept. Where the data lies is not written here, nor any DICOM tag, nor the words of a report.</div>
 <div class="cards">{% for figure, what, tone in cards %}<div class="card {{ tone }}"><b>{{ figure }}</b><span>{{ what }}</span></div>{% endfor %}</div>
 <div class="side"><div>{{ split|safe }}</div><div>{{ kind|safe }}</div></div>
-<p class="soft">A case is one volume; reconstructions of one examination share a scan. Validation is taken out of the train patients when the study prepares the data, unless the table names its own.</p>
+<p class="soft">A case is one volume; reconstructions of one examination share a scan. Validation is taken out of the train patients when the study prepares the data.</p>
 <h2>Refused ({{ n.refused }})</h2>{% if refused %}<p>The study would leave these cases out. Each can come back once it is repaired.</p><div class="wide"><table class="full"><thead><tr><th>case</th><th>why</th><th>what to do</th></tr></thead>
 {% for kind, rows in refused %}<tbody class="kind"><tr><td colspan="3">{{ kind }} ({{ rows|length }})</td></tr>{% for r in rows %}<tr><td class="keep">{{ r.case }}</td><td class="why">{{ r.reason }}</td><td class="do">{{ r.do }}</td></tr>{% endfor %}</tbody>{% endfor %}</table></div>{% else %}<p>None.</p>{% endif %}
 <h2>Warnings ({{ n.warnings }} {{ 'case' if n.warnings == 1 else 'cases' }})</h2>{% if n.warnings %}<p>These cases are used. Look at them once.</p>{{ warnings|safe }}{% else %}<p>None.</p>{% endif %}
@@ -280,7 +280,7 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 {% if labels %}<h2>Labels</h2><p>Of the usable cases.</p>{{ labels|safe }}{% endif %}
 <footer>Made by <code>asap check</code>. It says whether files can be read and look like chest CT; it says nothing about the patients.</footer></main></body></html>"""
 
-# %% ../../nbs/2_data/26_review.ipynb #0b3d6cfe
+# %% ../../nbs/2_data/26_review.ipynb #40ea0a72
 TABLE = """<div class="wide"><table class="{{ wide }}"><thead><tr>{% for c in t %}<th{% if c in right %} class="n"{% endif %}>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for r in t.itertuples(index=False) %}<tr>{% for c, v in zip(t, r) %}<td{% if c in right %} class="n"{% elif c == "case" %} class="keep"{% endif %}>{{ v }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>"""
 
@@ -299,7 +299,7 @@ def _cards(n)->list: # figure, what, tone
     return [(n["usable"], "usable cases", "good"), (n["refused"], "refused", "bad" if n["refused"] else ""), (n["warnings"], "with a warning", "doubt" if n["warnings"] else ""), (n["patients"], "patients", ""),
             (n["scans"], "scans", ""), (n["report"], "with a report", ""), (n["organs"], "with an organ map", ""), *(s for s in some if s[0])]
 
-# %% ../../nbs/2_data/26_review.ipynb #dc44972b
+# %% ../../nbs/2_data/26_review.ipynb #23b83e1e
 def page(r:Review)->str: # HTML
     "One page that opens from disk; nothing is fetched"
     from jinja2 import Environment

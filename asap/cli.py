@@ -104,7 +104,7 @@ def _source(a): # what the options declare
 
 def _batch(a, label): # scans with a bar, and the quarantine
     scans = find_scans(a.paths)
-    if not scans: raise ValueError(f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a folder with such")
+    if not scans: raise ValueError(f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)")
     return (progress(scans, label=label) if len(scans) > 1 else scans), len(scans)
 
 def _end(bad, n)->int: # exit code
@@ -113,8 +113,44 @@ def _end(bad, n)->int: # exit code
     return 1 if len(bad) else 0
 
 # %% ../nbs/90_cli.ipynb #7ad773d1
+def _data_set(a)->str|None: # name of the cohort that `asap check` was given; None for loose scans
+    if a.cohort: return a.cohort
+    folder = Path(a.paths[0])
+    if len(a.paths) > 1 or not folder.is_dir(): return None
+    try: csv = load_params().cohorts.own.csv
+    except FileNotFoundError: csv = "cases.csv" # outside of a project
+    if (folder/csv).is_file(): return "own"
+    others = sorted(f.name for f in folder.glob("[!.]*.csv"))
+    if others: say(f"{folder} holds {', '.join(others[:3])}: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now {csv})")
+
+def _place(a, name)->tuple: # folder of the data set, file of the page or None
+    loose = [o for o, given in (("--pictures", a.pictures), ("--spacing", a.spacing), ("--window", a.window), ("--mr", a.mr), ("--axes", a.axes != "LPS")) if given]
+    if loose: raise ValueError(f"{loose[0]} is for loose scans: what the files of `{name}` do not say is declared in its page in nbs/2_data/cohorts, and --page shows pictures")
+    if len(a.paths) > 1: raise ValueError(f"{len(a.paths)} paths, expected the one folder of the data set `{name}`")
+    folder, page = Path(a.paths[0]), Path(a.page) if a.page else None
+    if page and (page.suffix not in (".html", ".htm") or page.is_dir()): raise ValueError(f"--page {page}: expected a file that ends in .html")
+    if page and page.resolve().is_relative_to(folder.resolve()): raise ValueError(f"--page {page} lies in the data's folder, which is only read: write it elsewhere")
+    return folder, page
+
+def _review(a, name)->int:
+    from asap.core import write_text
+    from asap.data import review
+    (folder, page), _ = _place(a, name), review.adapter_of(name)
+    try: told = review.options(name, load_params())
+    except FileNotFoundError: told = {} # outside of a project
+    r = review.review(folder, name, told, a.jobs, a.pictures_of if page else 0)
+    print("\n".join(review.lines(r)), flush=True)
+    if page: write_text(review.page(r), page); print(f"page     {page}")
+    return 1 if len(r.refused) else 0
+
 def check(a)->int:
     "`asap check`"
+    name = _data_set(a)
+    if name: return _review(a, name)
+    if a.page: raise ValueError(f"--page needs a data set: a folder with its table, or --cohort NAME; {', '.join(map(str, a.paths))} was taken for loose scans")
+    return _scans(a)
+
+def _scans(a)->int:
     from asap.data import checks
     from asap.data.volumes import read
     scans, n = _batch(a, "check")
@@ -224,8 +260,13 @@ def _parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser("asap", description="ASAP: vision-language pre-training on chest CT and reports.",
                                 epilog="The whole study: dvc repro. Its numbers: params.yaml.")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = _command(sub, "check", check, "say of each scan whether it is a chest CT that can be used", "asap check scans/ --pictures look/")
+    c = _command(sub, "check", check, "say of each scan, or of each case of a data set, whether it can be used", "asap check scans/ --pictures look/ (loose scans); asap check hospital/ --page usable.html (a data set)")
     c.add_argument("--pictures", metavar="FOLDER", help="write three planes of each scan as PNG"); _declare(c)
+    g = c.add_argument_group("a data set", "A folder with the table that params.yaml names (cohorts.own.csv), or that of another data set by --cohort; it is only read.")
+    g.add_argument("--cohort", metavar="NAME", help="the data set that the folder holds: own, ct_rate, stoic, ... (nbs/2_data/cohorts)")
+    g.add_argument("--page", metavar="FILE.html", help="write one page for the person who brought the data; it may hold patients' data")
+    g.add_argument("--pictures-of", type=int, default=24, metavar="N", help="usable cases pictured on the page (default 24)")
+    g.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default 2)")
     c = _command(sub, "standardise", standardise, "write standard volumes: RAS, the study's spacing, HU clipped", "asap standardise scans/ -o standard/")
     c.add_argument("-o", "--out", required=True, metavar="FOLDER"); c.add_argument("--to", type=float, nargs=3, metavar="MM", help="spacing of the standard volume (default: params.yaml)"); _declare(c)
     c = _command(sub, "organs", organs, "organ maps by TotalSegmentator, where its weights are on disk", "asap organs scan.nii.gz -o maps/")

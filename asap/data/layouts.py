@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import Quarantine, say, write_json
-from .cohort import COLUMNS, carve, check
+from .cohort import carve, check
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00006
 @cache
@@ -51,6 +51,8 @@ def table(
         with open(path, newline="", encoding="utf-8-sig") as f: text = f.read()
         head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): fetch or export it again") from None
+    other = next((s for s in ";\t|" if len(head) == 1 and s in head[0]), None)
+    if other: raise ValueError(f"{path}: {other!r} stands between the columns, expected commas: export it again with commas".replace("'", "`"))
     lost = [c for c in need if c not in head]
     if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}, expected {what}")
     for n, r in enumerate(rows, 2):

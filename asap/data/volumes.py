@@ -7,7 +7,7 @@ __all__ = ['LPS', 'TAGS', 'PICTURES', 'SUFFIXES', 'Volume', 'Source', 'placed', 
            'headers', 'choose_series', 'suffix', 'read', 'write', 'grid', 'resample', 'standard', 'crop', 'cut']
 
 # %% ../../nbs/2_data/20_volumes.ipynb #db46559b
-import re, zipfile, zlib
+import gzip, re, zipfile, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def write(
     "Write a NIfTI with a fixed header, so that the same voxels are the same bytes; whole or not at all"
     img = nib.Nifti1Image(data, affine)
     img.header.set_xyzt_units("mm"); img.set_sform(affine, 1); img.set_qform(affine, 1)
-    with atomic(path) as tmp: nib.save(img, tmp)
+    with atomic(path) as tmp: tmp.write_bytes(gzip.compress(img.to_bytes(), 3, mtime=0) if str(path).endswith(".gz") else img.to_bytes())
 
 # %% ../../nbs/2_data/20_volumes.ipynb #387a3c53
 def grid(shape, affine, spacing)->tuple: # shape, affine of the standard grid

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHARE', 'NAMES', 'SHIFT', 'write_dicom', 'write_case',
-           'write', 'split_report', 'inside', 'read']
+           'write', 'split_report', 'inside', 'NoneWhole', 'read']
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #4dad097b
 import os, re
@@ -139,7 +139,7 @@ def _names(columns, t, path)->tuple: # {ours: theirs}, labels
     names = {k: given.get(k, k) for k in NAMES if given.get(k, k) in t}
     lost += [k for k in ("case", "image", "patient") if k not in names]
     if not {"report", "findings", "impression"} & set(names): lost.append("report")
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in list(t)[:12]]}: name yours in `columns`")
+    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in list(t)[:12]]}: name yours in `columns` (params.yaml: cohorts.own.columns)")
     return names, [n for n in LABELS if n in t] if labels is None else labels
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #a2692012
@@ -169,6 +169,10 @@ def _one_side(rows, bad)->list: # a patient in two splits teaches the test: all 
     return [r for r in rows if len(sides[r["patient"]]) == 1]
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #ffaa889b
+class NoneWhole(ValueError):
+    "No case of a table can be used; `bad` says of each why"
+    def __init__(self, text:str, bad:Quarantine): super().__init__(text); self.bad = bad
+
 def read(
     root, # folder that holds the CSV and the images
     columns:dict|None=None, # {our name: your column}; `labels`: a list of columns
@@ -183,6 +187,6 @@ def read(
         try: rows.append(_row(raw, names, labels, root, (root/csv).parent))
         except ValueError as e: bad.add(raw[names["case"]] or f"row {n+2}", str(e))
     rows = _one_side(rows, bad)
-    if not rows: raise ValueError(f"{root/csv}: none of {len(t)} cases is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""))
+    if not rows: raise NoneWhole(f"{root/csv}: none of {len(t)} cases is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""), bad)
     whole = pd.DataFrame(rows)
     return check(whole if "split" in names else carve(whole, SHARE, seed=0, into="test"), NAME), bad

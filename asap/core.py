@@ -440,7 +440,8 @@ def workers(
     if backend == "loky": yield
     else:
         import joblib
-        from dask.distributed import Client
+        try: from dask.distributed import Client
+        except ImportError: raise ImportError("study.backend is `dask`, which is not installed: pip install 'asap[cluster]', or say loky") from None
         with Client(set_as_default=True) as client, joblib.parallel_config(backend="dask", client=client): yield
 
 def each(

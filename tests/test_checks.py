@@ -45,6 +45,7 @@ def grey_rgb(folder): # three equal channels are grey
     return folder
 
 WINDOW = Source(("window", -1000, 1000), (3.5, 3.5, 7), "RAS")
+MRI = (np.abs(C.hu.astype(float))/3+400+np.random.default_rng(0).integers(0, 8, C.hu.shape)).astype(np.int16)
 REFUSED = { # what: (writes the file, declared, words of the message)
     "nan": (lambda d: nifti(float_with(np.nan), C.affine, d/"a.nii.gz"), Source(), "1 of 442368 values are NaN"),
     "infinite": (lambda d: nifti(float_with(np.inf), C.affine, d/"a.nii"), Source(), "NaN or infinite"),
@@ -60,7 +61,7 @@ REFUSED = { # what: (writes the file, declared, words of the message)
     "a mask": (lambda d: nifti(C.labels, C.affine, d/"a.nii.gz"), Source(), "this is a mask"),
     "undeclared pictures": (lambda d: pictures(C.hu, d/"p"), Source(), "declare the window"),
     "MR in a DICOM": (lambda d: dicom(HU, AT, d/"s", Modality="MR"), Source(), "modality MR; expected CT"),
-    "MR": (lambda d: nifti((np.abs(C.hu.astype(float))/3+400).astype(np.int16), C.affine, d/"a.nii.gz"), Source(), "this is no CT"),
+    "MR": (lambda d: nifti(MRI, C.affine, d/"a.nii.gz"), Source(), "this is no CT"),
     "no spacing, NIfTI": (lambda d: nifti(C.hu, np.eye(4), d/"a.nii.gz"), Source(), "gives no spacing"),
     "no spacing, NPZ": (lambda d: np.savez(d/"a.npz", ct=C.hu) or d/"a.npz", Source(), "gives no spacing"),
     "no spacing, NRRD": (lambda d: sitk.WriteImage(sitk.GetImageFromArray(C.hu), str(d/"a.nrrd")) or d/"a.nrrd", Source(), "gives no spacing"),
@@ -82,7 +83,7 @@ PASSES = { # what: (writes the file, declared)
     "padding outside a round field of view": (lambda d: nifti(np.where(C.hu <= -1020, -3024, C.hu).astype(np.int16), C.affine, d/"a.nii.gz"), Source()),
     "slope and intercept in the header": (lambda d: scaled(d/"a.nii.gz"), Source()),
     "declared pictures": (lambda d: pictures(C.hu, d/"p"), WINDOW),
-    "declared MR": (lambda d: nifti((np.abs(C.hu.astype(float))/3+400).astype(np.int16), C.affine, d/"a.nii.gz"), Source("mr")),
+    "declared MR": (lambda d: nifti(MRI, C.affine, d/"a.nii.gz"), Source("mr")),
     "a CT series": (lambda d: dicom(HU, AT, d/"s"), Source()),
     "a compressed series": (lambda d: dicom(HU, AT, d/"s", rle=True), Source()),
     "declared spacing": (lambda d: np.savez(d/"a.npz", ct=C.hu) or d/"a.npz", Source(spacing=C.spacing, axes="RAS")),

@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest
 from asap.core import Quarantine
 from asap.data import volumes
 from asap.data.checks import check_mask, load
-from asap.data.cohort import check, label_columns, prepare
+from asap.data.cohort import check, label_columns, listed, prepare, read_lists
 
 SMALL = dict(size=(48, 48, 24), spacing=(7., 7., 14.))
 HOW = dict(spacing=[7., 7., 14.], hu=[-1000, 1000])
@@ -134,14 +134,15 @@ def test_cohorts_hold_different_patients(raw):
     assert not np.array_equal(small(fumpe), small(btcv))
 
 def test_acdc_names_the_patients_that_leak(raw, capsys):
+    "The released list is applied with the leak named and mended: patients on both sides are tested on alone"
     m = adapter("acdc")
-    t, _ = m.read(raw["acdc-released"], lists="released")
-    both = sorted(p for p, s in t.groupby("patient").split.nunique().items() if s > 1)
+    t, bad = m.read(raw["acdc-released"])
+    lists = read_lists(raw["acdc-released"]/"dataset.json")
+    both = set.intersection(*({n.split("_")[0] for n in lists.name[lists.split == s]} for s in ("train", "test")))
+    split = check(listed(t, lists, bad, "acdc"), "acdc")
     said = capsys.readouterr().err
-    assert both and all(p in said for p in both)
-    with pytest.raises(ValueError, match="is in 2 splits"): check(t, "acdc")
-    with pytest.raises(ValueError, match="needs the re-pack"): m.read(raw["acdc"], lists="released")
-    with pytest.raises(ValueError, match="'theirs', expected"): m.read(raw["acdc"], lists="theirs")
+    assert both and all(p in said for p in both) and "the validation list is the test list" in said
+    assert {r["case"].split("_")[0] for r in bad.rows} == both and not both & set(split.patient[split.split == "train"])
 
 def test_acdc_does_without_the_whole_beat(copy, raw):
     root, m = copy("acdc"), adapter("acdc")

@@ -27,8 +27,8 @@ def test_readme_is_fresh():
     subprocess.run([sys.executable, "tests/readme.py", "--check"], cwd=TOP, check=True)
 
 def keys(tree, prefix="")->set[str]:
-    "Dotted keys; rows of `arms` and `anatomy.groups` are free"
-    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups."): return {prefix}
+    "Dotted keys; rows of `arms`, `anatomy.groups` and `phantom.patients` are free"
+    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups.", "phantom.patients."): return {prefix}
     return {k for name, sub in tree.items() for k in keys(sub, f"{prefix}{name}.")}
 
 @pytest.mark.parametrize("name", ["params/smoke.yaml", "params/paper.yaml"])

@@ -83,7 +83,7 @@ def test_a_changed_number_reruns_what_depends_on_it(clone):
 def test_an_edited_arm_reruns_alone(clone):
     arm = yaml.safe_load((clone/"params.yaml").read_text())["arms"]["asap"]
     with edited(clone, arms__asap=dict(arm, organs=2)): status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
-    assert "pretrain@asap" in status and not status & {"pretrain@scratch", "prepare@ct_rate", "synthesize", "text"}
+    assert "pretrain@asap" in status and not status & {"pretrain@scratch", "prepare@ct_rate", "synthesize", "corpus", "text"}
 
 def test_a_wrong_key_stops_before_anything_runs(clone):
     with edited(clone, pretrain__step=10): text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
@@ -122,6 +122,32 @@ def test_a_changed_rate_does_not_resume_the_old_weights(clone):
         text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
         assert "lr: 0.002 -> 0.0005" in text, text[-3000:]
         assert digest(arm/"checkpoint/model.safetensors") == clean
+
+def listing(folder): return {f.relative_to(folder): (f.stat().st_mtime_ns, f.stat().st_size) for f in folder.rglob("*") if f.is_file()}
+
+def test_other_data_in_and_back_again(clone, tmp_path):
+    "The README's three lines: a folder and a line that points to one, run, and back; what did not change is not made again"
+    other, far = tmp_path/"mine", tmp_path/"far/ct_rate"
+    draw = ("import sys; from importlib import import_module; a = import_module(f'asap.data.cohorts.{sys.argv[1]}'); "
+            "a.write(sys.argv[2], 7, 14, 8, size=(48, 48, 24), spacing=(7., 7., 14.), recon_share=0.2)")
+    for name, to in (("stoic", other/"stoic"), ("ct_rate", far)): run(sys.executable, "-c", draw, name, str(to), cwd=clone)
+    (other/"ct_rate.path").write_text(f"{far}\n")
+    for f in (far, *far.rglob("*")): f.chmod(0o555 if f.is_dir() else 0o444)
+    run("dvc", "repro", cwd=clone)
+    kept = [clone/"runs"/f for f in ("pretrain/asap/checkpoint/model.safetensors", "classify/metrics.json", "tables/cohorts.csv", "figures/labels.csv")]
+    before, volumes, lock, there = [digest(f) for f in kept], listing(clone/"build/volumes"), [(clone/f).read_text() for f in ("data.dvc", "dvc.lock")], listing(far)
+    (clone/"data.dvc").write_text(lock[0].replace("path: build/synthetic", f"path: {other}"))
+    text = run("dvc", "repro", cwd=clone)
+    assert "acdc: left out, because data/ has neither acdc/ nor acdc.path" in text and listing(far) == there
+    page = (clone/"runs/study/index.html").read_text()
+    assert "about data that was put in data/</b>: ct_rate, stoic" in page and "Left out, because not in <code>data/</code></b>: acdc, radgenome, own" in page
+    assert "Drawn by a program" not in page and "A phantom's report" not in page and str(far) not in page and str(other) not in page
+    tables = json.loads((clone/"build/cohorts/ct_rate/status.json").read_text())
+    assert tables["there"] and not tables["phantoms"] and tables["patients"] == 22
+    for f, s in zip(("data.dvc", "dvc.lock"), lock): (clone/f).write_text(s)
+    text = run("dvc", "repro", cwd=clone)
+    assert not ran(text) & {"synthesize", "real", "text", "pretrain@asap", "pretrain@scratch", "embed@asap", "embed@scratch"}, text[-3000:]
+    assert [digest(f) for f in kept] == before and listing(clone/"build/volumes") == volumes
 
 def test_a_kill_while_preparing_leaves_nothing_half(clone):
     volumes = clone/"build/volumes/ct_rate"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import TOP
 
-from asap.anatomy.organs import from_multilabel
+from asap.anatomy.organs import from_masks
 from asap.core import Declared, Name, load_params, read_json, workers, write_json
 from asap.data.cohort import Store, fractions, label_columns, load, prepare, present, run
 from asap.data.volumes import write
@@ -28,7 +28,7 @@ def params(**cohorts): # as a stage sees them
 
 def ready(name, root, p=None)->dict: # status
     p = p or params()
-    organs = partial(from_multilabel, groups=p.anatomy.groups.model_dump())
+    organs = partial(from_masks, groups=p.anatomy.groups.model_dump())
     return run(name, import_module(f"asap.data.cohorts.{name}"), p, root, organs, lambda table, out, quarantine: table)
 
 @pytest.fixture(scope="module")

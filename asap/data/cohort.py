@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'PHANTOMS', 'label_columns', 'check', 'carve', 'fractions', 'bare', 'read_lists', 'leaks',
-           'listed', 'duplicates', 'there', 'place', 'sketch', 'standardise', 'Made', 'Store', 'put_aside', 'take_back',
-           'make_one', 'prepare', 'path_columns', 'save', 'load', 'count', 'read_raw', 'run', 'present', 'corpus']
+           'listed', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'standardise', 'Made', 'Store',
+           'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save', 'load', 'count', 'read_raw', 'run',
+           'present', 'corpus']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #b9c91f70
 import hashlib, json, re, shutil
@@ -213,13 +214,19 @@ def sketch(
     return [sum(sizes), len(files), h.hexdigest()[:16]]
 
 # %% ../../nbs/2_data/22_cohort.ipynb #558694f1
+def check_organs(path, v): # a file, or a folder of one file a class
+    "Do the organ masks of a case lie on its image?"
+    path = Path(path)
+    for f in sorted(path.glob("[!.]*.nii*")) if path.is_dir() else [path]:
+        img = open_nifti(f)
+        check_mask(img.shape, img.affine, v, f)
+
 def standardise(row:dict, how:dict, organs, source, opener=None)->tuple: # Volume, organ map or None, warnings
     "Read, check and put on the study's grid; errors are the case's own"
     v, found = load_volume(row["image"], source, opener)
     std = standard(v, how["spacing"], how["hu"])
     if not row["organ_map"]: return std, None, found
-    img = open_nifti(row["organ_map"])
-    check_mask(img.shape, img.affine, v, row["organ_map"])
+    check_organs(row["organ_map"], v)
     return std, organs(row["organ_map"], shape=std.hu.shape, affine=std.affine), found
 
 @dataclass

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import Quarantine, each
 from . import checks, cohorts
-from .cohort import COLUMNS, SPLITS, label_columns
+from .cohort import COLUMNS, SPLITS, check_organs, label_columns
 from .volumes import Volume, open_nifti, read, values
 from ..phantom.body import planes
 
@@ -109,9 +109,9 @@ def picture(
 
 # %% ../../nbs/2_data/26_review.ipynb #cf66569f
 def _organs(row, adapter, v):
-    img = open_nifti(row["organ_map"])
-    checks.check_mask(img.shape, img.affine, v, row["organ_map"])
-    values(img, row["organ_map"])
+    check_organs(row["organ_map"], v)
+    path = Path(row["organ_map"])
+    for f in sorted(path.glob("[!.]*.nii*")) if path.is_dir() else [path]: values(open_nifti(f), f)
 
 def _target(row, adapter, v):
     path = row["target_map"]

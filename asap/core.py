@@ -11,7 +11,7 @@ __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Nam
            'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
-import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys, tempfile
+import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys
 from pathlib import Path
 from typing import Annotated, Literal
 

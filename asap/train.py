@@ -9,7 +9,6 @@ __all__ = ['rate', 'Draws', 'precision', 'device', 'groups', 'fit']
 import json, math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader

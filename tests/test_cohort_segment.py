@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from asap.core import write_text
+from asap.data import layouts
 from asap.data.checks import check_mask, load
 from asap.data.cohort import label_columns, prepare
 from asap.data.volumes import read as read_volume
@@ -196,8 +197,8 @@ def test_lungs_are_named_by_where_they_lie(made):
 @pytest.mark.parametrize("name", [n for n in WRITE if adapter(n).UNVERIFIED and n != "segthor-released"])
 def test_what_is_unverified_is_said_once(name, made, monkeypatch):
     mod, said = adapter(name), []
-    monkeypatch.setattr(mod, "say", said.append)
-    mod._warn.cache_clear()
+    for m in (layouts, mod): monkeypatch.setattr(m, "say", said.append, raising=False)
+    layouts.caution.cache_clear()
     for _ in range(2): mod.read(made(name))
     assert sum(mod.UNVERIFIED in s for s in said) == 1
     assert name != "segthor" or sum("the owners' layout, train/" in s for s in said) == 2

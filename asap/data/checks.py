@@ -8,7 +8,6 @@ __all__ = ['RULES', 'Finding', 'finite', 'size', 'hounsfield', 'spacing', 'slice
 
 # %% ../../nbs/2_data/21_checks.ipynb #fb955e69
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 

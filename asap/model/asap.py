@@ -12,7 +12,7 @@ from torch import nn
 from .align import Align, align_loss, info_nce
 from .anatomy import OrganHead, soft_ce
 from .fuse import Fuse, words_loss
-from .vit import Block, ViT3D, choose, patchify, positions, start, unpatchify
+from .vit import Block, ViT3D, choose, patchify, positions, start
 
 # %% ../../nbs/5_model/54_asap.ipynb #96bceec9
 class Decoder(nn.Module):

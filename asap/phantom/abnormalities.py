@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from ..core import rng
-from .body import LABELS, Body, CARINA, aorta, ball, body, heart_at, heart_radii, planes, texture, traits, tube
+from .body import LABELS, Body, aorta, ball, body, heart_at, heart_radii, texture, traits, tube
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #ddaf4a0e
 ABNORMALITIES = ["Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
@@ -291,7 +291,6 @@ def _peribronchial(b, r, sev): # thick walls around the central airways
     for e in ends:
         start = np.float32([36 if e[0] > 0 else -40, -15, -2])
         out = np.minimum(out, tube(f, start, np.float32(e)*1.25, 11+3*sev))
-    core = np.minimum(*[tube(f, CARINA, p, 7.) for p in ((-42, -16, -4), (38, -16, -6))])
     mask = (out < 1) & b.lung
     b.hu[mask] = -60.
     for e in ends:

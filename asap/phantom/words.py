@@ -143,6 +143,8 @@ class Case:
     questions:list
     outcome:dict
     masks:dict = field(default_factory=dict) # abnormality -> bool on the first reconstruction's grid
+    def union(self, names)->np.ndarray: # uint8; of those that are there
+        return np.any([self.masks[n] for n in names if n in self.masks], axis=0).astype(np.uint8)
 
 def spacing_of(seed, recon, spacing)->tuple: # mm, rounded to a hundredth
     "A reconstruction's own spacing, near the study's"

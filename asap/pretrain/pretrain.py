@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import code_hash, file_hash, fingerprint, progress, rng, say, seed32
+from ..core import code_hash, fingerprint, progress, rng, say, seed32
 from ..model.asap import ASAP, config, voxel_loss
 from ..model.vit import choose, patchify
 from .batches import Pairs, collate

@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'picture', 'table', 
            'ceiling', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
-import base64, html, platform, subprocess
+import base64, html, platform
 from importlib.metadata import version
 from pathlib import Path
 

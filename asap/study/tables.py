@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_json, write_csv, write_text
+from ..core import write_csv, write_text
 from ..pretrain.pretrain import interval
 from ..tasks.classify import by_scan, compare, summary
 from ..tasks.metrics import bootstrap, wide

@@ -9,7 +9,6 @@ __all__ = ['OWN', 'Reports', 'alone', 'train_encoder', 'accuracy', 'TextEncoder'
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 

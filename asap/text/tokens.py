@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .sentences import split
-
 # %% ../../nbs/4_text/41_tokens.ipynb #94ae8623
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -4,11 +4,11 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np, pandas as pd, psutil, pytest, torch
+import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import TOP
 
-from asap.anatomy.organs import from_masks
-from asap.core import Declared, Name, load_params, read_json, workers, write_json
+from asap.anatomy.organs import classes, from_masks
+from asap.core import Declared, Name, load_params, workers
 from asap.data.cohort import Store, fractions, label_columns, load, prepare, present, run
 from asap.data.volumes import write
 from asap.phantom.abnormalities import chest
@@ -134,6 +134,20 @@ def test_what_is_there_twice(root, tmp_path):
     twice = pd.read_csv(tmp_path/"build/cohorts/ct_rate/duplicates.csv")
     assert status["twice"]["volume"] == 1 and status["leaks"] == len(twice) and set(twice.kind) == {"report", "volume"} and twice.leak.all()
     assert twice[twice.kind == "volume"].iloc[0].case == "valid_1_a_1" and twice[twice.kind == "volume"].iloc[0].twin == "train_1_a_1"
+
+def test_organ_masks_in_a_folder(root, made, tmp_path):
+    "TotalSegmentator's folder of one file a class gives the organ map that its one file gives"
+    shutil.copytree(root/"data/own", tmp_path/"data/own")
+    d = tmp_path/"data/own/organs"
+    one = sorted(d.glob("*.nii.gz"))[0]
+    img = nib.load(one)
+    for name in sum(P.anatomy.groups.values(), []): write((np.asanyarray(img.dataobj) == classes()[name]).astype(np.uint8), img.affine, d/f"segmentations/{name}.nii.gz")
+    cases = tmp_path/"data/own/cases.csv"
+    cases.write_text(cases.read_text().replace(f"organs/{one.name}", "organs/segmentations"))
+    ready("own", tmp_path)
+    case = one.name.removesuffix(".nii.gz")
+    a, b = (np.asanyarray(nib.load(r/f"build/organs/own/{case}.nii.gz").dataobj) for r in (root, tmp_path))
+    assert np.array_equal(a, b) and a.any()
 
 def toy(folder, n)->pd.DataFrame: # n small scans
     k = chest(("toy", 0), (48, 48, 24), (7., 7., 14.))

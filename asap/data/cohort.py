@@ -400,7 +400,7 @@ def run(
     here, data = root/"build/cohorts"/name, root/"data"
     store = Store(root/"build/volumes"/name, root/"build/organs"/name, root/"build/kept"/name)
     for d in (store.volumes, store.organs): d.mkdir(parents=True, exist_ok=True)
-    if not there(name, data): return _absent(name, here)
+    if not there(name, data): _mark_empty(store); return _absent(name, here)
     table, bad = read_raw(name, adapter, data, p.cohorts[name].model_dump())
     how = dict(spacing=p.volumes.spacing, hu=p.volumes.hu, groups=p.anatomy.groups.model_dump(), code=[code_hash("asap.data.volumes"), code])
     with workers(p.study.backend):
@@ -408,11 +408,16 @@ def run(
     if adapter.ORGANS: table = fill(table, out=store.organs, quarantine=here/"without_organs.csv")
     if not (table.split == "val").any(): table = carve(table, p.cohort.val_share, p.study.seed)
     asked = adapter.questions(place(name, data), table, {r["case"] for r in bad.rows}) if hasattr(adapter, "questions") else None
-    save(table, asked, here, name, root)
+    save(table, asked, here, name, root); _mark_empty(store)
     status = dict(cohort=name, there=True, phantoms=(data/name).is_dir() and (data/PHANTOMS).exists(), questions=0 if asked is None else len(asked),
                   warnings=len(pd.read_csv(here/"warnings.csv")), **count(table, len(bad), pd.read_csv(here/"duplicates.csv")))
     write_json(status, here/"status.json")
     return status
+
+def _mark_empty(store): # so that DVC does not warn of a folder that is rightly empty
+    for d in (store.volumes, store.organs):
+        if any(d.glob("[!.]*")): (d/".none").unlink(missing_ok=True)
+        else: (d/".none").touch()
 
 def _absent(name, here)->dict:
     say(f"{name}: left out, because data/ has neither {name}/ nor {name}.path")

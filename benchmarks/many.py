@@ -6,9 +6,9 @@ are started beforehand, as they are for all but the first moments of a real run.
 import argparse, shutil, tempfile, time
 from pathlib import Path
 
-import joblib, numpy as np, pandas as pd
+import joblib, pandas as pd
 
-from asap.core import each, root, say, write_json
+from asap.core import root, say, write_json
 from asap.data.cohort import prepare
 from asap.data.volumes import write
 from asap.phantom.abnormalities import chest
@@ -41,8 +41,7 @@ def main():
     a = a.parse_args()
     with tempfile.TemporaryDirectory() as t:
         table = scans(Path(t), a.n)
-        each(time.sleep, [(0.5,), (0.5,)], 2)
-        prepare(table[:20], Path(t)/"warm", Path(t)/"o", HOW, jobs=2)
+        prepare(table[:20], Path(t)/"warm", Path(t)/"o", HOW, jobs=2) # starts the workers
         took = {j: [] for j in (1, 2)}
         for _ in range(a.repeat):
             for j in took: took[j].append(seconds(table, Path(t), j))

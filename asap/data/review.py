@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import Quarantine, each
 from . import checks, cohorts
-from .cohort import COLUMNS, SPLITS, check_organs, label_columns
+from .cohort import COLUMNS, SPLITS, check_organs, duplicates, label_columns
 from .volumes import Volume, open_nifti, read, values
 from ..phantom.body import planes
 
@@ -200,12 +200,10 @@ def review(
 
 # %% ../../nbs/2_data/26_review.ipynb #cb053047
 def twice(r:Review)->pd.DataFrame: # what, cases, patients, splits; the worst first
-    "Usable cases with the same voxels, and scans with the same report"
-    words = (r.table.findings+" "+r.table.impression).map(lambda x: " ".join(str(x).lower().split()))
-    one = r.table.assign(words=words)
-    pairs = [("volume", g) for _, g in one.groupby("content") if len(g) > 1]
-    pairs += [("report", g) for w, g in one.groupby("words") if w and g.scan.nunique() > 1]
-    rows = [dict(what=f"the same {what}", cases=list(g.case), patients=g.patient.nunique(), splits=[s for s in SPLITS if s in set(g.split)]) for what, g in pairs]
+    "Usable scans with the same voxels or the same report"
+    found, table = duplicates(r.table, dict(zip(r.table.case, r.table.content))), r.table.set_index("case")
+    pairs = [(kind, table.loc[[twin, *d.case]]) for (kind, twin), d in found.groupby(["kind", "twin"])]
+    rows = [dict(what=f"the same {kind}", cases=list(g.index), patients=g.patient.nunique(), splits=[s for s in SPLITS if s in set(g.split)]) for kind, g in pairs]
     return _frame(sorted(rows, key=lambda x: (x["what"] == "the same report", -len(x["splits"]))), ["what", "cases", "patients", "splits"])
 
 # %% ../../nbs/2_data/26_review.ipynb #01343dc3

@@ -49,8 +49,8 @@ def train(
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
 def place_guesses(data:Pairs)->dict: # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
-    every = [data[(0, i)] for i in progress(range(len(data)), label="places")]
-    every = np.stack([s["shares"] for s in every if s["known"].all()] or [np.zeros_like(every[0]["shares"])])
+    every = [s["shares"] for i in progress(range(len(data)), label="places") if (s := data[(0, i)])["known"].all()] # not the images
+    every = np.stack(every or [data.none[0]])
     return dict(mean=every.mean(0), median=np.median(every, 0))
 
 @torch.no_grad()

@@ -132,12 +132,14 @@ class Model(_Section):
     shared_dim:Number # space in which sentences meet regions
     words_depth:Number
     words_heads:Number
+    words_ratio:Positive # width of a words block's hidden layer against its own
 
 class Pretrain(_Section):
     "One recipe for all arms"
     cohorts:Annotated[list[Name], Field(min_length=1)] # whose train split is learnt from; the text encoder too
     steps:Number
-    batch:Number
+    batch:Number # cases that meet in one contrast, over all processes
+    accumulate:Number # batches a step
     lr:Positive
     warmup:Count
     weight_decay:Annotated[float, Field(ge=0)]
@@ -147,11 +149,16 @@ class Pretrain(_Section):
     max_share:Annotated[float, Field(gt=0, le=1)] # a sentence needs one patch up to this share of those seen
     temperature:Positive
     duplicate:Annotated[float, Field(ge=-1, le=1)] # sentences above this cosine are no negatives
+    norm_patch:bool # voxels to guess: each patch to mean 0, variance 1
     scale:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] # side of a crop against the model's size
     shift:Annotated[float, Field(ge=0, le=1)] # at most, of all intensities, in the model's [-1, 1]
     shift_share:Share # of the crops that are shifted
     precision:Literal["auto", "no", "bf16", "fp16"]
     save_every:Number # steps between states to resume from
+    watch_every:Number # steps between looks at held-out cases
+    watch_cases:Number # of val, that are looked at
+    workers:Count # processes that read, beside the one that computes
+    weights:Literal["shipped", "none"] # those in weights/ where their fingerprint fits, or train
 
 class Arm(_Section):
     "One pre-training recipe: weights of four losses, and what the alignment and the fusion use"
@@ -160,10 +167,11 @@ class Arm(_Section):
     align:Annotated[float, Field(ge=0)]
     words:Annotated[float, Field(ge=0)]
     contrast:Literal["region", "global", "none"]
-    k:Literal["adaptive", "fixed"]
+    k:Literal["adaptive", "fixed", "released"]
     bias:bool
     prefix:bool
     global_:bool = Field(alias="global")
+    faults:list[Literal["padding", "within_only", "all_words", "separate_bce", "all_voxels", "text_dropout"]] # of the released code, that it keeps
 
 # %% ../nbs/00_core.ipynb #dae3089b
 class Classify(_Section):

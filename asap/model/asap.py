@@ -88,6 +88,7 @@ class ASAP(nn.Module):
         if arm["words"]:
             x = self.fuse(b["words"], b["pad"], latent, b["of"], aligned)
             losses["words"], extra["words_found"] = words_loss(self.fuse, x, b["ids"] if self.has("all_words") else b["labels"])
+        if "cut" in b: extra["cut"] = b["cut"].mean()
         total = sum(arm[k]*v for k, v in losses.items())
         return total, {k: v.detach() for k, v in (losses | extra).items()}
     def contrast(self, aligned, b)->torch.Tensor:

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'Reports', 'alone', 'train_encoder', 'accuracy', 'TextEncoder', 'load', 'make']
 
 # %% ../../nbs/4_text/42_encoder.ipynb #f71721ea
-import hashlib
+import contextlib, hashlib
 from pathlib import Path
 
 import torch
@@ -93,6 +93,23 @@ class TextEncoder(torch.nn.Module):
         out = torch.zeros(*ids.shape, self.dim, device=ids.device)
         out[b, l] = self._read(x)[row, place].float()
         return out
+    @contextlib.contextmanager
+    def in_training(self, hidden:float=0.25, attention:float=0.1):
+        "With dropout on features, as the released code runs its frozen encoder (P6): for the arm `released` alone"
+        drops = [(m, attention if name.endswith("attention.self.dropout") or name.endswith("self.dropout") else hidden) for name, m in self.bert.named_modules() if isinstance(m, torch.nn.Dropout)]
+        old = [m.p for m, _ in drops]
+        for m, q in drops: m.p = q
+        self.bert.train()
+        try: yield
+        finally:
+            for (m, _), q in zip(drops, old): m.p = q
+            self.bert.eval()
+    @torch.no_grad()
+    def means(self, ids, of, n:int)->torch.Tensor: # (B,L), (B,L) -> (B,n,C), unit norm
+        "Mean over the words of each sentence of a report"
+        x = self.tokens(ids, of)
+        out = torch.zeros(len(ids), n, self.dim, device=x.device).scatter_add(1, of.clamp(min=0)[..., None].expand_as(x), x*(of >= 0)[..., None])
+        return F.normalize(out, dim=-1)
     def _read(self, ids): return self.bert(ids, attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state
     @torch.no_grad()
     def sentences(self, texts:list)->torch.Tensor: # n strings -> (n,C), unit norm

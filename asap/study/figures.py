@@ -73,7 +73,7 @@ def efficiency(macro:pd.DataFrame, ceiling, out):
     ax.legend(frameon=False, fontsize=8)
     keep(fig, macro, out, "efficiency")
 
-def organ_bars(rows:pd.DataFrame, names, visible:float, out): # organs.csv of one arm, groups, share of patches that the model saw
+def organ_bars(rows:pd.DataFrame, names, visible:float, out): # heldout.csv of one arm, groups, share of patches that the model saw
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"
     import matplotlib.pyplot as plt, seaborn as sns
     style()

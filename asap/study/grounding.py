@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 
 from ..anatomy.organs import overlay
-from ..core import read_json, seed32
+from ..core import read_json, rng
 from ..data.crops import apply, centre, to_unit
 from ..model.vit import choose, patchify, unpatchify
 from .figures import keep, style
@@ -30,11 +30,11 @@ def look(
 )->dict: # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
     "Everything that the panel shows"
     vit, patches = model.vit, patchify(x, model.vit.patch)
-    keep_ = choose(1, patches.shape[1], visible, generator=torch.Generator().manual_seed(seed32("panel")))
-    shares, voxels = model.decoder(vit.see(patches, keep_), keep_)
-    hidden = torch.ones(1, patches.shape[1], 1).scatter(1, keep_[..., None], 0.)
-    rebuilt = unpatchify(patches*(1-hidden)+voxels*hidden, vit.size, vit.patch)[0, 0]
-    seen = unpatchify((1-hidden).expand_as(patches), vit.size, vit.patch)[0, 0] > 0
+    keep_, rest = choose(torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible)
+    shares, voxels = model.decoder(vit.see(patches, keep_), keep_, rest)
+    fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
+    rebuilt = unpatchify(fill(patches, rest, voxels), vit.size, vit.patch)[0, 0]
+    seen = unpatchify(fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch)[0, 0] > 0
     a = model.align(vit.tokens(x)[:, 1:], frozen[None], hard=True)
     return dict(organs=shares[0].argmax(-1).numpy(), rebuilt=rebuilt.numpy(), seen=seen.numpy(), heat=a["sim"][0].numpy(), region=a["weights"][0].numpy(), k=a["k"][0].round().numpy())
 

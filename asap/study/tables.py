@@ -37,7 +37,7 @@ def differences(predictions, arms, n:int, level:float)->pd.DataFrame: # a, b, fr
     "Every arm against the first, paired by patient"
     return pd.DataFrame([dict(arm=a, against=arms[0], fraction=float(f), **d) for a in arms[1:] for f, d in compare(predictions, a, arms[0], n, level).items()])
 
-def organs(rows:dict, n:int)->pd.DataFrame: # arm -> organs.csv
+def organs(rows:dict, n:int)->pd.DataFrame: # arm -> heldout.csv
     "Mean absolute error of organ shares, against the best guess by place alone"
     names = dict(mae="all classes", mae_organs="without background")
     return pd.DataFrame([dict(arm=a, classes=names[k], **interval(t, k, n)) for a, t in rows.items() for k in names])

@@ -6,13 +6,13 @@
 __all__ = ['OWN', 'Reports', 'alone', 'train_encoder', 'accuracy', 'TextEncoder', 'load', 'make']
 
 # %% ../../nbs/4_text/42_encoder.ipynb #f71721ea
-import contextlib, hashlib
+import contextlib, hashlib, shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from ..core import root, seed32, write_json
+from ..core import difference, fingerprint, read_json, root, say, seed32, write_json
 from .sentences import join, split
 from .tokens import encode, mask_words, pad, train_tokenizer
 from ..train import fit
@@ -153,10 +153,20 @@ def make(
     seed,
     out, # folder of the encoder
     folder=None, # where it can resume from
+    shipped=None, # a folder of an encoder with its recipe, taken where that fits
 )->dict: # its scores; only its name when it is not the study's own
     "Train the study's own encoder, or note that another one is used"
     if p.encoder != OWN:
         write_json(dict(encoder=p.encoder), Path(out)/"elsewhere.json")
         return dict(encoder=p.encoder)
     said = {s: [x for f, i in t[["findings", "impression"]].drop_duplicates().itertuples(index=False) if (x := split(join(f, i)))] for s, t in table.groupby("split")}
-    return dict(encoder=p.encoder, **train_encoder(said["train"], said["val"], p, seed, out, folder, dict(text=p.model_dump(), reports=seed32(said))))
+    fp = fingerprint(text=p.model_dump(), reports=seed32(said), seed=seed)
+    if shipped and (Path(shipped)/"recipe.json").exists():
+        why = difference(read_json(Path(shipped)/"recipe.json"), fp)
+        if why is None:
+            shutil.copytree(shipped, out, dirs_exist_ok=True)
+            return dict(read_json(Path(shipped)/"scores.json"), weights="shipped")
+        say(f"text: the shipped weights are of another recipe ({why}), so it is trained")
+    scores = dict(encoder=p.encoder, **train_encoder(said["train"], said["val"], p, seed, out, folder, fp))
+    write_json(fp, Path(out)/"recipe.json"); write_json(scores, Path(out)/"scores.json")
+    return dict(scores, weights="trained")

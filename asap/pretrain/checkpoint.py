@@ -125,7 +125,7 @@ def resize(
     encoder.pos, encoder.size, encoder.grid = pos.to(encoder.pos), size, grid
     return encoder
 
-def _by(size)->str: return "x".join(map(str, size))
+def _by(size)->str: return "x".join(f"{s:g}" for s in size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #9b2a3067
 RELEASED = dict(size=(224, 224, 112), spacing=(1.5, 1.5, 3.), window=(-1000, 1000))
@@ -186,9 +186,11 @@ def _ours(found:dict)->dict: # by our names
 def _size(path, pos, patch, size)->tuple: # voxels that the file's table was made for
     "From sines and cosines; else the paper's, or `size`, whichever has as many patches"
     if grid := _grid(pos): return tuple(g*p for g, p in zip(grid, patch))
-    for s in (RELEASED["size"], size):
-        if s and len(s) == 3 and not any(a % p for a, p in zip(s, patch)) and prod(s)//prod(patch) == len(pos): return tuple(s)
-    raise ValueError(f"{path}: `pos_embed` has {len(pos)} patches, expected {prod(size or RELEASED['size'])//prod(patch)} for {_by(size or RELEASED['size'])} voxels: "
+    many = lambda s: prod(s)//prod(patch) if len(s) == 3 and not any(a % p for a, p in zip(s, patch)) else None
+    for s in (RELEASED["size"], tuple(size or ())):
+        if many(s) == len(pos): return s
+    s = size or RELEASED["size"]
+    raise ValueError(f"{path}: `pos_embed` has {len(pos)} patches of {_by(patch)} voxels, expected {many(s) or 'a whole number'} in {_by(s)}: "
                      "say in `size` what it was trained at, and `resize` what comes out")
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a5c40789
@@ -238,7 +240,7 @@ def from_mae2d(
 def licence()->str: # SPDX identifier
     "Of the code, from settings.ini"
     settings = configparser.ConfigParser(interpolation=None)
-    settings.read(root()/"settings.ini")
+    settings.read(root()/"settings.ini", encoding="utf8")
     name = settings.get("DEFAULT", "license", fallback="not said")
     return {"apache2": "Apache-2.0"}.get(name, name)
 
@@ -253,22 +255,23 @@ def card(
     arm:str,
     config:dict, # of the model
     metrics:dict, # steps; parameters, encoder and seconds where they are known
-    study:dict, # spacing, hu, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; data (hash), revision, licence, seconds where they are known
+    study:dict, # spacing, hu, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
 )->str: # Markdown
     "What this is, in words and counts, without a patient"
-    known, m = {**metrics, **study}, config["model"]
+    known, m = dict(pretrain=config["pretrain"], licence=licence()) | metrics | study, config["model"]
     row = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
     n = known["train"] if isinstance(known["train"], dict) else {", ".join(known["cohorts"]): known["train"]}
-    steps = f"Trained for {known['steps']} steps"+(f" in {known['seconds']:.0f} s" if "seconds" in known else "") if known["steps"] else "Not trained"
-    lines = [f"Recipe: {row(config['arm'])}.", f"Numbers: {row(config['pretrain'])}.",
-             f"{steps}; train split: {', '.join(f'{v} volumes of {k}' for k, v in n.items())}; seed {known['seed']}.",
+    took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
+    how = f"Trained for {known['steps']} steps{took} on the train split: {', '.join(f'{v} volumes of {k}' for k, v in n.items())}; seed {known['seed']}"
+    lines = [f"Recipe: {row(config['arm'])}.", f"Numbers: {row(known['pretrain'])}.",
+             f"{how if known['steps'] else 'Not trained: weights as drawn, seed '+str(known['seed'])}.",
              *(f"{name}: `{known[k]}`." for k, name in dict(data="Data, hash", revision="Code, revision").items() if known.get(k)),
-             f"{_origin(known['phantom'])} For no clinical use.", f"Licence of code and weights: {known.get('licence') or licence()}.",
+             f"{_origin(known['phantom'])} For no clinical use.", f"Licence of code and weights: {known['licence']}.",
              "Load: `asap.pretrain.checkpoint.load(folder).tokens(x)`."]
-    size = "".join(f"; {known[k]:,} parameters{of}" for k, of in dict(encoder="", parameters=" with decoders and text side").items() if k in known)
+    count = "".join(f", {known[k]:,} {of}" for k, of in dict(encoder="parameters", parameters="with decoders and text side").items() if k in known)
     return f"""# Arm `{arm}`
 
-A 3-D vision transformer for chest CT: input {_by(config['size'])} voxels at {_by(study['spacing'])} mm, HU {study['hu']} mapped to [-1, 1], RAS; patches of {_by(config['patch'])} voxels; {m['depth']} blocks of width {m['dim']}, {m['heads']} heads{size}.
+A 3-D vision transformer for chest CT: input {_by(config['size'])} voxels at {_by(study['spacing'])} mm, HU {_by(study['hu']).replace('x', ' to ')} mapped to [-1, 1], RAS; patches of {_by(config['patch'])} voxels; {m['depth']} blocks of width {m['dim']}, {m['heads']} heads{count}.
 
 """+"".join(f"- {line}\n" for line in lines)
 

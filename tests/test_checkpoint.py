@@ -171,7 +171,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
     w, mark = weights(**SMALL), tmp_path/"ran"
     torch.save(dict(model=w, args=Trap(mark)), tmp_path/"zip.pth")
     torch.save(dict(model=w | {"norm.weight": Trap(mark)}), tmp_path/"old.pth", _use_new_zipfile_serialization=False)
-    (tmp_path/"bare.pth").write_bytes(pickle.dumps(Trap(mark)))
+    (tmp_path/"bare.pth").write_bytes(pickle.dumps(Trap(mark), 2))
     torch.save(dict(model=torch.nn.Linear(2, 2)), tmp_path/"module.pth")
     for name in ("zip", "old", "bare", "module"):
         with pytest.raises(ValueError, match=f"{name}.pth is truncated, or holds more than weights"): load(tmp_path/f"{name}.pth", heads=3)

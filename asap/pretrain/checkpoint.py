@@ -33,7 +33,8 @@ def save(
 ):
     "Write a checkpoint folder"
     if (size := tuple(model.config["size"])) != model.vit.size:
-        raise ValueError(f"the encoder was resized to {model.vit.size}, its decoder and config.json are for {size}: resize what `load` gives, and save the model as it was")
+        raise ValueError(f"the encoder was resized to {model.vit.size}, its decoder and config.json are for {size}: "
+                         "resize what `load` gives, and save the model as it was")
     with atomic(folder) as tmp:
         tmp.mkdir()
         with atomic(tmp/"model.safetensors") as f: save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, f)
@@ -107,6 +108,7 @@ def _grid(pos)->tuple|None: # (N,C) -> patches along H, W, D
     grid = tuple(n//int(((a-a[0]).abs().amax(1) < 1e-2).sum()) for a in pos[:, :dim//6*6].chunk(3, 1)) # rows at the first one's place along an axis
     if prod(grid) == n and (pos-positions(grid, dim)).abs().max() < near: return grid
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #7d8f0e93
 def resize(
     encoder:ViT3D, # changed in place
     size, # voxels (H,W,D), whole patches along each axis
@@ -114,7 +116,8 @@ def resize(
     "Fit an encoder to volumes of another size"
     size, patch = tuple(size), encoder.patch
     if size == encoder.size: return encoder
-    if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)): raise ValueError(f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them")
+    if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)):
+        raise ValueError(f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them")
     grid = tuple(s//p for s, p in zip(size, patch))
     if _grid(encoder.pos) == encoder.grid: pos, how = positions(grid, encoder.dim), "made anew from sines and cosines"
     else:
@@ -132,6 +135,7 @@ RELEASED = dict(size=(224, 224, 112), spacing=(1.5, 1.5, 3.), window=(-1000, 100
 LEFT_OUT = ("mask_token", "decoder", "bert_", "finding_align_img_mlp", "align_text_mlp", "similarity_head", "regression_head") # how names begin that are no encoder's
 _AGAIN = "fetch it again; of what is no part of an encoder, name the beginning in `leave_out`"
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #93b61514
 def _read(
     path, # of `torch.save`, with the weights under `model`
     leave_out=(), # how further names begin that are not wanted
@@ -142,9 +146,10 @@ def _read(
         with torch.serialization.safe_globals([argparse.Namespace]):
             whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # not the optimiser's numbers
     except (OSError, MemoryError): raise
-    except Exception as e: raise ValueError(f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch it again, and trust no other") from None
+    except Exception as e: raise ValueError(f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch it again, from where it was published") from None
     found = whole.get("model") if isinstance(whole, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found): raise ValueError(f"{path} holds {list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a dict with weights under `model`: {_AGAIN}")
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise ValueError(f"{path} holds {list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a dict with weights under `model`: {_AGAIN}")
     begins = (*LEFT_OUT, *([leave_out] if isinstance(leave_out, str) else leave_out))
     out = Counter(k.split(".")[0] for k in found if k.startswith(begins))
     left = f"{out.total()} tensors left out" + (f": {', '.join(f'{n} of {k}' for k, n in sorted(out.items()))}" if out else "")
@@ -162,6 +167,7 @@ def _encoder(dim:int, depth:int, patch, n:int)->dict: # name -> tensor without c
     shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1+n, dim), "patch_embed.proj.weight": (dim, 1, *patch), "patch_embed.proj.bias": (dim,)}
     return {k: torch.empty(s, device="meta") for k, s in shapes.items()} | _blocks(dim, depth)
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #0dd397a2
 def _sizes(found:dict)->tuple: # dim, depth, patch, patches
     "Read off the shapes; where one makes no sense the paper's stands, for the check to find"
     shape = lambda k, n: s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
@@ -183,6 +189,7 @@ def _ours(found:dict)->dict: # by our names
         out |= dict(cls=out.pop("cls_token")+pos[:, :1], pos=pos[0, 1:])
     return out
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c1466a92
 def _size(path, pos, patch, size)->tuple: # voxels that the file's table was made for
     "From sines and cosines; else the paper's, or `size`, whichever has as many patches"
     if grid := _grid(pos): return tuple(g*p for g, p in zip(grid, patch))
@@ -195,6 +202,7 @@ def _size(path, pos, patch, size)->tuple: # voxels that the file's table was mad
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a5c40789
 def _released(path, size, heads, leave_out)->ViT3D:
+    "The encoder in a file of the paper's code"
     found, left = _read(path, leave_out)
     dim, depth, patch, n = _sizes(found)
     _strict(found, _encoder(dim, depth, patch, n), path, _AGAIN)
@@ -205,10 +213,12 @@ def _released(path, size, heads, leave_out)->ViT3D:
     vit.load_state_dict(ours if "pos" in vit.state_dict() else {k: v for k, v in ours.items() if k != "pos"}, strict=True)
     vit.pos = pos.clone()
     say(f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of {_by(trained)}; {left}")
-    if not _grid(pos): say(f"{Path(path).name}: its position table is not sines and cosines (up to {float((pos-positions(vit.grid, dim)).abs().max()):.2g} away) and is used as it is")
+    away = float((pos-positions(vit.grid, dim)).abs().max())
+    if not _grid(pos): say(f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} away) and is used as it is")
     vit.spacing, vit.window = RELEASED["spacing"], RELEASED["window"]
     return resize(vit, size or trained)
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fa975214
 def load(
     path, # checkpoint folder, or a file that the paper's code wrote
     size=None, # voxels (H,W,D) that it is to take; what it was trained at when None
@@ -244,6 +254,7 @@ def licence()->str: # SPDX identifier
     name = settings.get("DEFAULT", "license", fallback="not said")
     return {"apache2": "Apache-2.0"}.get(name, name)
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c5dfc3d5
 def revision()->str|None: # commit, with `-dirty` where files differ from it
     "Of the project's folder; None outside git"
     try: done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=root(), capture_output=True, text=True)
@@ -275,6 +286,7 @@ A 3-D vision transformer for chest CT: input {_by(config['size'])} voxels at {_b
 
 """+"".join(f"- {line}\n" for line in lines)
 
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #d7d1a616
 def _origin(phantom)->str: # a phantom's version, or "none: real scans"
     if str(phantom).startswith("none"): return "Real scans, of which counts alone stand here; their owners' terms hold for these weights too."
     return f"Procedural phantoms, version {phantom}, drawn from the seed by this code and under its licence: these weights know no patient."

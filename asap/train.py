@@ -91,11 +91,12 @@ def _save(folder, step, model, opt, scaler, log, seen, best):
     with atomic(folder/"resume/state.pt") as tmp:
         torch.save(dict(step=step, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict() if scaler else {}, log=json.dumps([log, seen]), best=best), tmp)
 
-def _load(folder, model, opt, scaler, fp)->tuple: # step, log, what was watched, best
+def _clear(folder, fp): # what cannot be resumed goes away; the first process does it, before the others look
     for f in folder.glob("resume/.*"): f.unlink() # of a run that was killed while it wrote
-    if not (reusable(folder/"resume", fp) and (folder/"resume/state.pt").exists()):
-        write_json(fp, folder/"resume/fingerprint.json")
-        return 0, [], [], None
+    if not reusable(folder/"resume", fp): write_json(fp, folder/"resume/fingerprint.json")
+
+def _load(folder, model, opt, scaler)->tuple: # step, log, what was watched, best
+    if not (folder/"resume/state.pt").exists(): return 0, [], [], None
     try: state = torch.load(folder/"resume/state.pt", weights_only=True)
     except Exception as e: raise ValueError(f"{folder/'resume/state.pt'} cannot be read ({e}): delete the folder resume and start again") from None
     model.load_state_dict(state["model"]); opt.load_state_dict(state["opt"])
@@ -147,7 +148,9 @@ def fit(
     fp = dict(fp or {}, steps=steps, batch=batch, accumulate=accumulate, lr=lr, precision=acc.mixed_precision, seed=str(seed))
     opt = torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=tuple(betas), fused=True)
     folder = Path(folder) if folder else None
-    start, log, seen, best = _load(folder, model, opt, acc.scaler, fp) if folder else (0, [], [], None)
+    if folder and acc.is_main_process: _clear(folder, fp)
+    acc.wait_for_everyone()
+    start, log, seen, best = _load(folder, model, opt, acc.scaler) if folder else (0, [], [], None)
     draws = Draws(len(data), batch, steps*accumulate, seed, start*accumulate)
     model, opt, loader = acc.prepare(model, opt, DataLoader(data, batch_sampler=draws, collate_fn=collate, num_workers=workers))
     bar, main = progress(total=steps, label=label), acc.is_main_process

@@ -1,0 +1,65 @@
+"Training in processes of its own: killed at any moment, shared by two, in the precisions there are."
+import os, random, signal, subprocess, sys, time
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from conftest import TOP
+sys.path.insert(0, str(TOP/"tests"))
+from trains import cohort
+
+ENV = dict(os.environ, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
+SCRIPT = str(TOP/"tests/trains.py")
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    d = tmp_path_factory.mktemp("trains"); (d/"cohort").mkdir()
+    cohort(d/"cohort")
+    return d
+
+def run(*args, processes=1, check=True):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 40000))]
+    r = subprocess.run([*launch, SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300)
+    assert not check or r.returncode == 0, r.stderr[-3000:]
+    return r
+
+def weights(folder): return load_file(folder/"weights.safetensors")
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
+    run("asap", here/"whole", 24, 2, 1)
+    kills, folder = 0, here/"killed"
+    for _ in range(12): # a state is written at every step, so many of these fall into the writing of one
+        p = subprocess.Popen([sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"], env=ENV, stderr=subprocess.DEVNULL)
+        before = state_time(folder)
+        while p.poll() is None and state_time(folder) == before: time.sleep(0.002)
+        time.sleep(random.random()*0.05)
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.wait()
+        if (folder/"weights.safetensors").exists(): break
+    assert kills >= 3
+    run("asap", folder, 24, 2, 1)
+    a, b = weights(here/"whole"), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for f in ("log.csv",): assert (here/"whole"/f).read_bytes() == (folder/f).read_bytes()
+    assert not list((folder/"resume").glob(".*")), "nothing half-written is left"
+
+def state_time(folder): # when the state was last written
+    try: return (folder/"resume/state.pt").stat().st_mtime_ns
+    except FileNotFoundError: return None
+
+def first_gradient(folder): # the optimiser's running mean after one step: a tenth of the clipped gradient
+    opt = torch.load(folder/"resume/state.pt", weights_only=True)["opt"]["state"]
+    return [v["exp_avg"]*10 for v in opt.values()]
+
+@pytest.mark.parametrize("arm", ["asap", "clip"])
+def test_two_processes_learn_what_one_does(here, arm):
+    "The gradient agrees to 1e-5 of its largest entry: fp32 adds in another order"
+    for n in (1, 2): run(arm, here/f"{arm}-{n}", 2, 4, 1, processes=n)
+    one, two = (first_gradient(here/f"{arm}-{n}") for n in (1, 2))
+    assert max(float((a-b).abs().max()) for a, b in zip(one, two)) <= 1e-5*max(float(g.abs().max()) for g in one)
+    a, b = (weights(here/f"{arm}-{n}") for n in (1, 2))
+    assert sum(float((a[k]-b[k]).square().sum()) for k in a) < 1e-6*sum(float(a[k].square().sum()) for k in a)
+
+def test_a_batch_that_cannot_be_shared_is_an_error(here):
+    r = run("asap", here/"odd", 2, 3, 99, processes=2, check=False)
+    assert r.returncode and "a batch of 3 cannot be shared by 2 processes: make it a multiple of them" in r.stderr

@@ -7,11 +7,11 @@ __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Nam
            'Reading', 'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Model', 'Pretrain',
            'Arm', 'Classify', 'Tables', 'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params', 'rng',
            'seed32', 'seed_everything', 'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv',
-           'file_hash', 'code_hash', 'revision', 'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers',
-           'each', 'Quarantine']
+           'file_hash', 'code_hash', 'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers', 'each',
+           'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
-import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, subprocess, sys
+import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -380,13 +380,6 @@ def code_hash(*modules:str)->str: # names such as "asap.model.vit"
     "Hash of the source of some modules, none of which is imported"
     files = [importlib.util.find_spec(m).origin for m in modules]
     return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
-
-def revision()->str: # such as "1a2b3c4d5e6f", with "+" where files differ from it; "none" outside a repository
-    "The git revision of the project"
-    git = lambda *a: subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True)
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode: return "none"
-    return head.stdout.strip()+("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
 
 def fingerprint(**parts)->dict: # nested, plain JSON types
     "What a result depends on, as plain JSON"

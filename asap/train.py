@@ -58,12 +58,12 @@ def mean(total, count)->torch.Tensor: # scalar; 0 where nothing counts
 def gathered(x)->torch.Tensor: # (B,...) -> (all B,...)
     "The rows of all processes, as long as the longest, padded with zeros; gradients flow back to each"
     if world() == 1: return x
-    from torch.distributed.nn.functional import all_gather
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
     longest = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     more = torch.zeros(len(x), int(longest)-x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device)
     x = torch.cat([x, more], 1).contiguous()
-    if x.is_floating_point() and x.requires_grad: return torch.cat(all_gather(x))
+    if x.is_floating_point() and x.requires_grad: return all_gather_tensor_autograd(x, 0, dist.group.WORLD)
     out = [torch.empty_like(x) for _ in range(world())]
     dist.all_gather(out, x)
     return torch.cat(out)
@@ -79,7 +79,7 @@ def precision(wanted:str="auto")->str: # "no", "bf16" or "fp16", as Accelerate c
 def device()->torch.device:
     "Where Accelerate computes: a GPU if there is one"
     from accelerate import PartialState
-    return PartialState().device
+    return PartialState(cpu=not torch.accelerator.is_available()).device # without `cpu` the processes of torchrun do not find each other where there is no GPU
 
 def groups(model, weight_decay:float)->list: # for an optimiser
     "Weights decay; biases, norms and other vectors do not"
@@ -143,7 +143,7 @@ def fit(
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state() # a process may train several models, each with its own precision
-    acc = Accelerator(mixed_precision=precision(precision_), gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    acc = Accelerator(cpu=device().type == "cpu", mixed_precision=precision(precision_), gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(split_batches=True))
     if batch % acc.num_processes: raise ValueError(f"a batch of {batch} cannot be shared by {acc.num_processes} processes: make it a multiple of them")
     fp = dict(fp or {}, steps=steps, batch=batch, accumulate=accumulate, lr=lr, precision=acc.mixed_precision, seed=str(seed))
     opt = torch.optim.AdamW(groups(model, weight_decay), lr=lr, betas=tuple(betas), fused=True)

@@ -25,7 +25,30 @@ def cohort(folder): # six phantoms on disk, with a text encoder
     train_encoder(said, said, p.text, 0, folder/"text")
     pd.DataFrame(rows).to_parquet(folder/"table.parquet")
 
+def contrast(folder, n=4): # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
+    from accelerate import PartialState
+    from asap.model.align import across, within
+    state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)
+    unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
+    own = slice(state.process_index*n//state.num_processes, (state.process_index+1)*n//state.num_processes)
+    whole = [unit(n, 9, 8), unit(n, 5, 8), 1+3*torch.rand(n, 5, generator=g)]
+    frozen, real = unit(n, 5, 6), torch.rand(n, 5, generator=g) < 0.7
+    real[:, 0] = True
+    longest = int(real[own].sum(1).max()) # processes have reports of different length
+    patches = whole[0][own].clone().requires_grad_()
+    order = real[own].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest] # real sentences first
+    pick = lambda t: t.gather(1, order.reshape(*order.shape, *[1]*(t.ndim-2)).expand(-1, -1, *t.shape[2:]))
+    text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
+    f, r = pick(frozen[own]), pick(real[own])
+    value = across(patches, text, k, f, r, 14., 0.95, 0.5, 9)+within(text, text.roll(1, -1), f, r, 14., 0.95)
+    value.backward()
+    out = dict(patches=patches.grad, k=torch.stack([x[m].sum() for x, m in zip(k.grad, r)]))
+    from asap.train import gathered
+    save = {name: gathered(v[:, None])/state.num_processes for name, v in out.items()} # as DDP averages
+    if state.is_main_process: folder.mkdir(); save_file(save, folder/"weights.safetensors")
+
 if __name__ == "__main__":
+    if sys.argv[1] == "contrast": contrast(Path(sys.argv[2])); sys.exit()
     arm, folder, steps, batch, save_every = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
     data = folder.parent/"cohort"
     p = load_params(root()/"params/smoke.yaml")

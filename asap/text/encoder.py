@@ -142,7 +142,9 @@ def load(
     if local is None and str(name).startswith(("build/", "/", ".")): raise FileNotFoundError(f"text.encoder: there is no folder {name}: run `dvc repro text`")
     name = local or name
     logging.set_verbosity_error(); logging.disable_progress_bar()
-    return TextEncoder(BertModel.from_pretrained(name, add_pooling_layer=False), AutoTokenizer.from_pretrained(name), max_length)
+    bert, how = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
+    if lost := sorted(how["missing_keys"]): raise ValueError(f"text.encoder {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?")
+    return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9
 OWN = "build/text" # the folder of the study's own encoder

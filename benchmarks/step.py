@@ -4,7 +4,7 @@ of the built-in size. Seconds are of this machine; the ratios are what counts.
 usage: python benchmarks/step.py [--repeat 5] [--threads 2] [--save]        (--save writes benchmarks/step.json)
        python benchmarks/step.py --profile                                  (where our paper-size step spends its time)
 """
-import argparse, json, resource, subprocess, sys, time
+import argparse, json, subprocess, sys, threading, time
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -51,12 +51,12 @@ def ours(p, n=1, vocab=30522, text=None, **k):
     model = Ours(p, vocab=vocab, text=text)
     opt = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], 1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     b = batch(p, n, vocab, **k)
-    return lambda dtype: step(model, opt, b, dtype)
+    return model, lambda dtype: step(model, opt, b, dtype)
 
 def released():
     model = plain.Plain()
     opt, b = plain.optimiser(model), model.batch(0)
-    return lambda dtype: plain.step(model, opt, b, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return model, lambda dtype: plain.step(model, opt, b, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 def paper(): return load_params(root()/"params/paper.yaml")
 
@@ -64,16 +64,21 @@ def memory(which, dtype)->float: # GB at the peak of one step, above weights, gr
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import step; print(step.peak({which!r}, {dtype!r}))"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
 
+def resident()->int: return int(Path("/proc/self/statm").read_text().split()[1])*4096 # bytes
+
 def peak(which, dtype):
     torch.set_num_threads(2)
-    run = ours(paper()) if which == "ours" else released()
-    run(dtype) # now gradients' memory and the optimiser's state have been had
-    cells = run.__closure__
-    model = next(c.cell_contents for c in cells if isinstance(c.cell_contents, torch.nn.Module))
+    bare, top = resident(), [0]
+    model, run = ours(paper()) if which == "ours" else released()
+    run(dtype) # now the optimiser's state is there
     held = sum(q.numel()*q.element_size()*(4 if q.requires_grad else 1) for q in model.parameters()) # weight, gradient, two moments
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024-BARE-held)/1e9
-
-BARE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024 # Python and its libraries, before any model
+    done = threading.Event()
+    def look():
+        while not done.wait(0.005): top[0] = max(top[0], resident())
+    thread = threading.Thread(target=look); thread.start()
+    run(dtype)
+    done.set(); thread.join()
+    return (top[0]-bare-held)/1e9
 
 def products(threads)->dict: # GFLOP/s of this machine's matrix products
     out = {}
@@ -94,7 +99,7 @@ def main():
     a = a.parse_args()
     torch.set_num_threads(a.threads)
     if a.profile: return profile()
-    arms = {"ours": ours(paper()), "released": released()}
+    arms = {"ours": ours(paper())[1], "released": released()[1]}
     best = {(w, d): float("inf") for w in arms for d in ("fp32", "bf16")}
     for r in range(a.repeat+1): # the first turn warms up
         for (which, dtype) in best:
@@ -109,14 +114,14 @@ def main():
         out["memory_gb"] = {f"{w} {d}": round(memory(w, d), 2) for w in ("ours", "released") for d in ("fp32", "bf16")}
         out["memory_ratio"] = {d: round(out["memory_gb"][f"ours {d}"]/out["memory_gb"][f"released {d}"], 3) for d in ("fp32", "bf16")}
     p = load_params(root()/"params.yaml")
-    small = ours(p, 16, 1000, dict(hidden_size=p.text.dim, num_hidden_layers=p.text.depth, num_attention_heads=p.text.heads, intermediate_size=4*p.text.dim), tokens=160, real=140)
+    small = ours(p, 16, 1000, dict(hidden_size=p.text.dim, num_hidden_layers=p.text.depth, num_attention_heads=p.text.heads, intermediate_size=4*p.text.dim), tokens=160, real=140)[1]
     out["built_in_batch_16"] = {d: round(min(clock(lambda: small(d)) for _ in range(8)), 3) for d in ("fp32", "bf16")}
     print(json.dumps(out, indent=1))
     if a.save: Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1)+"\n")
 
 def profile():
     from torch.profiler import profile as record, ProfilerActivity
-    run = ours(paper()); run("bf16")
+    run = ours(paper())[1]; run("bf16")
     with record(activities=[ProfilerActivity.CPU]) as r: run("bf16")
     print(r.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=44))
 

@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_bytes(clone):
     for stage in ("text", "pretrain@asap"): run("dvc", "repro", "-f", "-s", stage, cwd=clone)
     assert before == [digest(f) for f in kept]
 
-def half_trained(clone): return lambda: (clone/"build/resume/pretrain/asap/resume").exists()
+def half_trained(clone): return lambda: (clone/"build/resume/pretrain/asap/resume/state.pt").exists()
 
 def test_a_killed_stage_ends_with_the_same_numbers(clone):
     arm, kept = clone/"runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json", "log.csv")

@@ -106,13 +106,14 @@ def evaluate(
     visible:float,
     word_mask:float,
     batch:int=16,
-    label:str="held-out",
+    label:str|None="held-out", # of the bar; None: no bar
 )->pd.DataFrame: # a row a case
     "What a model makes of cases that it was not trained on; what its arm does not train is left empty"
     model.eval().to(device())
     data.text.to(device())
     rows, arm = [], model.arm
-    for i in progress(range(0, len(data), batch), label=label):
+    starts = range(0, len(data), batch)
+    for i in progress(starts, label=label) if label else starts:
         samples = [data[(0, k)] for k in range(i, min(i+batch, len(data)))]
         b = read({k: v.to(device()) if torch.is_tensor(v) else v for k, v in collate(samples, data.text, word_mask).items()}, data.text, True)
         patches = patchify(b["image"], model.vit.patch)
@@ -140,7 +141,7 @@ WATCHED = ["voxels", "mae_model", "mae_mean", "mae_median", "words", "words_stra
 def watcher(data:Pairs, guesses, p): # (model, step) -> dict
     "The means of `evaluate` over some held-out cases, for `fit`"
     def watch(model, step):
-        rows = evaluate(model, data, guesses, p.pretrain.visible, p.pretrain.word_mask, label=f"step {step}")
+        rows = evaluate(model, data, guesses, p.pretrain.visible, p.pretrain.word_mask, label=None)
         return {k: round(float(rows[k].mean()), 5) for k in WATCHED if k in rows}
     return watch
 

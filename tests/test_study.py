@@ -152,10 +152,10 @@ def test_other_data_in_and_back_again(clone, tmp_path):
 def test_a_kill_while_preparing_leaves_nothing_half(clone):
     volumes = clone/"build/volumes/ct_rate"
     run("dvc", "repro", cwd=clone)
-    before = {f.name: digest(f) for f in volumes.glob("*.nii")}
+    before = {f.name: digest(f) for f in volumes.glob("[!.]*.nii")}
     metrics = (clone/"runs/classify/metrics.json").read_text()
-    for f in sorted(volumes.glob("*.nii"))[5:]: f.unlink()
-    kill_when(clone, lambda: len(list(volumes.glob("*.nii"))) > 8, "dvc", "repro", "-f", "-s", "prepare@ct_rate")
+    for f in sorted(volumes.glob("[!.]*.nii"))[5:]: f.unlink()
+    kill_when(clone, lambda: len(list(volumes.glob("[!.]*.nii"))) > 8, "dvc", "repro", "-f", "-s", "prepare@ct_rate")
     run("dvc", "repro", cwd=clone)
-    assert {f.name: digest(f) for f in volumes.glob("*.nii")} == before
+    assert {f.name: digest(f) for f in volumes.glob("[!.]*.nii")} == before
     assert (clone/"runs/classify/metrics.json").read_text() == metrics

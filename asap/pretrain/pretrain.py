@@ -115,13 +115,13 @@ def evaluate(
     starts = range(0, len(data), batch)
     for i in progress(starts, label=label) if label else starts:
         samples = [data[(0, k)] for k in range(i, min(i+batch, len(data)))]
-        b = read({k: v.to(device()) if torch.is_tensor(v) else v for k, v in collate(samples, data.text, word_mask).items()}, data.text, True)
+        b = read({k: v.to(device()) if torch.is_tensor(v) else v for k, v in collate(samples, data.text, word_mask).items()}, data.text, bool(arm["words"]))
         patches = patchify(b["image"], model.vit.patch)
         keep, rest = choose(b["order"], visible)
         latent = model.vit.see(patches, keep)
         out = [dict(case=s["case"], patient=data.rows[i+j].get("patient")) for j, s in enumerate(samples)]
         put = lambda name, values: [o.update({name: float(v)}) for o, v in zip(out, values)]
-        shares, voxels = model.decoder(latent, keep, rest)
+        if arm["voxels"] or arm["organs"]: shares, voxels = model.decoder(latent, keep, rest)
         if arm["voxels"]: put("voxels", (voxel_loss(g[None], t[None], model.norm_patch) for g, t in zip(voxels, take(patches, rest))))
         if arm["organs"]: [o.update(share_errors(s, g, guesses)) for o, s, g in zip(out, samples, (shares.float().sigmoid() if model.has("separate_bce") else shares.float().softmax(-1)).cpu().numpy())]
         aligned = dict(model.align(latent[:, 1:], b["sentences"], hard=True), real=b["real"])

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Name', 'root', 'Study', 'Phantom', 'Volumes',
-           'Reading', 'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Model', 'Pretrain',
-           'Arm', 'Classify', 'Tables', 'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params', 'rng',
-           'seed32', 'seed_everything', 'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv',
-           'file_hash', 'code_hash', 'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers', 'each',
-           'Quarantine']
+           'Reading', 'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Stem', 'Model',
+           'Pretrain', 'Arm', 'Classify', 'Tables', 'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params',
+           'rng', 'seed32', 'seed_everything', 'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet',
+           'write_csv', 'file_hash', 'code_hash', 'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers',
+           'each', 'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys
@@ -120,9 +120,16 @@ class Text(_Section):
     batch:Number
     lr:Positive
 
+class Stem(_Section):
+    "Templates slid over each patch by itself, before the blocks"
+    kernel:Voxels
+    stride:Voxels
+    widths:Annotated[list[Number], Field(min_length=2, max_length=2)] # templates, and what is made of them
+
 class Model(_Section):
     "Sizes of the image model"
     patch:Voxels
+    stem:Stem|None # null: the paper's matrix from voxels to token
     dim:Number
     depth:Number
     heads:Number
@@ -140,7 +147,9 @@ class Pretrain(_Section):
     steps:Number
     batch:Number # cases that meet in one contrast, over all processes
     accumulate:Number # batches a step
-    lr:Positive
+    optimizer:Literal["adamw", "muon"] # muon: for the matrices between hidden layers, adamw for the rest
+    lr:Positive # of AdamW
+    matrix_lr:Positive # of Muon, in AdamW's scale
     warmup:Count
     weight_decay:Annotated[float, Field(ge=0)]
     clip:Positive
@@ -149,6 +158,7 @@ class Pretrain(_Section):
     max_share:Annotated[float, Field(gt=0, le=1)] # a sentence needs one patch up to this share of those seen
     temperature:Positive
     duplicate:Annotated[float, Field(ge=-1, le=1)] # sentences above this cosine are no negatives
+    within:Annotated[float, Field(ge=0)] # weight of the contrast within a report, where the one across reports has 1
     norm_patch:bool # voxels to guess: each patch to mean 0, variance 1
     scale:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] # side of a crop against the model's size
     shift:Annotated[float, Field(ge=0, le=1)] # at most, of all intensities, in the model's [-1, 1]

@@ -83,12 +83,13 @@ def released_k(logit)->torch.Tensor: # (B,S) -> (B,S), 16, 32 or 64
 # %% ../../nbs/5_model/52_align.ipynb #622880f7
 class Align(nn.Module):
     "Image and text into one space, each sentence's share of patches, its region"
-    def __init__(self, dim:int, text_dim:int, shared:int, max_share:float, temperature:float, k:str="adaptive"): # adaptive, fixed or released
+    def __init__(self, dim:int, text_dim:int, shared:int, max_share:float, temperature:float, k:str="adaptive", # adaptive, fixed or released
+        within:float=1.): # weight of the contrast within a report, where the one across reports has 1
         super().__init__()
         mlp = lambda d: nn.Sequential(nn.Linear(d, shared), nn.GELU(), nn.LayerNorm(shared, eps=1e-6), nn.Linear(shared, shared))
         self.image, self.text, self.share = mlp(dim), mlp(text_dim), nn.Linear(text_dim, 1)
         self.apply(start)
-        self.max_share, self.kind = max_share, k
+        self.max_share, self.kind, self.within = max_share, k, within
         self.log_scale = nn.Parameter(torch.tensor(1/temperature).log())
     @property
     def scale(self): return self.log_scale.clamp(max=4.6052).exp() # at most 100, as in CLIP
@@ -112,4 +113,5 @@ class Align(nn.Module):
         if within_only: return inner
         seen = out["sim"].shape[-1]
         most = seen if self.kind == "released" else int(self.most(seen))+1
-        return (inner+across(out["patches"], out["text"], out["k"], frozen, real, self.scale, duplicate, self.soft(seen) or 0.5, most))/2
+        outer = across(out["patches"], out["text"], out["k"], frozen, real, self.scale, duplicate, self.soft(seen) or 0.5, most)
+        return (self.within*inner+outer)/(self.within+1)

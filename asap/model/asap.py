@@ -6,6 +6,8 @@
 __all__ = ['Decoder', 'voxel_loss', 'ASAP', 'config']
 
 # %% ../../nbs/5_model/54_asap.ipynb #75058ea9
+from math import prod
+
 import torch, torch.nn.functional as F
 from torch import nn
 
@@ -24,8 +26,9 @@ class Decoder(nn.Module):
         self.register_buffer("pos", positions(vit.grid, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.organs = OrganHead(dim, n_organs)
-        self.norm, self.voxels = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, vit.embed.in_features)
+        self.norm, self.voxels = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, prod(vit.patch))
         self.apply(start); nn.init.normal_(self.mask, std=0.02)
+        for b in self.blocks: b.silence()
     def forward(self, latent, keep, wanted=None, organs=True)->tuple: # (B,1+V,C), (B,V), (B,W) -> (B,N,n+1) or None, (B,W,voxels) or None
         "Organ shares of all patches, and the voxels of those in `wanted`"
         x = self.embed(latent)
@@ -54,12 +57,16 @@ class ASAP(nn.Module):
         super().__init__()
         self.config, m, p, arm = config, config["model"], config["pretrain"], config["arm"]
         self.arm, self.visible, self.duplicate, self.norm_patch = arm, p["visible"], p["duplicate"], p["norm_patch"]
-        self.vit = ViT3D(config["size"], config["patch"], m["dim"], m["depth"], m["heads"])
+        self.vit = ViT3D(config["size"], config["patch"], m["dim"], m["depth"], m["heads"], m["stem"])
         self.decoder = Decoder(self.vit, m["decoder_dim"], m["decoder_depth"], m["decoder_heads"], config["n_organs"])
-        self.align = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], arm["k"])
+        self.align = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], arm["k"], p["within"])
         self.fuse = Fuse(m["dim"], config["text_dim"], m["shared_dim"], m["words_depth"], m["words_heads"], config["vocab"], m["words_ratio"],
                          arm["bias"], arm["prefix"], arm["global"], self.has("padding"))
         self.freeze()
+    def matrices(self)->list:
+        "What stands between two hidden layers: the weights that Muon turns, were it asked to"
+        ends = ("fuse.vocab", "align.share", "decoder.voxels", "vit.embed" if isinstance(self.vit.embed, nn.Linear) else "-")
+        return [q for name, q in self.named_parameters() if q.ndim == 2 and not name.startswith(ends)]
     def has(self, fault:str)->bool: return fault in self.arm["faults"]
     def freeze(self):
         "No gradient for what the arm does not use"
@@ -104,6 +111,6 @@ class ASAP(nn.Module):
 def config(p, arm:dict, text_dim:int, vocab:int)->dict: # plain JSON
     "What a model of this study and arm is built from; `p` has the sections volumes, model, pretrain, anatomy"
     dump = lambda x: x if isinstance(x, dict) else x.model_dump(by_alias=True) if hasattr(x, "model_config") else x.model_dump()
-    model, kept = dump(p.model), ("visible", "max_share", "temperature", "duplicate", "norm_patch")
+    model, kept = dump(p.model), ("visible", "max_share", "temperature", "duplicate", "norm_patch", "within")
     return dict(size=list(p.volumes.size), spacing=list(p.volumes.spacing), hu=list(p.volumes.hu), patch=list(model["patch"]), model=model, arm=dump(arm),
                 n_organs=len(dump(p.anatomy.groups)), organs=list(dump(p.anatomy.groups)), pretrain={k: dump(p.pretrain)[k] for k in kept}, text_dim=text_dim, vocab=vocab)

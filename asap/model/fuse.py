@@ -30,6 +30,7 @@ class Fuse(nn.Module):
         self.blocks = nn.ModuleList(Block(text_dim, heads, ratio) for _ in range(depth))
         self.norm, self.vocab = nn.LayerNorm(text_dim, eps=1e-6), nn.Linear(text_dim, vocab)
         self.apply(start)
+        for b in self.blocks: b.silence()
     def region(self, aligned)->torch.Tensor: # (B,1,shared)
         "Mean of the grounded regions of the sentences that are there; as released: of the padding too, and a fifth of it"
         if self.padding: return 0.2*aligned["region"].mean(1, keepdim=True)

@@ -27,11 +27,11 @@ BESIDE = "ct_rate" # the cohort whose volumes these are
 UNVERIFIED = "that its masks lie voxel for voxel on CT-RATE's files was not checked against the owners' files."
 LISTS = ("train", "val", "test")
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #27ac0957
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #6b697a3d
 LABELS = { # label: the owners' category, what its sentence must say
     "Emphysema": ("1c", ""), "Atelectasis": ("2b", "atelecta|collapse"), "Lung nodule": ("2d", ""), "Lung opacity": ("2c", ""),
     "Pulmonary fibrotic sequela": ("2a", "fibro|scar|sequel"), "Pleural effusion": ("2e", "effusion|fluid"),
-    "Mosaic attenuation pattern": ("1f", "mosaic"), "Peribronchial thickening": ("1a", ""), "Consolidation": ("2b", "consolidat"),
+    "Peribronchial thickening": ("1a", ""), "Consolidation": ("2b", "consolidat"),
     "Bronchiectasis": ("1b", ""), "Interlobular septal thickening": ("1d", "")}
 
 def label_of(

@@ -42,7 +42,18 @@ def label_of(
     found = [n for n, (code, words) in LABELS.items() if code == category and re.search(words, sentence.lower())]
     return found[0] if len(found) == 1 else ""
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #21aaa05f
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #95a49761
+def _file(tree, name:str)->Path: # of a volume, whether or not it is there
+    "Where a volume lies in CT-RATE's tree"
+    folder = VOLUMES[name.split("_")[0]][0].removesuffix("_fixed" if release(tree) == "first" else "")
+    return Path(tree)/"dataset"/folder/place(name)
+
+def _affine(image)->np.ndarray: # 4x4
+    "Where a volume's voxels lie"
+    fixed = any(p.endswith("_fixed") for p in Path(image).parts)
+    return np.asarray(open_nifti(image).affine, float) if fixed else open_volume(image).affine
+
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #6d012149
 def _keep(
     masks:np.ndarray, # (F,H,W,D) uint8
     path,
@@ -55,7 +66,7 @@ def _lesions(mask, affine, shape, new)->np.ndarray: # uint8, lesions 1, 2, ...
     from scipy.ndimage import label
     return np.minimum(label(resample(mask.astype(np.uint8), affine, shape, new, order=0, fill=0))[0], 255).astype(np.uint8)
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #f4136df6
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #a3695808
 def _said(c, key, told:str)->list: # (finding, its sentence) of what is in lungs and pleura
     "What the report says of each finding"
     r = rng("report", key) # as `asap.phantom.words.report` draws
@@ -66,16 +77,16 @@ def _said(c, key, told:str)->list: # (finding, its sentence) of what is in lungs
 
 def _one(split, i, root, image, told, seed, size, spacing)->dict|None: # entry of dataset.json
     key = (seed, split, i)
-    c, img = chest(key, size, spacing), open_nifti(image)
-    found = [(f, s, _lesions(f.mask, c.affine, img.shape, img.affine)) for f, s in _said(c, key, told)]
+    c, shape, affine = chest(key, size, spacing), open_nifti(image).shape, _affine(image)
+    found = [(f, s, _lesions(f.mask, c.affine, shape, affine)) for f, s in _said(c, key, told)]
     found = [x for x in found if x[2].any()]
     if not found: return None
     _keep(np.stack([m for _, _, m in found]), Path(root)/"segmentations"/image.name)
     by = lambda value: {str(n): value(*x) for n, x in enumerate(found)}
-    return dict(name=image.name, findings=by(lambda f, s, m: s), entity_counts=by(lambda f, s, m: int(m.max())), shape=list(img.shape),
+    return dict(name=image.name, findings=by(lambda f, s, m: s), entity_counts=by(lambda f, s, m: int(m.max())), shape=list(shape),
                 pixels=by(lambda f, s, m: int((m > 0).sum())), categories=by(lambda f, s, m: LABELS[f.name][0]), protocol="protocol1")
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #6c39dbd7
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8e8aeef1
 def _reports(tree, split)->pd.Series: # file name -> findings
     return read_table(Path(tree)/"dataset/radiology_text_reports"/VOLUMES[split][1], ["VolumeName"]).set_index("VolumeName").Findings_EN
 
@@ -99,13 +110,7 @@ def write(
         entries[to] = [e for e in each(_one, todo, jobs, "lesion masks") if e]
     write_json(entries, Path(root)/"dataset.json")
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #747e678b
-def _file(tree, name:str)->Path: # of a volume, whether or not it is there
-    "Where a volume lies in CT-RATE's tree"
-    folder = VOLUMES[name.split("_")[0]][0].removesuffix("_fixed" if release(tree) == "first" else "")
-    return Path(tree)/"dataset"/folder/place(name)
-
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #764aafde
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8f9d35ea
 def _told(root)->list: # (list, entry)
     "What dataset.json holds"
     path = Path(root)/"dataset.json"
@@ -119,7 +124,7 @@ def _known(e)->bool: # an entry with name and findings
     named = isinstance(e, dict) and isinstance(e.get("name"), str) and re.fullmatch(r"(train|valid)_\d+_[a-z]+_\d+\.nii\.gz", e["name"])
     return bool(named) and isinstance(e.get("findings"), dict) and all(str(k).isdigit() for k in e["findings"])
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #1f7c68bb
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #183d3ead
 def fits(
     mask, # path of (F,H,W,D)
     image, # path of its volume
@@ -132,7 +137,7 @@ def fits(
     high = max(channels, default=0)
     if high >= shape[0]: raise ValueError(f"{mask}: finding {high} is listed, but there are {shape[0]} channels, 0 to {shape[0]-1}: fetch mask and dataset.json of the same release")
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #0977d99e
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #eb36035b
 def _rows(root, tree, e)->list: # a row a sentence of one volume
     mask, image = Path(root)/"segmentations"/e["name"], _file(tree, e["name"])
     for f, what in ((mask, "its mask"), (image, "its volume in CT-RATE's tree")):
@@ -159,12 +164,7 @@ def read(
     if withheld: say(f"{NAME}: {withheld} volumes of the owners' test, whose masks they keep to themselves")
     return pd.DataFrame(rows, columns=COLUMNS), bad
 
-# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #b545b0a1
-def _affine(image)->np.ndarray: # 4x4
-    "Where a volume's voxels lie"
-    fixed = any(p.endswith("_fixed") for p in Path(image).parts)
-    return np.asarray(open_nifti(image).affine, float) if fixed else open_volume(image).affine
-
+# %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #4c50fd43
 def masks(
     path, # of (F,H,W,D)
     image, # its volume, as CT-RATE stores it

@@ -48,9 +48,9 @@ def test_a_guess_is_over_the_body():
     np.testing.assert_allclose(r.dice_uniform, [2*0.9/2/(1+0.9), 2*0.4/3/(1+0.4)])
 
 def test_the_atlas_is_of_its_label_and_of_train():
-    train = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]], bool)
-    maps = atlas(train, ["Lung nodule", "Lung nodule", "Emphysema"])
-    assert played([0, 0], [0, 0], [0, 0], maps).atlas.tolist() == [0, 1] and set(maps) == {"Lung nodule", "Emphysema"}
+    train = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], bool)
+    maps = atlas(train, ["Lung nodule", "Lung nodule", "Emphysema", "Emphysema", ""])
+    assert maps["Lung nodule"].tolist() == [0, 0, 0, 2] and played([0, 0], [0, 0], [0, 0], maps).atlas.tolist() == [0, 1] and set(maps) == {"Lung nodule", "Emphysema"}
     assert most(np.array([2, 5, 5, 1]), 1).argmax() == 1 and most(np.array([2, 5, 5, 1]), 3).tolist() == [True, True, True, False]
 
 def test_dice_is_that_of_the_voxels():

@@ -168,8 +168,8 @@ def _stated(name, value, drawn, level)->dict: # value with its interval
     lo, hi = span(drawn, level) if not np.isnan(value) else (float("nan"),)*2
     return {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
 
-# %% ../../nbs/8_study/82_grounding.ipynb #9dc74e5c
-FOUR = ["Lung nodule", "Lung opacity", "Consolidation", "Atelectasis"] # whose place position alone does not tell
+# %% ../../nbs/8_study/82_grounding.ipynb #20c0eb83
+FOUR = ["Lung nodule", "Lung opacity", "Consolidation", "Atelectasis"] # which may lie in any lobe, so that position alone tells least
 LARGE = 0.1 # of the patches: a label is large when half of its train masks touch as many
 OTHERS = ["atlas", "stranger", "denial"]
 

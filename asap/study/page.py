@@ -138,8 +138,8 @@ def grounding(folder)->str: # runs/grounding
     t = pd.read_csv(folder/"hits.csv")
     first = t[t.label == t.label.iloc[0]]
     body = f"<p>{WHO}</p>"+"".join(pointing(r) for r in first.to_dict("records"))
-    body += picture(folder/"pointing.png", f"Hit rates by abnormality, arm {html.escape(s['chief'])}, {s['patches']} patches of {s['patch_mm']} mm, {s['body']:.0f} of them body; number of sentences in brackets. The four: nodule, opacity, consolidation, atelectasis, whose place position alone does not tell.")
-    return body+dice_lines(t, s)+arms_and_extent(folder)+details(t, s)
+    body += picture(folder/"pointing.png", f"Hit rates by abnormality, arm {html.escape(s['chief'])}, {s['patches']} patches of {s['patch_mm']} mm, {s['body']:.0f} of them body; number of sentences in brackets. The four: nodule, opacity, consolidation, atelectasis, which may lie in any lobe.")
+    return body+dice_lines(t, s)+arms_and_extent(folder, s)+details(t, s)
 
 # %% ../../nbs/8_study/83_page.ipynb #001ea7ee
 def dice_lines(t, s)->str: # hits.csv, status
@@ -149,15 +149,15 @@ def dice_lines(t, s)->str: # hits.csv, status
     rows = "".join(f"<li><b>{html.escape(r['arm'])}</b>: Dice {r['dice']:.3f} [{r['dice_lo']:.3f}, {r['dice_hi']:.3f}]; guess {r['dice_uniform']:.3f}, atlas {r['dice_atlas']:.3f}, a stranger {r['dice_stranger']:.3f}, each of as many patches</li>" for r in g.to_dict("records"))
     return f"<h3>Large ones</h3><p>{html.escape(', '.join(s['large']))}: half of their masks in train touch a tenth of all patches or more, so a point says little. The region that a sentence asks for against the mask, voxel by voxel, patches of {s['patch_mm']} mm:</p><ul>{rows}</ul>"
 
-def arms_and_extent(folder)->str:
+def arms_and_extent(folder, s)->str: # runs/grounding, status
     "One arm against the others; k against the true extent"
     a, e = pd.read_csv(folder/"against.csv"), pd.read_csv(folder/"extent.csv")
     body = "<h3>Arms, and how much a sentence asks for</h3>"
     for r in a[a.label == a.label.iloc[0]].to_dict("records") if len(a) else ():
         sign = "above" if r["lo"] > 0 else "below" if r["hi"] < 0 else "not distinguishable from"
-        body += f"<p><b>{html.escape(r['arm'])}</b> is {sign} <b>{html.escape(r['against'])}</b> in hits, {html.escape(r['label'])}: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], the same sentences.</p>"
+        body += f"<p><b>{html.escape(r['arm'])}</b> is {sign} <b>{html.escape(r['against'])}</b> in hits, {html.escape(r['label'])}: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], the same sentences, patches of {s['patch_mm']} mm.</p>"
     for r in e.to_dict("records"):
-        body += (f"<p>Rank correlation of k with the true extent, <b>{html.escape(r['arm'])}</b>: {r['rho']:+.3f} [{r['rho_lo']:+.3f}, {r['rho_hi']:+.3f}]; by heads that learnt nothing {r['untrained']:+.3f} on average, most of them {r['untrained_low']:+.3f} to {r['untrained_high']:+.3f}; "
+        body += (f"<p>Rank correlation of k with the true extent (the mask's volume), <b>{html.escape(r['arm'])}</b>: {r['rho']:+.3f} [{r['rho_lo']:+.3f}, {r['rho_hi']:+.3f}]; by heads that learnt nothing {r['untrained']:+.3f} on average, most of them {r['untrained_low']:+.3f} to {r['untrained_high']:+.3f}; "
                  f"difference {r['difference']:+.3f} [{r['difference_lo']:+.3f}, {r['difference_hi']:+.3f}].</p>")
     return body
 

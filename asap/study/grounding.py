@@ -130,7 +130,7 @@ def most(counts, k:int)->np.ndarray: # (N,) bool
     out[np.argsort(-counts, kind="stable")[:k]] = True
     return out
 
-# %% ../../nbs/8_study/82_grounding.ipynb #d6652219
+# %% ../../nbs/8_study/82_grounding.ipynb #26e3258f
 def score(
     t:pd.DataFrame, # case, patient, channel, sentence, label
     share, # (n,N), of `cover`
@@ -143,15 +143,16 @@ def score(
     row, own, at, size = asked.row.to_numpy(), of["own"], core(share), share.sum(1)
     def put(kind, values): out = np.full(len(t), np.nan); out[row[of[kind]]] = values; return out
     hit = lambda kind: put(kind, at[row[of[kind]], got["point"][of[kind]]])
+    over = lambda kind: put(kind, dice(got["region"][of[kind]], share[row[of[kind]]]))
     guess = lambda x: (x*body).sum(1)/np.maximum(body.sum(1), 1)
     k = got["region"][own].sum(1)
-    known = [n for n, l in enumerate(t.label) if l in maps]
-    by_map, over_map = np.full((2, len(t)), np.nan)
-    for n in known:
-        counts = maps[t.label.iloc[n]]
-        by_map[n], over_map[n] = at[n, counts.argmax()], dice(most(counts, int(k[n])), share[n])
-    over = dict(dice=dice(got["region"][own], share), dice_uniform=2*k*guess(share)/np.maximum(k+size, 1e-6), dice_atlas=over_map, dice_stranger=put("stranger", dice(got["region"][of["stranger"]], share[row[of["stranger"]]])))
-    return t.assign(point=got["point"][own], hit=hit("own"), uniform=guess(at), atlas=by_map, stranger=hit("stranger"), denial=hit("denial"), k=got["k"][own], extent=size, **over)
+    by_map = [_by_map(maps.get(l), a, c, n) for l, a, c, n in zip(t.label, at, share, k)]
+    t = t.assign(point=got["point"][own], hit=hit("own"), uniform=guess(at), stranger=hit("stranger"), denial=hit("denial"), k=got["k"][own], extent=size)
+    t = t.assign(dice=over("own"), dice_uniform=2*k*guess(share)/np.maximum(k+size, 1e-6), dice_stranger=over("stranger"))
+    return t.assign(atlas=[a for a, _ in by_map], dice_atlas=[d for _, d in by_map])
+
+def _by_map(counts, at, share, k:int)->tuple: # hit and Dice of the atlas; empty where it has none of this label
+    return (float("nan"),)*2 if counts is None else (float(at[counts.argmax()]), float(dice(most(counts, k), share)))
 
 # %% ../../nbs/8_study/82_grounding.ipynb #d2ecb40d
 def mean(
@@ -168,7 +169,7 @@ def _stated(name, value, drawn, level)->dict: # value with its interval
     lo, hi = span(drawn, level) if not np.isnan(value) else (float("nan"),)*2
     return {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
 
-# %% ../../nbs/8_study/82_grounding.ipynb #20c0eb83
+# %% ../../nbs/8_study/82_grounding.ipynb #bed7b4ca
 FOUR = ["Lung nodule", "Lung opacity", "Consolidation", "Atelectasis"] # which may lie in any lobe, so that position alone tells least
 LARGE = 0.1 # of the patches: a label is large when half of its train masks touch as many
 OTHERS = ["atlas", "stranger", "denial"]
@@ -180,11 +181,11 @@ def groups(labels, large=())->dict: # name -> labels; those that there are
     return {k: v for k, v in pooled.items() if v} | {n: [n] for n in sorted(there, key=lambda n: n not in FOUR)}
 
 def large_ones(share, labels)->list:
-    "Labels of large lesions, by their train masks"
+    "Labels of large lesions, by their train masks; the four stand apart"
     labels, touched = np.asarray(labels), (share > 0).mean(1)
-    return [n for n in ABNORMALITIES if (labels == n).any() and np.median(touched[labels == n]) >= LARGE]
+    return [n for n in ABNORMALITIES if n not in FOUR and (labels == n).any() and np.median(touched[labels == n]) >= LARGE]
 
-# %% ../../nbs/8_study/82_grounding.ipynb #1af4ca2d
+# %% ../../nbs/8_study/82_grounding.ipynb #cf55a58a
 def row(g:pd.DataFrame, n:int, level:float)->dict: # hit with interval, against each of the others; Dice likewise
     "A line of the table: sentences of some labels, by one arm"
     w = draws(g.patient.to_numpy(), n)
@@ -203,8 +204,8 @@ def table(
     n:int, level:float, # bootstrap
 )->pd.DataFrame: # a row a label and arm
     "Hit rates with intervals, and what they are above"
-    rows = [dict(label=name, arm=arm, patch_mm=patch_mm, **row(g[g.label.isin(labels)], n, level)) for arm, g in hits.groupby("arm", sort=False) for name, labels in groups(hits.label, large).items()]
-    return pd.DataFrame(rows)
+    every = [(name, arm, g[g.label.isin(labels)]) for arm, g in hits.groupby("arm", sort=False) for name, labels in groups(hits.label, large).items()]
+    return pd.DataFrame([dict(label=name, arm=arm, patch_mm=patch_mm, **row(g, n, level)) for name, arm, g in every])
 
 def against(hits, arm:str, n:int, level:float)->pd.DataFrame: # label, arm, against, difference, lo, hi
     "Hit rate of one arm minus every other's, on the same sentences"
@@ -244,7 +245,7 @@ def rank_correlation(x, y)->np.ndarray: # (m,n), (n,) -> (m,); empty where eithe
     scale = np.sqrt((a**2).sum(-1)*(b**2).sum())
     return np.divide(a@b, scale, out=np.full(len(a), np.nan), where=scale > 1e-9)
 
-# %% ../../nbs/8_study/82_grounding.ipynb #0a2c1db8
+# %% ../../nbs/8_study/82_grounding.ipynb #2310bbf0
 def extents(
     hits:pd.DataFrame, # of one arm
     heads, # (HEADS,n), of `random_k`
@@ -255,9 +256,9 @@ def extents(
     every = rank_correlation(x, y)
     picks = [np.repeat(np.arange(len(y)), c) for c in draws(hits.patient.to_numpy(), n)]
     drawn = np.array([rank_correlation(x[:, i], y[i]) for i in picks])
-    by = np.nanmean(drawn[:, 1:], 1)
-    low, high = span(every[1:], level)
-    return dict(sentences=len(y), **_stated("rho", float(every[0]), drawn[:, 0], level), untrained=float(np.nanmean(every[1:])), untrained_low=low, untrained_high=high, **_stated("difference", float(every[0]-np.nanmean(every[1:])), drawn[:, 0]-by, level))
+    rho, untrained, (low, high) = float(every[0]), float(np.nanmean(every[1:])), span(every[1:], level)
+    out = dict(sentences=len(y), **_stated("rho", rho, drawn[:, 0], level), untrained=untrained, untrained_low=low, untrained_high=high)
+    return out | _stated("difference", rho-untrained, drawn[:, 0]-np.nanmean(drawn[:, 1:], 1), level)
 
 # %% ../../nbs/8_study/82_grounding.ipynb #5afdfab3
 def shares(
@@ -313,12 +314,16 @@ def source(cohorts, root)->tuple: # sentences and Quarantine, or None and why th
     except FileNotFoundError: return None, f"data/ has neither {lesions.NAME}/ nor {lesions.NAME}.path, the lesion masks of single sentences"
     return (said, bad) if len(said) else (None, f"{lesions.NAME} lists no sentence whose mask and volume are there")
 
-# %% ../../nbs/8_study/82_grounding.ipynb #c5610317
+# %% ../../nbs/8_study/82_grounding.ipynb #4209dd64
 def _absent(out, why)->dict:
     say(f"grounding: not measured, because {why}")
     status = dict(there=False, reason=why)
     write_json(status, Path(out)/"status.json")
     return status
+
+def _about(model, share, body, p)->dict: # of the patches
+    mm = " x ".join(f"{a*b:g}" for a, b in zip(model.vit.patch, p.volumes.spacing))
+    return dict(there=True, patch_mm=mm, patches=int(share.shape[1]), body=round(float(body.sum(1).mean()), 1))
 
 def measure(
     found:dict, # of `models`
@@ -338,13 +343,12 @@ def measure(
     if not test.any(): return _absent(out, f"{lesions.NAME} has no mask of a test case of {name}")
     maps, held = atlas(core(share[train]), t.label[train]), t[test].reset_index(drop=True)
     hits = put_to({**found, "untrained": fresh(last, p.study.seed)}, text, held, share[test], body[test], maps, p)
-    patch_mm = " x ".join(f"{a*b:g}" for a, b in zip(last.vit.patch, p.volumes.spacing))
-    status = dict(there=True, patch_mm=patch_mm, patches=int(share.shape[1]), body=round(float(body[test].sum(1).mean()), 1), large=large_ones(share[train], t.label[train]), sentences=int(test.sum()), patients=int(held.patient.nunique()),
+    status = dict(_about(last, share, body[test], p), large=large_ones(share[train], t.label[train]), sentences=int(test.sum()), patients=int(held.patient.nunique()),
                   unlabelled=int((held.label == "").sum()), atlas=int(train.sum()), out_of_sight=hidden, left_out=len(bad), arms=list(found))
     report(hits, found, text, status, p, out)
     return status
 
-# %% ../../nbs/8_study/82_grounding.ipynb #b343967d
+# %% ../../nbs/8_study/82_grounding.ipynb #08bb0bc0
 def put_to(arms:dict, text, held, share, body, maps, p)->pd.DataFrame: # of `score`, with arm; a row a sentence and arm
     "The same questions to every arm"
     asked, images, out = questions(held, p.study.seed), dict(zip(held.case, held.volume)), []
@@ -359,7 +363,9 @@ def report(hits, found, text, status, p, out):
     write_parquet(hits, out/"hits.parquet")
     t = table(hits, status["large"], status["patch_mm"], n, level)
     write_csv(t.round(5), out/"hits.csv"); write_csv(against(hits, arm, n, level).round(5), out/"against.csv")
-    rows = [dict(arm=a, **extents(g, random_k(m.config, text.sentences(g.sentence.tolist()), status["patches"], p.study.seed), n, level)) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
+    adaptive = [(a, m, g) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
+    heads = lambda m, g: random_k(m.config, text.sentences(g.sentence.tolist()), status["patches"], p.study.seed)
+    rows = [dict(arm=a, **extents(g, heads(m, g), n, level)) for a, m, g in adaptive]
     write_csv(pd.DataFrame(rows, columns=EXTENT).round(5), out/"extent.csv")
     bars(t[t.arm == arm], arm, status, out)
     write_json(dict(status, chief=arm), out/"status.json")

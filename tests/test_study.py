@@ -65,6 +65,9 @@ def test_the_study_runs(clone):
     assert len(page) > 20_000 and "phantom" in page.lower()
     metrics = json.loads((clone/"runs/classify/metrics.json").read_text())
     assert {"scratch", "asap"} <= set(metrics)
+    grounded = json.loads((clone/"runs/grounding/status.json").read_text())
+    assert grounded["there"] and grounded["arms"] == ["asap"] and grounded["left_out"] == 0 and "Where sentences point" in page and "Not measured" not in page
+    assert all((clone/"runs/grounding"/f).exists() for f in ("hits.parquet", "hits.csv", "against.csv", "extent.csv", "pointing.png"))
 
 def test_the_page_stands_alone(clone):
     page = (clone/"runs/study/index.html").read_text()
@@ -77,7 +80,7 @@ def test_a_second_repro_runs_nothing(clone):
     assert not ran(run("dvc", "repro", cwd=clone))
 
 def test_a_changed_number_reruns_what_depends_on_it(clone):
-    with edited(clone, tables__bootstrap=60): assert ran(run("dvc", "repro", cwd=clone)) == {"classify", "tables", "figures", "page"}
+    with edited(clone, tables__bootstrap=60): assert ran(run("dvc", "repro", cwd=clone)) == {"classify", "tables", "figures", "grounding", "page"}
     run("dvc", "repro", cwd=clone)
 
 def test_an_edited_arm_reruns_alone(clone):
@@ -141,6 +144,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     assert "acdc: left out, because data/ has neither acdc/ nor acdc.path" in text and listing(far) == there
     page = (clone/"runs/study/index.html").read_text()
     assert "about data that was put in data/</b>: ct_rate, stoic" in page and "Left out, because not in <code>data/</code></b>: acdc, radgenome, own" in page
+    assert "Not measured</b>: data/ has neither rex_grounding_ct/ nor rex_grounding_ct.path" in page
     assert "Drawn by a program" not in page and "A phantom's report" not in page and str(far) not in page and str(other) not in page
     tables = json.loads((clone/"build/cohorts/ct_rate/status.json").read_text())
     assert tables["there"] and not tables["phantoms"] and tables["patients"] == 22

@@ -81,6 +81,7 @@ def device()->torch.device:
     from accelerate import PartialState
     return PartialState(cpu=not torch.accelerator.is_available()).device # without `cpu` the processes of torchrun do not find each other where there is no GPU
 
+# %% ../nbs/01_train.ipynb #93403b1f
 def groups(parameters, weight_decay:float)->list: # for an optimiser
     "Weights decay; biases, norms and other vectors do not"
     named = [p for p in parameters if p.requires_grad]

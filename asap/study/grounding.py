@@ -303,9 +303,11 @@ def chief(found:dict)->str: # name of an arm
     return "asap" if "asap" in found else list(found)[-1]
 
 def fresh(model, seed)->ASAP: # in eval mode
-    "The same model before it learnt anything"
+    "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(seed32("untrained", seed))
-    return ASAP(model.config).eval()
+    new = ASAP(model.config).eval()
+    new.load_state_dict(dict(model.named_buffers()), strict=False)
+    return new
 
 def source(cohorts, root)->tuple: # sentences and Quarantine, or None and why there are none
     "The sentences with masks, where they are there"

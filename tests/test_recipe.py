@@ -118,6 +118,7 @@ def test_P10_organ_shares_are_one_distribution(study):
 @pytest.mark.parametrize("switch", ["bias", "prefix", "global"])
 def test_P11_every_part_of_the_fusion_is_used(study, switch):
     on, off = (build(P, row("asap", **{switch: v}), study.text, 0) for v in (True, False))
+    on.fuse.beta.data.fill_(50.) # patches of an untrained encoder are alike: without it the bias moves the sixth digit
     off.load_state_dict(on.state_dict())
     assert abs(on(study.batch)[1]["words"]-off(study.batch)[1]["words"]) > 1e-5
 
@@ -179,7 +180,7 @@ def test_P17_resuming_brings_back_the_optimiser(tmp_path):
     stop = 9
     with pytest.raises(KeyboardInterrupt): go(model(), "killed")
     state = torch.load(tmp_path/"killed/resume/state.pt", weights_only=True)
-    assert state["step"] == 8 and all(float(s["exp_avg"].abs().sum()) > 0 for s in state["opt"]["state"].values())
+    assert state["step"] == 8 and all(float(s[k].abs().sum()) > 0 for o, k in zip(state["opts"], ("exp_avg", "momentum_buffer"), strict=True) for s in o["state"].values())
     stop = None; again = model(); go(again, "killed")
     assert torch.equal(again.weight, whole.weight)
 

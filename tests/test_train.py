@@ -47,9 +47,9 @@ def state_time(folder): # when the state was last written
     try: return (folder/"resume/state.pt").stat().st_mtime_ns
     except FileNotFoundError: return None
 
-def first_gradient(folder): # the optimiser's running mean after one step: a tenth of the clipped gradient
-    opt = torch.load(folder/"resume/state.pt", weights_only=True)["opt"]["state"]
-    return [v["exp_avg"]*10 for v in opt.values()]
+def first_gradient(folder): # from the running means after one step: a tenth of the clipped gradient in AdamW, a twentieth in Muon
+    held = [v for o in torch.load(folder/"resume/state.pt", weights_only=True)["opts"] for v in o["state"].values()]
+    return [v["exp_avg"]*10 if "exp_avg" in v else v["momentum_buffer"]*20 for v in held]
 
 def test_two_processes_contrast_what_one_does(here):
     "Every sentence meets every image of both, and the gradient is that of one process, to fp32's rounding"

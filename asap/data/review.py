@@ -8,15 +8,15 @@ __all__ = ['RULES', 'KINDS', 'MAPS', 'STYLE', 'TEMPLATE', 'TABLE', 'names', 'ada
            'lines', 'page']
 
 # %% ../../nbs/2_data/26_review.ipynb #d5968d6e
-import base64, contextlib, hashlib, importlib, io, pkgutil, re, warnings
+import base64, contextlib, hashlib, importlib, io, re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, each
-from . import checks, cohorts
+from ..core import Cohorts, Quarantine, each
+from . import checks
 from .cohort import COLUMNS, SPLITS, check_organs, duplicates, label_columns
 from .volumes import Volume, open_nifti, read, values
 from ..phantom.body import planes
@@ -24,7 +24,7 @@ from ..phantom.body import planes
 # %% ../../nbs/2_data/26_review.ipynb #6b7cb368
 def names()->list: # "acdc", "btcv", ...
     "The data sets that there are"
-    return sorted(m.name for m in pkgutil.iter_modules(cohorts.__path__))
+    return sorted(Cohorts.model_fields) # masks that lie beside a data set have a page too, and are none
 
 def adapter_of(name:str):
     "The module of a data set"

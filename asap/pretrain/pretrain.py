@@ -33,12 +33,11 @@ def build(p, arm, text, seed)->ASAP:
 
 def begin(
     model:ASAP,
-    data, # `Pairs`, centre crops
-    cases:int=16,
+    data, # `Pairs` of some train cases, centre crops
 ):
-    "Fit the stem's decorrelation to the first cases: no label, no report, the same for every arm"
+    "Fit the stem's decorrelation to some images: no label, no report, the same for every arm"
     if not isinstance(model.vit.embed, Stem): return
-    some = [torch.from_numpy(data[(0, i)]["image"]) for i in range(min(cases, len(data)))]
+    some = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
     model.vit.embed.fit(patchify(torch.stack(some)[:, None], model.vit.patch)[:, ::5])
 
 def trains(arm)->bool: return any(arm[k] for k in ("voxels", "organs", "align", "words"))

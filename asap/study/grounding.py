@@ -306,7 +306,7 @@ def fresh(model, seed)->ASAP: # in eval mode
     "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(seed32("untrained", seed))
     new = ASAP(model.config).eval()
-    new.load_state_dict(dict(model.named_buffers()), strict=False)
+    for mine, its in zip(new.buffers(), model.buffers(), strict=True): mine.copy_(its)
     return new
 
 def source(cohorts, root)->tuple: # sentences and Quarantine, or None and why there are none

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'WHO', 'picture', 'table', 'cards', 'about', 'cohort_rows', 'ran',
-           'probe', 'ceiling', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent', 'details', 'learnt',
-           'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
+           'side', 'probe', 'ceiling', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent', 'details',
+           'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
 import base64, html, platform
@@ -93,6 +93,10 @@ def ran(p, folder, counts)->str:
     dump = html.escape(__import__("yaml").safe_dump(p.model_dump(), sort_keys=False, default_flow_style=None))
     return body+f"<details><summary>All params</summary><pre>{dump}</pre></details><p class='soft'>Python {platform.python_version()}, {platform.system()} {platform.machine()}; {versions}.</p>"
 
+def side(lo:float, hi:float)->str: # interval of a difference
+    "On which side of another is it?"
+    return "above" if lo > 0 else "below" if hi < 0 else "not distinguishable from"
+
 def probe(p, tables)->str:
     "Macro table, differences, by label"
     m, d, labels = (tables/f"{n}.csv" for n in ("macro", "differences", "labels"))
@@ -100,7 +104,7 @@ def probe(p, tables)->str:
     t = pd.read_csv(m).assign(fraction=lambda t: [f"{f:.0%}" for f in t.fraction]).rename(columns=dict(auc="macro AUC", lo="from", hi="to", by_volume="by volume", labelled="labelled volumes", fraction="of the labels"))
     body = BRIEF+"<p>A linear probe on frozen features, its penalty chosen on validation patients alone; test patients were not used for any choice. By scan; 95 % intervals by patient.</p>"+table(t)
     for r in pd.read_csv(d).to_dict("records"):
-        sign = "above" if r["lo"] > 0 else "below" if r["hi"] < 0 else "not distinguishable from"
+        sign = side(r["lo"], r["hi"])
         body += f"<p><b>{r['arm']}</b> is {sign} <b>{r['against']}</b> with {r['fraction']:.0%} of the labels: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], paired by patient.</p>"
     body += picture(tables.parent/"figures/efficiency.png", "Macro AUC against the number of labelled volumes.")
     body += picture(tables.parent/"figures/labels.png", "AUC of each abnormality, all labels given: frozen features of each arm with 95 % intervals by patient, beside a CNN trained with all labels on other phantoms (development seeds), and a histogram of the volume.")
@@ -120,7 +124,7 @@ def verdict(r, other:str)->str: # a row of hits.csv
     "Is an arm above another who plays?"
     d, lo, hi = (r[f"above_{other}{end}"] for end in ("", "_lo", "_hi"))
     if pd.isna(d): return ""
-    return f"{'above' if lo > 0 else 'below' if hi < 0 else 'not distinguishable from'} {dict(atlas='the atlas', stranger='a stranger', denial='its denial')[other]} ({r[other]:.1%}; difference {d:+.3f} [{lo:+.3f}, {hi:+.3f}])"
+    return f"{side(lo, hi)} {dict(atlas='the atlas', stranger='a stranger', denial='its denial')[other]} ({r[other]:.1%}; difference {d:+.3f} [{lo:+.3f}, {hi:+.3f}])"
 
 def pointing(r)->str: # a row of hits.csv
     "One arm's hits in words"
@@ -154,7 +158,7 @@ def arms_and_extent(folder, s)->str: # runs/grounding, status
     a, e = pd.read_csv(folder/"against.csv"), pd.read_csv(folder/"extent.csv")
     body = "<h3>Arms, and how much a sentence asks for</h3>"
     for r in a[a.label == a.label.iloc[0]].to_dict("records") if len(a) else ():
-        sign = "above" if r["lo"] > 0 else "below" if r["hi"] < 0 else "not distinguishable from"
+        sign = side(r["lo"], r["hi"])
         body += f"<p><b>{html.escape(r['arm'])}</b> is {sign} <b>{html.escape(r['against'])}</b> in hits, {html.escape(r['label'])}: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], the same sentences, patches of {s['patch_mm']} mm.</p>"
     for r in e.to_dict("records"):
         body += (f"<p>Rank correlation of k with the true extent (the mask's volume), <b>{html.escape(r['arm'])}</b>: {r['rho']:+.3f} [{r['rho_lo']:+.3f}, {r['rho_hi']:+.3f}]; by heads that learnt nothing {r['untrained']:+.3f} on average, most of them {r['untrained_low']:+.3f} to {r['untrained_high']:+.3f}; "
@@ -174,8 +178,7 @@ def learnt(tables, figures, text, visible)->str:
     body = BRIEF+picture(figures/"curves.png", "Losses of pre-training, step by step.")
     if (tables/"organs.csv").exists():
         for r in pd.read_csv(tables/"organs.csv").to_dict("records"):
-            verdict = "below" if r["hi"] < 0 else "above" if r["lo"] > 0 else "not distinguishable from"
-            body += (f"<p>Organ shares of held-out patients from {visible:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {verdict} the best guess by place alone "
+            body += (f"<p>Organ shares of held-out patients from {visible:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {side(r['lo'], r['hi'])} the best guess by place alone "
                      f"({r['best']}, {r['guess']:.4f}); difference {r['difference']:+.4f} [{r['lo']:+.4f}, {r['hi']:+.4f}], {r['patients']} patients.</p>")
     body += picture(figures/"organs.png", "Error of the share of each organ: the model against guesses that know the place of a patch and nothing of the image.")
     if "accuracy" not in text: return body+f"<p>The frozen text encoder is {html.escape(text['encoder'])}.</p>"

@@ -130,6 +130,7 @@ class Model(_Section):
     "Sizes of the image model"
     patch:Voxels
     stem:Stem|None # null: the paper's matrix from voxels to token
+    local:bool # sentences look for their patches before attention has mixed them; false: among the tokens, as the paper
     dim:Number
     depth:Number
     heads:Number
@@ -156,6 +157,7 @@ class Pretrain(_Section):
     visible:Annotated[float, Field(gt=0, le=1)] # share of patches that the encoder sees
     word_mask:Annotated[float, Field(gt=0, lt=1)]
     max_share:Annotated[float, Field(gt=0, le=1)] # a sentence needs one patch up to this share of those seen
+    start_share:Annotated[float, Field(gt=0, le=1)] # that it asks for before anything is learnt, and always where k is fixed
     temperature:Positive
     duplicate:Annotated[float, Field(ge=-1, le=1)] # sentences above this cosine are no negatives
     within:Annotated[float, Field(ge=0)] # weight of the contrast within a report, where the one across reports has 1

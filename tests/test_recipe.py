@@ -56,14 +56,14 @@ def test_P2_padding_is_no_negative():
     alone = within(one(region), one(text), one(frozen), one(real), 14.)
     beside = within(region[[0, 1]], text[[0, 1]], frozen[[0, 1]], torch.stack([real[0], torch.zeros(5).bool()]), 14.)
     assert torch.allclose(alone, beside, atol=1e-5)
-    assert torch.allclose(across(patches, wide(text), wide(k), wide(frozen), longer, 14., 0.95, 0.5, 9), across(patches, text, k, frozen, real, 14., 0.95, 0.5, 9), atol=1e-5)
+    assert torch.allclose(across([patches], wide(text), wide(k), wide(frozen), longer, 14., 0.95, 0.5, 9), across([patches], text, k, frozen, real, 14., 0.95, 0.5, 9), atol=1e-5)
 
 def test_P3_other_reports_are_negatives():
     _, text, frozen, real, patches, k = sentences()
     first = torch.zeros_like(real); first[:, 0] = True # one sentence each: alone it has no negative
-    now = across(patches, text, k, frozen, first, 14., 0.95, 0.5, 9)
+    now = across([patches], text, k, frozen, first, 14., 0.95, 0.5, 9)
     other = patches.clone(); other[1] = unit(40, 8)
-    assert now > 0.1 and (across(other, text, k, frozen, first, 14., 0.95, 0.5, 9)-now).abs() > 1e-3
+    assert now > 0.1 and (across([other], text, k, frozen, first, 14., 0.95, 0.5, 9)-now).abs() > 1e-3
 
 def test_P4_k_is_a_share_of_the_patches_seen():
     _, _, frozen, _, _, _ = sentences()
@@ -128,7 +128,7 @@ def test_P11_padding_is_not_in_the_prefix(study):
     assert (~b["real"]).any() and torch.allclose(m(dict(b, sentences=loud))[1]["words"], m(b)[1]["words"], atol=1e-5)
     faulty = build(P, row("asap", faults=["padding"]), study.text, 0)
     seen = torch.randn(4, 16, P.model.dim)
-    out = [faulty.fuse.region(faulty.align(seen, x)) for x in (loud, b["sentences"])]
+    out = [faulty.fuse.region(faulty.align(seen, x, seen)) for x in (loud, b["sentences"])]
     assert (out[0]-out[1]).abs().max() > 1e-3
 
 def test_P12_nothing_is_mirrored(study):

@@ -40,7 +40,7 @@ def contrast(folder, n=4): # the contrast across reports and its gradient, on si
     pick = lambda t: t.gather(1, order.reshape(*order.shape, *[1]*(t.ndim-2)).expand(-1, -1, *t.shape[2:]))
     text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
     f, r = pick(frozen[own]), pick(real[own])
-    value = across(patches, text, k, f, r, 14., 0.95, 0.5, 9)+within(text, text.roll(1, -1), f, r, 14., 0.95)
+    value = across([patches], text, k, f, r, 14., 0.95, 0.5, 9)+within(text, text.roll(1, -1), f, r, 14., 0.95)
     value.backward()
     out = dict(patches=patches.grad, k=torch.stack([x[m].sum() for x, m in zip(k.grad, r)]))
     from asap.train import gathered

@@ -6,6 +6,8 @@
 __all__ = ['rank_weights', 'pool', 'info_nce', 'within', 'across', 'padded', 'released_k', 'Align']
 
 # %% ../../nbs/5_model/52_align.ipynb #9fe2fefc
+import math
+
 import torch, torch.nn.functional as F
 from torch import nn
 
@@ -52,24 +54,28 @@ def within(
     return info_nce(region@text.transpose(1, 2)*scale, differ & real[:, None] & real[:, :, None], real)
 
 def across(
-    patches, # (B,V,C) unit norm
+    patches, # one or more of (B,V,C), unit norm: the first is where sentences look, all are pooled
     text, # (B,S,C) unit norm
     k, # (B,S) patches wanted
     frozen, real, scale, duplicate, # as `within`
     soft, most, # as `rank_weights`
 )->torch.Tensor: # scalar
     "Every sentence in every image: in its own it finds itself best, and its image answers it best"
-    patches, text, k, frozen, real = map(gathered, (patches, text, k, frozen, real))
+    patches, (text, k, frozen, real) = [gathered(x) for x in patches], map(gathered, (text, k, frozen, real))
     t, f, owner = text[real], frozen[real], real.nonzero()[:, 0]
-    score = torch.einsum("bmc,mc->mb", pool(patches, rank_weights(t@patches.transpose(1, 2), k[real].expand(len(patches), -1), soft, most)), t)*scale
+    weights = rank_weights(t@patches[0].transpose(1, 2), k[real].expand(len(patches[0]), -1), soft, most)
     same = f@f.T >= duplicate
-    says = torch.zeros_like(score).index_add(1, owner, same.to(score.dtype)) > 0 # image b's report says what sentence m says
-    own = F.one_hot(owner, len(patches)).bool()
-    mine = score[own]
-    images = score.masked_fill(says & ~own, -torch.inf).logsumexp(1)-mine
-    other = score[:, owner].T # row m: the image of m, asked for every sentence
-    sentences = other.masked_fill((same | (owner[:, None] == owner)) & ~torch.eye(len(t), dtype=torch.bool, device=t.device), -torch.inf).logsumexp(1)-mine
-    return (images.mean()+sentences.mean())/2
+    own = F.one_hot(owner, len(weights)).bool() # (M,B)
+    says = torch.zeros(own.shape, device=t.device).index_add(1, owner, same.float()) > 0 # image b's report says what sentence m says
+    twin = (same | (owner[:, None] == owner)) & ~torch.eye(len(t), dtype=torch.bool, device=t.device)
+    total = 0.
+    for x in patches:
+        score = torch.einsum("bmc,mc->mb", pool(x, weights), t)*scale
+        mine = score[own]
+        images = score.masked_fill(says & ~own, -torch.inf).logsumexp(1)-mine
+        sentences = score[:, owner].T.masked_fill(twin, -torch.inf).logsumexp(1)-mine # row m: the image of m, asked for every sentence
+        total = total+(images.mean()+sentences.mean())/2
+    return total/len(patches)
 
 # %% ../../nbs/5_model/52_align.ipynb #91c1c13d
 def padded(region, text, real, scale)->torch.Tensor: # as `within`
@@ -83,13 +89,21 @@ def released_k(logit)->torch.Tensor: # (B,S) -> (B,S), 16, 32 or 64
 # %% ../../nbs/5_model/52_align.ipynb #622880f7
 class Align(nn.Module):
     "Image and text into one space, each sentence's share of patches, its region"
-    def __init__(self, dim:int, text_dim:int, shared:int, max_share:float, temperature:float, k:str="adaptive", # adaptive, fixed or released
-        within:float=1.): # weight of the contrast within a report, where the one across reports has 1
+    def __init__(self, dim:int, text_dim:int, shared:int,
+        max_share:float, # of the patches seen, that a sentence may ask for
+        temperature:float,
+        k:str="adaptive", # adaptive, fixed or released
+        within:float=1., # weight of the contrast within a report, where the one across reports has 1
+        start_share:float|None=None, # that a sentence asks for before anything is learnt, and always where k is fixed; half of max_share when None
+        local:bool=False): # look for sentences in patches as they are embedded, before attention
         super().__init__()
         mlp = lambda d: nn.Sequential(nn.Linear(d, shared), nn.GELU(), nn.LayerNorm(shared, eps=1e-6), nn.Linear(shared, shared))
         self.image, self.text, self.share = mlp(dim), mlp(text_dim), nn.Linear(text_dim, 1)
+        self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), *mlp(dim)) if local else None
         self.apply(start)
         self.max_share, self.kind, self.within = max_share, k, within
+        s = min((start_share or max_share/2)/max_share, 0.999)
+        self.offset = math.log(s/(1-s))
         self.log_scale = nn.Parameter(torch.tensor(1/temperature).log())
     @property
     def scale(self): return self.log_scale.clamp(max=4.6052).exp() # at most 100, as in CLIP
@@ -98,20 +112,21 @@ class Align(nn.Module):
         "How many of `seen` patches each sentence needs: 1 up to max_share of them"
         logit = self.share(frozen)[..., 0].float()
         if self.kind == "released": return released_k(logit).clamp(max=seen)
-        s = torch.sigmoid(4*logit) if self.kind == "adaptive" else torch.full_like(logit, 0.5)
-        return 1+(self.most(seen)-1)*s
+        return 1+(self.most(seen)-1)*torch.sigmoid(4*(logit if self.kind == "adaptive" else torch.zeros_like(logit))+self.offset)
     def soft(self, seen:int)->float: return 0. if self.kind == "released" else max(0.5, 0.05*self.most(seen))
-    def forward(self, x, frozen, hard:bool=False)->dict: # (B,V,C), (B,S,C')
-        "Similarity (B,S,V), weights (B,S,V), k (B,S), region and text (B,S,shared), patches (B,V,shared)"
-        x, t = (F.normalize(y.float(), dim=-1) for y in (self.image(x), self.text(frozen)))
-        sim, k, seen = t@x.transpose(1, 2), self.k(frozen, x.shape[1]), x.shape[1]
+    def forward(self, x, frozen, first=None, hard:bool=False)->dict: # (B,V,C) tokens, (B,S,C'), (B,V,C) patches before attention, where `local`
+        "Similarity (B,S,V), weights (B,S,V), k (B,S), region and text (B,S,shared), patches: (B,V,shared) where sentences look, then of tokens where that is not the same"
+        unit = lambda y: F.normalize(y.float(), dim=-1)
+        t, patches = unit(self.text(frozen)), [*([unit(self.local(first))] if self.local else []), unit(self.image(x))]
+        sim, k, seen = t@patches[0].transpose(1, 2), self.k(frozen, x.shape[1]), x.shape[1]
         w = rank_weights(sim, k, 0. if hard else self.soft(seen))
-        return dict(sim=sim, weights=w, k=k, region=pool(x, w), text=t, patches=x)
+        return dict(sim=sim, weights=w, k=k, region=pool(patches[-1], w), text=t, patches=patches)
     def loss(self, out, frozen, real, duplicate:float=0.95, within_only:bool=False, padding:bool=False)->torch.Tensor: # `out` of forward; scalar
         "Both contrasts; the switches are the released code's"
-        inner = padded(out["region"], out["text"], real, self.scale) if padding else within(out["region"], out["text"], frozen, real, self.scale, duplicate)
+        seen, n = out["sim"].shape[-1], len(out["patches"])
+        near = (lambda r: padded(r, out["text"], real, self.scale)) if padding else (lambda r: within(r, out["text"], frozen, real, self.scale, duplicate))
+        inner = sum(near(pool(x, out["weights"])) for x in out["patches"])/n if within_only or self.within else 0.
         if within_only: return inner
-        seen = out["sim"].shape[-1]
         most = seen if self.kind == "released" else int(self.most(seen))+1
         outer = across(out["patches"], out["text"], out["k"], frozen, real, self.scale, duplicate, self.soft(seen) or 0.5, most)
         return (self.within*inner+outer)/(self.within+1)

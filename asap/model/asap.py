@@ -59,7 +59,7 @@ class ASAP(nn.Module):
         self.arm, self.visible, self.duplicate, self.norm_patch = arm, p["visible"], p["duplicate"], p["norm_patch"]
         self.vit = ViT3D(config["size"], config["patch"], m["dim"], m["depth"], m["heads"], m["stem"])
         self.decoder = Decoder(self.vit, m["decoder_dim"], m["decoder_depth"], m["decoder_heads"], config["n_organs"])
-        self.align = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], arm["k"], p["within"])
+        self.align = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], arm["k"], p["within"], p["start_share"], m["local"])
         self.fuse = Fuse(m["dim"], config["text_dim"], m["shared_dim"], m["words_depth"], m["words_heads"], config["vocab"], m["words_ratio"],
                          arm["bias"], arm["prefix"], arm["global"], self.has("padding"))
         self.freeze()
@@ -74,6 +74,7 @@ class ASAP(nn.Module):
         region = a["align"] and a["contrast"] == "region" or a["words"] and a["prefix"]
         used = {"align": a["align"] or a["words"] and (a["bias"] or a["prefix"]), "fuse": a["words"], "decoder": a["voxels"] or a["organs"],
                 "decoder.organs": a["organs"], "decoder.voxels": a["voxels"], "decoder.norm": a["voxels"], "align.log_scale": a["align"],
+                "align.local": region or a["words"] and a["bias"],
                 "align.share": region and a["k"] == "adaptive", "fuse.beta": a["bias"], "fuse.prefix": a["prefix"], "fuse.mean": a["global"],
                 "vit": a["voxels"] or a["organs"] or a["align"] or a["words"]}
         used |= {f"decoder.blocks.{i}": a["voxels"] for i in range(2, len(self.decoder.blocks))}
@@ -83,13 +84,14 @@ class ASAP(nn.Module):
         arm, losses, extra = self.arm, {}, {}
         patches = patchify(b["image"], self.vit.patch)
         keep, rest = choose(b["order"], self.visible)
-        latent = self.vit.see(patches, keep)
+        first = self.vit.embedded(patches, keep)
+        latent = self.vit.mixed(first)
         if arm["voxels"] or arm["organs"]:
             shares, voxels = self.decoder(latent, keep, rest if arm["voxels"] else None, bool(arm["organs"]))
             if arm["voxels"]: losses["voxels"] = voxel_loss(voxels, take(patches, rest), self.norm_patch)*(rest.shape[1]/patches.shape[1] if self.has("all_voxels") else 1)
             if arm["organs"]: losses["organs"] = (separate_bce if self.has("separate_bce") else soft_ce)(shares, b["shares"], b["known"])
         if arm["align"] or arm["words"]:
-            aligned = dict(self.align(latent[:, 1:], b["sentences"]), real=b["real"])
+            aligned = dict(self.align(latent[:, 1:], b["sentences"], first[:, 1:]), real=b["real"])
             if arm["align"]: losses["align"] = self.contrast(aligned, b)
             extra["k"] = aligned["k"][b["real"]].mean()/keep.shape[1]
         if arm["words"]:
@@ -103,7 +105,7 @@ class ASAP(nn.Module):
         if self.arm["contrast"] == "region":
             return self.align.loss(aligned, b["sentences"], b["real"], self.duplicate, self.has("within_only"), self.has("padding"))
         real = b["real"][..., None].float()
-        image, text = (gathered(F.normalize(t, dim=-1)) for t in (aligned["patches"].mean(1, keepdim=True), (aligned["text"]*real).sum(1, keepdim=True)))
+        image, text = (gathered(F.normalize(t, dim=-1)) for t in (aligned["patches"][-1].mean(1, keepdim=True), (aligned["text"]*real).sum(1, keepdim=True)))
         every = torch.ones(len(image), len(image), dtype=torch.bool, device=image.device)
         return info_nce(image[:, 0]@text[:, 0].T*self.align.scale, every, every[0])
 
@@ -111,6 +113,6 @@ class ASAP(nn.Module):
 def config(p, arm:dict, text_dim:int, vocab:int)->dict: # plain JSON
     "What a model of this study and arm is built from; `p` has the sections volumes, model, pretrain, anatomy"
     dump = lambda x: x if isinstance(x, dict) else x.model_dump(by_alias=True) if hasattr(x, "model_config") else x.model_dump()
-    model, kept = dump(p.model), ("visible", "max_share", "temperature", "duplicate", "norm_patch", "within")
+    model, kept = dump(p.model), ("visible", "max_share", "temperature", "start_share", "duplicate", "norm_patch", "within")
     return dict(size=list(p.volumes.size), spacing=list(p.volumes.spacing), hu=list(p.volumes.hu), patch=list(model["patch"]), model=model, arm=dump(arm),
                 n_organs=len(dump(p.anatomy.groups)), organs=list(dump(p.anatomy.groups)), pretrain={k: dump(p.pretrain)[k] for k in kept}, text_dim=text_dim, vocab=vocab)

@@ -149,13 +149,18 @@ class ViT3D(nn.Module):
         self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim, eps=1e-6)
         self.apply(start); nn.init.normal_(self.cls, std=0.02)
         for b in self.blocks: b.silence()
-    def see(self, patches, keep=None, norm=True)->torch.Tensor: # (B,N,voxels), (B,V) -> (B,1+V,C)
-        "Tokens of the patches in `keep`, or of all; the class token is first"
+    def embedded(self, patches, keep=None)->torch.Tensor: # (B,N,voxels), (B,V) -> (B,1+V,C)
+        "Patches in `keep`, or all, before any has seen another; the class token is first"
         pos = self.pos[None].expand(len(patches), -1, -1)
         if keep is not None: patches, pos = take(patches, keep), take(pos, keep)
-        x = torch.cat([self.cls.expand(len(patches), -1, -1), self.embed(patches)+pos], 1)
+        return torch.cat([self.cls.expand(len(patches), -1, -1), self.embed(patches)+pos], 1)
+    def mixed(self, x, norm=True)->torch.Tensor: # (B,1+V,C) of `embedded` -> (B,1+V,C)
+        "Tokens, after all blocks"
         for b in self.blocks: x = b(x)
         return self.norm(x) if norm else x
+    def see(self, patches, keep=None, norm=True)->torch.Tensor: # (B,N,voxels), (B,V) -> (B,1+V,C)
+        "Tokens of the patches in `keep`, or of all"
+        return self.mixed(self.embedded(patches, keep), norm)
     def tokens(self, x, norm=True)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,1+N,C)
         "All tokens of a volume, class token first; `norm=False` before the last norm, which is what probes use"
         if x.shape[1:] != (1, *self.size): raise ValueError(f"input of shape {tuple(x.shape)}, expected (B, 1, {', '.join(map(str, self.size))})")

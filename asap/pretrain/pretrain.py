@@ -102,8 +102,8 @@ def retrieved(aligned, real, k, duplicate, frozen)->tuple: # (B,) each
     eye = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
     other = ~real[:, None] | ((frozen@frozen.transpose(1, 2) >= duplicate) & ~eye)
     within = mask(aligned["region"]@aligned["text"].transpose(1, 2), other).argmax(-1) == torch.arange(real.shape[1], device=real.device)
-    w = rank_weights(torch.einsum("bsc,avc->bsav", aligned["text"], aligned["patches"]), k[..., None].expand(-1, -1, len(real)), 0.)
-    score = (torch.einsum("bsav,avc->bsac", w/w.sum(-1, keepdim=True), aligned["patches"])*aligned["text"][:, :, None]).sum(-1)
+    w = rank_weights(torch.einsum("bsc,avc->bsav", aligned["text"], aligned["patches"][0]), k[..., None].expand(-1, -1, len(real)), 0.)
+    score = (torch.einsum("bsav,avc->bsac", w/w.sum(-1, keepdim=True), aligned["patches"][-1])*aligned["text"][:, :, None]).sum(-1)
     across = score.argmax(-1) == torch.arange(len(real), device=real.device)[:, None]
     return tuple((x & real).sum(1)/real.sum(1).clamp(min=1) for x in (within, across))
 
@@ -127,13 +127,14 @@ def evaluate(
         b = read({k: v.to(device()) if torch.is_tensor(v) else v for k, v in collate(samples, data.text, word_mask).items()}, data.text, bool(arm["words"]))
         patches = patchify(b["image"], model.vit.patch)
         keep, rest = choose(b["order"], visible)
-        latent = model.vit.see(patches, keep)
+        first = model.vit.embedded(patches, keep)
+        latent = model.vit.mixed(first)
         out = [dict(case=s["case"], patient=data.rows[i+j].get("patient")) for j, s in enumerate(samples)]
         put = lambda name, values: [o.update({name: float(v)}) for o, v in zip(out, values)]
         if arm["voxels"] or arm["organs"]: shares, voxels = model.decoder(latent, keep, rest)
         if arm["voxels"]: put("voxels", (voxel_loss(g[None], t[None], model.norm_patch) for g, t in zip(voxels, take(patches, rest))))
         if arm["organs"]: [o.update(share_errors(s, g, guesses)) for o, s, g in zip(out, samples, (shares.float().sigmoid() if model.has("separate_bce") else shares.float().softmax(-1)).cpu().numpy())]
-        aligned = dict(model.align(latent[:, 1:], b["sentences"], hard=True), real=b["real"])
+        aligned = dict(model.align(latent[:, 1:], b["sentences"], first[:, 1:], hard=True), real=b["real"])
         if arm["align"] and arm["contrast"] == "region":
             within, across = retrieved(aligned, b["real"], aligned["k"], model.duplicate, b["sentences"])
             put("within", within); put("across", across)
@@ -141,7 +142,7 @@ def evaluate(
         if arm["words"]:
             other = torch.tensor(strangers([o["patient"] for o in out]), device=keep.device)
             put("words", found_words(model, b, latent, aligned))
-            put("words_stranger", found_words(model, b, latent[other], dict(model.align(latent[other, 1:], b["sentences"], hard=True), real=b["real"])))
+            put("words_stranger", found_words(model, b, latent[other], dict(model.align(latent[other, 1:], b["sentences"], first[other, 1:], hard=True), real=b["real"])))
         rows += out
     return pd.DataFrame(rows)
 

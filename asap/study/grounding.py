@@ -111,8 +111,9 @@ def ask(
     out = dict(point=np.zeros(len(asked), int), region=np.zeros((len(asked), n), bool), k=np.zeros(len(asked)))
     for i in progress(range(0, len(cases), batch), label=label):
         x = torch.stack([image(images[c], size, hu) for c in cases[i:i+batch]]).to(where)
-        for c, tokens in zip(cases[i:i+batch], model.vit.tokens(x)[:, 1:]):
-            a = model.align(tokens[None], text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where), hard=True)
+        first = model.vit.embedded(patchify(x, model.vit.patch))
+        for c, *tokens in zip(cases[i:i+batch], model.vit.mixed(first)[:, 1:], first[:, 1:]):
+            a = model.align(tokens[0][None], text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where), tokens[1][None], hard=True)
             for key, v in dict(point=a["sim"][0].argmax(-1), region=a["weights"][0] > 0.5, k=a["k"][0]).items(): out[key][by[c]] = v.cpu().numpy()
     return out
 
@@ -233,7 +234,7 @@ def random_k(
     m, p, out = config["model"], config["pretrain"], []
     for i in range(HEADS):
         torch.manual_seed(seed32("head", seed, i))
-        head = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], "adaptive")
+        head = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], start_share=p["start_share"])
         with torch.no_grad(): out.append(head.k(frozen[None].cpu(), seen)[0].numpy())
     return np.stack(out)
 
@@ -408,7 +409,8 @@ def look(
     fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
     rebuilt = unpatchify(fill(patches, rest, voxels), vit.size, vit.patch)[0, 0]
     seen = unpatchify(fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch)[0, 0] > 0
-    a = model.align(vit.tokens(x)[:, 1:], frozen[None], hard=True)
+    first = vit.embedded(patches)
+    a = model.align(vit.mixed(first)[:, 1:], frozen[None], first[:, 1:], hard=True)
     return dict(organs=shares[0].argmax(-1).numpy(), rebuilt=rebuilt.numpy(), seen=seen.numpy(), heat=a["sim"][0].numpy(), region=a["weights"][0].numpy(), k=a["k"][0].round().numpy())
 
 def spread(values, vit)->np.ndarray: # (N,) -> (H,W,D)

@@ -10,7 +10,7 @@ QUICK := build/quick
 # A kill can leave DVC's lock file half-written, and DVC then refuses to start
 REPRO = { python -m json.tool .dvc/tmp/rwlock >/dev/null 2>&1 || rm -f .dvc/tmp/rwlock; } && dvc repro
 
-.PHONY: help study quick test lab docs readme export ceiling hooks clean
+.PHONY: help study quick test lab docs readme export weights ceiling hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 
 test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py
+
+weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
+	@python -c 'from asap.core import load_params; from asap.pretrain.checkpoint import ship; [print(n, ship(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
 
 ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
 	@python benchmarks/ceiling.py

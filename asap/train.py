@@ -6,7 +6,7 @@
 __all__ = ['rate', 'Draws', 'world', 'mean', 'gathered', 'precision', 'device', 'keep_memory', 'groups', 'optimisers', 'fit']
 
 # %% ../nbs/01_train.ipynb #edfaa59d
-import ctypes, json, math, sys
+import ctypes, json, math, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -193,6 +193,8 @@ def fit(
             for o in opts: o.step(); o.zero_grad()
         if (micro+1) % accumulate: continue
         bar.update()
+        if step == start: began = time.monotonic() # the first step warms up
+        if step == start+8 and (left := (time.monotonic()-began)/8*(steps-step)) > 60: say(f"{label}: {steps-step} steps to go, about {left/60:.0f} min")
         if step % log_every == 0 or step == steps-1:
             log.append(dict(step=step, loss=now, **{k: float(v) for k, v in parts.items()}))
             bar.set_postfix_str(f"loss {now:.3f}", refresh=False)

@@ -225,7 +225,9 @@ def fits(
 
 def take_shipped(folder, model)->tuple: # log, watched
     "Shipped weights into a model, with the log of their training"
-    model.load_state_dict(load_file(Path(folder)/"model.safetensors"), strict=True)
+    file = Path(folder)/"model.safetensors"
+    try: model.load_state_dict(load_file(file), strict=True)
+    except Exception as e: raise ValueError(f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), or say pretrain.weights: none") from None
     return tuple(pd.read_csv(Path(folder)/f"{k}.csv") for k in ("log", "watch"))
 
 def learnt(rows)->dict: # for metrics.json

@@ -12,6 +12,7 @@ import torch, torch.nn.functional as F
 import plain
 from asap.core import load_params, root, say
 from asap.model.asap import ASAP, config
+from asap.train import keep_memory
 
 TOKENS, REAL, SENTENCES = 512, 250, 12 # of a report, as in `plain`
 
@@ -98,6 +99,7 @@ def main():
     a.add_argument("--save", action="store_true"); a.add_argument("--profile", action="store_true"); a.add_argument("--no-memory", action="store_true")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
+    keep_memory() # as `fit` does; in one process the plain arm has it too
     if a.profile: return profile()
     arms = {"ours": ours(paper())[1], "released": released()[1]}
     best = {(w, d): float("inf") for w in arms for d in ("fp32", "bf16")}

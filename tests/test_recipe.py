@@ -5,20 +5,18 @@ import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
 
 from asap.anatomy.masks import shares
-from asap.anatomy.organs import group_map
 from asap.core import load_params, root
-from asap.data.volumes import resample, write
+from asap.data.volumes import resample
 from asap.model.align import Align, across, within
 from asap.model.anatomy import soft_ce
 from asap.model.asap import ASAP, config, voxel_loss
 from asap.model.fuse import Fuse, words_loss
 from asap.model.vit import ViT3D
-from asap.phantom.abnormalities import chest
-from asap.phantom.words import report
 from asap.pretrain.batches import Pairs, collate
 from asap.pretrain.pretrain import build, read
 from asap.text.encoder import load, train_encoder
 from asap.text.sentences import join, split
+from tiny_cases import cases
 
 P = load_params(root()/"params/smoke.yaml")
 unit = lambda *s: F.normalize(torch.randn(*s), dim=-1)
@@ -26,15 +24,12 @@ row = lambda name, **k: dict(P.arms[name].model_dump(by_alias=True), **k)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory): # six phantoms and their text encoder
-    here, rows = tmp_path_factory.mktemp("recipe"), []
-    for i in range(6):
-        c = chest((0, "recipe", i), (48, 48, 24), (7, 7, 14)); r = report(c, i)
-        write(np.clip(c.hu, -1000, 1000), c.affine, here/f"{i}.nii"); write(group_map(c.labels, P.anatomy.groups), c.affine, here/f"{i}_organs.nii.gz")
-        rows.append(dict(case=f"c{i}", patient=f"p{i}", image=str(here/f"{i}.nii"), organ_map=str(here/f"{i}_organs.nii.gz"), findings=r.findings, impression=r.impression))
-    said = [split(join(r["findings"], r["impression"])) for r in rows]
+    here = tmp_path_factory.mktemp("recipe")
+    table = cases(here, "recipe", 6, P.anatomy.groups)
+    said = [split(join(f, i)) for f, i in zip(table.findings, table.impression)]
     train_encoder(said, said, P.text, 0, here/"text")
     text = load(here/"text")
-    data = Pairs(pd.DataFrame(rows), P, text, seed=0)
+    data = Pairs(table, P, text, seed=0)
     return SimpleNamespace(text=text, data=data, batch=read(collate([data[(0, i)] for i in range(4)], text, 0.75), text, True))
 
 def sentences(): # region, text, frozen, real, patches, k of three reports

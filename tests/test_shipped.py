@@ -1,27 +1,20 @@
 "Weights that were trained once: taken where their recipe is still the recipe, else trained from nothing"
-import numpy as np, pandas as pd, pytest, torch
+import pandas as pd, pytest, torch
 from types import SimpleNamespace
 
-from asap.anatomy.organs import group_map
 from asap.core import load_params, root, write_csv, write_json
-from asap.data.volumes import write
-from asap.phantom.abnormalities import chest
-from asap.phantom.words import report
 from asap.pretrain.checkpoint import card, load, save, ship
 from asap.pretrain.pretrain import run
 from asap.text.encoder import load as load_text, make
+from tiny_cases import cases
 
 P = load_params(root()/"params/smoke.yaml")
 ROW = P.arms["asap"].model_dump(by_alias=True)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory): # nine phantoms, a text encoder and an arm trained from nothing, kept as the stages keep them
-    here, rows = tmp_path_factory.mktemp("shipped"), []
-    for i in range(9):
-        c = chest((0, "shipped", i), (48, 48, 24), (7, 7, 14)); r = report(c, i)
-        write(np.clip(c.hu, -1000, 1000), c.affine, here/f"{i}.nii"); write(group_map(c.labels, P.anatomy.groups), c.affine, here/f"{i}_organs.nii.gz")
-        rows.append(dict(case=f"c{i}", patient=f"p{i}", image=str(here/f"{i}.nii"), organ_map=str(here/f"{i}_organs.nii.gz"), findings=r.findings, impression=r.impression, split="train" if i < 5 else "val" if i < 7 else "test"))
-    table = pd.DataFrame(rows)
+    here = tmp_path_factory.mktemp("shipped")
+    table = cases(here, "shipped", 9, P.anatomy.groups).assign(split=["train"]*5+["val"]*2+["test"]*2)
     write_json(make(P.text, table, 0, here/"build/text", here/"resume/text"), here/"runs/text/metrics.json")
     text, out = load_text(here/"build/text"), here/"runs/pretrain/asap"
     model, log, watched, _, metrics = run("asap", ROW, P, table, text, here/"resume/asap", dict(corpus="1"))

@@ -102,7 +102,8 @@ class Align(nn.Module):
         self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), *mlp(dim)) if local else None
         self.apply(start)
         self.max_share, self.kind, self.within = max_share, k, within
-        s = min((start_share or max_share/2)/max_share, 0.999)
+        s = (start_share or max_share/2)/max_share
+        if not s < 1: raise ValueError(f"pretrain.start_share is {start_share}, expected less than pretrain.max_share {max_share}: a sentence cannot start above the most that it may ask for")
         self.offset = math.log(s/(1-s))
         self.log_scale = nn.Parameter(torch.tensor(1/temperature).log())
     @property

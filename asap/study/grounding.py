@@ -112,8 +112,9 @@ def ask(
     for i in progress(range(0, len(cases), batch), label=label):
         x = torch.stack([image(images[c], size, hu) for c in cases[i:i+batch]]).to(where)
         first = model.vit.embedded(patchify(x, model.vit.patch))
-        for c, *tokens in zip(cases[i:i+batch], model.vit.mixed(first)[:, 1:], first[:, 1:]):
-            a = model.align(tokens[0][None], text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where), tokens[1][None], hard=True)
+        tokens = model.vit.mixed(first)
+        for j, c in enumerate(cases[i:i+batch]):
+            a = model.align(tokens[j:j+1, 1:], text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where), first[j:j+1, 1:], hard=True)
             for key, v in dict(point=a["sim"][0].argmax(-1), region=a["weights"][0] > 0.5, k=a["k"][0]).items(): out[key][by[c]] = v.cpu().numpy()
     return out
 

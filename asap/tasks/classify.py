@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'LABELS', 'ONE_OF', 'EXTERNAL', 'RUN', 'COLUMNS', 'normalise', 'scaled', 'probe', 'chances', 'asked',
-           'predict', 'by_scan', 'run', 'nothing', 'every', 'f1', 'figures', 'told', 'shuffled']
+           'predict', 'by_scan', 'aligned', 'run', 'nothing', 'every', 'f1', 'figures', 'told', 'shuffled']
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #41dbfd41
 import numpy as np
@@ -97,7 +97,8 @@ def by_scan(predictions)->pd.DataFrame: # a row a scan and label
 # %% ../../nbs/7_tasks/71_classify.ipynb #213a61c3
 COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "C", "task", "arm", "fraction", "seed", "labelled"]
 
-def _aligned(arm, cohort, f, index, table)->np.ndarray:
+def aligned(arm, cohort, f, index, table)->np.ndarray: # (n,C)
+    "Features, if they are of the table's cases row by row"
     if list(index.case) != list(table.case): raise ValueError(f"features of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`")
     return f
 
@@ -113,7 +114,7 @@ def run(
     out, todo = [], [(a, s, d) for a in embedded for s in shares for d in (seeds if s < 1 else seeds[:1])]
     have = {(s, d): fractions(table, [s], d)[str(s)].to_numpy() for s in shares for d in seeds}
     for arm, share, seed in progress(todo, label=f"probes of {cohort}"):
-        f, chosen = _aligned(arm, cohort, *embedded[arm], table), have[share, seed]
+        f, chosen = aligned(arm, cohort, *embedded[arm], table), have[share, seed]
         if all(table.loc[chosen, c].nunique() < 2 for c in asked(table, cohort)):
             if arm == next(iter(embedded)): say(f"classify_{cohort}: {share:.0%} of the labels (draw {seed}) hold one class alone, and are left out")
             continue
@@ -121,7 +122,7 @@ def run(
         out.append(predict(f, table, chosen, cohort).assign(task=f"classify_{cohort}", **how))
         if external:
             name, there, has = external
-            out.append(predict(f, table, chosen, cohort, (_aligned(arm, name, *has[arm], there), there)).assign(task=f"external_{name}", **how))
+            out.append(predict(f, table, chosen, cohort, (aligned(arm, name, *has[arm], there), there)).assign(task=f"external_{name}", **how))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
 
 def nothing()->pd.DataFrame: # no row

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'SPLITS', 'PHANTOMS', 'label_columns', 'check', 'carve', 'fractions', 'bare', 'read_lists', 'leaks',
            'listed', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'standardise', 'Made', 'Store',
            'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save', 'load', 'count', 'read_raw', 'run',
-           'present', 'corpus']
+           'present', 'voxels', 'corpus']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #b9c91f70
 import hashlib, json, re, shutil
@@ -432,6 +432,15 @@ def present(
     return [n for n in names if read_json(root/"build/cohorts"/n/"status.json")["there"]]
 
 # %% ../../nbs/2_data/22_cohort.ipynb #85bdc33a
+def voxels(
+    name:str, # of a cohort
+    cases, # of its table
+    root:Path, # the project's folder
+)->list:
+    "Hash of each case's standard volume"
+    store = Store(root/"build/volumes"/name, root/"build/organs"/name)
+    return [store.record(c)["voxels"] for c in cases]
+
 def corpus(
     names, # cohorts to learn from
     root:Path, # the project's folder
@@ -441,8 +450,8 @@ def corpus(
     if not have: raise ValueError(f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name one that is there in params.yaml")
     tables = []
     for n in have:
-        t, store = pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet"), Store(root/"build/volumes"/n, root/"build/organs"/n)
-        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=[store.record(c)["voxels"] for c in t.case], organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map]))
+        t = pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet")
+        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=voxels(n, t.case, root), organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map]))
     t = pd.concat(tables, ignore_index=True)
     if not (t.split == "train").any(): raise ValueError(f"no train case in {have}: pre-training needs some; name another cohort in pretrain.cohorts")
     for c in ("case", "scan", "patient"): t[c] = t.cohort+":"+t[c] if len(have) > 1 else t[c] # names of two hospitals may agree

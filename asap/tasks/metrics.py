@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEYS', 'auc', 'wide', 'per_label', 'macro_auc', 'mean_of', 'threshold', 'called', 'calibration', 'survival',
            'concordance', 'concordance_ipcw', 'dynamic_auc', 'ranks', 'recall', 'draws', 'span', 'sure', 'drawn',
-           'listed', 'minus', 'differences', 'average']
+           'listed', 'summary', 'minus', 'differences', 'average']
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #30366329
 import warnings
@@ -176,12 +176,19 @@ def drawn(
     out = {}
     for key, g in predictions.groupby(KEYS, sort=False):
         each = [figures(d, n, key[0]) for _, d in g.groupby("seed")] # the task is the seed: the same patients for every arm
-        out |= {(*key, m): (mean_of([e[m][0] for e in each]), mean_of([e[m][1] for e in each])) for m in each[0]}
+        out |= {(*key, m): (mean_of([e[m][0] for e in each]), mean_of([e[m][1] for e in each])) for m in each[0] if all(m in e for e in each)}
     return out
 
 def listed(found:dict, level:float)->pd.DataFrame: # task, arm, fraction, metric, value, lo, hi
     "All figures as a table"
     return pd.DataFrame([dict(zip([*KEYS, "metric"], key), **sure(*v, level)) for key, v in found.items()], columns=[*KEYS, "metric", "value", "lo", "hi"])
+
+def summary(predictions, figures)->dict: # arm -> task -> share of the labels -> metric -> value
+    "All figures without intervals, for metrics.json"
+    out = {}
+    for (task, arm, share, metric), (v, _) in drawn(predictions, figures, 1).items():
+        if not np.isnan(v): out.setdefault(arm, {}).setdefault(task, {}).setdefault(str(share), {})[metric] = round(v, 5)
+    return out
 
 def minus(a:tuple, b:tuple, level:float)->dict: # difference, lo, hi
     "One figure minus another, draw by draw"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Name', 'Task', 'FAMILIES', 'Wording', 'root',
-           'asked', 'Study', 'Phantom', 'Volumes', 'Reading', 'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy',
+           'asked', 'chief', 'Study', 'Phantom', 'Volumes', 'Reading', 'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy',
            'Archive', 'Real', 'Text', 'Stem', 'Model', 'Pretrain', 'Arm', 'Vocabulary', 'Retrieve', 'Tables',
            'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything',
            'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash',
@@ -53,6 +53,12 @@ def asked(
 )->list: # names of cohorts, each once
     "Cohorts that tasks ask about"
     return list(dict.fromkeys(t.removeprefix(f"{f}_") for t in tasks for f in families or FAMILIES if t.startswith(f"{f}_")))
+
+def chief(
+    arms, # names, in the study's order
+)->str:
+    "The arm that is held against the others: `asap`, else the last"
+    return "asap" if "asap" in arms else list(arms)[-1]
 
 # %% ../nbs/00_core.ipynb #6b6d2601
 class Study(_Section):

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['CORE', 'FOUR', 'LARGE', 'OTHERS', 'HEADS', 'EXTENT', 'cover', 'body_patches', 'core', 'atlas', 'strangers', 'denial',
            'questions', 'ask', 'dice', 'most', 'score', 'mean', 'groups', 'large_ones', 'row', 'table', 'against',
-           'random_k', 'rank_correlation', 'extents', 'shares', 'targets', 'models', 'chief', 'fresh', 'source',
-           'measure', 'put_to', 'report', 'bars', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans',
-           'heat_map', 'sentence_table']
+           'random_k', 'rank_correlation', 'extents', 'shares', 'targets', 'fresh', 'source', 'measure', 'put_to',
+           'report', 'bars', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'sentence_table']
 
 # %% ../../nbs/8_study/82_grounding.ipynb #7bbd7e3c
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from einops import rearrange
 
 from ..anatomy.organs import overlay
-from ..core import Quarantine, progress, read_json, rng, say, seed32, write_csv, write_json, write_parquet
+from ..core import Quarantine, chief, progress, read_json, rng, say, seed32, write_csv, write_json, write_parquet
 from ..data.checks import body_mask
 from ..data.cohort import load as load_table, place, present
 from ..data.cohorts import rex_grounding_ct as lesions
@@ -29,7 +28,6 @@ from ..model.asap import ASAP
 from ..model.vit import choose, patchify, unpatchify
 from ..phantom.abnormalities import ABNORMALITIES
 from ..phantom.words import ABSENT
-from ..pretrain.checkpoint import load_model
 from ..pretrain.embed import image
 from .figures import keep, style
 from ..tasks.metrics import draws, span
@@ -294,16 +292,6 @@ def targets(
     return pd.concat(parts, ignore_index=True), np.concatenate(share), np.concatenate(body), out
 
 # %% ../../nbs/8_study/82_grounding.ipynb #55385452
-def models(arms, folder)->dict: # arm -> model; arms trained with an alignment
-    "Models that a sentence can be put to"
-    trained = [a for a in arms if read_json(Path(folder)/a/"metrics.json")["steps"]]
-    found = {a: load_model(Path(folder)/a/"checkpoint") for a in trained}
-    return {a: m for a, m in found.items() if m.config["arm"]["align"]}
-
-def chief(found:dict)->str: # name of an arm
-    "The arm that figure and panel show: `asap`, else the last"
-    return "asap" if "asap" in found else list(found)[-1]
-
 def fresh(model, seed)->ASAP: # in eval mode
     "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(seed32("untrained", seed))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'WHO', 'picture', 'table', 'cards', 'about', 'cohort_rows', 'origin',
-           'ran', 'side', 'probe', 'ceiling', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent',
-           'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
+           'ran', 'side', 'ceiling', 'span', 'matrix', 'stands', 'lost_to', 'controls', 'tables_of', 'more',
+           'classified', 'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines',
+           'arms_and_extent', 'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
 import base64, html, platform
@@ -16,6 +17,7 @@ import pandas as pd
 from jinja2 import Environment
 
 from ..core import read_json, write_json, write_text
+from .tables import HEADLINE, MEAN
 
 # %% ../../nbs/8_study/83_page.ipynb #56ae2e89
 STYLE = """
@@ -103,19 +105,6 @@ def side(lo:float, hi:float)->str: # interval of a difference
     "On which side of another is it?"
     return "above" if lo > 0 else "below" if hi < 0 else "not distinguishable from"
 
-def probe(p, tables)->str:
-    "Macro table, differences, by label"
-    m, d, labels = (tables/f"{n}.csv" for n in ("macro", "differences", "labels"))
-    if not m.exists(): return "<p>No probe ran: none of the cohorts that <code>study.tasks</code> asks about is in <code>data/</code>.</p>"
-    t = pd.read_csv(m).assign(fraction=lambda t: [f"{f:.0%}" for f in t.fraction]).rename(columns=dict(auc="macro AUC", lo="from", hi="to", by_volume="by volume", labelled="labelled volumes", fraction="of the labels"))
-    body = BRIEF+"<p>A linear probe on frozen features, its penalty chosen on validation patients alone; test patients were not used for any choice. By scan; 95 % intervals by patient.</p>"+table(t)
-    for r in pd.read_csv(d).to_dict("records"):
-        sign = side(r["lo"], r["hi"])
-        body += f"<p><b>{r['arm']}</b> is {sign} <b>{r['against']}</b> with {r['fraction']:.0%} of the labels: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], paired by patient.</p>"
-    body += picture(tables.parent/"figures/efficiency.png", "Macro AUC against the number of labelled volumes.")
-    body += picture(tables.parent/"figures/labels.png", "AUC of each abnormality, all labels given: frozen features of each arm with 95 % intervals by patient, beside a CNN trained with all labels on other phantoms (development seeds), and a histogram of the volume.")
-    return body+"<details><summary>The same as a table</summary>"+table(pd.read_csv(labels))+"</details>"
-
 def ceiling(csv, how)->str:
     "What this data allows"
     if csv is None: return "<p>No ceiling was measured: run <code>make ceiling</code>.</p>"
@@ -124,6 +113,91 @@ def ceiling(csv, how)->str:
             f"after {how['seconds']/60:.0f} minutes on {how['threads']} threads; its lowest label is {csv.label[csv.cnn_auc.idxmin()]} ({csv.cnn_auc.min():.3f}). A 64-bin histogram of HU finds {len(over)} of 18 labels with an AUC above 0.9"
             +(f" ({', '.join(over)})" if over else "")+". A simple reader of the region tells a phantom from its twin without the abnormality with an AUC of at least "
             f"{csv.twin_auc.min():.3f}.</p><details><summary>By label</summary>"+table(csv)+"</details>")
+
+# %% ../../nbs/8_study/83_page.ipynb #pagetsk2
+def span(r)->str: # a row with value, lo, hi
+    "0.86 [0.84, 0.88]"
+    return f"{r['value']:.3f}" if pd.isna(r["lo"]) else f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]"
+
+def matrix(figures, family:tuple, metrics, fraction:float=1.)->pd.DataFrame: # a row an arm, a column a task (and figure)
+    "Arms by tasks"
+    t = figures[figures.task.str.startswith(family) & figures.metric.isin(metrics) & (figures.fraction == fraction)]
+    names = t.task if len(metrics) == 1 else t.task+", "+t.metric
+    wide = t.assign(column=names.str.replace("classify_", ""), shown=[span(r) for r in t.to_dict("records")]).pivot(index="arm", columns="column", values="shown")
+    return wide.loc[list(dict.fromkeys(t.arm)), list(dict.fromkeys(names.str.replace("classify_", "")))].rename_axis(columns=None).reset_index().fillna("")
+
+def stands(against, tasks, fractions=None)->str: # tables.against
+    "How the study's arm stands to the others, a line a task and share of the labels"
+    t = against[against.task.isin(tasks)]
+    if fractions is not None: t = t[t.fraction.isin(fractions)]
+    out = []
+    for (task, f, metric), g in t.groupby(["task", "fraction", "metric"], sort=False):
+        each = [f"{side(r['lo'], r['hi'])} <b>{html.escape(r['against'])}</b> ({r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}])" for r in g.to_dict("records")]
+        out.append(f"<li>{html.escape(task)}, {'AUC' if metric == 'auc' else html.escape(metric)}, {f:.0%} of the labels: <b>{html.escape(g.arm.iloc[0])}</b> is {'; '.join(each)}.</li>")
+    return f"<ul>{''.join(out)}</ul>"
+
+def lost_to(against, other:str)->str: # an encoder
+    "Where something simple does as well, said in one sentence"
+    t = against[(against.against == other) & (against.fraction == 1) & (against.metric == "auc")]
+    if not len(t): return ""
+    even, behind = t.task[(t.lo <= 0) & (t.hi >= 0)].tolist(), t.task[t.hi < 0].tolist()
+    parts = [f"{words} {', '.join(map(html.escape, names))}" for words, names in (("it is behind in", behind), ("not distinguishable in", even)) if names]
+    return f"<p><b>{html.escape(t.arm.iloc[0])}</b> against <b>{html.escape(other)}</b>, all labels given: {'; '.join(parts) or 'ahead in every task'}.</p>"
+
+def controls(t)->str: # tables.controls
+    "What the leak controls found"
+    out = []
+    for name, g in t.groupby("control", sort=False):
+        mean, probes = g[g.task == MEAN].iloc[0], g[g.task != MEAN]
+        odd = probes.task[(probes.lo999 > 0.5) | (probes.hi999 < 0.5)].tolist()
+        out.append(f"<li>{html.escape(name.capitalize())}: mean AUC {mean.auc:.3f} [{mean.lo:.3f}, {mean.hi:.3f}], {'chance lies within' if mean.lo <= 0.5 <= mean.hi else '<b>chance lies outside</b>'}; "
+                   +(f"<b>outside its 99.9 % interval: {', '.join(map(html.escape, odd))}</b>" if odd else "no task outside its 99.9 % interval")+".</li>")
+    return "<h3>Nothing where nothing is</h3><p>The same probes where there is nothing to be found:</p><ul>"+"".join(out)+"</ul>"
+
+# %% ../../nbs/8_study/83_page.ipynb #pagetsk3
+def tables_of(folder)->dict: # name -> table; those that there are
+    "What the stage `tables` wrote"
+    return {f.stem: pd.read_csv(f) for f in sorted(Path(folder).glob("*.csv"))}
+
+def more(title, t, digits=3)->str: return f"<details><summary>{title}</summary>{table(t, digits)}</details>"
+
+def classified(t, figures, encoders)->str: # `tables_of`, folder of figures
+    "Tasks 1 to 6, and RSPECT from outside"
+    if "labels" not in t: return "<p>No probe ran: none of the cohorts that <code>study.tasks</code> asks about is in <code>data/</code>.</p>"
+    body = BRIEF+("<p>A linear probe on frozen features, its penalty chosen on validation patients alone; test patients were not used for any choice. Macro AUC by scan, for <code>external_rspect</code> of the probe that learnt on INSPECT; "
+                  "intervals of 95 % by patient. All labels given:</p>")
+    body += table(matrix(t["figures"], ("classify_", "external_", MEAN), ["auc"]))+picture(figures/"tasks.png", "Macro AUC by task, all labels given, with 95 % intervals by patient.")
+    body += stands(t["against"], [MEAN])+"".join(lost_to(t["against"], e) for e in encoders)
+    body += picture(figures/"efficiency.png", "Macro AUC of CT-RATE's 18 abnormalities against the number of labelled volumes.")
+    body += picture(figures/"labels.png", "AUC of each abnormality of CT-RATE, all labels given: frozen features of the study's first arms with 95 % intervals by patient, beside a CNN trained with all labels on other phantoms (development seeds), and a histogram of the volume.")
+    body += controls(t["controls"])
+    fine = t["against"][t["against"].task.str.startswith(("classify_", "external_"))]
+    return body+more("Task by task against the others", fine)+more("By label", t["labels"])+more("By spacing, kernel and contrast", t["groups"])
+
+def predicted(t, figures)->str:
+    "Tasks 14 and 15"
+    if not len(g := _of(t, "prognosis_")): return _absent
+    body = BRIEF+("<p>Death within 1, 6 and 12 months (INSPECT) and severity (STOIC). Hazards of three intervals and the chances that follow from them are one quantity; who was lost before a horizon is left out of its AUC, never counted as alive. All labels given:</p>")
+    body += table(matrix(t["figures"], ("prognosis_",), list(dict.fromkeys(g.metric))))+stands(t["against"], sorted(set(g.task)))
+    return body+picture(figures/"survival.png", "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given.")
+
+def worded(t)->str:
+    "Tasks 18 and 19, and zero-shot"
+    if not len(_of(t, ("vocabulary_", "zero_shot_"))): return _absent
+    body = BRIEF+"<p>Is it there, said in words: pairs of sentences that affirm and deny, in several wordings. <code>vocabulary_</code>: two linear maps and a temperature are trained on frozen features of image and text. <code>zero_shot_</code>: nothing is, for arms that have a space where sentences meet images. Macro AUC by scan:</p>"
+    body += table(matrix(t["figures"], ("vocabulary_", "zero_shot_"), ["auc"]))
+    return body+stands(t["against"], sorted(set(_of(t, ("vocabulary_", "zero_shot_")).task)))
+
+def retrieved(t)->str:
+    "Tasks 20 and 21"
+    g = _of(t, "retrieve_")
+    if not len(g): return _absent
+    body = BRIEF+"<p>Which report belongs to a volume, which volume to a report, out of the whole test split. Any report that says word for word the same is a right answer, and so is any reconstruction of the scan. Chance is what a blind order would reach in the same pool; the intervals resample the queries, the pool stays.</p>"
+    for task, k in g.groupby("task", sort=False): body += f"<h3>{html.escape(task)}</h3>"+table(matrix(k.assign(task=""), ("",), list(dict.fromkeys(k.metric))).rename(columns=lambda c: c.removeprefix(", ")))
+    return body+stands(t["against"], sorted(set(g.task)))
+
+_absent = "<p>Nothing of this was asked, or none of its cohorts is in <code>data/</code>.</p>"
+def _of(t, family)->pd.DataFrame: return t["figures"][t["figures"].task.str.startswith(family)] if "figures" in t else pd.DataFrame()
 
 # %% ../../nbs/8_study/83_page.ipynb #eab38978
 def verdict(r, other:str)->str: # a row of hits.csv
@@ -240,14 +314,15 @@ def run(
     "Write runs/study/index.html and the headline figures as metrics.json"
     tables, figures, out = folder/"tables", folder/"figures", folder/"study"
     counts = pd.read_csv(tables/"cohorts.csv").convert_dtypes()
-    macro = pd.read_csv(tables/"macro.csv") if (tables/"macro.csv").exists() else pd.DataFrame(columns=["arm", "fraction", "auc"])
-    head = [(f"{r['auc']:.3f}", f"macro AUC of 18 abnormalities, {r['arm']}, {r['fraction']:.0%} of the labels") for r in macro.to_dict("records")]
+    t = tables_of(tables)
+    head = [(f"{r['value']:.3f}", f"macro AUC of CT-RATE's 18 abnormalities, {r['arm']}, all labels") for r in _of(t, "classify_ct_rate").query("metric == 'auc' and fraction == 1").to_dict("records")[:5]] if "labels" in t else []
     if ceiling_csv is not None: head.append((f"{ceiling_csv.cnn_auc.mean():.3f}", "macro AUC of a supervised CNN given all labels: what this data allows"))
     sections = [("summary", "In short", about(counts)+cards(head)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, sample, len(status["scans"]))),
-                ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("probe", "What a probe finds", probe(p, tables)),
+                ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("classify", "What a probe finds", classified(t, figures, p.study.encoders)),
+                ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
                 ("ceiling", "What this data allows", ceiling(ceiling_csv, ceiling_json)), ("grounding", "Where sentences point", grounding(folder/"grounding")), ("real", "Real CT", real(status, folder/"grounding")),
                 ("notebooks", "The executed notebooks", notebooks(folder/"notebooks", out, p))]
     body = Environment().from_string(TEMPLATE).render(title=p.page.title, style=STYLE, sections=[dict(id=i, title=t, body=b) for i, t, b in sections])
     write_text(body, out/"index.html")
-    write_json({a: {str(r["fraction"]): r["auc"] for r in g.to_dict("records")} for a, g in macro.groupby("arm")}, out/"metrics.json")
+    write_json({a: {r["task"]: round(r["value"], 5) for r in g.to_dict("records")} for a, g in t["figures"].query("fraction == 1 and metric in @HEADLINE").groupby("arm")} if "figures" in t else {}, out/"metrics.json")
     return out/"index.html"

@@ -11,7 +11,7 @@ from asap.data.crops import apply, centre
 from asap.data.volumes import resample, standard
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import chest
-from asap.study.grounding import FOUR, atlas, chief, core, cover, denial, dice, groups, measure, most, questions, row, score, shares, source, strangers, targets
+from asap.study.grounding import FOUR, atlas, core, cover, denial, dice, groups, measure, most, questions, row, score, shares, source, strangers, targets
 from asap.study.page import grounding as section
 
 SMALL, HOW = dict(size=(48, 48, 24), spacing=(7., 7., 14.)), dict(size=(48, 48, 24), patch=(12, 12, 6), hu=(-1000, 1000))
@@ -202,4 +202,3 @@ def test_what_is_not_there_is_said(study, tmp_path):
     assert "neither rex_grounding_ct/ nor rex_grounding_ct.path" in source(["ct_rate"], tmp_path)[1]
     write_json(dict(there=False), tmp_path/"build/cohorts/ct_rate/status.json")
     assert "ct_rate is not in this study" in source(["ct_rate"], tmp_path)[1] and "ct_rate is not" in source([], tmp_path)[1]
-    assert chief(dict(mae=0, clip=1)) == "clip" and chief(dict(asap=0, clip=1)) == "asap"

@@ -182,3 +182,32 @@ def test_both_spellings_of_a_scan_folder(minis, tmp_path):
     t, bad = ct_rate.read(tmp_path/"first")
     assert len(t) == len(ct_rate.read(minis["first"])[0]) and len(bad) == 0 and t.organ_map.str.len().min() > 0
     ct_rate.open_volume(t.image[0])
+
+@pytest.mark.parametrize("text, given", [
+    *[(t, 0) for t in ("Non-contrast images were taken in the axial plane.", "1.5 mm thick noncontrast sections.", "NON CONTRAST", "Non\u2010contrast CT.", "Unenhanced CT of the chest.", "Non-enhanced sections.",
+        "Without contrast.", "Without IV contrast", "Images were taken without the use of intravenous contrast material.", "Without contrast enhancement.", "No contrast was given.", "No IV contrast agent.",
+        "Contrast material was not given.", "IV contrast could not be administered.", "Contrast-enhanced images were not obtained.", "Not contrast-enhanced.", "In the absence of IV contrast, vessels are judged within limits.",
+        "Without IV contrast. With oral contrast.", "Without IV and oral contrast.", "Without i.v. contrast.")],
+    *[(t, 1) for t in ("Drawn by a program. With contrast.", "With IV contrast.", "With intravenous contrast material.", "Contrast-enhanced CT.", "Contrast enhanced sections.", "After the administration of IV contrast.",
+        "Following i.v. contrast, sections of 1.5 mm.", "IV contrast, 80 ml.", "Contrast agent was given.", "Post-contrast images.", "With oral and intravenous contrast.", "IV and oral contrast.",
+        "Without interruption, with contrast.", "CONTRAST-ENHANCED thorax; no complication.")],
+    *[(t, None) for t in ("", "Drawn by a program.", "Axial sections of 1.5 mm.", "With and without contrast.", "Without and with IV contrast.", "Before and after contrast.", "Pre- and post-contrast images.",
+        "Non-contrast images, then contrast-enhanced images.", "With oral contrast.", "With high contrast resolution.", "Pulmonary angiography.")]])
+def test_contrast_as_reports_tell_it(text, given): assert ct_rate.contrast(text) == given and type(ct_rate.contrast(text)) is type(given)
+
+@pytest.mark.parametrize("name", ["ct_rate", "first"])
+def test_kernels_where_metadata_says_none(name, minis, tmp_path, capsys):
+    "A column or a row that is not there empties kernels and nothing else; a table that is cut off is named"
+    shutil.copytree(minis[name], tmp_path/name)
+    whole, f = ct_rate.read(tmp_path/name)[0], tmp_path/name/"dataset/metadata/train_metadata.csv"
+    t = pd.read_csv(f)
+    t.drop(columns="ConvolutionKernel").to_csv(f, index=False)
+    less, bad = ct_rate.read(tmp_path/name)
+    assert "train_metadata.csv has no column ConvolutionKernel" in capsys.readouterr().err and len(bad) == 0
+    assert (less.kernel == "").tolist() == less.case.str.startswith("train").tolist() and less.drop(columns="kernel").equals(whole.drop(columns="kernel"))
+    t[1:].to_csv(f, index=False)
+    less, bad = ct_rate.read(tmp_path/name)
+    if name == "ct_rate": assert len(bad) == 0 and less.kernel[0] == "" and less.kernel[1:].tolist() == whole.kernel[1:].tolist()
+    else: assert [r["case"] for r in bad.rows] == ["train_1_a_1.nii.gz"]
+    f.write_bytes(f.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="train_metadata.csv"): ct_rate.read(tmp_path/name)

@@ -1,5 +1,5 @@
 "All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
-import contextlib, shutil, signal, subprocess, sys, textwrap, time
+import contextlib, json, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +9,7 @@ from conftest import TOP
 
 from asap.anatomy.organs import classes, from_masks
 from asap.core import Declared, Name, load_params, workers
-from asap.data.cohort import Store, fractions, label_columns, load, prepare, present, run
+from asap.data.cohort import Store, acquired, fractions, label_columns, load, prepare, present, run
 from asap.data.volumes import write
 from asap.phantom.abnormalities import chest
 from asap.pretrain.batches import Pairs, collate
@@ -90,6 +90,48 @@ def test_no_patient_is_in_two_cohorts(made):
 def test_the_kept_table_names_no_place(root, made):
     "Everything under the project is kept relative to it"
     for n in NAMES: assert str(root) not in pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet").to_csv()
+
+ANGIOGRAPHY, CT_RATES = ("inspect", "rspect", "fumpe"), ("ct_rate", "radgenome") # who knows of contrast; of contrast and kernels
+
+@pytest.mark.parametrize("name", NAMES)
+def test_how_each_case_was_acquired(name, root, made):
+    "Beside the table, case by case, and nothing of it in the table"
+    (_, t), a = made[name], acquired(name, root)
+    assert a.case.tolist() == t.case.tolist() and not {"kernel", "contrast"} & set(t)
+    assert a.slice_mm.between(0.5, 25).all() and a.pixel_mm.between(0.3, 12).all()
+    assert (a.contrast == 1).all() if name in ANGIOGRAPHY else name in CT_RATES or a.contrast.isna().all()
+    assert (a.kernel != "").all() if name in CT_RATES else (a.kernel == "").all()
+
+def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
+    "As its metadata, its reports and its headers say"
+    a, d = acquired("ct_rate", root).set_index("case"), root/"data/ct_rate/dataset"
+    both = lambda *files: pd.concat([pd.read_csv(d/f) for f in files]).assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz")).set_index("case").loc[a.index]
+    said = both("metadata/train_metadata.csv", "metadata/validation_metadata.csv")
+    technique = both("radiology_text_reports/train_reports.csv", "radiology_text_reports/validation_reports.csv").Technique_EN
+    assert a.kernel.tolist() == said.ConvolutionKernel.tolist() and a.kernel.nunique() > 1
+    assert (a.contrast == 1).tolist() == technique.str.contains("With contrast").tolist() and set(a.contrast.dropna()) == {1} and a.contrast.isna().any()
+    zooms = np.array([nib.load(next(d.glob(f"*_fixed/*/*/{c}.nii.gz"))).header.get_zooms() for c in a.index])
+    assert np.allclose(a.slice_mm, zooms[:, 2], atol=1e-3) and np.allclose(a.pixel_mm, zooms[:, :2].mean(1), atol=1e-3)
+
+def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
+    "A case that is reused keeps it; one whose record is older is made anew, with the same voxels; without metadata the kernels alone are lost"
+    for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))): shutil.copytree(root/d, tmp_path/d)
+    here, volumes = tmp_path/"build/cohorts/ct_rate", tmp_path/"build/volumes/ct_rate"
+    stamp = lambda: {f.name: f.stat().st_mtime_ns for f in volumes.glob("*.nii")}
+    files = lambda: [(here/f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
+    before, first = stamp(), files()
+    (here/"acquired.csv").unlink()
+    ready("ct_rate", tmp_path)
+    assert files() == first and stamp() == before
+    record = volumes/"train_1_a_1.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "spacing"}))
+    ready("ct_rate", tmp_path)
+    after = stamp()
+    assert files() == first and [f for f in after if after[f] != before[f]] == ["train_1_a_1.nii"] and "1 volumes were made anew" in capsys.readouterr().err
+    shutil.rmtree(tmp_path/"data/ct_rate/dataset/metadata")
+    ready("ct_rate", tmp_path)
+    assert "metadata/train_metadata.csv is missing" in capsys.readouterr().err and stamp() == after and files()[0] == first[0]
+    assert set(acquired("ct_rate", tmp_path).kernel) == {""} and acquired("ct_rate", tmp_path).drop(columns="kernel").equals(acquired("ct_rate", root).drop(columns="kernel"))
 
 def test_a_lost_patient_moves_at_most_one_other(root, made, tmp_path):
     shutil.copytree(root/"data/ct_rate", tmp_path/"data/ct_rate")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SHIFT', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'NAMES', 'INTERCEPTS', 'HOW', 'place',
-           'write_case', 'write', 'release', 'stored', 'open_volume', 'read']
+           'write_case', 'write', 'release', 'stored', 'open_volume', 'contrast', 'read']
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c5c047ec
 import csv, re
@@ -172,13 +172,44 @@ def _spaced(v, spacing)->np.ndarray: # the header's directions, the table's spac
     a[:3, 3] = -a[:3, :3]@((np.array(v.hu.shape)-1)/2)
     return a
 
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #dfe8c520
+_WORDS = r"(?:(?!with\b|after\b|following\b)\w+[-\s]+){0,6}?" # between the two ends of a phrase
+_GIVEN = r"(?:given|used|administered|applied|injected|obtained|taken|performed|made)\b"
+_BOTH = re.compile(rf"\b(?:with|without|before|after|pre)[-\s]*(?:and|or|/|&)\s*(?:with|without|before|after|post)\b[-\s]*{_WORDS}contrast")
+_NO = re.compile("|".join([rf"\b(?:non|no|not|without|before|(?:lack|absence) of)\b[-\s]*{_WORDS}contrast", r"\b(?:non|pre)contrast", r"\b(?:un|non)-?\s?enhanced",
+                           r"\bpre[-\s]contrast", rf"\bcontrast(?:[-\s]+\w+){{0,5}}?[-\s]+not\s+(?:be\s+|been\s+)?{_GIVEN}"]))
+_YES = re.compile("|".join([r"\bcontrast[-\s]*enhanc(?:ed|ement)", rf"\b(?:with|after|following|using)[-\s]+{_WORDS}contrast(?![-\s]+(?:resolution|ratio))", r"\bpost[-\s]?contrast",
+                            r"\b(?:iv|intravenous)[-\s]+contrast", rf"\bcontrast(?:[-\s]+\w+){{0,4}}?[-\s]+(?:was|were|is|been)\s+{_GIVEN}"]))
+_ORAL = re.compile(r"\boral\s+(?:and|or)\s+|(?<=\biv)\s+(?:and|or)\s+oral\b|(?<=\bintravenous)\s+(?:and|or)\s+oral\b|(?:\b(?:with|without|after|no)\s+)?\boral\s+contrast")
+
+def contrast(
+    text:str, # Technique_EN
+)->int|None: # 1, 0; None where nothing, or both, is said
+    "Was contrast medium given into a vein, as the report tells it?"
+    t = _ORAL.sub(" ", re.sub("[\u2010-\u2014]", "-", text.lower()).replace("i.v.", "iv"))
+    if _BOTH.search(t): return None
+    rest, denied = _NO.subn(";", t)
+    given = bool(_YES.search(rest))
+    return None if given == bool(denied) else int(given)
+
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #6bedc6f1
+def _said_of(path, old)->pd.DataFrame: # the metadata table, with a column ConvolutionKernel
+    there = f"{path.parent.name}/{path.name}"
+    if not old and not path.exists():
+        say(f"{NAME}: {there} is missing: the kernels of its volumes are not known")
+        return pd.DataFrame(columns=["ConvolutionKernel"])
+    t = _table(path, HOW if old else ())
+    if "ConvolutionKernel" in t: return t
+    say(f"{NAME}: {there} has no column ConvolutionKernel: the kernels of its volumes are not known")
+    return t.assign(ConvolutionKernel="")
+
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fe8659fa
-def _row(f, mask, said, has, split, how)->dict:
+def _row(f, mask, said, has, split, how, kernel)->dict:
     name = f.name.removesuffix(".nii.gz")
     s, p, scan, _ = name.split("_")
     return dict(case=name, scan=f"{s}_{p}_{scan}", patient=f"{s}_{p}", image=str(f), organ_map=str(mask) if mask.exists() else "", target_map="",
-                findings=_text(said.Findings_EN), impression=_text(said.Impressions_EN), split=split, time_days=None, event=None, **has.to_dict(), **how)
-
+                findings=_text(said.Findings_EN), impression=_text(said.Impressions_EN), split=split, time_days=None, event=None, **has.to_dict(), **how,
+                kernel=_text(kernel), contrast=contrast(_text(said.get("Technique_EN"))))
 
 def _left_out(path)->set: # names without suffix
     text = path.read_text(encoding="utf8", errors="replace") if path.exists() else ""
@@ -197,21 +228,21 @@ def _split(d, split, old, skip, bad)->list: # rows
     folder, reports, labels, metadata = NAMES[split]
     folder = folder.removesuffix("_fixed" if old else "")
     said, has = _table(d/"radiology_text_reports"/reports, ["Findings_EN", "Impressions_EN"]), _labels(d/"multi_abnormality_labels"/labels)
-    how, rows = _table(d/"metadata"/metadata, HOW) if old else None, []
+    how, rows = _said_of(d/"metadata"/metadata, old), []
     for f in _volumes(d/folder, bad):
         if f.name.removesuffix(".nii.gz") in skip: continue
-        lost = [f"{what} in {file}" for t, what, file in ((said, "report", reports), (has, "labels", labels), (how, "slope and spacing", metadata)) if t is not None and f.name not in t.index]
+        lost = [f"{what} in {file}" for t, what, file in ((said, "report", reports), (has, "labels", labels), (how if old else None, "slope and spacing", metadata)) if t is not None and f.name not in t.index]
         if lost: bad.add(f.name, f"no {lost[0]}"); continue
         try: more = stored(how.loc[f.name], metadata) if old else {}
         except ValueError as e: bad.add(f.name, e); continue
-        rows.append(_row(f, d/"ts_seg/ts_total"/folder/place(f.name), said.loc[f.name], has.loc[f.name], "train" if split == "train" else "test", more))
+        rows.append(_row(f, d/"ts_seg/ts_total"/folder/place(f.name), said.loc[f.name], has.loc[f.name], "train" if split == "train" else "test", more, how.ConvolutionKernel.get(f.name)))
     return rows
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #15894313
 def read(
     root, # folder that holds `dataset/`
 )->tuple: # cohort table with raw paths, Quarantine; the first release has columns slope, intercept, spacing too
-    "Every volume of both splits that has a report and labels; what has not is left out by name"
+    "Every volume of both splits that has a report and labels, with its kernel and contrast; what has not is left out by name"
     d, bad, which = Path(root)/"dataset", Quarantine(), release(root)
     caution(NAME, UNVERIFIED)
     say(f"{NAME}: the {which} release"+(", whose volumes are read by open_volume" if which == "first" else ""))

@@ -128,7 +128,7 @@ def read(
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #3da455b7
 def _row(name, scan, mask)->dict:
     return dict(case=name, scan=name, patient=name, image=str(scan), organ_map="", target_map=str(mask), findings="", impression="",
-                split="train", time_days=None, event=None, released=name not in LEFT_OUT)
+                split="train", time_days=None, event=None, released=name not in LEFT_OUT, contrast=1) # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #27826d81
 def _values(path)->np.ndarray: # uint8 (columns, rows, slices)

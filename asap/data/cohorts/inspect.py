@@ -127,7 +127,8 @@ def _doubt(r)->str: # why a study is left out, or ""
 def _row(name, r)->dict:
     return dict(case=name, scan=r["image_id"], patient=r["person_id"], image=r["image"], organ_map="", target_map="", findings="", impression=r["impressions"].strip(),
                 split=SPLITS[r["split"]], time_days=r["time_days"], event=r["event"], **{c: r[c] for c in FLAGS},
-                **{f"label:{n}": flag(r[c]) for c, n in dict(pe_positive_nlp="PE", **FLAGS).items()})
+                **{f"label:{n}": flag(r[c]) for c, n in dict(pe_positive_nlp="PE", **FLAGS).items()},
+                contrast=1) # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #ce123143
 def _volume(d, name, r)->str: # path, or ""

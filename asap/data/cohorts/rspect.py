@@ -119,7 +119,8 @@ def _doubt(e, folder)->str: # why an exam is left out, or ""
 
 def _row(name, e, folder)->dict:
     return dict(case=name, scan=name, patient=e[UIDS[0]], image=str(folder), organ_map="", target_map="", findings="", impression="", split="test",
-                time_days=None, event=None, **{c: int(e[f"low_{c}"]) for c in FLAGS}, **{"label:PE": int(e[f"low_{FLAGS[0]}"] == 0)})
+                time_days=None, event=None, **{c: int(e[f"low_{c}"]) for c in FLAGS}, **{"label:PE": int(e[f"low_{FLAGS[0]}"] == 0)},
+                contrast=1) # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #4ecd9e08
 def read(

@@ -195,7 +195,7 @@ def run(
     plain = lambda rows: Pairs(rows, p, text, seed, augment=False)
     begin(model, plain(parts["train"].head(16)))
     if not trains(arm): return model, *nothing, pd.DataFrame(columns=["case", "patient"]), dict(arm=name, steps=0, weights="none", recipe={}, **sizes(model))
-    guesses = place_guesses(plain(parts["train"]))
+    guesses = place_guesses(plain(parts["train"])) if arm["organs"] else {}
     fp = recipe(arm, p, inputs, seed)
     if shipped and fits(shipped, fp): log, watched, how = *take_shipped(shipped, model), "shipped"
     else:

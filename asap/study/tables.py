@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'HEADLINE', 'MEAN', 'judged', 'six', 'means', 'against', 'labels', 'controls', 'organs', 'cohorts',
-           'markdown', 'run']
+           'markdown', 'groups', 'efficiency', 'run']
 
 # %% ../../nbs/8_study/80_tables.ipynb #20c923e8
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import write_csv, write_text
+from ..core import asked, write_csv, write_text
 from ..pretrain.pretrain import interval
 from ..tasks import classify, prognosis, retrieve, vocabulary
 from ..tasks.metrics import average, differences, drawn, draws, listed, minus, per_label, sure, wide
@@ -80,6 +80,18 @@ def cohorts(
 def markdown(t:pd.DataFrame, digits:int=3)->str:
     "A table as Markdown"
     return t.round(digits).to_markdown(index=False)+"\n"
+
+# %% ../../nbs/8_study/80_tables.ipynb #tabgrps2
+def groups(predictions, acquired:dict, n:int, level:float)->pd.DataFrame: # columns classify.BY_GROUP
+    "Every classification task by spacing, kernel and contrast, all labels given"
+    full = predictions[predictions.fraction == 1]
+    of = {t: acquired[asked([t])[0]] for t in dict.fromkeys(full.task)}
+    return pd.concat([classify.by_group(full[full.task == t], a, n, level) for t, a in of.items()], ignore_index=True) if of else pd.DataFrame(columns=classify.BY_GROUP)
+
+def efficiency(figures, predictions)->pd.DataFrame: # task, arm, fraction, labelled, value, lo, hi
+    "Macro AUC against labelled volumes"
+    labelled = predictions.groupby(["task", "fraction"]).labelled.mean().round().astype(int).reset_index()
+    return figures[figures.metric == "auc"].merge(labelled, on=["task", "fraction"]).drop(columns="metric")
 
 # %% ../../nbs/8_study/80_tables.ipynb #21859856
 def run(

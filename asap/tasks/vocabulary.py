@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'COLUMNS', 'figures', 'told', 'fill', 'prompts', 'pairs', 'Projections', 'ask', 'entropy', 'learn', 'predict',
-           'nothing', 'every', 'blind', 'strangers', 'exchanged', 'contrast', 'cosines', 'zero_shot', 'zero_shot_every']
+           'nothing', 'every', 'blind', 'strangers', 'exchanged', 'with_strangers', 'contrast', 'cosines', 'zero_shot',
+           'zero_shot_every']
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #77403872
 import numpy as np
@@ -192,6 +193,11 @@ def exchanged(
         its = d.set_index(keys)[["chance", "present"]].loc[pd.MultiIndex.from_frame(d[keys].assign(case=d.case.map(lender)))]
         out.append(d.assign(chance=its.chance.to_numpy(), present=its.present.to_numpy()))
     return pd.concat(out, ignore_index=True)
+
+def with_strangers(predictions, arm:str, seed)->pd.DataFrame: # rows of `predictions`, then those of the arm `<arm>, a stranger's scan`
+    "Beside all arms, one of them asked about another patient's scan; not where a task has one patient alone"
+    d = predictions[(predictions.arm == arm) & (predictions.groupby("task").patient.transform("nunique") > 1)]
+    return pd.concat([predictions, exchanged(d, seed).assign(arm=f"{arm}, a stranger's scan")], ignore_index=True) if len(d) else predictions
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #93fb2282
 def contrast(model, arm:str)->str: # region or global

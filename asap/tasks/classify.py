@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'LABELS', 'ONE_OF', 'EXTERNAL', 'RUN', 'COLUMNS', 'BY_GROUP', 'CONTROLS', 'normalise', 'scaled', 'probe',
-           'chances', 'asked', 'predict', 'by_scan', 'aligned', 'run', 'nothing', 'every', 'f1', 'figures', 'told',
-           'groups', 'by_group', 'shuffled', 'leaks']
+           'chances', 'asked', 'predict', 'by_scan', 'aligned', 'each_draw', 'run', 'nothing', 'every', 'f1', 'figures',
+           'told', 'groups', 'by_group', 'shuffled', 'leaks']
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #41dbfd41
 import numpy as np
@@ -66,9 +66,10 @@ def predict(
     chosen, # bool: train cases whose labels may be used
     cohort:str="", # says which labels are asked
     other:tuple|None=None, # features and table of another cohort, whose test cases are asked instead
+    columns:list|None=None, # label columns, where another task than the cohort's own is asked
 )->pd.DataFrame: # test cases x labels: case, scan, patient, label, truth, chance, cut, C
     "Probe every label and ask the test cases"
-    x, columns, rows = normalise(f), asked(table, cohort), []
+    x, columns, rows = normalise(f), columns or asked(table, cohort), []
     far, answers = (x, table) if other is None else (normalise(other[0]), other[1])
     val, test = table.split == "val", answers.split == "test"
     whole = scaled(np.concatenate([x, far]), np.r_[np.asarray(chosen), np.zeros(len(far), bool)])
@@ -99,9 +100,23 @@ def by_scan(predictions)->pd.DataFrame: # a row a scan and label
 COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "C", "task", "arm", "fraction", "seed", "labelled"]
 
 def aligned(arm, cohort, f, index, table)->np.ndarray: # (n,C)
-    "Features, if they are of the table's cases row by row"
+    "Features, if they are of the table's cases row by row, and numbers"
     if list(index.case) != list(table.case): raise ValueError(f"features of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`")
+    if (bad := ~np.isfinite(f).all(1)).any(): raise ValueError(f"features of arm `{arm}` of cohort {cohort} are NaN or infinite in {bad.sum()} cases, such as {index.case[bad].iloc[0]}: rerun `dvc repro embed@{arm}`")
     return f
+
+def each_draw(
+    task:str, cohort:str, # for messages
+    table, embedded:dict, shares, seeds, # as of `run`
+    lacking, # bool of the labelled cases (n,) -> why nothing can be learnt from them, or ""
+): # yields features (n,C), bool of the labelled cases (n,), dict(task, arm, fraction, seed, labelled)
+    "Every arm with every draw of every label fraction; a draw that teaches nothing is left out, and a line says so"
+    have = {(s, d): fractions(table, [s], d)[str(s)].to_numpy() for s in shares for d in seeds}
+    todo = [(a, s, d) for a in embedded for s in shares for d in (seeds if s < 1 else seeds[:1])]
+    for arm, share, seed in progress(todo, label=f"probes of {task}"):
+        f, chosen = aligned(arm, cohort, *embedded[arm], table), have[share, seed]
+        if not (why := lacking(chosen)): yield f, chosen, dict(task=task, arm=arm, fraction=float(share), seed=int(seed), labelled=int(chosen.sum()))
+        elif arm == next(iter(embedded)): say(f"{task}: {share:.0%} of the labels (draw {seed}) {why}, and are left out")
 
 def run(
     cohort:str, # name of the data set
@@ -110,20 +125,17 @@ def run(
     shares, # label fractions
     seeds, # draws of the fractions below 1
     external:tuple|None=None, # name, table and embedded of a cohort that is asked with the probes of all labels
+    task:str="", columns:list|None=None, # where it is another than the cohort's own: its name, its label columns
 )->pd.DataFrame: # predictions of all arms, fractions and draws
     "Probe every arm with every label fraction"
-    out, todo = [], [(a, s, d) for a in embedded for s in shares for d in (seeds if s < 1 else seeds[:1])]
-    have = {(s, d): fractions(table, [s], d)[str(s)].to_numpy() for s in shares for d in seeds}
-    for arm, share, seed in progress(todo, label=f"probes of {cohort}"):
-        f, chosen = aligned(arm, cohort, *embedded[arm], table), have[share, seed]
-        if all(table.loc[chosen, c].nunique() < 2 for c in asked(table, cohort)):
-            if arm == next(iter(embedded)): say(f"classify_{cohort}: {share:.0%} of the labels (draw {seed}) hold one class alone, and are left out")
-            continue
-        how = dict(arm=arm, fraction=float(share), seed=int(seed), labelled=int(chosen.sum()))
-        out.append(predict(f, table, chosen, cohort).assign(task=f"classify_{cohort}", **how))
+    out, task, columns = [], task or f"classify_{cohort}", columns or asked(table, cohort)
+    alone = lambda chosen: "hold one class alone" if all(table.loc[chosen, c].nunique() < 2 for c in columns) else ""
+    for f, chosen, how in each_draw(task, cohort, table, embedded, shares, seeds, alone):
+        out.append(predict(f, table, chosen, cohort, columns=columns).assign(**how))
         if external:
             name, there, has = external
-            out.append(predict(f, table, chosen, cohort, (aligned(arm, name, *has[arm], there), there)).assign(task=f"external_{name}", **how))
+            far = aligned(how["arm"], name, *has[how["arm"]], there), there
+            out.append(predict(f, table, chosen, cohort, far, columns).assign(**how | dict(task=f"external_{name}")))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
 
 def nothing()->pd.DataFrame: # no row
@@ -217,8 +229,8 @@ def by_group(
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #1b05e881
 def shuffled(table, seed)->pd.DataFrame:
-    "Labels dealt out anew among the patients, over all splits; a patient's cases keep one set of labels"
-    first = table.drop_duplicates("patient").set_index("patient")[label_columns(table)]
+    "Labels, and times to death, dealt out anew among the patients, over all splits; a patient's cases keep one set of labels"
+    first = table.drop_duplicates("patient").set_index("patient")[[*label_columns(table), *(c for c in ("time_days", "event") if c in table)]]
     dealt = pd.DataFrame(first.to_numpy()[rng("shuffled labels", seed).permutation(len(first))], index=first.index, columns=first.columns)
     return table.assign(**{c: table.patient.map(dealt[c]) for c in first})
 

@@ -92,15 +92,14 @@ def efficiency(t:pd.DataFrame, arms, ceiling, out): # of `tables.efficiency`, on
     ax.legend(frameon=False, fontsize=7, ncol=2)
     keep(fig, t[t.arm.isin(arms)], out, "efficiency")
 
-def survival(curves:pd.DataFrame, arm:str, out): # of `prognosis.thirds`
+def survival(predictions, out): # of `prognosis`, one arm, all labels
     "Kaplan-Meier curves by third of the predicted risk"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    from asap.tasks import prognosis
     style()
     fig, ax = plt.subplots(figsize=(4.4, 3))
-    for (third, g), c in zip(curves.groupby("third", sort=False), sns.color_palette("colorblind")):
-        ax.step(g.day, g.survival, where="post", color=c, lw=1.5, label=f"{third} risk")
-    ax.set(xlabel="days", ylabel="alive", ylim=(0, 1.02), title=f"arm {arm}"); ax.legend(frameon=False)
-    keep(fig, curves, out, "survival")
+    prognosis.curves(predictions, ax)
+    keep(fig, prognosis.thirds(predictions), out, "survival")
 
 def organ_bars(rows:pd.DataFrame, names, visible:float, out): # heldout.csv of one arm, groups, share of patches that the model saw
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"

@@ -6,7 +6,7 @@
 __all__ = ['WAYS', 'COLUMNS', 'KS', 'report_features', 'same', 'contrast', 'similar', 'learn', 'ranked', 'predict', 'chance',
            'nothing', 'every', 'figures']
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #7f6d18a8
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #67e0e4b4
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from .vocabulary import Projections, Rows, strangers
 from ..text.sentences import join, split
 from ..train import device, fit
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #f09b803c
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #91f3a5bb
 def report_features(
     table, # cohort table
     text, # frozen encoder, with `sentences`
@@ -37,7 +37,7 @@ def same(table)->np.ndarray: # (n,) number of the report
     words = (table.findings.fillna("")+" "+table.impression.fillna("")).str.lower().str.split().str.join(" ")
     return pd.factorize(words)[0]
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #4cee5d5b
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #326e837d
 def contrast(
     score, # (B,B) images by reports, scaled
     number, # (B,) which report each is
@@ -75,7 +75,7 @@ def learn(
         collate=lambda i: (x[i], t[i], number[i]), validate=score if len(set(numberv)) > 1 else None, validate_every=max(1, p.steps//20), label=label)
     return model.eval()
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #52401c38
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #25859f0a
 WAYS = ["image to report", "report to image"]
 
 def ranked(
@@ -109,13 +109,13 @@ def predict(
     other = ranked(score[strangers(asked, seed)], asked, number[test]) if stranger and asked.patient.nunique() > 1 else None
     return ranked(score, asked, number[test]), other
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #9dccfa3f
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #d0f8108f
 def chance(right, pool, k:int)->np.ndarray: # of each question
     "Chance that a random order has a right answer among the first k"
     from scipy.stats import hypergeom
     return hypergeom.sf(0, pool, right, np.minimum(k, pool))
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #2aba816a
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #d419cf4a
 COLUMNS = ["case", "scan", "patient", "direction", "rank", "right", "pool", "task", "arm", "fraction", "seed"]
 
 def nothing()->pd.DataFrame: # no row
@@ -147,12 +147,11 @@ def every(
         table = tables[c][has].reset_index(drop=True)
         for arm, (f, index) in embedded[c].items():
             f = np.asarray(aligned(arm, c, f, index, tables[c]))[has]
-            if bad := table.case[~np.isfinite(f).all(1)].tolist(): raise ValueError(f"{task}: features of {len(bad)} cases of arm `{arm}` are NaN or infinite, such as {bad[0]}: rerun `dvc repro -f -s embed@{arm}`")
             found, other = predict(f, reports[c][has], table, p, seed32("retrieve", task, arm, seed), f"{task} {arm}", arm == stranger)
             out += [d.assign(task=task, arm=a, fraction=1., seed=seed) for a, d in ((arm, found), (f"{arm}, a stranger's scan", other)) if d is not None]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
 
-# %% ../../nbs/7_tasks/76_retrieve.ipynb #e5479d7d
+# %% ../../nbs/7_tasks/76_retrieve.ipynb #6c15abec
 KS = (1, 5, 10, 50, 100)
 
 def _median(rank, w)->np.ndarray: # (n,), (draws,n) -> (draws,)

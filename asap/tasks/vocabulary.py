@@ -162,9 +162,7 @@ def every(
             say(f"{task}: no label of a train case is known, and the task is left out")
             continue
         for arm, (f, index) in embedded[c].items():
-            f = aligned(arm, c, f, index, table)
-            if bad := table.case[~np.isfinite(f).all(1)].tolist(): raise ValueError(f"{task}: features of {len(bad)} cases of arm `{arm}` are NaN or infinite, such as {bad[0]}: rerun `dvc repro -f -s embed@{arm}`")
-            out.append(predict(f, table, words, p, seed32("vocabulary", task, arm, seed), f"{task} {arm}").assign(task=task, arm=arm, fraction=1., seed=seed))
+            out.append(predict(aligned(arm, c, f, index, table), table, words, p, seed32("vocabulary", task, arm, seed), f"{task} {arm}").assign(task=task, arm=arm, fraction=1., seed=seed))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
 
 figures, told = classify.figures, classify.told # by scan: macro AUC, macro F1 at validation's threshold; label by label

@@ -100,7 +100,6 @@ def run(
     acquired:dict, # cohort -> how its cases were acquired
     organ_rows:dict, # arm -> errors by case, of arms that learn organs
     ceiling, # benchmarks/ceiling.csv, or None
-    arms:list, # and encoders, in the study's order
     chief:str, # the arm that is held against the others
     statuses:list, # of the cohorts
     n:int, level:float, # bootstrap
@@ -108,6 +107,7 @@ def run(
 )->dict: # name -> table
     "All tables, as CSV and Markdown"
     tables, found, probes = dict(cohorts=cohorts(statuses)), judged(predictions, n), predictions["classify"]
+    arms = list(dict.fromkeys(a for _, a, _, _ in found)) # encoders, a blind one and a stranger's scan among them
     if found: tables |= dict(figures=pd.concat([listed(found, level), means(found, arms, level)], ignore_index=True), against=against(found, chief, arms, level))
     if len(probes): tables |= dict(labels=labels(probes, n, level), controls=controls(leaks, n, level), groups=groups(probes, acquired, n, level))
     if len(probes): tables["efficiency"] = efficiency(tables["figures"], probes)

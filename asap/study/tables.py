@@ -99,7 +99,6 @@ def run(
     leaks, # predictions of the controls
     acquired:dict, # cohort -> how its cases were acquired
     organ_rows:dict, # arm -> errors by case, of arms that learn organs
-    ceiling, # benchmarks/ceiling.csv, or None
     chief:str, # the arm that is held against the others
     statuses:list, # of the cohorts
     n:int, level:float, # bootstrap

@@ -57,7 +57,7 @@ def labels(predictions, n:int, level:float)->pd.DataFrame: # task, arm, label, p
 def controls(leaks, n:int, level:float)->pd.DataFrame: # control, task, auc, lo, hi, lo999, hi999
     "What a probe finds where nothing is: each task with its 99.9 % interval, and the mean over tasks"
     found = {(t, a, f, m): v for (t, a, f, m), v in drawn(leaks, classify.figures, n).items() if m == "auc" and not np.isnan(v[0])}
-    found |= {(MEAN, c, 1., "auc"): average(found, [(t, f, m) for t, a, f, m in found if a == c], c) for c in classify.CONTROLS if any(a == c for _, a, _, _ in found)}
+    found |= {(MEAN, c, 1., "auc"): average(found, [(t, f, m) for t, a, f, m in found if a == c and t.startswith("classify_")], c) for c in classify.CONTROLS if any(a == c for _, a, _, _ in found)}
     return pd.DataFrame([dict(control=c, task=t, auc=v[0], **{f"{k}{end}": sure(*v, by)[k] for end, by in (("", level), ("999", 0.999)) for k in ("lo", "hi")}) for (t, c, _, _), v in found.items()])
 
 def organs(rows:dict, n:int)->pd.DataFrame: # arm -> heldout.csv

@@ -119,12 +119,11 @@ def span(r)->str: # a row with value, lo, hi
     "0.86 [0.84, 0.88]"
     return f"{r['value']:.3f}" if pd.isna(r["lo"]) else f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]"
 
-def matrix(figures, family:tuple, metrics, fraction:float=1.)->pd.DataFrame: # a row an arm, a column a task (and figure)
-    "Arms by tasks"
-    t = figures[figures.task.str.startswith(family) & figures.metric.isin(metrics) & (figures.fraction == fraction)]
-    names = t.task if len(metrics) == 1 else t.task+", "+t.metric
-    wide = t.assign(column=names.str.replace("classify_", ""), shown=[span(r) for r in t.to_dict("records")]).pivot(index="arm", columns="column", values="shown")
-    return wide.loc[list(dict.fromkeys(t.arm)), list(dict.fromkeys(names.str.replace("classify_", "")))].rename_axis(columns=None).reset_index().fillna("")
+def matrix(t, column:str)->pd.DataFrame: # rows of tables.figures, one an arm and value of `column` ("task" or "metric")
+    "Arms down, tasks or figures across, all labels given"
+    t = t[t.fraction == 1].assign(shown=lambda d: [span(r) for r in d.to_dict("records")])
+    wide = t.pivot(index="arm", columns=column, values="shown").fillna("")
+    return wide.loc[list(dict.fromkeys(t.arm)), list(dict.fromkeys(t[column]))].rename_axis(columns=None).reset_index()
 
 def stands(against, tasks, fractions=None)->str: # tables.against
     "How the study's arm stands to the others, a line a task and share of the labels"
@@ -133,7 +132,7 @@ def stands(against, tasks, fractions=None)->str: # tables.against
     out = []
     for (task, f, metric), g in t.groupby(["task", "fraction", "metric"], sort=False):
         each = [f"{side(r['lo'], r['hi'])} <b>{html.escape(r['against'])}</b> ({r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}])" for r in g.to_dict("records")]
-        out.append(f"<li>{html.escape(task)}, {'AUC' if metric == 'auc' else html.escape(metric)}, {f:.0%} of the labels: <b>{html.escape(g.arm.iloc[0])}</b> is {'; '.join(each)}.</li>")
+        out.append(f"<li>{html.escape(task)}, {'AUC' if metric == 'auc' else html.escape(metric)}, {'all labels' if f == 1 else f'{f:.0%} of the labels'}: <b>{html.escape(g.arm.iloc[0])}</b> is {'; '.join(each)}.</li>")
     return f"<ul>{''.join(out)}</ul>"
 
 def lost_to(against, other:str)->str: # an encoder
@@ -166,7 +165,7 @@ def classified(t, figures, encoders)->str: # `tables_of`, folder of figures
     if "labels" not in t: return "<p>No probe ran: none of the cohorts that <code>study.tasks</code> asks about is in <code>data/</code>.</p>"
     body = BRIEF+("<p>A linear probe on frozen features, its penalty chosen on validation patients alone; test patients were not used for any choice. Macro AUC by scan, for <code>external_rspect</code> of the probe that learnt on INSPECT; "
                   "intervals of 95 % by patient. All labels given:</p>")
-    body += table(matrix(t["figures"], ("classify_", "external_", MEAN), ["auc"]))+picture(figures/"tasks.png", "Macro AUC by task, all labels given, with 95 % intervals by patient.")
+    body += table(matrix(_of(t, ("classify_", "external_", MEAN)).query("metric == 'auc'"), "task"))+picture(figures/"tasks.png", "Macro AUC by task, all labels given, with 95 % intervals by patient.")
     body += stands(t["against"], [MEAN])+"".join(lost_to(t["against"], e) for e in encoders)
     body += picture(figures/"efficiency.png", "Macro AUC of CT-RATE's 18 abnormalities against the number of labelled volumes.")
     body += picture(figures/"labels.png", "AUC of each abnormality of CT-RATE, all labels given: frozen features of the study's first arms with 95 % intervals by patient, beside a CNN trained with all labels on other phantoms (development seeds), and a histogram of the volume.")
@@ -178,14 +177,14 @@ def predicted(t, figures)->str:
     "Tasks 14 and 15"
     if not len(g := _of(t, "prognosis_")): return _absent
     body = BRIEF+("<p>Death within 1, 6 and 12 months (INSPECT) and severity (STOIC). Hazards of three intervals and the chances that follow from them are one quantity; who was lost before a horizon is left out of its AUC, never counted as alive. All labels given:</p>")
-    body += table(matrix(t["figures"], ("prognosis_",), list(dict.fromkeys(g.metric))))+stands(t["against"], sorted(set(g.task)))
-    return body+picture(figures/"survival.png", "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given.")
+    for task, k in g.groupby("task", sort=False): body += f"<h3>{html.escape(task)}</h3>"+table(matrix(k, "metric"))
+    return body+stands(t["against"], sorted(set(g.task)))+picture(figures/"survival.png", "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given.")
 
 def worded(t)->str:
     "Tasks 18 and 19, and zero-shot"
     if not len(_of(t, ("vocabulary_", "zero_shot_"))): return _absent
     body = BRIEF+"<p>Is it there, said in words: pairs of sentences that affirm and deny, in several wordings. <code>vocabulary_</code>: two linear maps and a temperature are trained on frozen features of image and text. <code>zero_shot_</code>: nothing is, for arms that have a space where sentences meet images. Macro AUC by scan:</p>"
-    body += table(matrix(t["figures"], ("vocabulary_", "zero_shot_"), ["auc"]))
+    body += table(matrix(_of(t, ("vocabulary_", "zero_shot_")).query("metric == 'auc'"), "task"))
     return body+stands(t["against"], sorted(set(_of(t, ("vocabulary_", "zero_shot_")).task)))
 
 def retrieved(t)->str:
@@ -193,7 +192,11 @@ def retrieved(t)->str:
     g = _of(t, "retrieve_")
     if not len(g): return _absent
     body = BRIEF+"<p>Which report belongs to a volume, which volume to a report, out of the whole test split. Any report that says word for word the same is a right answer, and so is any reconstruction of the scan. Chance is what a blind order would reach in the same pool; the intervals resample the queries, the pool stays.</p>"
-    for task, k in g.groupby("task", sort=False): body += f"<h3>{html.escape(task)}</h3>"+table(matrix(k.assign(task=""), ("",), list(dict.fromkeys(k.metric))).rename(columns=lambda c: c.removeprefix(", ")))
+    for (task, way), k in g.assign(way=g.metric.str.extract("(image to report|report to image)", expand=False)).groupby(["task", "way"], sort=False):
+        k = k.assign(metric=k.metric.str.removesuffix(f" {way}"))
+        known = k[k.arm == k.arm.iloc[0]].set_index("metric").value
+        by = f", where chance has the right one among ten in {known['R@10 by chance']:.1%}" if "R@10 by chance" in known else ""
+        body += f"<h3>{html.escape(task)}, {way}</h3><p>A pool of {known['pool']:.0f}{by}.</p>"+table(matrix(k[~k.metric.isin(["pool", "R@10 by chance"])], "metric"))
     return body+stands(t["against"], sorted(set(g.task)))
 
 _absent = "<p>Nothing of this was asked, or none of its cohorts is in <code>data/</code>.</p>"

@@ -66,6 +66,8 @@ def test_the_study_runs(clone):
     metrics = json.loads((clone/"runs/classify/metrics.json").read_text())
     assert {"scratch", "asap", "histogram"} <= set(metrics) and {"classify_ct_rate", "classify_inspect", "external_rspect"} <= set(metrics["asap"])
     for family in ("prognosis", "vocabulary", "zero_shot", "retrieve"): assert json.loads((clone/f"runs/{family}/metrics.json").read_text())["asap"], family
+    controls = (clone/"runs/tables/controls.csv").read_text()
+    assert all(f"{c} dealt out anew,mean of tasks 1 to 6" in controls for c in ("labels", "volumes"))
     grounded = json.loads((clone/"runs/grounding/status.json").read_text())
     assert grounded["there"] and grounded["arms"] == ["asap"] and grounded["left_out"] == 0 and "Where sentences point" in page and "Not measured" not in page
     assert all((clone/"runs/grounding"/f).exists() for f in ("hits.parquet", "hits.csv", "against.csv", "extent.csv", "pointing.png"))

@@ -15,7 +15,7 @@ from ..core import say
 from ..data.cohorts.inspect import FLAGS, HORIZONS
 from . import classify
 from .classify import PENALTIES, each_draw, normalise, scaled
-from .metrics import auc, calibration, draws, mean_of, per_label, survival, wide
+from .metrics import auc, draws, mean_of, per_label, survival, wide
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #963df591
 DAYS = {FLAGS[f"{m}_month_mortality"]: d for m, d in HORIZONS.items()} # label -> its horizon in days
@@ -42,7 +42,7 @@ def truths(
     return np.where(dead, 1, np.where(alive, 0, np.nan))
 
 def periods(table)->tuple: # at risk, died: bool (n,3), of the intervals (0,30], (30,182], (182,365]
-    "Intervals that a patient is known to have entered and whose outcome is known; and those in which he died"
+    "Intervals that a patient is known to have entered and whose outcome is known; and those of a death"
     truth = truths(table)
     entered = _entered(truth)
     return entered & ~np.isnan(truth), entered & (truth == 1)
@@ -51,9 +51,9 @@ def _entered(truth): # bool (n,3)
     return np.c_[np.ones(len(truth), bool), truth[:, :-1] == 0]
 
 def watched(table)->np.ndarray: # (n,3) 0..1
-    "Share of each interval that a patient is known to have come through, 1 where its outcome is known; half of it where he was lost on an unknown day"
+    "Share of each interval that a patient is known to have come through, 1 where its outcome is known; half of it where the day of the loss is unknown"
     truth, (time, _), edges = truths(table), _timed(table), np.array([0, *DAYS.values()])
-    gone = np.logical_and.accumulate(np.isnan(truth)[:, ::-1], 1)[:, ::-1] # nothing is known of him from here on
+    gone = np.logical_and.accumulate(np.isnan(truth)[:, ::-1], 1)[:, ::-1] # nothing is known from here on
     part = np.clip((time[:, None]-edges[:-1])/np.diff(edges), 0, 1)
     lost = np.where(_entered(truth) & gone, np.where(np.isnan(part), 0.5, part), 0)
     return np.where(periods(table)[0], 1, lost)

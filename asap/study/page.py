@@ -132,7 +132,8 @@ def stands(against, tasks, fractions=None)->str: # tables.against
     out = []
     for (task, f, metric), g in t.groupby(["task", "fraction", "metric"], sort=False):
         each = [f"{side(r['lo'], r['hi'])} <b>{html.escape(r['against'])}</b> ({r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}])" for r in g.to_dict("records")]
-        out.append(f"<li>{html.escape(task)}, {'AUC' if metric == 'auc' else html.escape(metric)}, {'all labels' if f == 1 else f'{f:.0%} of the labels'}: <b>{html.escape(g.arm.iloc[0])}</b> is {'; '.join(each)}.</li>")
+        of = f" ({g.tasks.iloc[0]:.0f} of them have labels enough)" if task == MEAN and f < 1 else ""
+        out.append(f"<li>{html.escape(task)}{of}, {'AUC' if metric == 'auc' else html.escape(metric)}, {'all labels' if f == 1 else f'{f:.0%} of the labels'}: <b>{html.escape(g.arm.iloc[0])}</b> is {'; '.join(each)}.</li>")
     return f"<ul>{''.join(out)}</ul>"
 
 def lost_to(against, other:str)->str: # an encoder

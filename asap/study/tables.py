@@ -36,12 +36,12 @@ def means(found, arms, level)->pd.DataFrame: # as `listed`
     rows = [dict(task=MEAN, arm=a, fraction=f, metric="auc", **sure(*average(found, wanted, a), level)) for f in shares for a in arms if (wanted := six(found, f, a))]
     return pd.DataFrame(rows, columns=["task", "arm", "fraction", "metric", "value", "lo", "hi"])
 
-def against(found, arm, others, level)->pd.DataFrame: # task, arm, against, fraction, metric, difference, lo, hi
-    "One arm against each of the others, task by task and on the mean of tasks 1 to 6, paired by patient"
+def against(found, arm, others, level)->pd.DataFrame: # task, arm, against, fraction, metric, difference, lo, hi, tasks
+    "One arm against each of the others, task by task and on the mean of those of tasks 1 to 6 that the share of the labels allows, paired by patient"
     t = differences(found, arm, [b for b in others if b != arm], level)
-    rows = [dict(task=MEAN, arm=arm, against=b, fraction=f, metric="auc", **minus(average(found, w, arm), average(found, w, b), level))
+    rows = [dict(task=MEAN, arm=arm, against=b, fraction=f, metric="auc", tasks=len(w), **minus(average(found, w, arm), average(found, w, b), level))
             for f in sorted(set(t.fraction)) for b in others if b != arm and (w := six(found, f, arm, b))]
-    return pd.concat([t[t.metric.isin(HEADLINE)], pd.DataFrame(rows, columns=t.columns)], ignore_index=True)
+    return pd.concat([t[t.metric.isin(HEADLINE)].assign(tasks=1), pd.DataFrame(rows, columns=[*t.columns, "tasks"])], ignore_index=True)
 
 # %% ../../nbs/8_study/80_tables.ipynb #tablabs2
 def labels(predictions, n:int, level:float)->pd.DataFrame: # task, arm, label, positives, negatives, auc, lo, hi, and what `classify.told` says

@@ -17,7 +17,7 @@ help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/done: constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11.5 or newer is needed; this is {sys.version.split()[0]}: make PYTHON=python3.11 ...") if sys.version_info < (3, 11, 5) else None'
 	@echo "Installing into .venv: about 3 GB and a few minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@TORCH=$$(grep '^torch==' constraints.txt); \

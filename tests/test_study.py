@@ -146,7 +146,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     text = run("dvc", "repro", cwd=clone)
     assert "acdc: left out, because data/ has neither acdc/ nor acdc.path" in text and listing(far) == there
     page = (clone/"runs/study/index.html").read_text()
-    assert "about data that was put in data/</b>: ct_rate, stoic" in page and "Left out, because not in <code>data/</code></b>: acdc, radgenome, own" in page
+    assert "about data that was put in data/</b>: ct_rate, stoic" in page and "Left out, because not in <code>data/</code></b>: inspect, rspect, acdc, radgenome, own" in page
     assert "Not measured</b>: data/ has neither rex_grounding_ct/ nor rex_grounding_ct.path" in page
     assert "Drawn by a program" not in page and "A phantom's report" not in page and str(far) not in page and str(other) not in page
     tables = json.loads((clone/"build/cohorts/ct_rate/status.json").read_text())

@@ -53,7 +53,8 @@ def stage(
         raise FileNotFoundError(f"no stage `{name}`: nbs/stages has {', '.join(known)}")
     target = root()/"runs/notebooks"/f"{name.replace('@', '-')}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update(ASAP_ROOT=str(root()), PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ.update(ASAP_ROOT=str(root()), PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1",
+                      MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**33)) # glibc: keep what is freed, as `asap.train.keep_memory`
     start = time.monotonic()
     with _relay():
         papermill.execute_notebook(source, target, dict(given or {}, stage=name), kernel_name="python3",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'ACQUIRED', 'PHANTOMS', 'label_columns', 'check', 'carve', 'fractions', 'bare', 'read_lists',
-           'leaks', 'listed', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'across', 'standardise', 'Made',
-           'Store', 'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save', 'load', 'take_out',
-           'save_acquired', 'acquired', 'count', 'read_raw', 'run', 'present', 'voxels', 'corpus']
+           'leaks', 'listed', 'wording', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'across',
+           'standardise', 'Made', 'Store', 'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save',
+           'load', 'take_out', 'save_acquired', 'acquired', 'count', 'read_raw', 'run', 'present', 'voxels', 'corpus']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #b9c91f70
 import hashlib, json, re, shutil
@@ -159,12 +159,16 @@ def listed(
     return table[~out].assign(split=lambda d: d.case.map(own).map(SPLITS.__getitem__)).reset_index(drop=True)
 
 # %% ../../nbs/2_data/22_cohort.ipynb #7631502d
+def wording(table)->pd.Series: # "" where there is none
+    "A case's whole report without what makes no difference: case and spaces"
+    return (table.findings.fillna("")+" "+table.impression.fillna("")).str.lower().str.split().str.join(" ")
+
 def duplicates(
     table:pd.DataFrame,
     voxels:dict, # case -> hash of its standard volume
 )->pd.DataFrame: # kind (report, volume), case, split, twin (the first such case), leak (on two sides of a split)
     "Reports that are word for word, and volumes that are voxel for voxel, those of another scan"
-    words = (table.findings+" "+table.impression).str.lower().str.split().str.join(" ")
+    words = wording(table)
     out = []
     for kind, key in (("report", words.where(words != "")), ("volume", table.case.map(voxels))):
         for _, g in table.assign(key=key).dropna(subset=["key"]).groupby("key", sort=False):

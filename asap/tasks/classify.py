@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'LABELS', 'ONE_OF', 'EXTERNAL', 'RUN', 'COLUMNS', 'BY_GROUP', 'CONTROLS', 'normalise', 'scaled', 'probe',
-           'chances', 'asked', 'predict', 'by_scan', 'aligned', 'each_draw', 'run', 'nothing', 'every', 'f1', 'figures',
-           'told', 'groups', 'by_group', 'shuffled', 'leaks']
+           'chances', 'asked', 'predict', 'by_scan', 'aligned', 'each_draw', 'run', 'every', 'f1', 'figures', 'told',
+           'groups', 'by_group', 'shuffled', 'leaks']
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #41dbfd41
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core import progress, rng, say
 from ..data.cohort import fractions, label_columns
-from .metrics import auc, calibration, called, drawn, draws, macro_auc, mean_of, sure, threshold, wide
+from .metrics import auc, calibration, called, drawn, draws, macro_auc, mean_of, nothing, sure, threshold, wide
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #8d55e8e5
 PENALTIES = [0.0001, 0.001, 0.01, 0.1, 1.] # inverse strength C, from strong to weak
@@ -136,19 +136,14 @@ def run(
             name, there, has = external
             far = aligned(how["arm"], name, *has[how["arm"]], there), there
             out.append(predict(f, table, chosen, cohort, far, columns).assign(**how | dict(task=f"external_{name}")))
-    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
-
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    text = ("case", "scan", "patient", "label", "task", "arm")
-    return pd.DataFrame({c: pd.Series(dtype=str if c in text else float) for c in COLUMNS})
+    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
 def every(tasks, tables:dict, embedded:dict, shares, seeds)->pd.DataFrame: # `tables`, `embedded`: by cohort, of those that are there
     "Predictions of the tasks whose cohorts are there"
     out, far = [], {EXTERNAL[c]: c for t in tasks if t.startswith("external_") and (c := t.removeprefix("external_")) in tables}
     for c in (t.removeprefix("classify_") for t in tasks if t.startswith("classify_")):
         if c in tables: out.append(run(c, tables[c], embedded[c], shares, seeds, (far[c], tables[far[c]], embedded[far[c]]) if c in far else None))
-    return pd.concat(out, ignore_index=True) if out else nothing()
+    return pd.concat(out, ignore_index=True) if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #b440fdf7
 def f1(truth, said, weight): # (n,L) with NaN where nobody knows, bool (n,L), (n,) or (draws,n) -> float or (draws,)

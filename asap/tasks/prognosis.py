@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAYS', 'YEAR', 'FREE', 'COLUMNS', 'TASKS', 'THIRDS', 'truths', 'periods', 'watched', 'hazards', 'cumulative',
-           'likelihood', 'head', 'weights', 'within', 'c_index', 'predict', 'mortality', 'severity', 'nothing', 'every',
+           'likelihood', 'head', 'weights', 'within', 'c_index', 'predict', 'mortality', 'severity', 'every',
            'intervals', 'figures', 'calibrated', 'told', 'thirds', 'log_rank', 'curves']
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #fb538d09
@@ -15,7 +15,7 @@ from ..core import say
 from ..data.cohorts.inspect import FLAGS, HORIZONS
 from . import classify
 from .classify import PENALTIES, each_draw, normalise, scaled
-from .metrics import auc, draws, mean_of, per_label, survival, wide
+from .metrics import auc, draws, mean_of, nothing, per_label, survival, wide
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #963df591
 DAYS = {FLAGS[f"{m}_month_mortality"]: d for m, d in HORIZONS.items()} # label -> its horizon in days
@@ -151,23 +151,19 @@ def mortality(table, embedded:dict, shares, seeds)->pd.DataFrame: # `embedded`: 
         if not died[chosen].any(): return "hold nobody who is seen to die within the year"
         return "" if (at & ~died)[chosen].any() else "hold nobody who lives through an interval"
     out = [predict(f, table, chosen).assign(**how) for f, chosen, how in each_draw(task, "inspect", table, embedded, shares, seeds, lacking)]
-    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
+    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
 def severity(table, embedded:dict, shares, seeds)->pd.DataFrame:
     "Severe COVID-19 a month later"
     p = classify.run("stoic", table, embedded, shares, seeds, task="prognosis_stoic", columns=["label:severe"])
-    return p.assign(**dict.fromkeys(COLUMNS[len(classify.COLUMNS):], np.nan)) if len(p) else nothing()
-
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    return classify.nothing().assign(**{c: pd.Series(dtype=float) for c in COLUMNS[len(classify.COLUMNS):]})
+    return p.assign(**dict.fromkeys(COLUMNS[len(classify.COLUMNS):], np.nan)) if len(p) else nothing(COLUMNS)
 
 TASKS = {"prognosis_inspect": ("inspect", mortality), "prognosis_stoic": ("stoic", severity)}
 
 def every(tasks, tables:dict, embedded:dict, shares, seeds)->pd.DataFrame: # `tables`, `embedded`: by cohort, of those that are there
     "Predictions of the tasks whose cohorts are there"
     out = [p for task, (c, run) in TASKS.items() if task in tasks and c in tables and len(p := run(tables[c], embedded[c], shares, seeds))]
-    return pd.concat(out, ignore_index=True) if out else nothing()
+    return pd.concat(out, ignore_index=True) if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #22506014
 def _cases(d, labels): # time, event, risk (n,), ipcw (n,3), in the order of `wide`

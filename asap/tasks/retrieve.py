@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'COLUMNS', 'KS', 'report_features', 'same', 'contrast', 'similar', 'learn', 'ranked', 'predict', 'chance',
-           'nothing', 'every', 'figures']
+           'every', 'figures']
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #67e0e4b4
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ..core import progress, say, seed32
+from ..data.cohort import wording
 from .classify import aligned, normalise, scaled
-from .metrics import draws, ranks, recall
+from .metrics import draws, nothing, ranks, recall
 from .vocabulary import Projections, Rows, strangers
 from ..text.sentences import join, split
 from ..train import device, fit
@@ -34,8 +35,7 @@ def report_features(
 
 def same(table)->np.ndarray: # (n,) number of the report
     "Which cases have one and the same report"
-    words = (table.findings.fillna("")+" "+table.impression.fillna("")).str.lower().str.split().str.join(" ")
-    return pd.factorize(words)[0]
+    return pd.factorize(wording(table))[0]
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #326e837d
 def contrast(
@@ -118,17 +118,12 @@ def chance(right, pool, k:int)->np.ndarray: # of each question
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #d419cf4a
 COLUMNS = ["case", "scan", "patient", "direction", "rank", "right", "pool", "task", "arm", "fraction", "seed"]
 
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    text = ("case", "scan", "patient", "direction", "task", "arm")
-    return pd.DataFrame({c: pd.Series(dtype=str if c in text else float) for c in COLUMNS})
-
 def _usable(task, table, t)->np.ndarray|None: # (n,) has a report; None where there is nothing to find
     has = ~np.isnan(t).any(1)
     if (~has).any(): say(f"{task}: {int((~has).sum())} of {len(table)} cases have no report, and are left out")
-    for s, least in (("train", 2), ("test", 2)):
+    for s in ("train", "test"):
         n = len(set(same(table[has & (table.split == s)])))
-        if n < least: return say(f"{task}: {n} distinct reports in {s}, expected at least {least}: the task is left out")
+        if n < 2: return say(f"{task}: {n} distinct reports in {s}, expected at least 2: the task is left out")
     return has
 
 def every(
@@ -149,7 +144,7 @@ def every(
             f = np.asarray(aligned(arm, c, f, index, tables[c]))[has]
             found, other = predict(f, reports[c][has], table, p, seed32("retrieve", task, arm, seed), f"{task} {arm}", arm == stranger)
             out += [d.assign(task=task, arm=a, fraction=1., seed=seed) for a, d in ((arm, found), (f"{arm}, a stranger's scan", other)) if d is not None]
-    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
+    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #6c15abec
 KS = (1, 5, 10, 50, 100)

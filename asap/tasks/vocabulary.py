@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'COLUMNS', 'figures', 'told', 'fill', 'prompts', 'pairs', 'Projections', 'ask', 'Rows', 'entropy', 'learn',
-           'predict', 'nothing', 'every', 'blind', 'strangers', 'exchanged', 'with_strangers', 'contrast', 'cosines',
-           'zero_shot', 'zero_shot_every']
+           'predict', 'every', 'blind', 'strangers', 'exchanged', 'with_strangers', 'contrast', 'cosines', 'zero_shot',
+           'zero_shot_every']
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #77403872
 import numpy as np
@@ -20,7 +20,7 @@ from ..model.vit import patchify
 from ..pretrain.embed import Images
 from . import classify
 from .classify import aligned, normalise, scaled
-from .metrics import macro_auc, threshold
+from .metrics import macro_auc, nothing, threshold
 from ..train import device, fit, precision
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #0f388054
@@ -135,11 +135,6 @@ def predict(
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #98269f67
 COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "present", "task", "arm", "fraction", "seed"]
 
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    text = ("case", "scan", "patient", "label", "task", "arm")
-    return pd.DataFrame({c: pd.Series(dtype=str if c in text else float) for c in COLUMNS})
-
 def _asked(tasks, tables, kind:str)->list: # (task, cohort, labels) of cohorts that are there and have labels
     cohorts = [(t, t.removeprefix(kind)) for t in tasks if t.startswith(kind) and t.removeprefix(kind) in tables]
     for task, c in cohorts:
@@ -163,7 +158,7 @@ def every(
             continue
         for arm, (f, index) in embedded[c].items():
             out.append(predict(aligned(arm, c, f, index, table), table, words, p, seed32("vocabulary", task, arm, seed), f"{task} {arm}").assign(task=task, arm=arm, fraction=1., seed=seed))
-    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
+    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
 figures, told = classify.figures, classify.told # by scan: macro AUC, macro F1 at validation's threshold; label by label
 
@@ -263,4 +258,4 @@ def zero_shot_every(
             chance = 1/(1+np.exp(-model.align.scale.item()*(said[..., 0]-said[..., 1])))
             out += [t[["case", "scan", "patient"]].assign(label=name, truth=t[f"label:{name}"].astype(float), chance=chance[:, k], cut=np.nan, present=said[:, k, 0], task=task, arm=arm, fraction=1., seed=0)
                     for k, name in enumerate(labels)]
-    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing()
+    return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)

@@ -7,6 +7,7 @@ __all__ = ['DRAWN', 'BESIDE', 'NOTE', 'contents', 'make', 'run']
 
 # %% ../../nbs/2_data/27_synthesize.ipynb #5928fdd2
 import hashlib, shutil
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .cohort import PHANTOMS
 
 # %% ../../nbs/2_data/27_synthesize.ipynb #44158ebd
 DRAWN = ["asap.data.volumes", "asap.data.layouts", "asap.phantom.body", "asap.phantom.abnormalities", "asap.phantom.words"] # what every miniature is drawn by
-BESIDE = ["radgenome", "rex_grounding_ct"] # tables and masks for the volumes of CT-RATE's tree, which must be there
+BESIDE = ["radgenome", "rex_grounding_ct"] # tables and masks for the volumes of CT-RATE's tree, which must be there; drawn with it where it is drawn
 
 def contents(folder)->str:
     "Hash of all names and bytes in a folder"
@@ -28,6 +29,8 @@ def make(
     records:Path, # folder of what each was made by
     patients, # train, test
     seed, jobs:int, how:dict, # size, spacing, recon_share
+    beside:dict|None=None, # name -> patients of those to draw while each chest is there
+    drawn:dict|None=None, # what was drawn of this one while another's chests were there; gets what is drawn of `beside`
 )->bool: # was it drawn?
     "Draw one data set, unless it is there as it was made"
     adapter, record = import_module(f"asap.data.cohorts.{name}"), records/f"{name}.json"
@@ -35,8 +38,12 @@ def make(
     old = read_json(record) if record.exists() else {}
     if old.get("fingerprint") == fp and old["contents"] == contents(out/name): return False
     if old: say(f"{name}: drawn anew, because {difference(old['fingerprint'], fp) or 'its files are not what was written'}")
-    record.unlink(missing_ok=True); shutil.rmtree(out/name, ignore_errors=True)
-    adapter.write(out/name, seed, *patients, jobs=jobs, **how)
+    drawn = {} if drawn is None else drawn
+    for n in {name, *(beside or {})}-{*drawn}: (records/f"{n}.json").unlink(missing_ok=True); shutil.rmtree(out/n, ignore_errors=True)
+    along = [partial(import_module(f"asap.data.cohorts.{n}").along, root=out/n, patients=p) for n, p in (beside or {}).items()]
+    more = dict(also=along) if beside else dict(drawn=drawn[name]) if name in drawn else {}
+    got = adapter.write(out/name, seed, *patients, jobs=jobs, **how, **more)
+    drawn |= {n: {split: [row[k] for row in rows] for split, rows in got.items()} for k, n in enumerate(beside or {})}
     write_json(dict(fingerprint=fp, contents=contents(out/name)), record)
     return True
 
@@ -55,7 +62,8 @@ def run(
     asked = {**patients, **({"rex_grounding_ct": patients["ct_rate"]} if "ct_rate" in patients else {})}
     for d in (out.iterdir() if out.exists() else ()):
         if d.is_dir() and d.name not in asked: shutil.rmtree(d); (records/f"{d.name}.json").unlink(missing_ok=True)
-    names = sorted(asked, key=lambda n: n in BESIDE)
-    made = [n for n in names if make(n, out, records, asked[n], seed, jobs, how)]
+    names, drawn = sorted(asked, key=lambda n: n in BESIDE), {}
+    beside = {n: asked[n] for n in BESIDE if n in asked and "ct_rate" in asked}
+    made = [n for n in names if make(n, out, records, asked[n], seed, jobs, how, beside if n == "ct_rate" else None, drawn)]
     write_text(NOTE, out/PHANTOMS)
     return made

@@ -143,6 +143,7 @@ class Case:
     questions:list
     outcome:dict
     masks:dict = field(default_factory=dict) # abnormality -> bool on the first reconstruction's grid
+    chest:Chest|None = None # as drawn
     def union(self, names)->np.ndarray: # uint8; of those that are there
         return np.any([self.masks[n] for n in names if n in self.masks], axis=0).astype(np.uint8)
 
@@ -185,4 +186,4 @@ def case(
         recons.append(Recon(scanner(clean, key, own, n, shift), labels, affine, ["standard", "sharp"][n]))
     found = {f.name: mask_on(c, f.mask, recons[0]) for f in c.findings if f.name in masks}
     return Case(f"{split}_{index}", c.traits["age"], c.traits["sex"], c.traits["contrast"], recons, report(c, key),
-                {n: int(c.has(n)) for n in ABNORMALITIES}, c.findings, questions(c, key), outcome(c, key), found)
+                {n: int(c.has(n)) for n in ABNORMALITIES}, c.findings, questions(c, key), outcome(c, key), found, c)

@@ -71,7 +71,11 @@ def write_case(k:Case, root, release="fixed")->list: # a row a volume: name, rep
     return rows
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5e7e92c2
-def _one(split, i, root, seed, release, kw): return write_case(case(seed, split, i, **kw), root, release)
+def _one(split, i, root, seed, release, kw, also)->tuple: # rows, what each of `also` gives
+    k = case(seed, split, i, **kw)
+    rows = write_case(k, root, release)
+    image = Path(root)/"dataset"/NAMES[split][0]/place(rows[0]["metadata"]["VolumeName"])
+    return rows, [f(k.chest, (seed, split, i), image) for f in also]
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #1a322fee
 def write(
@@ -81,19 +85,21 @@ def write(
     test:int, # patients of the owners' validation
     jobs:int=1,
     release:str="fixed", # or "first"
+    also=(), # (chest, key, its first volume) -> anything: what is drawn beside each patient of the fixed release
     **kw, # size, spacing, recon_share of the phantom
-):
+)->dict: # split -> a row a patient of what `also` gave
     "A miniature CT-RATE of phantoms: volumes, masks, reports, labels, metadata"
     if release not in ("fixed", "first"): raise ValueError(f"release is {release!r}, expected 'fixed' or 'first'")
     todo = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n+1)]
-    rows = dict(train=[], valid=[])
-    for (split, _), r in zip(todo, each(_one, [(s, i, root, seed, release, kw) for s, i in todo], jobs, "phantoms")): rows[split] += r
+    rows, beside = dict(train=[], valid=[]), dict(train=[], valid=[])
+    for (split, _), (r, more) in zip(todo, each(_one, [(s, i, root, seed, release, kw, also) for s, i in todo], jobs, "phantoms")): rows[split] += r; beside[split].append(more)
     for split, (_, reports, labels, metadata) in NAMES.items():
         d = Path(root)/"dataset"
         write_csv(pd.DataFrame([r["report"] for r in rows[split]]), d/"radiology_text_reports"/reports)
         write_csv(pd.DataFrame([r["labels"] for r in rows[split]]), d/"multi_abnormality_labels"/labels)
         write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d/"metadata"/metadata)
     write_text("", Path(root)/"dataset/no_chest_train.txt")
+    return beside
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
 def release(root)->str: # "fixed" or "first"

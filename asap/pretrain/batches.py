@@ -51,6 +51,9 @@ class Pairs:
     def organs(self, row)->np.ndarray|None:
         "The organ map of a case, if it has one"
         return np.asanyarray(nib.load(row["organ_map"]).dataobj) if row["organ_map"] else None
+    def shares(self, organs, how)->tuple: # (N,n+1), (N,) known
+        "Organ shares of the patches of a crop"
+        return self.none if organs is None else shares(apply(organs, how, self.p.volumes.size, 0, 0), self.p.model.patch, self.n)
     def where(self, draw, i, shape, organs)->dict: # where to look
         if not self.augment: return centre(shape, self.p.volumes.size)
         if i not in self.boxes: self.boxes[i] = None if organs is None else lung_box(organs)
@@ -72,7 +75,7 @@ class Pairs:
         how = self.where(draw, i, volume.shape, organs)
         lo, hi = self.p.volumes.hu
         out = dict(image=self.look(to_unit(apply(volume, how, size, lo), lo, hi), draw, i), case=row["case"])
-        out["shares"], out["known"] = self.none if organs is None else shares(apply(organs, how, size, 0, 0), self.p.model.patch, self.n)
+        out["shares"], out["known"] = self.shares(organs, how)
         out |= dict(cut=self.cut(i, organs, out["shares"]), order=rng("patches", self.seed, draw, i).permutation(self.patches))
         ids, of, _ = self.coded[i]
         return out | dict(ids=ids, of=of, sentences=self.sentences[i][:of.max()+1 if len(of) else 0], seed=seed32("words", self.seed, draw, i))

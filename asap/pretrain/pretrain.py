@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..core import code_hash, difference as other_key, fingerprint, progress, read_json, rng, say, seed32
+from ..data.crops import centre
 from ..model.align import pool, rank_weights
 from ..model.asap import ASAP, config, voxel_loss
 from ..model.fuse import words_loss
@@ -70,8 +71,8 @@ def train(
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
 def place_guesses(data:Pairs)->dict: # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
-    every = [s["shares"] for i in progress(range(len(data)), label="places") if (s := data[(0, i)])["known"].all()] # not the images
-    every = np.stack(every or [data.none[0]])
+    found = (data.shares(o, centre(o.shape, data.p.volumes.size)) for r in progress(data.rows, label="places") if (o := data.organs(r)) is not None)
+    every = np.stack([shares for shares, known in found if known.all()] or [data.none[0]])
     return dict(mean=every.mean(0), median=np.median(every, 0))
 
 def share_errors(sample, guess, guesses)->dict: # mean absolute errors, with and without background, and per group

@@ -41,6 +41,12 @@ def _given(pairs:list[str])->dict: # ["arm=asap"] -> {"arm": "asap"}
     if bad: raise ValueError(f"`{bad[0]}`: write key=value, such as arm=asap")
     return dict(p.split("=", 1) for p in pairs)
 
+def _peak()->float|None: # GB
+    "Memory that the largest process of the stage had at its peak; None where the system does not say"
+    try: import resource
+    except ImportError: return None
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/(1e9 if sys.platform == "darwin" else 1e6)
+
 def stage(
     name:str, # stage in dvc.yaml, such as `pretrain@asap`; the notebook is nbs/stages/pretrain.ipynb
     given:dict|None=None, # values for the notebook's `parameters` cell
@@ -59,9 +65,9 @@ def stage(
     with _relay():
         papermill.execute_notebook(source, target, dict(given or {}, stage=name), kernel_name="python3",
                                    progress_bar=False, cwd=root())
-    minutes = (time.monotonic()-start)/60
-    write_json(dict(stage=name, minutes=round(minutes, 2)), root()/"runs/minutes"/f"{name.replace('@', '-')}.json")
-    say(f"{name}: {minutes:.1f} min")
+    minutes, peak = (time.monotonic()-start)/60, _peak()
+    write_json(dict(stage=name, minutes=round(minutes, 2), **({"peak_gb": round(peak, 2)} if peak else {})), root()/"runs/minutes"/f"{name.replace('@', '-')}.json")
+    say(f"{name}: {minutes:.1f} min"+(f", {peak:.1f} GB at most in one process" if peak else ""))
     return target
 
 # %% ../nbs/90_cli.ipynb #d4db1d11

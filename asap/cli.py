@@ -52,6 +52,7 @@ def stage(
     given:dict|None=None, # values for the notebook's `parameters` cell
 )->Path: # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
+    sys.modules.setdefault("rfc3987_syntax", None) # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     import papermill
     source = root()/"nbs/stages"/f"{name.split('@')[0]}.ipynb"
     if not source.exists():

@@ -213,12 +213,6 @@ def organs(a)->int:
     return _end(bad, n)
 
 # %% ../nbs/90_cli.ipynb #c1100001
-def _model(a, opened): # what `opened` gives for --checkpoint and --size, after what it was trained on was said
-    from asap.study.scan import origin
-    made = opened(a)
-    say(origin(a.checkpoint))
-    return made
-
 def _size(a): return tuple(a.size) if a.size else None
 
 def _apart(out, scans):
@@ -253,9 +247,10 @@ def _embed_one(path, source, encoder):
 def embed(a)->int:
     "`asap embed`"
     import numpy as np
-    from asap.study.scan import encoder_of
+    from asap.study.scan import encoder_of, origin
     _apart(a.out, find_scans(a.paths))
-    encoder = _model(a, lambda a: encoder_of(a.checkpoint, _size(a)))
+    encoder = encoder_of(a.checkpoint, _size(a))
+    say(origin(a.checkpoint))
     done, bad = _each(a, "embed", lambda name, path: _embed_one(path, _source(a), encoder))
     if done:
         tokens = [t for _, t in done]
@@ -276,15 +271,14 @@ def _asked(a, path, model):
     for doubt in s.doubts: say(f"warning: {Path(path).name}: {doubt}")
     return s
 
-def _sentences(a, model_text, sentences):
-    from asap.study.scan import unknown
-    if odd := unknown(model_text[1], sentences): say(f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, and reads past it")
-    return model_text
-
-def _speaks(a, sentences): # model and text encoder, before any scan is read
-    from asap.study.scan import only_ct, opened
+def _speaks(a, sentences)->tuple: # model and text encoder
+    "The model, what it was trained on, and what it was never taught to read"
+    from asap.study.scan import only_ct, opened, origin, unknown
     only_ct(_source(a))
-    return _sentences(a, _model(a, lambda a: opened(a.checkpoint, a.text, _size(a))), sentences)
+    model, text = opened(a.checkpoint, a.text, _size(a))
+    say(origin(a.checkpoint))
+    if odd := unknown(text, sentences): say(f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, and reads past it")
+    return model, text
 
 def zeroshot(a)->int:
     "`asap zeroshot`"
@@ -294,7 +288,8 @@ def zeroshot(a)->int:
     from asap.study.scan import zero_shot
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
     if Path(a.out).suffix.lower() != ".csv": raise ValueError(f"-o {a.out}: expected a file that ends in .csv")
-    if files := [n for n in labels if Path(n).exists()]: raise ValueError(f"--labels took {files[0]}, which is a file, for a label: give the scans before the options")
+    if blank := [n for n in labels if not n.strip()]: raise ValueError(f"--labels {blank[0]!r} is empty: give a name, such as \"Pleural effusion\"")
+    if files := [n for n in labels if Path(n).is_file()]: raise ValueError(f"--labels took {files[0]}, which is a file, for a label: give the scans before the options")
     _apart(a.out, scans)
     (model, text), p = _speaks(a, labels), load_params().vocabulary
     def one(name, path):

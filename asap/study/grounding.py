@@ -6,7 +6,8 @@
 __all__ = ['CORE', 'FOUR', 'LARGE', 'OTHERS', 'HEADS', 'EXTENT', 'cover', 'body_patches', 'core', 'atlas', 'strangers', 'denial',
            'questions', 'ask', 'dice', 'most', 'score', 'mean', 'groups', 'large_ones', 'row', 'table', 'against',
            'random_k', 'rank_correlation', 'extents', 'shares', 'targets', 'fresh', 'source', 'measure', 'put_to',
-           'report', 'bars', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'sentence_table']
+           'report', 'bars', 'similar', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'tint',
+           'sentence_table']
 
 # %% ../../nbs/8_study/82_grounding.ipynb #7bbd7e3c
 from pathlib import Path
@@ -385,6 +386,16 @@ def bars(
 
 # %% ../../nbs/8_study/82_grounding.ipynb #0438f1c5
 @torch.no_grad()
+def similar(
+    model, # asap.model.asap.ASAP in eval mode
+    x, # (B,1,H,W,D) in [-1,1]
+    frozen, # (S,C') sentence features
+)->dict: # sim (B,S,N), weights (B,S,N) 1 in the region and 0 elsewhere, k (B,S), and what else `Align` gives
+    "Every image with every sentence, all patches visible: what `look` and `asap ground` show"
+    first = model.vit.embedded(patchify(x, model.vit.patch))
+    return model.align(model.vit.mixed(first)[:, 1:], frozen.expand(len(x), -1, -1), first[:, 1:], hard=True)
+
+@torch.no_grad()
 def look(
     model, # asap.model.asap.ASAP in eval mode
     x, # (1,1,H,W,D) in [-1,1]
@@ -398,8 +409,7 @@ def look(
     fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
     rebuilt = unpatchify(fill(patches, rest, voxels), vit.size, vit.patch)[0, 0]
     seen = unpatchify(fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch)[0, 0] > 0
-    first = vit.embedded(patches)
-    a = model.align(vit.mixed(first)[:, 1:], frozen[None], first[:, 1:], hard=True)
+    a = similar(model, x, frozen)
     return dict(organs=shares[0].argmax(-1).numpy(), rebuilt=rebuilt.numpy(), seen=seen.numpy(), heat=a["sim"][0].numpy(), region=a["weights"][0].numpy(), k=a["k"][0].round().numpy())
 
 def spread(values, vit)->np.ndarray: # (N,) -> (H,W,D)
@@ -480,9 +490,13 @@ def heat_map(ax, img, heat, region, sentence, k, gray):
     "Similarity of every patch to a sentence; the outline is the region it asks for, over all planes"
     import textwrap
     ax.imshow(img, **gray)
-    ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=gray["aspect"], vmin=np.percentile(heat, 5), vmax=heat.max()+1e-6)
-    if region.min() < region.max(): ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
+    tint(ax, heat, region, np.percentile(heat, 5), heat.max(), gray["aspect"])
     ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
+
+def tint(ax, heat, region, lo, hi, aspect=1.): # similarities `lo` to `hi` span the colours; NaN stays clear
+    "A heat map over the slice that `ax` shows, and the border of the region"
+    ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi+1e-6)
+    if region.min() < region.max(): ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
 
 def sentence_table(sentences, o, organs, vit, names)->pd.DataFrame:
     "In which organs the region of each sentence lies"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'COLUMNS', 'figures', 'told', 'fill', 'prompts', 'pairs', 'Projections', 'ask', 'Rows', 'entropy', 'learn',
-           'predict', 'every', 'blind', 'strangers', 'exchanged', 'with_strangers', 'contrast', 'cosines', 'zero_shot',
-           'zero_shot_every']
+           'predict', 'every', 'blind', 'strangers', 'exchanged', 'with_strangers', 'contrast', 'cosines', 'answers',
+           'chances', 'zero_shot', 'zero_shot_every']
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #77403872
 import numpy as np
@@ -221,23 +221,39 @@ def cosines(
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #3695df17
 @torch.no_grad()
-def zero_shot(
+def answers(
     model, # asap.model.asap.ASAP
     text, # frozen encoder
+    batches, # of images (B,1,H,W,D) in [-1,1], n in all
+    wordings:list, # of `prompts`, of L labels
+    label:str="zero-shot", # the arm, in errors
+)->np.ndarray: # (n,L,2) mean cosine with what says present, with what says absent
+    "Ask each image for each label, nothing trained"
+    kind, where = contrast(model, label), device()
+    model.to(where).eval()
+    said = [s for pair in wordings for s in pair]
+    frozen = text.sentences([w for s in said for w in s]).to(where)
+    found = torch.cat([cosines(model, x.to(where), frozen, kind).cpu() for x in batches]).double()
+    return torch.stack([c.mean(1) for c in found.split([len(s) for s in said], 1)], 1).unflatten(1, (-1, 2)).numpy()
+
+def chances(
+    model,
+    said, # (...,2) of `answers`
+)->np.ndarray: # (...) in (0,1)
+    "Present against absent, at the temperature that the arm learnt"
+    return 1/(1+np.exp(-model.align.scale.item()*(said[..., 0]-said[..., 1])))
+
+def zero_shot(
+    model, text, # as `answers`
     paths, # n standard volumes
     wordings:list, # of `prompts`, of L labels
     size, hu, # as the model takes it
     batch:int=16,
     label:str="zero-shot", # the arm, on the bar and in errors
-)->np.ndarray: # (n,L,2) mean cosine with what says present, with what says absent
-    "Ask each volume for each label, nothing trained"
-    kind, where = contrast(model, label), device()
-    model.to(where).eval()
-    said = [s for pair in wordings for s in pair]
-    frozen = text.sentences([w for s in said for w in s]).to(where)
+)->np.ndarray: # (n,L,2)
+    "`answers` of standard volumes on disk"
     loader = torch.utils.data.DataLoader(Images(paths, model.vit, size, hu), batch)
-    found = torch.cat([cosines(model, x.to(where), frozen, kind).cpu() for x in progress(loader, label=label)]).double()
-    return torch.stack([c.mean(1) for c in found.split([len(s) for s in said], 1)], 1).unflatten(1, (-1, 2)).numpy()
+    return answers(model, text, progress(loader, label=label), wordings, label)
 
 def zero_shot_every(
     tasks, # of which `zero_shot_<cohort>` are done
@@ -255,7 +271,7 @@ def zero_shot_every(
         t, wordings = tables[c][tables[c].split == "test"], prompts(labels, p.present, p.absent)
         for arm, model in models.items():
             said = zero_shot(model, text, t.image, wordings, volumes.size, volumes.hu, batch, arm)
-            chance = 1/(1+np.exp(-model.align.scale.item()*(said[..., 0]-said[..., 1])))
+            chance = chances(model, said)
             out += [t[["case", "scan", "patient"]].assign(label=name, truth=t[f"label:{name}"].astype(float), chance=chance[:, k], cut=np.nan, present=said[:, k, 0], task=task, arm=arm, fraction=1., seed=0)
                     for k, name in enumerate(labels)]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)

@@ -6,7 +6,8 @@
 __all__ = ['CORE', 'FOUR', 'LARGE', 'OTHERS', 'HEADS', 'EXTENT', 'cover', 'body_patches', 'core', 'atlas', 'strangers', 'denial',
            'questions', 'ask', 'dice', 'most', 'score', 'mean', 'groups', 'large_ones', 'row', 'table', 'against',
            'random_k', 'rank_correlation', 'extents', 'shares', 'targets', 'fresh', 'source', 'measure', 'put_to',
-           'report', 'bars', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'sentence_table']
+           'report', 'bars', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'outlines',
+           'sentence_table']
 
 # %% ../../nbs/8_study/82_grounding.ipynb #7bbd7e3c
 from pathlib import Path
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from einops import rearrange
 
-from ..anatomy.organs import overlay
+from ..anatomy.organs import UNKNOWN, overlay
 from ..core import Quarantine, chief, progress, read_json, rng, say, seed32, write_csv, write_json, write_parquet
 from ..data.checks import body_mask
 from ..data.cohort import load as load_table, place, present
@@ -442,7 +443,7 @@ def panel(
     overlay(axes[0, 1], view(hu_box), view(spread(o["organs"].astype(np.uint8), model.vit)), aspect, names); axes[0, 1].set_title("organs guessed, patch by patch", fontsize=8)
     axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray); axes[0, 2].set_title(f"seen: {visible:.0%} of the patches", fontsize=8)
     axes[0, 3].imshow(view(o["rebuilt"]), **gray); axes[0, 3].set_title("rebuilt", fontsize=8)
-    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]): heat_map(ax, view(x[0, 0].numpy()), view(spread(heat, model.vit)), view(spread(region, model.vit)), s, k, gray)
+    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]): heat_map(ax, view(x[0, 0].numpy()), view(spread(heat, model.vit)), view(spread(region, model.vit)), s, k, gray, view(organ_box), view(mark))
     fig.tight_layout(pad=0.5)
     keep(fig, None, out, name)
     return pointed(sentence_table(sentences, o, organ_box, model.vit, names), o["heat"], core(cover(mark > 0, model.vit.patch)), body_patches(hu_box, model.vit.patch), about)
@@ -476,13 +477,19 @@ def real_scans(folder)->dict: # name -> paths and sentences, for `draw`
         out[f.parent.name] = dict(image=f, sentences=[r["sentence"] for r in said], **{k: p for k, p in files.items() if p.exists()})
     return out
 
-def heat_map(ax, img, heat, region, sentence, k, gray):
-    "Similarity of every patch to a sentence; the outline is the region it asks for, over all planes"
+def heat_map(ax, img, heat, region, sentence, k, gray, organs, lesion):
+    "Similarity of every patch to a sentence; the blue outline is the region it asks for, white lines are organs, a red one a lesion whose mask ships with the scan"
     import textwrap
     ax.imshow(img, **gray)
     ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=gray["aspect"], vmin=np.percentile(heat, 5), vmax=heat.max()+1e-6)
     if region.min() < region.max(): ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
+    outlines(ax, organs, lesion)
     ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
+
+def outlines(ax, organs, lesion):
+    "Where organs and a lesion end; what is not known has no line"
+    for i in np.unique(organs[(organs > 0) & (organs != UNKNOWN)]): ax.contour(organs == i, [0.5], colors="white", linewidths=0.5)
+    if lesion.any(): ax.contour(lesion, [0.5], colors="#ff5050", linewidths=1.2)
 
 def sentence_table(sentences, o, organs, vit, names)->pd.DataFrame:
     "In which organs the region of each sentence lies"

@@ -392,8 +392,8 @@ def look(
     frozen, # (S,C') sentence features
     visible:float, # share of patches for organs and reconstruction
 )->dict: # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
-    "Everything that the panel shows"
-    vit, patches = model.vit, patchify(x, model.vit.patch)
+    "Everything that the panel shows; on the processor, where it takes a moment"
+    vit, patches = model.cpu().vit, patchify(x, model.vit.patch)
     keep_, rest = choose(torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible)
     shares, voxels = model.decoder(vit.see(patches, keep_), keep_, rest)
     fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)

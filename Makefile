@@ -51,7 +51,7 @@ lab: .venv/done  ## JupyterLab on nbs/
 	@jupyter lab nbs
 
 docs: .venv/done  ## the notebooks as a site in _docs/
-	@mkdocs build -q && echo "The pages: $(CURDIR)/_docs/index.html"
+	@NO_MKDOCS_2_WARNING=1 mkdocs build -q --strict && echo "The pages: $(CURDIR)/_docs/index.html"
 
 readme: .venv/done  ## README.md from nbs/index.ipynb
 	@python tests/readme.py

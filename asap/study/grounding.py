@@ -7,7 +7,7 @@ __all__ = ['CORE', 'FOUR', 'LARGE', 'OTHERS', 'HEADS', 'EXTENT', 'cover', 'body_
            'questions', 'ask', 'dice', 'most', 'score', 'mean', 'groups', 'large_ones', 'row', 'table', 'against',
            'random_k', 'rank_correlation', 'extents', 'shares', 'targets', 'fresh', 'source', 'measure', 'put_to',
            'report', 'bars', 'similar', 'look', 'spread', 'panel', 'pointed', 'draw', 'real_scans', 'heat_map', 'tint',
-           'sentence_table']
+           'outlines', 'sentence_table']
 
 # %% ../../nbs/8_study/82_grounding.ipynb #7bbd7e3c
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from einops import rearrange
 
-from ..anatomy.organs import overlay
+from ..anatomy.organs import UNKNOWN, overlay
 from ..core import Quarantine, chief, progress, read_json, rng, say, seed32, write_csv, write_json, write_parquet
 from ..data.checks import body_mask
 from ..data.cohort import load as load_table, place, present
@@ -402,8 +402,8 @@ def look(
     frozen, # (S,C') sentence features
     visible:float, # share of patches for organs and reconstruction
 )->dict: # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
-    "Everything that the panel shows"
-    vit, patches = model.vit, patchify(x, model.vit.patch)
+    "Everything that the panel shows; on the processor, where it takes a moment"
+    vit, patches = model.cpu().vit, patchify(x, model.vit.patch)
     keep_, rest = choose(torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible)
     shares, voxels = model.decoder(vit.see(patches, keep_), keep_, rest)
     fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
@@ -452,7 +452,7 @@ def panel(
     overlay(axes[0, 1], view(hu_box), view(spread(o["organs"].astype(np.uint8), model.vit)), aspect, names); axes[0, 1].set_title("organs guessed, patch by patch", fontsize=8)
     axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray); axes[0, 2].set_title(f"seen: {visible:.0%} of the patches", fontsize=8)
     axes[0, 3].imshow(view(o["rebuilt"]), **gray); axes[0, 3].set_title("rebuilt", fontsize=8)
-    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]): heat_map(ax, view(x[0, 0].numpy()), view(spread(heat, model.vit)), view(spread(region, model.vit)), s, k, gray)
+    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]): heat_map(ax, view(x[0, 0].numpy()), view(spread(heat, model.vit)), view(spread(region, model.vit)), s, k, gray, view(organ_box), view(mark))
     fig.tight_layout(pad=0.5)
     keep(fig, None, out, name)
     return pointed(sentence_table(sentences, o, organ_box, model.vit, names), o["heat"], core(cover(mark > 0, model.vit.patch)), body_patches(hu_box, model.vit.patch), about)
@@ -486,17 +486,23 @@ def real_scans(folder)->dict: # name -> paths and sentences, for `draw`
         out[f.parent.name] = dict(image=f, sentences=[r["sentence"] for r in said], **{k: p for k, p in files.items() if p.exists()})
     return out
 
-def heat_map(ax, img, heat, region, sentence, k, gray):
-    "Similarity of every patch to a sentence; the outline is the region it asks for, over all planes"
+def heat_map(ax, img, heat, region, sentence, k, gray, organs, lesion):
+    "Similarity of every patch to a sentence; the blue outline is the region it asks for, white lines are organs, a red one a lesion whose mask ships with the scan"
     import textwrap
     ax.imshow(img, **gray)
     tint(ax, heat, region, np.percentile(heat, 5), heat.max(), gray["aspect"])
+    outlines(ax, organs, lesion)
     ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
 
 def tint(ax, heat, region, lo, hi, aspect=1.): # similarities `lo` to `hi` span the colours; NaN stays clear
     "A heat map over the slice that `ax` shows, and the border of the region"
     ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi+1e-6)
     if region.min() < region.max(): ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
+
+def outlines(ax, organs, lesion):
+    "Where organs and a lesion end; what is not known has no line"
+    for i in np.unique(organs[(organs > 0) & (organs != UNKNOWN)]): ax.contour(organs == i, [0.5], colors="white", linewidths=0.5)
+    if lesion.any(): ax.contour(lesion, [0.5], colors="#ff5050", linewidths=1.2)
 
 def sentence_table(sentences, o, organs, vit, names)->pd.DataFrame:
     "In which organs the region of each sentence lies"

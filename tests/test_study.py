@@ -91,6 +91,36 @@ def test_an_edited_arm_reruns_alone(clone):
     with edited(clone, arms__asap=dict(arm, organs=2)): status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
     assert "pretrain@asap" in status and not status & {"pretrain@scratch", "prepare@ct_rate", "synthesize", "corpus", "text"}
 
+def fenced(kind, holds)->str:
+    "The README's block of a kind that holds some words"
+    return next(b for b in re.findall(rf"```{kind}\n(.*?)```", (TOP/"README.md").read_text(), re.S) if holds in b)
+
+def test_one_number_as_the_readme_says(clone):
+    "dvc exp run, show, diff and back: the README's lines, stopped at pre-training"
+    arm, names = clone/"runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json")
+    before, params = [digest(arm/f) for f in names], (clone/"params.yaml").read_text()
+    me = "export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@t GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t; "
+    lines = [line.split("#")[0].strip() for line in fenced("sh", "dvc exp run").splitlines()]
+    assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "dvc", "git"] and lines[0] == "cd build/quick && source ../../.venv/bin/activate"
+    run("bash", "-ec", me+lines[1], cwd=clone)
+    text = run("bash", "-ec", f"{me}{lines[2]} pretrain@asap", cwd=clone)
+    assert ran(text) == {"pretrain@asap"} and json.loads((arm/"metrics.json").read_text())["organs"] == {}
+    shown = run("bash", "-ec", f"{lines[3]} --csv", cwd=clone)
+    assert "no_organs" in shown and "arms.asap.organs" in shown and "organs.mae.model" in shown
+    assert json.loads(run("dvc", "params", "diff", "HEAD", "no_organs", "--json", cwd=clone))["params.yaml"] == {"arms.asap.organs": {"old": 1, "new": 0, "diff": -1}}
+    assert any("pretrain/asap" in f for f in json.loads(run("dvc", "metrics", "diff", "HEAD", "no_organs", "--json", cwd=clone)))
+    text = run("bash", "-ec", f"{lines[4]} pretrain@asap", cwd=clone)
+    assert not ran(text) and [digest(arm/f) for f in names] == before and (clone/"params.yaml").read_text() == params
+
+def test_a_new_arm_is_a_row_and_its_name(clone):
+    "The README's row: it is read, it alone is trained, and what reads arms reads it too"
+    raw, block = yaml.safe_load((clone/"params.yaml").read_text()), yaml.safe_load(fenced("yaml", "arms:"))
+    with edited(clone, study__arms=block["study"]["arms"], **{f"arms__{name}": row for name, row in block["arms"].items()}):
+        assert "fine" in run(sys.executable, "-m", "asap.cli", "params", cwd=clone)
+        status = set(json.loads(run("dvc", "status", "--json", cwd=clone)))
+    assert {"pretrain@asap_more_organs", "embed@asap_more_organs", "classify", "tables"} <= status, status
+    assert not status & {"synthesize", "corpus", "text", *(f"pretrain@{a}" for a in raw["study"]["arms"]), *(f"embed@{a}" for a in raw["study"]["arms"])}
+
 def test_a_wrong_key_stops_before_anything_runs(clone):
     with edited(clone, pretrain__step=10): text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
     assert "unknown key `pretrain.step`: did you mean `steps`?" in text

@@ -457,6 +457,7 @@ def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarant
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows): bad.add(case, reason)
     bad.save()
+    for d in (masks, Path(root)/"build/segment"/arm): Path(d or root).mkdir(parents=True, exist_ok=True)
     found = [d for d, _ in done if len(d)]
     return pd.concat(found, ignore_index=True)[COLUMNS] if found else nothing()
 

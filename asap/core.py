@@ -6,8 +6,8 @@
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Name', 'Task', 'ON_FEATURES', 'ON_TOKENS',
            'FAMILIES', 'Wording', 'SOON', 'root', 'family', 'asked', 'chief', 'Study', 'Phantom', 'Volumes', 'Reading',
            'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Stem', 'Model', 'Pretrain',
-           'Arm', 'Vocabulary', 'Retrieve', 'Segment', 'Report', 'Vqa', 'Tables', 'Grounding', 'Page', 'Params',
-           'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
+           'Arm', 'Vocabulary', 'Retrieve', 'Outlined', 'Segment', 'Report', 'Vqa', 'Tables', 'Grounding', 'Page',
+           'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
            'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'fingerprint',
            'difference', 'reusable', 'say', 'progress', 'workers', 'each', 'Quarantine']
 
@@ -231,9 +231,33 @@ class Retrieve(_Section):
     lr:Positive
     weight_decay:Annotated[float, Field(ge=0)]
 
+class Outlined(_Section):
+    "How one data set's masks are learnt"
+    few:bool # by shares of the labels; false: by all of them
+    steps:Number
+    lr:Positive
+    window:Annotated[list[float], Field(min_length=2, max_length=2)]|None = None # HU mapped to -1 and 1; null: volumes.hu
+    size:Voxels|None = None # what the model sees at a time; null: volumes.size
+
 class Segment(_Section):
     "Masks, by a whole encoder fine-tuned"
     arms:list[str] # of study.arms, or `unet`: a plain U-Net of like size
+    fractions:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    seeds:Annotated[list[Count], Field(min_length=1)] # draws of the fractions, and of the decoder's first weights
+    features:Number # channels of the decoder at its finest
+    encoder:Positive # rate of the encoder against the decoder's
+    batch:Number
+    warmup:Share # of the steps
+    weight_decay:Annotated[float, Field(ge=0)]
+    clip:Positive
+    positive:Share # of the crops around a labelled voxel, where a volume is larger than what the model sees
+    shift:Share # of a side, at most
+    turn:Annotated[float, Field(ge=0)] # radians, at most
+    zoom:Annotated[float, Field(ge=0, lt=1)] # at most
+    overlap:Annotated[float, Field(ge=0, lt=1)] # of windows, where a volume is larger than what the model sees
+    validations:Number # looks at the validation cases in a training
+    patience:Number # looks without a better one
+    rows:dict[Literal["luna16", "msd_lung", "covid_19_20", "segthor", "fumpe", "btcv", "acdc"], Outlined]
 
 class Report(_Section):
     "A report written from frozen tokens"
@@ -284,6 +308,8 @@ class Params(_Section):
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self.model, dim) % getattr(self.model, heads):
                 raise ValueError(f"`model.{dim}` is not a multiple of `model.{heads}`")
+        for name, row in self.segment.rows.items():
+            if row.size and any(s % q for s, q in zip(row.size, self.model.patch)): raise ValueError(f"`segment.rows.{name}.size` {row.size} is not a multiple of `model.patch` {self.model.patch}")
         if self.volumes.hu[0] >= self.volumes.hu[1]: raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")
         return self
 

@@ -96,11 +96,13 @@ def optimisers(
     model, lr:float, weight_decay:float, betas,
     matrices=(), # parameters of two dimensions that Muon turns
     matrix_lr:float|None=None, # their rate, in the scale of AdamW's
+    slow=(), slow_lr:float|None=None, # parameters that AdamW moves at a rate of their own, such as a pre-trained encoder's
 )->list: # one or two; a group's `base` is its rate at the top of the schedule
     "AdamW for everything, or Muon for the matrices and AdamW for the rest"
-    muon = {id(q) for q in matrices}
-    rest = [q for q in model.parameters() if id(q) not in muon]
-    out = [torch.optim.AdamW(groups(rest, weight_decay), lr=lr, betas=tuple(betas), fused=True)]
+    muon, apart = {id(q) for q in matrices}, {id(q) for q in slow}
+    rest = [q for q in model.parameters() if id(q) not in muon | apart]
+    own = [dict(g, lr=slow_lr) for g in groups(slow, weight_decay) if g["params"]]
+    out = [torch.optim.AdamW([*groups(rest, weight_decay), *own], lr=lr, betas=tuple(betas), fused=True)]
     if turned := [q for q in matrices if q.requires_grad]: out.append(torch.optim.Muon(turned, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     for opt in out:
         for g in opt.param_groups: g["base"] = g["lr"]
@@ -147,6 +149,8 @@ def fit(
     betas=(0.9, 0.95),
     matrices=(), # parameters that Muon turns, at the rate `matrix_lr`; AdamW the others
     matrix_lr:float|None=None,
+    slow=(), # parameters with a rate of their own, `slow_lr`
+    slow_lr:float|None=None,
     clip:float=1.,
     precision_:str="auto",
     accumulate:int=1, # batches a step
@@ -169,8 +173,8 @@ def fit(
     keep_memory()
     acc = Accelerator(cpu=device().type == "cpu", mixed_precision=precision(precision_), gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(split_batches=True))
     if batch % acc.num_processes: raise ValueError(f"a batch of {batch} cannot be shared by {acc.num_processes} processes: make it a multiple of them")
-    fp = dict(fp or {}, steps=steps, batch=batch, accumulate=accumulate, lr=lr, matrix_lr=matrix_lr, precision=acc.mixed_precision, seed=str(seed))
-    opts = optimisers(model, lr, weight_decay, betas, matrices, matrix_lr)
+    fp = dict(fp or {}, steps=steps, batch=batch, accumulate=accumulate, lr=lr, matrix_lr=matrix_lr, precision=acc.mixed_precision, seed=str(seed), **({"slow_lr": slow_lr} if slow_lr else {}))
+    opts = optimisers(model, lr, weight_decay, betas, matrices, matrix_lr, slow, slow_lr)
     folder = Path(folder) if folder else None
     if folder and acc.is_main_process: _clear(folder, fp)
     acc.wait_for_everyone()

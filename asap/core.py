@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Name', 'Task', 'ON_FEATURES', 'ON_TOKENS',
-           'FAMILIES', 'Wording', 'SOON', 'root', 'family', 'asked', 'chief', 'Study', 'Phantom', 'Volumes', 'Reading',
+           'FAMILIES', 'Wording', 'root', 'family', 'asked', 'chief', 'Study', 'Phantom', 'Volumes', 'Reading',
            'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Stem', 'Model', 'Pretrain',
            'Arm', 'Vocabulary', 'Retrieve', 'Outlined', 'Segment', 'Report', 'Vqa', 'Tables', 'Grounding', 'Page',
            'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
@@ -549,19 +549,18 @@ def workers(
         except ImportError: raise ImportError("study.backend is `dask`, which is not installed: pip install 'asap[cluster]', or say loky") from None
         with Client(set_as_default=True) as client, joblib.parallel_config(backend="dask", client=client): yield
 
-SOON = 3 # seconds
-
 def each(
     one, # a function that can be pickled
     todo, # a tuple of arguments for each call
     jobs:int=1, # processes
     label:str="", # what is being done, on the bar
+    soon:float=3, # seconds of work for which no process is started; 0 where one call takes longer
 )->list: # results, in the order of `todo`
     "Call `one` for each of `todo`, with a bar; in several processes where it takes longer than these take to start"
     import joblib
-    todo, out, end = list(todo), [], time.monotonic()+SOON
+    todo, out, end = list(todo), [], time.monotonic()+soon
     with progress(total=len(todo), label=label) as bar:
-        while len(out) < len(todo) and time.monotonic() < end: out.append(one(*todo[len(out)])); bar.update()
+        while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end): out.append(one(*todo[len(out)])); bar.update()
         if len(out) == len(todo): return out
         for made in joblib.Parallel(jobs, return_as="generator")(joblib.delayed(one)(*args) for args in todo[len(out):]): out.append(made); bar.update()
     return out

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'VIEWER', 'CLAIMS', 'WHO', 'picture', 'table', 'cards', 'about',
            'cohort_rows', 'origin', 'ran', 'side', 'ceiling', 'said', 'claim', 'ranked', 'claimed', 'cost', 'span',
-           'matrix', 'stands', 'lost_to', 'controls', 'tables_of', 'more', 'classified', 'predicted', 'worded',
-           'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent', 'details', 'learnt',
-           'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
+           'matrix', 'stands', 'lost_to', 'controls', 'tables_of', 'more', 'classified', 'largest', 'segmented',
+           'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent',
+           'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
 import base64, html, platform, re
@@ -234,6 +234,25 @@ def classified(t, figures, encoders)->str: # `tables_of`, folder of figures
     fine = t["against"][t["against"].task.str.startswith(("classify_", "external_"))]
     return body+more("Task by task against the others", fine)+more("By label", t["labels"])+more("By spacing, kernel and contrast", t["groups"])
 
+def largest(g)->pd.DataFrame: # rows of tables.figures
+    "Each task at the largest share of the labels that was asked"
+    return g[g.fraction == g.groupby("task").fraction.transform("max")]
+
+def segmented(t, folder)->str: # `tables_of`, runs/segment
+    "Tasks 7 to 13, and two data sets from outside"
+    g = _of(t, ("segment_", "external_segment_"))
+    if not len(g): return _absent
+    g, shares = largest(g), largest(g).groupby("task").fraction.first()
+    few = [f"{html.escape(k)} {f:.0%}" for k, f in shares.items() if f < 1]
+    body = BRIEF+("<p>Outlines by the whole encoder fine-tuned with a UNETR decoder, and by a plain U-Net of like size: same cases, steps and loss. Mean Dice over classes and cases on the image's own grid, intervals of 95 % by patient"
+                  +(f"; share of the labels: {', '.join(few)}, all labels elsewhere" if few else "")+". The ceiling is what is left of the truth itself on its way to the study's grid and back: no model passes it.</p>")
+    for metric, words in (("dice", "Dice"), ("hd95", "95 % Hausdorff distance, mm"), ("ceiling", "Ceiling of Dice")):
+        k = g[g.metric == metric].assign(fraction=1.)
+        if len(k): body += table(matrix(k, "task")) if metric == "dice" else more(words, matrix(k, "task"))
+    body += stands(t["against"][t["against"].metric == "dice"].merge(g[["task", "fraction"]].drop_duplicates()), sorted(set(g.task)))
+    body += more("Class by class", g[g.metric.str.startswith(("dice ", "hd95 "))][["task", "metric", "arm", "value", "lo", "hi"]])
+    return body+"".join(picture(f, f"{f.stem}: best, median and worst case of phantoms, arm {f.parent.parent.name}; white the truth, dashed what was drawn.") for f in sorted(folder.glob("*/pictures/*.png")))
+
 def predicted(t, figures)->str:
     "Tasks 14 and 15"
     if not len(g := _of(t, "prognosis_")): return _absent
@@ -384,7 +403,7 @@ def run(
     if ceiling_csv is not None: head.append((f"{ceiling_csv.cnn_auc.mean():.3f}", "macro AUC of a supervised CNN given all labels: what this data allows"))
     sections = [("summary", "In short", about(counts)+cards(head)), ("claims", "Claim by claim", claimed(t, figures)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, sample, len(status["scans"]))),
                 ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("classify", "What a probe finds", classified(t, figures, p.study.encoders)),
-                ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
+                ("segment", "Outlines", segmented(t, folder/"segment")), ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
                 ("ceiling", "What this data allows", ceiling(ceiling_csv, ceiling_json)), ("grounding", "Where sentences point", grounding(folder/"grounding")), ("real", "Real CT", real(status, folder/"grounding")),
                 ("notebooks", "The executed notebooks", notebooks(folder/"notebooks", out, p))]
     body = Environment().from_string(TEMPLATE).render(title=p.page.title, style=STYLE, sections=[dict(id=i, title=t, body=b) for i, t, b in sections])

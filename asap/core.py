@@ -235,6 +235,7 @@ class Outlined(_Section):
     "How one data set's masks are learnt"
     few:bool # by shares of the labels; false: by all of them
     steps:Number
+    batch:Number # samples a step
     lr:Positive
     window:Annotated[list[float], Field(min_length=2, max_length=2)]|None = None # HU mapped to -1 and 1; null: volumes.hu
     size:Voxels|None = None # what the model sees at a time; null: volumes.size
@@ -246,7 +247,6 @@ class Segment(_Section):
     seeds:Annotated[list[Count], Field(min_length=1)] # draws of the fractions, and of the decoder's first weights
     features:Number # channels of the decoder at its finest
     encoder:Positive # rate of the encoder against the decoder's
-    batch:Number
     warmup:Share # of the steps
     weight_decay:Annotated[float, Field(ge=0)]
     clip:Positive

@@ -109,7 +109,7 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
 
 def told(steps=4):
     s = load_params(TOP/"params/smoke.yaml").segment.model_dump()
-    row = dict(few=False, steps=steps, lr=0.01, window=None, size=None)
+    row = dict(few=False, steps=steps, batch=1, lr=0.01, window=None, size=None)
     return dict(segment=dict(s, rows=dict(luna16=row)), volumes=dict(spacing=list(MM), size=list(SIZE), hu=[-1000, 1000]), phantoms=dict(luna16=True))
 
 def run(table, folder, steps=4, **kw): return segment.every("unet", ["segment_luna16"], dict(luna16=table), told(steps), folder, **kw)

@@ -287,7 +287,7 @@ def learn(model, train, held, p:dict, row:dict, size, flip, seed, folder=None, f
     if not held: say(f"{label}: nothing to find in validation, so the last step is kept")
     def loss(m, b, step): return loss_of(m(b["image"]).float(), b["label"]), {}
     slow = [*model.vit.parameters()] if hasattr(model, "vit") else []
-    log = fit(model, loss, Samples(train, augment(p, size, flip), seed), steps=row["steps"], batch=p["batch"], lr=row["lr"], slow=slow, slow_lr=row["lr"]*p["encoder"],
+    log = fit(model, loss, Samples(train, augment(p, size, flip), seed), steps=row["steps"], batch=row["batch"], lr=row["lr"], slow=slow, slow_lr=row["lr"]*p["encoder"],
               seed=seed, folder=folder, fp=fp, warmup=round(p["warmup"]*row["steps"]), weight_decay=p["weight_decay"], clip=p["clip"], label=label, save_every=50,
               validate=(lambda m: judge(m, held, p, size)) if held else None, validate_every=max(1, row["steps"]//p["validations"]), patience=p["patience"])
     return log

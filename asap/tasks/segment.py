@@ -7,7 +7,7 @@ __all__ = ['COHORTS', 'TRAINED', 'SIDELESS', 'QUESTIONS', 'COLUMNS', 'CODE', 'Qu
            'same_grid', 'native', 'hot', 'there_and_back', 'strides', 'fold', 'unfold', 'evened', 'Unetr', 'unet',
            'describe', 'build', 'encoder', 'Case', 'cases', 'augment', 'Samples', 'chances', 'dice', 'judge', 'lacking',
            'learn', 'save', 'load', 'folded', 'outline', 'scored', 'against', 'ask', 'frame', 'made_of', 'begun',
-           'trained', 'one', 'nothing', 'every', 'figures', 'ranked', 'panel', 'pictures']
+           'trained', 'one', 'nothing', 'every', 'figures', 'ranked', 'panel', 'pictures', 'gallery']
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00003
 import importlib, shutil
@@ -453,7 +453,7 @@ def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarant
     for c in (c for c in TRAINED if c in tables and questions(tasks, c)):
         some = [(f, d) for f in sorted(s["fractions"]) if f < 1 for d in s["seeds"]]+[(1., d) for d in s["seeds"][:1] if 1. in s["fractions"]] if s["rows"][c]["few"] else [(1., d) for d in s["seeds"][:1]]
         todo += [(arm, c, f, d, tasks, tables, p, root, masks if (f, d) == some[-1] else None) for f, d in some]
-    done = each(one, todo, jobs, f"segment {arm}")
+    done = each(one, todo, jobs, f"segment {arm}", soon=0)
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows): bad.add(case, reason)
     bad.save()
@@ -508,3 +508,16 @@ def pictures(d, table, q:Question, masks, hu): # of one task, arm, fraction and 
     for ax in axes[0]: ax.axis("off")
     for ax, (title, c) in zip(axes[0], picks.items()): panel(ax, rows[c], q, Path(masks)/f"{c}.nii.gz", hu, title)
     return fig
+
+def gallery(predictions, tables:dict, p:dict, masks, out)->list: # of one arm; files
+    "`pictures` of every task whose cases are phantoms: of a patient nothing is drawn into the study"
+    import matplotlib.pyplot as plt
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for task, g in predictions.groupby("task", sort=False):
+        q = next(q for q in QUESTIONS if q.task == task)
+        if not p["phantoms"][q.cohort]: continue
+        last = g[(g.fraction == g.fraction.max()) & (g.outline == "target")]
+        fig = pictures(last[last.seed == last.seed.max()], tables[q.cohort], q, Path(masks)/task, frame(q.trained, p)[1])
+        with atomic(Path(out)/f"{task}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight", metadata=dict(Software=None))
+        plt.close(fig)
+    return sorted(f.name for f in Path(out).glob("*.png"))

@@ -1,12 +1,13 @@
 "Every page runs from top to bottom, and its checks hold"
-import subprocess, sys
-
+import pages
 import pytest
 from conftest import PAGES, TOP
 
-RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(0 if test_nb(Path(sys.argv[1]))[0] else 1)"
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(TOP/"nbs").with_suffix("").as_posix())
-def test_page(page):
-    done = subprocess.run([sys.executable, "-c", RUN, str(page)], cwd=TOP, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+def test_page(page, tmp_path):
+    run = pages.PROCESSES.Process(target=pages.page, args=(page, TOP, tmp_path/"log"))
+    run.start()
+    run.join(600)
+    late = run.is_alive()
+    if late: run.kill(); run.join()
+    assert run.exitcode == 0, f"{'stopped after ten minutes' if late else f'exit code {run.exitcode}'}: {(tmp_path/'log').read_text(errors='replace')[-12000:]}"

@@ -1,0 +1,15 @@
+"Run one page from top to bottom, in a process forked from one that has loaded what most pages import"
+import multiprocessing, os, sys
+
+LOADED = ["torch", "pandas", "scipy.ndimage", "sklearn.linear_model", "matplotlib.pyplot", "seaborn", "nibabel", "pydantic", "joblib", "einops", "transformers", "tokenizers",
+          "accelerate", "fastcore.test", "nbdev.test", "pages"] # other people's libraries alone: a page brings its own modules
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(LOADED)
+
+def page(path, top, log):
+    "Exit code 0 where every cell runs and every check holds"
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1); os.dup2(out, 2)
+    os.chdir(top)
+    from nbdev.test import test_nb
+    sys.exit(0 if test_nb(path)[0] else 1)

@@ -322,10 +322,11 @@ def _known(loc)->list[str]: # keys that the section at `loc` knows
         kind = field.annotation
         model = kind.__args__[1] if getattr(kind, "__origin__", None) is dict else kind
         if getattr(kind, "__origin__", None) is dict: break
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return [f.alias or n for n, f in model.model_fields.items()] if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 def _sentence(err, path)->str: # one error of pydantic as a sentence that says what to do
     loc = [k for k in err["loc"]]
+    if not loc: return f"{path}: {err['msg'].removeprefix('Value error, ')}" # what does not fit together
     key, value = ".".join(map(str, loc)), err.get("input")
     if err["type"] == "extra_forbidden":
         known = _known(loc[:1] if loc[0] == "arms" and len(loc) > 2 else loc[:-1])

@@ -11,5 +11,6 @@ def page(path, top, log):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1); os.dup2(out, 2)
     os.chdir(top)
+    multiprocessing.set_start_method("fork", force=True) # as in a kernel: a loader's workers know the page's classes
     from nbdev.test import test_nb
     sys.exit(0 if test_nb(path)[0] else 1)

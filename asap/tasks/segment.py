@@ -313,7 +313,7 @@ def load(folder)->tuple: # model in eval mode, config
     for f in ("config.json", "model.safetensors"):
         if not (folder/f).exists(): raise FileNotFoundError(f"{folder/f} is missing: a checkpoint is a folder with config.json and model.safetensors")
     config = read_json(folder/"config.json")
-    config["names"] = {int(k): v for k, v in config["names"].items()}
+    config["names"] = {k: config["names"][str(k)] for k in sorted(map(int, config["names"]))} # JSON sorts 10 before 2
     model = build(config)
     try: model.load_state_dict(load_file(folder/"model.safetensors"), strict=True)
     except Exception as e: raise ValueError(f"{folder/'model.safetensors'} is broken or of another model ({str(e).splitlines()[0]}): train it again") from None

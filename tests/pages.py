@@ -3,8 +3,12 @@ import multiprocessing, os, sys
 
 LOADED = ["torch", "pandas", "scipy.ndimage", "sklearn.linear_model", "matplotlib.pyplot", "seaborn", "nibabel", "pydantic", "joblib", "einops", "transformers", "tokenizers",
           "accelerate", "fastcore.test", "nbdev.test", "pages"] # other people's libraries alone: a page brings its own modules
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(LOADED)
+ALONE = {"01_train"} # what it shows of the memory allocator is true of a process that is nobody's child
+multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
+
+def process(path, top, log):
+    "The page as a process that has yet to be started"
+    return multiprocessing.get_context("spawn" if path.stem in ALONE else "forkserver").Process(target=page, args=(path, top, log))
 
 def page(path, top, log):
     "Exit code 0 where every cell runs and every check holds"

@@ -5,7 +5,7 @@ from conftest import PAGES, TOP
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(TOP/"nbs").with_suffix("").as_posix())
 def test_page(page, tmp_path):
-    run = pages.PROCESSES.Process(target=pages.page, args=(page, TOP, tmp_path/"log"))
+    run = pages.process(page, TOP, tmp_path/"log")
     run.start()
     run.join(600)
     late = run.is_alive()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMMARIES', 'COLUMNS', 'MARKS', 'seen', 'normalise_last', 'ordered', 'targets', 'usable', 'tidy', 'Writer', 'keep',
-           'fetch', 'learn', 'write', 'most_frequent', 'nearest', 'judge', 'bits', 'clinical', 'figures', 'run',
-           'every', 'marked']
+           'fetch', 'learn', 'write', 'most_frequent', 'nearest', 'judge', 'with_meteor', 'bits', 'clinical', 'figures',
+           'run', 'every', 'marked']
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00003
 import re, shutil
@@ -216,7 +216,7 @@ def nearest(f, table)->list: # (n,C) mean tokens -> findings for each test case
     return [table.findings.iloc[train[k]] for k in (z[test]@z[train].T).argmax(1)]
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00024
-COLUMNS = ["case", "scan", "patient", "said", "reference", "truth", "called", *scores.PARTS, "rouge", "cider", "bert_precision", "bert_recall", "bert", "meteor", "task", "arm", "fraction", "seed"]
+COLUMNS = ["case", "scan", "patient", "written", "reference", "truth", "called", *scores.PARTS, "rouge", "cider", "bert_precision", "bert_recall", "bert", "meteor", "task", "arm", "fraction", "seed"]
 
 def _names(there)->list: # (n,18) bool -> "Atelectasis;Lung nodule"
     return [";".join(np.array(list(ABNORMALITIES))[row]) for row in there]
@@ -231,13 +231,17 @@ def judge(
     said, # a text for each test case
     table, # the test cases
     text=None, # frozen encoder, for BERTScore
-    meteor:bool=True,
-)->pd.DataFrame: # COLUMNS up to the metrics
+)->pd.DataFrame: # COLUMNS up to the metrics, without METEOR
     "All that the figures of a set of reports need"
-    found, why = scores.scores(list(said), list(table.findings), text, meteor)
-    for line in why: say(line)
-    rows = table[["case", "scan", "patient"]].reset_index(drop=True).assign(said=list(said), reference=list(table.findings), truth=_names(_known(table)), called=_names(_there(said)))
+    found, _ = scores.scores(list(said), list(table.findings), text)
+    rows = table[["case", "scan", "patient"]].reset_index(drop=True).assign(written=list(said), reference=list(table.findings), truth=_names(_known(table)), called=_names(_there(said)))
     return pd.concat([rows, found.reset_index(drop=True)], axis=1)
+
+def with_meteor(d)->pd.DataFrame: # predictions; all in one go, as Java takes seconds to start
+    "METEOR where Java is found; without it the column stays empty, and a line says why"
+    found, why = scores.meteor(list(d.written), list(d.reference))
+    if found is None: say(why)
+    return d if found is None else d.assign(meteor=found)
 
 def bits(names)->np.ndarray: # (n,) of "Atelectasis;Lung nodule" -> (n,18) bool
     return np.array([[n in set(row.split(";")) for n in ABNORMALITIES] for row in names], bool).reshape(-1, len(ABNORMALITIES))
@@ -293,7 +297,7 @@ def run(
     said = {arm: write(model, x[(table.split == "test").to_numpy()], text.tokenizer, p)}
     if index is None: said["most frequent"] = [most_frequent(table)]*len(tested)
     else: said[f"{arm}, nearest neighbour"] = nearest(x[:, 1], table)
-    return pd.concat([judge(s, tested, text, p.meteor).assign(task=task, arm=a, fraction=1., seed=seed) for a, s in said.items()], ignore_index=True).reindex(columns=COLUMNS)
+    return pd.concat([judge(s, tested, text).assign(task=task, arm=a, fraction=1., seed=seed) for a, s in said.items()], ignore_index=True).reindex(columns=COLUMNS)
 
 def every(
     tasks, # of which `report_<cohort>` are done
@@ -304,7 +308,9 @@ def every(
 )->pd.DataFrame: # COLUMNS
     "All report tasks of one arm"
     out = [run(t, c, tables[c], *tokens.get(c, (None, None)), arm, grid, text, p, seed, resume, (made or {}).get(c)) for t, c in ((t, t.removeprefix("report_")) for t in tasks if t.startswith("report_")) if c in tables]
-    return pd.concat(out, ignore_index=True) if out else nothing(COLUMNS)
+    out = [d for d in out if len(d)]
+    if not out: return nothing(COLUMNS)
+    return with_meteor(pd.concat(out, ignore_index=True)) if p.meteor else pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00029
 MARKS = dict(right=("✓", "#0072B2"), invented=("✗", "#D55E00"), missed=("○", "#6a3d9a"))
@@ -321,4 +327,4 @@ def marked(row)->str: # HTML of a row of predictions
             found.append(f'<span style="color:{MARKS[k][1]}">{MARKS[k][0]} {escape(s)}</span>' if k else escape(s))
         return " ".join(found)
     head = "".join(f'<li style="color:{c}">{m} {k}: {escape(", ".join(sorted(w)) or "none")}</li>' for (k, (m, c)), w in zip(MARKS.items(), (true & called, called-true, true-called)))
-    return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["said"])}</td><td>{one(row["reference"])}</td></tr></table>'
+    return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["written"])}</td><td>{one(row["reference"])}</td></tr></table>'

@@ -101,13 +101,14 @@ class Writer(torch.nn.Module):
         self.register_buffer("mean", torch.zeros(c["rows"], c["channels"])); self.register_buffer("std", torch.ones(c["rows"], c["channels"])); self.register_buffer("cut", torch.tensor(0.5))
         self.nothing = torch.nn.Parameter(torch.zeros(c["rows"], c["channels"])) if self.blind else None
         self.look, self.place, self.drop = torch.nn.Linear(c["channels"], dim), torch.nn.Parameter(0.02*torch.randn(c["rows"], dim)), torch.nn.Dropout(c["dropout"])
-        if self.prompts: self.label, self.prompt = torch.nn.Linear(2*dim, labels), torch.nn.Parameter(dim**-0.5*torch.randn(labels, 2, dim))
+        self.norm = torch.nn.LayerNorm(dim)
+        if self.prompts: self.label, self.prompt = torch.nn.Linear(2*dim, labels), torch.nn.Parameter(torch.randn(labels, 2, dim))
         self.words = BertLMHeadModel(BertConfig(vocab_size=c["vocab"], hidden_size=dim, num_hidden_layers=c["depth"], num_attention_heads=c["heads"], intermediate_size=4*dim, max_position_embeddings=c["max_length"],
             hidden_dropout_prob=0., attention_probs_dropout_prob=0., is_decoder=True, add_cross_attention=True, initializer_range=dim**-0.5, bos_token_id=first, eos_token_id=last, pad_token_id=pad_id, attn_implementation="eager"))
 
     def see(self, x)->tuple: # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
         x = self.nothing.expand(len(x), -1, -1) if self.blind else (x-self.mean)/self.std
-        v = self.look(self.drop(x))+self.place
+        v = self.norm(self.look(self.drop(x))+self.place)
         return v, self.label(torch.cat([v.mean(1), v.amax(1)], 1)) if self.prompts else None
 
     def told(self, v, is_there): # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim)

@@ -102,7 +102,7 @@ class Writer(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(c["rows"], c["channels"])) if self.blind else None
         self.look, self.place, self.drop = torch.nn.Linear(c["channels"], dim), torch.nn.Parameter(0.02*torch.randn(c["rows"], dim)), torch.nn.Dropout(c["dropout"])
         self.norm = torch.nn.LayerNorm(dim)
-        if self.prompts: self.label, self.prompt = torch.nn.Linear(2*dim, labels), torch.nn.Parameter(torch.randn(labels, 2, dim))
+        if self.prompts: self.label, self.prompt = torch.nn.Linear(2*dim, labels), torch.nn.Parameter(torch.randn(labels, dim))
         self.words = BertLMHeadModel(BertConfig(vocab_size=c["vocab"], hidden_size=dim, num_hidden_layers=c["depth"], num_attention_heads=c["heads"], intermediate_size=4*dim, max_position_embeddings=c["max_length"],
             hidden_dropout_prob=0., attention_probs_dropout_prob=0., is_decoder=True, add_cross_attention=True, initializer_range=dim**-0.5, bos_token_id=first, eos_token_id=last, pad_token_id=pad_id, attn_implementation="eager"))
 
@@ -111,13 +111,14 @@ class Writer(torch.nn.Module):
         v = self.norm(self.look(self.drop(x))+self.place)
         return v, self.label(torch.cat([v.mean(1), v.amax(1)], 1)) if self.prompts else None
 
-    def told(self, v, is_there): # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim)
-        if not self.prompts: return v
-        return torch.cat([self.prompt[torch.arange(len(ABNORMALITIES), device=v.device), is_there.long()].to(v.dtype), v], 1)
+    def told(self, v, is_there)->dict: # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim), and which of them may be attended to
+        if not self.prompts: return dict(encoder_hidden_states=v)
+        may = torch.cat([is_there.long(), torch.ones(v.shape[:2], dtype=torch.long, device=v.device)], 1)
+        return dict(encoder_hidden_states=torch.cat([self.prompt.expand(len(v), -1, -1).to(v.dtype), v], 1), encoder_attention_mask=may)
 
     def forward(self, x, ids, is_there)->tuple: # (B,M,C), (B,L), (B,18) -> cross-entropy of words, of labels
         v, logit = self.see(x)
-        out = self.words(input_ids=ids[:, :-1], attention_mask=(ids[:, :-1] != self.config["ends"][2]).long(), encoder_hidden_states=self.told(v, is_there), use_cache=False).logits
+        out = self.words(input_ids=ids[:, :-1], attention_mask=(ids[:, :-1] != self.config["ends"][2]).long(), **self.told(v, is_there), use_cache=False).logits
         words = F.cross_entropy(out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=self.config["ends"][2])
         return words, F.binary_cross_entropy_with_logits(logit.float(), is_there.float()) if self.prompts else words.new_zeros(())
 
@@ -129,9 +130,9 @@ class Writer(torch.nn.Module):
     def write(self, x, beams:int, ngram:int)->torch.Tensor: # (B,M,C) -> ids
         from transformers import DynamicCache, EncoderDecoderCache
         v, logit = self.see(x)
-        v = self.told(v, torch.sigmoid(logit.double()) >= self.cut.double()) if self.prompts else v
+        told = self.told(v, torch.sigmoid(logit.double()) >= self.cut.double() if self.prompts else None)
         start = torch.full((len(x), 1), self.config["ends"][0], device=x.device)
-        return self.words.generate(input_ids=start, encoder_hidden_states=v, num_beams=beams, do_sample=False, max_length=self.config["max_length"], no_repeat_ngram_size=ngram,
+        return self.words.generate(input_ids=start, **told, num_beams=beams, do_sample=False, max_length=self.config["max_length"], no_repeat_ngram_size=ngram,
                                    early_stopping=True, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00018

@@ -262,6 +262,23 @@ class Segment(_Section):
 class Report(_Section):
     "A report written from frozen tokens"
     arms:list[str] # of study.arms
+    pool:Voxels # patches whose tokens are averaged, along each axis
+    order:bool # sentences of a target: present abnormalities first; false: as they were written
+    prompts:bool # the decoder is told what the label head thinks
+    label_weight:Annotated[float, Field(ge=0)] # of the label head's loss, where the words' has 1
+    dim:Number
+    depth:Number
+    heads:Number
+    dropout:Annotated[float, Field(ge=0, lt=1)] # of what is seen
+    max_length:Annotated[int, Field(ge=16)] # word pieces that are learnt and written
+    steps:Number # at most
+    epochs:Number # at most
+    batch:Number
+    lr:Positive
+    weight_decay:Annotated[float, Field(ge=0)]
+    beams:Number
+    ngram:Count # a run of so many word pieces is not written twice; 0: it may be
+    meteor:bool # where Java is found
 
 class Vqa(_Section):
     "Answers to questions, from frozen tokens"
@@ -310,6 +327,9 @@ class Params(_Section):
                 raise ValueError(f"`model.{dim}` is not a multiple of `model.{heads}`")
         for name, row in self.segment.rows.items():
             if row.size and any(s % q for s, q in zip(row.size, self.model.patch)): raise ValueError(f"`segment.rows.{name}.size` {row.size} is not a multiple of `model.patch` {self.model.patch}")
+        if self.report.dim % self.report.heads: raise ValueError(f"`report.dim` is {self.report.dim}, not a multiple of `report.heads`, {self.report.heads}")
+        grid = [s//q for s, q in zip(self.volumes.size, self.model.patch)]
+        if any(g % k for g, k in zip(grid, self.report.pool)): raise ValueError(f"`report.pool` is {self.report.pool}, which does not divide the grid of patches, {grid}: take divisors")
         if self.volumes.hu[0] >= self.volumes.hu[1]: raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")
         return self
 

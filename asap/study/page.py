@@ -6,8 +6,8 @@
 __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'VIEWER', 'CLAIMS', 'WHO', 'picture', 'table', 'cards', 'about',
            'cohort_rows', 'origin', 'ran', 'side', 'ceiling', 'said', 'claim', 'ranked', 'claimed', 'cost', 'span',
            'matrix', 'stands', 'lost_to', 'controls', 'tables_of', 'more', 'classified', 'largest', 'segmented',
-           'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines', 'arms_and_extent',
-           'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
+           'reported', 'examples', 'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines',
+           'arms_and_extent', 'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
 import base64, html, platform, re
@@ -253,6 +253,27 @@ def segmented(t, folder)->str: # `tables_of`, runs/segment
     body += more("Class by class", g[g.metric.str.startswith(("dice ", "hd95 "))][["task", "metric", "arm", "value", "lo", "hi"]])
     return body+"".join(picture(f, f"{f.stem}: best, median and worst case of phantoms, arm {f.parent.parent.name}; white the truth, dashed what was drawn.") for f in sorted(folder.glob("*/pictures/*.png")))
 
+def reported(t, folder, counts)->str: # `tables_of`, runs/report, `tables.cohorts`
+    "Tasks 16 and 17"
+    if not len(g := _of(t, "report_")): return _absent
+    body = BRIEF+("<p>Findings written from frozen tokens by a small decoder, three beams. Clinical F1: the 18 abnormalities that a labeller reads in what was written, against those that are true. Beside the arms: the same decoder that sees nothing (blind), "
+                  "the report of the most similar train scan, and the report that train has most often. References are whole. All labels given, intervals of 95 % by patient:</p>")
+    for task, k in g.groupby("task", sort=False): body += f"<h3>{html.escape(task)}</h3>"+table(matrix(k, "metric"))
+    body += stands(t["against"][t["against"].metric == "clinical F1"], sorted(set(g.task)))
+    if not g.metric.str.startswith("METEOR").any(): body += "<p class='soft'>No METEOR: <code>report.meteor</code> is off, or Java was not found where this ran.</p>"
+    return body+examples(folder, set(counts.cohort[counts.data == "phantoms"]))
+
+def examples(folder, phantoms:set, n:int=3)->str: # a patient's report is not shown
+    "Reports of the study's arm, each abnormality marked as right, missed or invented"
+    from asap.core import chief
+    from asap.tasks.report import marked
+    arms = sorted(f.parent.name for f in folder.glob("*/predictions.parquet") if f.parent.name != "blind")
+    if not arms: return ""
+    d = pd.read_parquet(folder/chief(arms)/"predictions.parquet")
+    d = d[(d.arm == chief(arms)) & d.task.isin([f"report_{c}" for c in phantoms])]
+    d = d[d.task == "report_ct_rate"] if (d.task == "report_ct_rate").any() else d
+    return "".join(f"<details{' open' if i == 0 else ''}><summary>A phantom's report, written and true ({html.escape(r['case'])})</summary>{marked(r)}</details>" for i, r in enumerate(d.head(n).to_dict("records")))
+
 def predicted(t, figures)->str:
     "Tasks 14 and 15"
     if not len(g := _of(t, "prognosis_")): return _absent
@@ -403,7 +424,7 @@ def run(
     if ceiling_csv is not None: head.append((f"{ceiling_csv.cnn_auc.mean():.3f}", "macro AUC of a supervised CNN given all labels: what this data allows"))
     sections = [("summary", "In short", about(counts)+cards(head)), ("claims", "Claim by claim", claimed(t, figures)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, sample, len(status["scans"]))),
                 ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("classify", "What a probe finds", classified(t, figures, p.study.encoders)),
-                ("segment", "Outlines", segmented(t, folder/"segment")), ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
+                ("segment", "Outlines", segmented(t, folder/"segment")), ("report", "Reports", reported(t, folder/"report", counts)), ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
                 ("ceiling", "What this data allows", ceiling(ceiling_csv, ceiling_json)), ("grounding", "Where sentences point", grounding(folder/"grounding")), ("real", "Real CT", real(status, folder/"grounding")),
                 ("notebooks", "The executed notebooks", notebooks(folder/"notebooks", out, p))]
     body = Environment().from_string(TEMPLATE).render(title=p.page.title, style=STYLE, sections=[dict(id=i, title=t, body=b) for i, t, b in sections])

@@ -16,11 +16,11 @@ import pandas as pd
 
 from ..core import asked, write_csv, write_text
 from ..pretrain.pretrain import interval
-from ..tasks import classify, prognosis, retrieve, segment, vocabulary
+from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary
 from ..tasks.metrics import average, differences, drawn, draws, listed, minus, nothing, per_label, sure, wide
 
 # %% ../../nbs/8_study/80_tables.ipynb #820279d9
-FAMILIES = dict(classify=classify, segment=segment, prognosis=prognosis, vocabulary=vocabulary, zero_shot=vocabulary, retrieve=retrieve) # folder of predictions -> page
+FAMILIES = dict(classify=classify, segment=segment, prognosis=prognosis, report=report, vocabulary=vocabulary, zero_shot=vocabulary, retrieve=retrieve) # folder of predictions -> page
 HEADLINE = ("auc", "dice", "clinical F1", "presence accuracy", "R@10 image to report", "R@10 report to image")
 MEAN = "mean of tasks 1 to 6"
 OTHERS = ("unet", "histogram") # what stands beside the arms in the table of tasks

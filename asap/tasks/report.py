@@ -137,7 +137,7 @@ class Writer(torch.nn.Module):
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00018
 def _there(texts)->np.ndarray: # (n,18) bool
-    return labeller.table(list(texts)).to_numpy(bool)
+    return labeller.table(list(texts)).to_numpy(bool, copy=True)
 
 def _threshold(chance, there)->float: # (n,18) each
     "The one cut with the best micro F1"

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'OWN', 'MATRICES', 'train_pieces', 'ids', 'put', 'answered', 'fitting', 'batch', 'losses', 'lessons',
-           'Lessons', 'small', 'train_language', 'write', 'read_off', 'make', 'load', 'adapted']
+           'Lessons', 'small', 'train_language', 'write', 'read_off', 'make', 'load', 'mark', 'adapted']
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0003
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core import atomic, fingerprint, progress, read_json, reusable, rng, root, say, seed32, write_json
-from ..train import fit
+from ..core import fingerprint, rng, root, seed32, write_json
+from ..train import few_threads, fit
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0006
 def train_pieces(
@@ -82,9 +83,9 @@ def losses(
 WHOLE = "disorder" # the kind whose answer says what a scan shows
 
 def lessons(questions)->pd.DataFrame: # case, kind, question, answer, context
-    "Each question below the line that answers it; cases without such a line are left out"
+    "Each question below the line that says what there is, the one about all of it too; cases without such a line are left out"
     shown = questions[questions.kind == WHOLE].drop_duplicates("case").set_index("case").answer
-    rest = questions[(questions.kind != WHOLE) & questions.case.isin(shown.index)]
+    rest = questions[questions.case.isin(shown.index)]
     return rest.assign(context=rest.case.map(shown)).reset_index(drop=True)
 
 class Lessons:
@@ -120,8 +121,9 @@ def train_language(
     model = small(tokenizer, p)
     turned = [q for name, q in model.named_parameters() if q.ndim == 2 and "embed" not in name]
     held = torch.nn.ModuleList([model]) # what is handed to `fit` keeps its precision for good
-    fit(held, lambda m, b, step: (losses(m[0], b).mean(), {}), Lessons(train, tokenizer, seed), steps=p.steps, batch=p.batch, lr=p.lr, matrices=turned, matrix_lr=p.matrix_lr,
-        warmup=p.steps//20, weight_decay=0.01, seed=("language", seed), folder=folder, fp=fp, collate=lambda rows: batch(rows, tokenizer.pad_token_id), label="language")
+    with few_threads(model):
+        fit(held, lambda m, b, step: (losses(m[0], b).mean(), {}), Lessons(train, tokenizer, seed), steps=p.steps, batch=p.batch, lr=p.lr, matrices=turned, matrix_lr=p.matrix_lr,
+            warmup=p.steps//20, weight_decay=0.01, seed=("language", seed), folder=folder, fp=fp, collate=lambda rows: batch(rows, tokenizer.pad_token_id), label="language")
     return model.eval(), tokenizer
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0017
@@ -137,12 +139,10 @@ def write(
     beams:int=1,
     seen=None, # list of places -> (B,Q,E) embeddings that come before the text
     many:int=64, # rows at a time
-    label:str="answers", # on the bar
 )->list: # n strings
     "What the model says to each"
     order, out, where = sorted(range(len(before)), key=lambda i: (len(before[i]), i)), [""]*len(before), next(model.parameters()).device
-    for at in progress(range(0, len(order), many), label=label):
-        part = order[at:at+many]
+    for part in (order[i:i+many] for i in range(0, len(order), many)):
         x, mask = (v.to(where) for v in _beside([before[i] for i in part], tokenizer.pad_token_id))
         x = model.get_input_embeddings()(x)
         if seen is not None: x, mask = torch.cat([(s := seen(part).to(x)), x], 1), torch.cat([mask.new_ones(s.shape[:2]), mask], 1)
@@ -157,7 +157,7 @@ def read_off(model, tokenizer, table, most:int=6)->dict: # shares of presence qu
     if not len(t): return {}
     asked = put(tokenizer, t.question)
     lines = ids(tokenizer, t.context+"\n")
-    right = lambda before: round(float(np.mean([s == a for s, a in zip(write(model, tokenizer, before, most, label="reading"), t.answer)])), 4)
+    right = lambda before: round(float(np.mean([s == a for s, a in zip(write(model, tokenizer, before, most), t.answer)])), 4)
     return dict(with_the_line=right([c+q for c, q in zip(lines, asked)]), without=right(asked))
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0024
@@ -172,14 +172,17 @@ def make(
     folder=None, # where it can resume from
 )->dict: # its scores; only its name when it is not the study's own
     "Train the study's own language model, or note that another one is used"
+    from transformers.utils import logging
     if p.language != OWN:
         write_json(dict(language=p.language), Path(out)/"elsewhere.json")
         return dict(language=p.language)
+    if not len(questions): write_json(dict(language="none: nothing is asked"), Path(out)/"elsewhere.json"); return {}
     table = lessons(questions).assign(split=lambda t: t.case.map(split))
     train, val = (table[table.split == s] for s in ("train", "val"))
     if not len(train): raise ValueError(f"no case of the train split has an answer of kind `{WHOLE}` and another question: give `vqa.language` a model that exists")
     fp = fingerprint(small=p.small, seed=seed, lessons=seed32(*train[["context", "question", "answer"]].to_numpy().ravel()))
     model, tokenizer = train_language(train, p.small, seed, folder, fp)
+    logging.set_verbosity_error(); logging.disable_progress_bar()
     model.save_pretrained(out); tokenizer.save_pretrained(out)
     return dict(language=p.language, parameters=sum(q.numel() for q in model.parameters()), pieces=len(tokenizer), **read_off(model, tokenizer, val))
 
@@ -199,6 +202,12 @@ def load(
     if tokenizer.eos_token_id is None: raise ValueError(f"vqa.language {name}: its tokenizer has no end of text (eos_token), so no answer would ever end: set one in its tokenizer_config.json")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer
+
+def mark(model, tokenizer)->str:
+    "Hash of the weights and the pieces"
+    h = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for name, v in model.state_dict().items(): h.update(name.encode()); h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0028
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

@@ -23,11 +23,11 @@ def train_pieces(
     texts, # of the train split
     vocab:int, # pieces, at most; 258 are taken by bytes, the end and the padding
 ): # tokenizer
-    "Byte-pair encoding, digits apart; the same texts give the same pieces"
+    "Byte-pair encoding, numbers apart; the same texts give the same pieces"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]), decoders.ByteLevel()
+    t.pre_tokenizer, t.decoder = pre.Sequence([pre.Digits(individual_digits=False), pre.ByteLevel(add_prefix_space=False)]), decoders.ByteLevel()
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<pad>", "<end>"], initial_alphabet=sorted(pre.ByteLevel.alphabet()), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="<end>", clean_up_tokenization_spaces=False)
 

@@ -6,10 +6,10 @@
 __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Name', 'Task', 'ON_FEATURES', 'ON_TOKENS',
            'FAMILIES', 'Wording', 'root', 'family', 'asked', 'chief', 'Study', 'Phantom', 'Volumes', 'Reading',
            'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Stem', 'Model', 'Pretrain',
-           'Arm', 'Vocabulary', 'Retrieve', 'Outlined', 'Segment', 'Report', 'Vqa', 'Tables', 'Grounding', 'Page',
-           'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything', 'atomic', 'write_text',
-           'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'fingerprint',
-           'difference', 'reusable', 'say', 'progress', 'workers', 'each', 'Quarantine']
+           'Arm', 'Vocabulary', 'Retrieve', 'Outlined', 'Segment', 'Report', 'Small', 'Kinds', 'Vqa', 'Tables',
+           'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything',
+           'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash',
+           'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers', 'each', 'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys, time
@@ -280,9 +280,53 @@ class Report(_Section):
     ngram:Count # a run of so many word pieces is not written twice; 0: it may be
     meteor:bool # where Java is found
 
+class Small(_Section):
+    "The study's own language model, a Llama"
+    vocab:Annotated[int, Field(ge=300)] # pieces of words, at most
+    dim:Number
+    depth:Number
+    heads:Number
+    steps:Number
+    batch:Number
+    lr:Positive
+    matrix_lr:Positive # of Muon
+
+class Kinds(_Section):
+    "A number for each kind of question"
+    abnormality:Annotated[float, Field(ge=0)]
+    presence:Annotated[float, Field(ge=0)]
+    location:Annotated[float, Field(ge=0)]
+    size:Annotated[float, Field(ge=0)]
+    disorder:Annotated[float, Field(ge=0)]
+
 class Vqa(_Section):
     "Answers to questions, from frozen tokens"
-    arms:list[str] # of study.arms
+    arms:list[str] # of study.arms, or `blind`: the question alone
+    language:str # folder or Hugging Face id of a causal language model
+    small:Small # what build/language is
+    queries:Number # tokens that a scan becomes
+    depth:Count # of self-attention among them
+    heads:Number
+    hidden:Number # of the three layers into the language model's space
+    rank:Number # of LoRA
+    alpha:Positive
+    dropout:Annotated[float, Field(ge=0, lt=1)] # of LoRA
+    steps:Number
+    batch:Number # volumes
+    questions:Number # of each
+    lr:Positive
+    matrix_lr:Annotated[float, Field(gt=0)]|None # of Muon, for what lies between image and language; null: AdamW for all
+    weight_decay:Annotated[float, Field(ge=0)]
+    warmup:Count
+    share:Kinds # how often a kind is asked in training
+    weight:Kinds # of its loss
+    something:Positive # factor of that weight where an abnormality or disorder is named
+    nothing:Positive # where the answer is `no findings`
+    validate_every:Number # steps
+    patience:Number # looks at validation without a better one
+    max_length:Number # tokens of question and answer
+    most:Number # tokens of a generated answer
+    beams:Number
 
 class Tables(_Section):
     "Intervals"
@@ -313,7 +357,7 @@ class Params(_Section):
         if twice := {*self.study.arms} & {*self.study.encoders}: raise ValueError(f"`study.encoders` names `{min(twice)}`, which is an arm: give it another name")
         if odd := [c for c in asked(self.study.tasks) if c not in self.study.cohorts]: raise ValueError(f"`study.tasks` asks about `{odd[0]}`, which `study.cohorts` does not name: add it there, or take the task out")
         for section in ("segment", "report", "vqa"):
-            odd = [a for a in getattr(self, section).arms if a not in self.study.arms and (section, a) != ("segment", "unet")]
+            odd = [a for a in getattr(self, section).arms if a not in self.study.arms and (section, a) not in (("segment", "unet"), ("vqa", "blind"))]
             if odd: raise ValueError(f"`{section}.arms` names `{odd[0]}`, which `study.arms` does not: add it there, or take it out here")
         if "external_rspect" in self.study.tasks and "classify_inspect" not in self.study.tasks: raise ValueError("`study.tasks` names `external_rspect`, which asks the probe of `classify_inspect`: add that")
         lost = [c for c in self.pretrain.cohorts if c not in self.study.cohorts]

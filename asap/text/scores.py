@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .sentences import clean, split
 from .tokens import pad
+from ..train import few_threads
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0006
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]\w*(?:[-'’]\w+)*|\w+")
@@ -106,7 +107,7 @@ def _features(windows, encoder, batch:int=64)->dict: # window -> (L,C), rows of 
     for i in range(0, len(todo), batch):
         part = todo[i:i+batch]
         ids, of = (torch.as_tensor(pad([[a, *(w if a != -1 else [0]*len(w)), b] for w in part], v)) for a, b, v in ((t.cls_token_id, t.sep_token_id, t.pad_token_id), (-1, -1, -1)))
-        f = F.normalize(encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu(), dim=-1)
+        f = F.normalize(encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu(), dim=-1).numpy()
         out |= {w: row[1:1+len(w)] for w, row in zip(part, f)}
     return out
 
@@ -118,14 +119,15 @@ def bert(
     "BERTScore by a given encoder"
     _checked(said, true)
     cut = {text: _windows(text, encoder) for text in {*said, *true}}
-    f = _features([w for ws in cut.values() for w in ws], encoder)
-    whole = {text: torch.cat([f[w] for w in ws]) if ws else None for text, ws in cut.items()}
-    return np.array([_near(whole[s], whole[t]) for s, t in zip(said, true)], float).reshape(-1, 3)
+    with few_threads(encoder): f = _features([w for ws in cut.values() for w in ws], encoder)
+    whole = {text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in cut.items()}
+    found = {pair: _near(*(whole[text] for text in pair)) for pair in set(zip(said, true))}
+    return np.array([found[pair] for pair in zip(said, true)], float).reshape(-1, 3)
 
 def _near(a, b)->tuple: # (L,C), (M,C) -> precision, recall, F1
     if a is None: return 0., 0., 0.
     cosine = a@b.T
-    p, r = float(cosine.amax(1).mean()), float(cosine.amax(0).mean())
+    p, r = float(cosine.max(1).mean()), float(cosine.max(0).mean())
     return p, r, 2*p*r/(p+r) if p+r > 0 else 0.
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0033

@@ -6,8 +6,9 @@
 __all__ = ['STYLE', 'TEMPLATE', 'PHANTOM', 'BRIEF', 'REAL', 'VIEWER', 'CLAIMS', 'WHO', 'picture', 'table', 'cards', 'about',
            'cohort_rows', 'origin', 'ran', 'side', 'ceiling', 'said', 'claim', 'ranked', 'claimed', 'cost', 'span',
            'matrix', 'stands', 'lost_to', 'controls', 'tables_of', 'more', 'classified', 'largest', 'segmented',
-           'reported', 'examples', 'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding', 'dice_lines',
-           'arms_and_extent', 'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study', 'notebooks', 'run']
+           'reported', 'examples', 'answered', 'predicted', 'worded', 'retrieved', 'verdict', 'pointing', 'grounding',
+           'dice_lines', 'arms_and_extent', 'details', 'learnt', 'real', 'sentence_rows', 'inputs', 'of_study',
+           'notebooks', 'run']
 
 # %% ../../nbs/8_study/83_page.ipynb #21b34782
 import base64, html, platform, re
@@ -274,6 +275,14 @@ def examples(folder, phantoms:set, n:int=3)->str: # a patient's report is not sh
     d = d[d.task == "report_ct_rate"] if (d.task == "report_ct_rate").any() else d
     return "".join(f"<details{' open' if i == 0 else ''}><summary>A phantom's report, written and true ({html.escape(r['case'])})</summary>{marked(r)}</details>" for i, r in enumerate(d.head(n).to_dict("records")))
 
+def answered(t)->str: # `tables_of`
+    "Task 22"
+    if not len(g := _of(t, "vqa_")): return _absent
+    body = BRIEF+("<p>Questions of five kinds answered by a small language model that reads a scan's tokens. Beside the arms: the same model with the question alone (blind), each arm asked with a stranger's scan, and the answer that train has most often. "
+                  "Sizes in mm: error of every number in the answer. Intervals of 95 % by patient:</p>")
+    for kind, k in g.assign(kind=g.metric.str.rsplit(", ", n=1).str[-1]).groupby("kind", sort=False): body += f"<h3>{html.escape(kind)}</h3>"+table(matrix(k.assign(metric=k.metric.str.rsplit(", ", n=1).str[0]), "metric"))
+    return body+stands(t["against"][t["against"].metric == "accuracy, presence"], sorted(set(g.task)))
+
 def predicted(t, figures)->str:
     "Tasks 14 and 15"
     if not len(g := _of(t, "prognosis_")): return _absent
@@ -424,7 +433,7 @@ def run(
     if ceiling_csv is not None: head.append((f"{ceiling_csv.cnn_auc.mean():.3f}", "macro AUC of a supervised CNN given all labels: what this data allows"))
     sections = [("summary", "In short", about(counts)+cards(head)), ("claims", "Claim by claim", claimed(t, figures)), ("ran", "What ran", ran(p, folder, counts)), ("inputs", "What went in", inputs(figures, sample, len(status["scans"]))),
                 ("learnt", "What the model learnt", learnt(tables, figures, read_json(folder/"text/metrics.json"), p.pretrain.visible)), ("classify", "What a probe finds", classified(t, figures, p.study.encoders)),
-                ("segment", "Outlines", segmented(t, folder/"segment")), ("report", "Reports", reported(t, folder/"report", counts)), ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
+                ("segment", "Outlines", segmented(t, folder/"segment")), ("report", "Reports", reported(t, folder/"report", counts)), ("vqa", "Questions", answered(t)), ("prognosis", "What is to come", predicted(t, figures)), ("vocabulary", "Labels in words", worded(t)), ("retrieve", "Reports and volumes find each other", retrieved(t)),
                 ("ceiling", "What this data allows", ceiling(ceiling_csv, ceiling_json)), ("grounding", "Where sentences point", grounding(folder/"grounding")), ("real", "Real CT", real(status, folder/"grounding")),
                 ("notebooks", "The executed notebooks", notebooks(folder/"notebooks", out, p))]
     body = Environment().from_string(TEMPLATE).render(title=p.page.title, style=STYLE, sections=[dict(id=i, title=t, body=b) for i, t, b in sections])

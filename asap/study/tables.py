@@ -16,12 +16,12 @@ import pandas as pd
 
 from ..core import asked, write_csv, write_text
 from ..pretrain.pretrain import interval
-from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary
+from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
 from ..tasks.metrics import average, differences, drawn, draws, listed, minus, nothing, per_label, sure, wide
 
 # %% ../../nbs/8_study/80_tables.ipynb #820279d9
-FAMILIES = dict(classify=classify, segment=segment, prognosis=prognosis, report=report, vocabulary=vocabulary, zero_shot=vocabulary, retrieve=retrieve) # folder of predictions -> page
-HEADLINE = ("auc", "dice", "clinical F1", "presence accuracy", "R@10 image to report", "R@10 report to image")
+FAMILIES = dict(classify=classify, segment=segment, prognosis=prognosis, report=report, vocabulary=vocabulary, zero_shot=vocabulary, retrieve=retrieve, vqa=vqa) # folder of predictions -> page
+HEADLINE = ("auc", "dice", "clinical F1", "accuracy, presence", "R@10 image to report", "R@10 report to image")
 MEAN = "mean of tasks 1 to 6"
 OTHERS = ("unet", "histogram") # what stands beside the arms in the table of tasks
 
@@ -59,7 +59,7 @@ TASKS = { # the paper's 22, in its order -> the figure that each is told by
     "classify_ct_rate": "auc", "classify_stoic": "auc", "classify_rad_chest_ct": "auc", "classify_luna16": "auc", "classify_inspect": "auc", "classify_cc_ccii": "auc",
     "segment_luna16": "dice", "segment_msd_lung": "dice", "segment_covid_19_20": "dice", "segment_segthor": "dice", "segment_fumpe": "dice", "segment_btcv": "dice", "segment_acdc": "dice",
     "prognosis_inspect": "auc", "prognosis_stoic": "auc", "report_ctrg": "clinical F1", "report_ct_rate": "clinical F1", "vocabulary_own": "auc", "vocabulary_ct_rate": "auc",
-    "retrieve_own": "R@10 image to report", "retrieve_ct_rate": "R@10 image to report", "vqa_radgenome": "presence accuracy"}
+    "retrieve_own": "R@10 image to report", "retrieve_ct_rate": "R@10 image to report", "vqa_radgenome": "accuracy, presence"}
 
 def headline(found, task, arms)->tuple: # metric, share of the labels, arm -> value, (n,)
     "What a task is told by, at the largest share of the labels that was asked"

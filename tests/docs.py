@@ -48,6 +48,8 @@ def target(source:str, path:str)->str|None: # address in the site of what a page
 def linked(body:str, source:str, here:str)->str:
     def one(m):
         s = urlsplit(html.unescape(m[2]))
+        if s.fragment and not (s.scheme or s.netloc or s.path): # Jupyter names a heading as it is written, the site in small letters
+            return m[0] if f'id="{s.fragment}"' in body else f"{m[1]}#{s.fragment.lower()}{m[3]}"
         if s.scheme or s.netloc or not s.path: return m[0]
         to = target(source, unquote(s.path))
         if to is None: log.error(f"{source}: its link {m[2]} leads nowhere"); return m[0]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from ..core import read_json, write_json, write_text
+from ..core import chief, read_json, write_json, write_text
 from .tables import HEADLINE, MEAN
 
 # %% ../../nbs/8_study/83_page.ipynb #56ae2e89
@@ -266,7 +266,6 @@ def reported(t, folder, counts)->str: # `tables_of`, runs/report, `tables.cohort
 
 def examples(folder, phantoms:set, n:int=3)->str: # a patient's report is not shown
     "Reports of the study's arm, each abnormality marked as right, missed or invented"
-    from asap.core import chief
     from asap.tasks.report import marked
     arms = sorted(f.parent.name for f in folder.glob("*/predictions.parquet") if f.parent.name != "blind")
     if not arms: return ""

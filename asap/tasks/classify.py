@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core import progress, rng, say
 from ..data.cohort import fractions, label_columns
+from ..pretrain.embed import same_cases
 from .metrics import auc, calibration, called, drawn, draws, macro_auc, mean_of, nothing, sure, threshold, wide
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #8d55e8e5
@@ -101,7 +102,7 @@ COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "C", "t
 
 def aligned(arm, cohort, f, index, table)->np.ndarray: # (n,C)
     "Features, if they are of the table's cases row by row, and numbers"
-    if list(index.case) != list(table.case): raise ValueError(f"features of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`")
+    same_cases(index, table, arm, cohort)
     if (bad := ~np.isfinite(f).all(1)).any(): raise ValueError(f"features of arm `{arm}` of cohort {cohort} are NaN or infinite in {bad.sum()} cases, such as {index.case[bad].iloc[0]}: rerun `dvc repro embed@{arm}`")
     return f
 

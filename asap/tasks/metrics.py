@@ -34,7 +34,7 @@ def auc(
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #d6221f80
-TEXT = ("case", "scan", "patient", "label", "direction", "task", "arm") # columns of words
+TEXT = ("case", "scan", "patient", "label", "direction", "outline", "kind", "question", "answer", "given", "task", "arm") # columns of words
 
 def wide(
     predictions:pd.DataFrame, # case, patient, label, truth, score

@@ -7,7 +7,7 @@ __all__ = ['COHORTS', 'TRAINED', 'SIDELESS', 'QUESTIONS', 'COLUMNS', 'CODE', 'Qu
            'same_grid', 'native', 'hot', 'there_and_back', 'strides', 'fold', 'unfold', 'evened', 'Unetr', 'unet',
            'describe', 'build', 'encoder', 'Case', 'cases', 'augment', 'Samples', 'chances', 'dice', 'judge', 'lacking',
            'learn', 'save', 'load', 'folded', 'outline', 'scored', 'against', 'ask', 'frame', 'made_of', 'begun',
-           'trained', 'one', 'nothing', 'every', 'figures', 'ranked', 'panel', 'pictures', 'gallery']
+           'trained', 'one', 'every', 'figures', 'ranked', 'panel', 'pictures', 'gallery']
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00003
 import importlib, shutil
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..core import Quarantine, atomic, code_hash, each, file_hash, fingerprint, progress, read_json, reusable, say, seed32, seed_everything, write_json, write_text
+from ..core import Quarantine, atomic, code_hash, each, file_hash, fingerprint, progress, reusable, say, seed32, seed_everything
 from ..data.cohort import fractions
 from ..data.cohorts import acdc, btcv, covid_19_20, covid_ct_seg, fumpe, luna16, msd_lung, rider, segthor
 from ..data.crops import to_unit
@@ -30,7 +30,7 @@ from ..data.volumes import Source, Volume, grid, read, resample, standard, write
 from ..model.vit import Stem, ViT3D, patchify
 from ..pretrain import checkpoint
 from .classify import RUN
-from .metrics import draws, mean_of
+from .metrics import draws, mean_of, nothing
 from ..train import device, fit, keep_memory, precision
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00006
@@ -295,28 +295,19 @@ def learn(model, train, held, p:dict, row:dict, size, flip, seed, folder=None, f
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00034
 def save(model, config:dict, folder, fp=None):
     "Write a checkpoint folder"
-    from safetensors.torch import save_file
     where = "none: a plain U-Net" if config["encoder"] is None else f"arm `{config['arm']}`"
     text = (f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['train']} cases.\n"
             f"- Takes {'x'.join(map(str, config['size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu']}.\n"
             f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n")
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, tmp/"model.safetensors")
-        write_json(dict(config, names={str(k): v for k, v in config["names"].items()}), tmp/"config.json"); write_text(text, tmp/"card.md")
-        if fp is not None: write_json(fp, tmp/"fingerprint.json")
+    checkpoint.keep(model.state_dict(), dict(config, names={str(k): v for k, v in config["names"].items()}), text, folder, fp)
 
 def load(folder)->tuple: # model in eval mode, config
     "What `save` wrote, strictly"
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    for f in ("config.json", "model.safetensors"):
-        if not (folder/f).exists(): raise FileNotFoundError(f"{folder/f} is missing: a checkpoint is a folder with config.json and model.safetensors")
-    config = read_json(folder/"config.json")
+    config = checkpoint.described(folder, "train it again")
     config["names"] = {k: config["names"][str(k)] for k in sorted(map(int, config["names"]))} # JSON sorts 10 before 2
     model = build(config)
-    try: model.load_state_dict(load_file(folder/"model.safetensors"), strict=True)
-    except Exception as e: raise ValueError(f"{folder/'model.safetensors'} is broken or of another model ({str(e).splitlines()[0]}): train it again") from None
+    try: model.load_state_dict(checkpoint.tensors(folder, "train it again"), strict=True)
+    except RuntimeError as e: raise ValueError(f"{folder}: its weights are of another model ({str(e).splitlines()[0]}): train it again") from None
     return model.eval(), config
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00037
@@ -442,11 +433,6 @@ def one(arm, cohort, share, seed, tasks, tables:dict, p:dict, root, masks=None)-
     return found.assign(arm=arm, fraction=float(share), seed=int(seed), labelled=config["train"]), bad.rows
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00048
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    text = ("case", "patient", "outline", "label", "task", "arm")
-    return pd.DataFrame({c: pd.Series(dtype=str if c in text else float) for c in COLUMNS})
-
 def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarantine=None)->pd.DataFrame: # COLUMNS
     "One arm's predictions for all tasks whose data sets are there"
     s, todo = p["segment"], []
@@ -459,7 +445,7 @@ def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarant
     bad.save()
     for d in (masks, Path(root)/"build/segment"/arm): Path(d or root).mkdir(parents=True, exist_ok=True)
     found = [d for d, _ in done if len(d)]
-    return pd.concat(found, ignore_index=True)[COLUMNS] if found else nothing()
+    return pd.concat(found, ignore_index=True)[COLUMNS] if found else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00052
 def _mean(value, w)->tuple: # (n,), (draws,n) -> float, (draws,); of the cases that have one

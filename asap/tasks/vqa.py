@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'WORDY', 'MEASURES', 'BLIND', 'KEPT', 'COLUMNS', 'asked', 'tokens_of', 'normal', 'parts', 'millimetres',
            'usual_size', 'scored', 'Queries', 'Answerer', 'config', 'weigh', 'Asked', 'gather', 'surprise', 'learn',
-           'seen', 'together', 'answers', 'others', 'save', 'load', 'fill', 'card', 'majority', 'trained', 'nothing',
-           'run', 'every', 'figures']
+           'seen', 'together', 'answers', 'others', 'save', 'load', 'fill', 'card', 'majority', 'trained', 'run',
+           'every', 'figures']
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0003
 import re
@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import atomic, fingerprint, progress, read_json, reusable, rng, say, seed32, write_json, write_text
+from ..core import fingerprint, progress, read_json, reusable, rng, say, seed32
 from ..model.vit import Attention, Block, start
-from ..pretrain import embed
-from ..pretrain.embed import in_turn
-from .metrics import draws
+from ..pretrain import checkpoint, embed
+from ..pretrain.embed import in_turn, same_cases
+from .metrics import draws, nothing
 from .vocabulary import strangers
 from ..text import language, scores
 from ..text.language import adapted, answered, batch, fitting, losses, put, write
@@ -51,7 +51,7 @@ def tokens_of(
 )->np.ndarray: # (n,1+N,C), memory-mapped
     "An arm's tokens, if they are of the table's cases row by row"
     t, index = embed.load(folder, cohort)
-    if list(index.case) != list(table.case): raise ValueError(f"{Path(folder)/cohort}.npy holds tokens of other cases than cohort {cohort}: rerun `dvc repro embed@{Path(folder).name}`")
+    same_cases(index, table, Path(folder).name, cohort, "tokens")
     return t
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0011
@@ -272,13 +272,9 @@ def others(q, seed)->np.ndarray: # (n,) place of another patient's case
     return q.case.map(dict(zip(cases.case, cases.row.to_numpy()[strangers(cases, seed)]))).to_numpy()
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0031
-def save(m:Answerer, folder, card:str):
-    "model.safetensors, config.json, card.md: whole or not at all"
-    from safetensors.torch import save_file
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in m.state_dict().items()}, tmp/"model.safetensors")
-        write_json(m.config, tmp/"config.json"); write_text(card, tmp/"card.md")
+def save(m:Answerer, folder, card:str, fp=None):
+    "A checkpoint folder: what learnt, and nothing of the frozen model"
+    checkpoint.keep(m.state_dict(), m.config, card, folder, fp)
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0010
 def load(
@@ -286,17 +282,15 @@ def load(
     model=None, # its language model; found by its name in config.json when None
 )->Answerer: # in eval mode
     "A trained model, strictly"
-    for name in ("config.json", "model.safetensors"):
-        if not (Path(folder)/name).exists(): raise FileNotFoundError(f"{Path(folder)/name} is missing: run `dvc repro vqa`")
-    how = read_json(Path(folder)/"config.json")
+    how = checkpoint.described(folder, "run `dvc repro vqa`")
     return fill(Answerer(how, language.load(how["language"])[0] if model is None else model), folder).eval()
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0011
 def fill(m:Answerer, folder)->Answerer: # the same
     "Weights of a folder into a model"
-    from safetensors.torch import load_file
-    try: m.load_state_dict(load_file(Path(folder)/"model.safetensors"))
-    except Exception as e: raise ValueError(f"{folder}: its weights do not fit ({e}): it is broken, or was trained with another language model than `{m.config.get('language')}`") from None
+    state = checkpoint.tensors(folder, "run `dvc repro vqa`")
+    try: m.load_state_dict(state)
+    except (ValueError, RuntimeError) as e: raise ValueError(f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language')}`") from None
     return m
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0012
@@ -333,16 +327,12 @@ def trained(
         say(f"vqa, {arm}: trained before, from the same")
         return fill(m, done)
     learn(m, tokenizer, q, tokens, p, seed32("vqa", seed), folder, fp, f"vqa {arm}")
-    save(m, done, card(arm, q, p, seed)); write_json(fp, done/"fingerprint.json")
+    save(m, done, card(arm, q, p, seed), fp)
     return m
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0035
 KEPT = ["case", "patient", "kind", "question", "answer", "given"]
 COLUMNS = [*KEPT, *MEASURES, "task", "arm", "fraction", "seed"]
-
-def nothing()->pd.DataFrame: # no row
-    "Predictions where no cohort is there"
-    return pd.DataFrame({c: pd.Series(dtype=str if c in (*KEPT, "task", "arm") else float) for c in COLUMNS})
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0014
 def run(
@@ -383,7 +373,7 @@ def every(
         rows, m = run(c, arm, q, t, p, seed, lm, tokenizer, dim if t is None else t.shape[-1], Path(resume)/c, fp, encoder)
         save(m, Path(out)/"checkpoint"/c, card(arm, q, p, seed))
         found.append(rows)
-    return pd.concat(found, ignore_index=True) if found else nothing()
+    return pd.concat(found, ignore_index=True) if found else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0039
 def _of_kind(kind:str, g, w)->dict: # rows of one kind, (draws,n) -> metric -> (draws,)

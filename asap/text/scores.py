@@ -61,10 +61,9 @@ def bleu(
 def rouge(said, true)->np.ndarray: # (n,) 0..1
     "ROUGE-L of each case"
     from pycocoevalcap.rouge.rouge import Rouge
-    one, known = Rouge().calc_score, {}
-    for pair in zip(*_checked(said, true)):
-        if pair not in known: known[pair] = one([pair[0]], [pair[1]])
-    return np.array([known[pair] for pair in zip(*_checked(said, true))], float)
+    one, pairs = Rouge().calc_score, list(zip(*_checked(said, true)))
+    known = {pair: one([pair[0]], [pair[1]]) for pair in dict.fromkeys(pairs)}
+    return np.array([known[pair] for pair in pairs], float)
 
 def cider(said, true)->np.ndarray: # (n,) 0..10
     "CIDEr of each case, rarities from these references"
@@ -135,16 +134,11 @@ def scores(
     said, # n texts
     true, # their references
     encoder=None, # for BERTScore; left out when None
-    with_meteor:bool=False,
-)->tuple: # a row a case: what BLEU adds up, rouge, cider, and bert, meteor where there; reasons why one is not
+)->pd.DataFrame: # a row a case: what BLEU adds up, rouge, cider, and bert where there; `meteor` starts Java and is asked for all texts at once
     "Everything that the figures of a corpus need, case by case"
-    t, why = counts(said, true).assign(rouge=rouge(said, true), cider=cider(said, true)), []
+    t = counts(said, true).assign(rouge=rouge(said, true), cider=cider(said, true))
     if encoder is not None: t[["bert_precision", "bert_recall", "bert"]] = bert(said, true, encoder)
-    if with_meteor:
-        found, reason = meteor(said, true)
-        if found is None: why.append(reason)
-        else: t["meteor"] = found
-    return t, why
+    return t
 
 NAMES = dict(rouge="ROUGE-L", cider="CIDEr", meteor="METEOR", bert="BERTScore")
 

@@ -211,6 +211,7 @@ class Arm(_Section):
     prefix:bool
     global_:bool = Field(alias="global")
     faults:list[Literal["padding", "within_only", "all_words", "separate_bce", "all_voxels", "text_dropout"]] # of the released code, that it keeps
+    rate:Positive = 1. # factor of pretrain.lr and pretrain.matrix_lr
 
 # %% ../nbs/00_core.ipynb #dae3089b
 Wording = Annotated[str, Field(pattern=r"\{label\}")]

@@ -1,4 +1,4 @@
-"""Is one rate for every arm fair? Each arm at half, once and twice the study's rate, on development patients.
+"""Which rate is fair to an arm? Each at once and twice the study's rate, on development patients; the better one is its `rate` in params.yaml.
 
 Run it in a clone whose params.yaml names a development seed and whose `corpus` stage has run. Every arm gets the same
 steps at each rate; what is judged is a linear probe with all labels, on that seed's own test patients. Writes
@@ -25,17 +25,17 @@ def probe(model, table, p)->float: # macro AUC
     return mean_of([auc(g.truth, g.chance) for _, g in found.dropna(subset="truth").groupby("label")])
 
 def one(arm, factor, steps, p, table, text)->dict:
-    t = p.pretrain.model_copy(update=dict(steps=steps, warmup=min(p.pretrain.warmup, steps//10), lr=p.pretrain.lr*factor, matrix_lr=p.pretrain.matrix_lr*factor))
+    t = p.pretrain.model_copy(update=dict(steps=steps, warmup=min(p.pretrain.warmup, steps//10)))
     q = SimpleNamespace(study=p.study, volumes=p.volumes, model=p.model, anatomy=p.anatomy, pretrain=t)
     parts = table[table.split == "train"].reset_index(drop=True)
-    model = build(q, p.arms[arm].model_dump(by_alias=True), text, p.study.seed)
+    model = build(q, dict(p.arms[arm].model_dump(by_alias=True), rate=factor), text, p.study.seed)
     begin(model, Pairs(parts.head(16), q, text, p.study.seed, augment=False))
     log = train(model, Pairs(parts, q, text, p.study.seed), q, p.study.seed, label=f"{arm} x {factor:g}")
-    return dict(arm=arm, factor=factor, lr=t.lr, matrix_lr=t.matrix_lr, steps=steps, loss=round(float(log.loss.tail(5).mean()), 4), auc=round(float(probe(model, table, p)), 4), seed=p.study.seed, train=len(parts))
+    return dict(arm=arm, factor=factor, lr=t.lr*factor, matrix_lr=t.matrix_lr*factor, steps=steps, loss=round(float(log.loss.tail(5).mean()), 4), auc=round(float(probe(model, table, p)), 4), seed=p.study.seed, train=len(parts))
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--arms", nargs="+", default=["asap", "simcrop", "clip", "mae"]); a.add_argument("--factors", nargs="+", type=float, default=[1., 2., 0.5])
+    a.add_argument("--arms", nargs="+", default=["asap", "simcrop", "clip", "mae"]); a.add_argument("--factors", nargs="+", type=float, default=[1., 2.])
     a.add_argument("--steps", type=int, default=240); a.add_argument("--text", default="weights/text"); a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     a = a.parse_args()
     p, text = load_params(), encoder.load(a.text, load_params().text.max_length)

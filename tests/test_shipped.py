@@ -38,11 +38,11 @@ def test_an_arm_trained_from_nothing_is_taken_again(study, tmp_path):
     x = torch.zeros(1, 1, *P.volumes.size)
     assert torch.equal(load(study.kept).tokens(x), study.model.eval().vit.tokens(x))
 
-@pytest.mark.parametrize("what", ["row", "params", "data"])
+@pytest.mark.parametrize("what", ["row", "rate", "params", "data"])
 def test_an_edited_recipe_trains_anew(study, tmp_path, capfd, what):
-    change = dict(row=dict(row=dict(ROW, organs=0.)), params=dict(p=P.model_copy(update=dict(pretrain=P.pretrain.model_copy(update=dict(lr=0.0005))))), data=dict(corpus="2"))[what]
+    change = dict(row=dict(row=dict(ROW, organs=0.)), rate=dict(row=dict(ROW, rate=2.)), params=dict(p=P.model_copy(update=dict(pretrain=P.pretrain.model_copy(update=dict(lr=0.0005))))), data=dict(corpus="2"))[what]
     model, _, _, _, metrics = again(study, tmp_path, **change)
-    said, key = capfd.readouterr(), dict(row="arm", params="pretrain", data="inputs")[what]
+    said, key = capfd.readouterr(), dict(row="arm", rate="pretrain", params="pretrain", data="inputs")[what]
     assert metrics["weights"] == "trained" and "of another recipe" in said.out+said.err and key in said.out+said.err
     assert what == "data" or not same(model, study.model)
 

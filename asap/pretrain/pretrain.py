@@ -62,9 +62,9 @@ def train(
     text, t = data.text, p.pretrain
     text.to(device())
     text.sentences(sorted({s for r in data.sentences for s in r})) # once, in one order: a feature's last bits depend on its batch, and a resumed run must find the same
-    words, dropout = bool(model.arm["words"]), model.has("text_dropout")
+    words, dropout, factor = bool(model.arm["words"]), model.has("text_dropout"), model.arm.get("rate", 1)
     def loss(m, b, step): return m(read(b, text, words, dropout))
-    return fit(model, loss, data, steps=t.steps, batch=t.batch, accumulate=t.accumulate, workers=t.workers, lr=t.lr, matrices=model.matrices() if t.optimizer == "muon" else (), matrix_lr=t.matrix_lr, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip,
+    return fit(model, loss, data, steps=t.steps, batch=t.batch, accumulate=t.accumulate, workers=t.workers, lr=t.lr*factor, matrices=model.matrices() if t.optimizer == "muon" else (), matrix_lr=t.matrix_lr*factor, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip,
                precision_=t.precision, seed=("pretrain", seed), folder=folder, fp=fp, save_every=t.save_every, watch=watch, watch_every=t.watch_every,
                collate=lambda rows: collate(rows, text, t.word_mask), label=label)
 
@@ -210,8 +210,8 @@ PASSING = ("weights", "save_every", "workers", "watch_every", "watch_cases", "pr
 def recipe(arm, p, inputs, seed)->dict: # fingerprint
     "What weights depend on, the code apart"
     dump = {k: getattr(p, k).model_dump() for k in ("model", "pretrain", "volumes")}
-    dump["pretrain"] = {k: v for k, v in dump["pretrain"].items() if k not in PASSING}
-    return fingerprint(arm=arm, **dump, groups=p.anatomy.groups, inputs=inputs, seed=seed)
+    dump["pretrain"] = {k: v*arm.get("rate", 1) if k in ("lr", "matrix_lr") else v for k, v in dump["pretrain"].items() if k not in PASSING}
+    return fingerprint(arm={k: v for k, v in arm.items() if k != "rate"}, **dump, groups=p.anatomy.groups, inputs=inputs, seed=seed)
 
 def fits(
     folder, # shipped weights

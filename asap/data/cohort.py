@@ -6,17 +6,19 @@
 __all__ = ['COLUMNS', 'SPLITS', 'ACQUIRED', 'PHANTOMS', 'label_columns', 'check', 'carve', 'fractions', 'bare', 'read_lists',
            'leaks', 'listed', 'wording', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'across',
            'standardise', 'Made', 'Store', 'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save',
-           'load', 'take_out', 'save_acquired', 'acquired', 'count', 'read_raw', 'run', 'present', 'voxels', 'corpus']
+           'load', 'take_out', 'save_acquired', 'acquired', 'count', 'read_raw', 'run', 'present', 'voxels', 'corpus',
+           'digest']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #b9c91f70
 import hashlib, json, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, code_hash, difference, each, file_hash, fingerprint, read_json, rng, say, seed32, workers, write_csv, write_json, write_parquet
+from ..core import Quarantine, code_hash, difference, each, file_hash, fingerprint, progress, read_json, rng, say, seed32, workers, write_csv, write_json, write_parquet
 from .checks import check_mask, load as load_volume
 from .volumes import SUFFIXES, Source, open_nifti, standard, write
 
@@ -489,15 +491,23 @@ def voxels(
 def corpus(
     names, # cohorts to learn from
     root:Path, # the project's folder
-)->pd.DataFrame: # their tables in one, paths relative to the project; `cohort`, `phantoms`; `voxels`, `organs`: hashes
+)->pd.DataFrame: # their tables in one, paths relative to the project; `cohort`, `phantoms`; `voxels`, `organs`: hashes; `mean_hu`, `mean_organ`: of a volume and of its organ map's classes
     "One table of the cohorts that are there; `ValueError` where none is"
     have = present(names, root)
     if not have: raise ValueError(f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name one that is there in params.yaml")
     tables = []
     for n in have:
         t = pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet")
-        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=voxels(n, t.case, root), organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map]))
+        mean = lambda paths, of: [float(np.asanyarray(nib.load(root/f).dataobj).mean()) if f else np.nan for f in progress(paths, label=f"{n}, {of}")]
+        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=voxels(n, t.case, root), organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map],
+                               mean_hu=mean(t.image, "intensities"), mean_organ=mean(t.organ_map, "organs")))
     t = pd.concat(tables, ignore_index=True)
     if not (t.split == "train").any(): raise ValueError(f"no train case in {have}: pre-training needs some; name another cohort in pretrain.cohorts")
     for c in ("case", "scan", "patient"): t[c] = t.cohort+":"+t[c] if len(have) > 1 else t[c] # names of two hospitals may agree
     return t
+
+def digest(table)->dict: # of `corpus`: hash of what is no voxel; `mean_hu`, `mean_organ` of at most 32 equal parts
+    "What a corpus is, whatever processor has made it"
+    said = table.drop(columns=["voxels", "organs", "mean_hu", "mean_organ"]).to_csv(index=False)
+    parts = lambda c: [round(float(m.mean()), 6) for m in np.array_split(table[c].fillna(-1).to_numpy(), min(32, len(table)))]
+    return dict(corpus=hashlib.sha256(said.encode()).hexdigest()[:16], mean_hu=parts("mean_hu"), mean_organ=parts("mean_organ")) # -1: no map

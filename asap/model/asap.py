@@ -37,8 +37,10 @@ class Decoder(nn.Module):
         for b in self.blocks[:2]: x = b(x)
         shares = self.organs(x[:, 1:]) if organs else None
         if wanted is None: return shares, None
-        for b in self.blocks[2:]: x = b(x)
-        return shares, self.voxels(self.norm(take(x[:, 1:], wanted)))
+        wanted = wanted+1 # after the class token
+        for b in self.blocks[2:-1]: x = b(x)
+        x = self.blocks[-1](x, wanted=wanted) if len(self.blocks) > 2 else take(x, wanted) # the last block works for those that are asked alone
+        return shares, self.voxels(self.norm(x))
 
 # %% ../../nbs/5_model/54_asap.ipynb #c7e2d61c
 def voxel_loss(

@@ -89,8 +89,9 @@ class Block(nn.Module):
     def silence(self):
         "Start as the identity: a block adds nothing until it has learnt to"
         for last in (self.attend.out, self.mlp[2]): nn.init.zeros_(last.weight)
-    def forward(self, x, bias=None): # (B,N,C), added to the attention's scores
-        x = x+self.attend(self.norm1(x), bias=bias)
+    def forward(self, x, bias=None, wanted=None): # (B,N,C), added to the attention's scores, (B,W) tokens that are asked for -> (B,N,C) or (B,W,C)
+        seen = self.norm1(x)
+        x = x+self.attend(seen, bias=bias) if wanted is None else take(x, wanted)+self.attend(take(seen, wanted), seen, bias)
         return x+self.mlp(self.norm2(x))
 
 def start(m): # as in MAE

@@ -15,7 +15,7 @@ TOP, log = Path(__file__).resolve().parent.parent, logging.getLogger("mkdocs.hoo
 copied, written, pages = {}, {}, {} # place in the site -> file; place in the site -> text; source of a page -> its address
 KEPT = re.compile(r"(?s)(<(pre|code|script|style|svg)\b.*?</\2>)") # nothing in there is a formula
 MATH = re.compile(r"(?s)\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$<>\n]+?)(?<![\s\\])\$(?![\w$])")
-LINK = re.compile(r'(<a\b[^>]*?\bhref=")([^"]*)(")')
+LINK = re.compile(r'(<(?:a\b[^>]*?\bhref|img\b[^>]*?\bsrc)=")((?!data:)[^"]*)(")')
 WORKER = """// A page that is opened from disk may not start a worker, which the search is: it runs in a frame instead
 if (location.protocol === "file:") window.Worker = class extends EventTarget {
   constructor(url) {

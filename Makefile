@@ -53,7 +53,7 @@ lab: .venv/done  ## JupyterLab on nbs/
 docs: .venv/done  ## the notebooks as a site in _docs/
 	@NO_MKDOCS_2_WARNING=1 mkdocs build -q --strict && echo "The pages: $(CURDIR)/_docs/index.html"
 
-readme: .venv/done  ## README.md from nbs/index.ipynb
+readme: .venv/done  ## README.md and its picture from nbs/index.ipynb
 	@python tests/readme.py
 
 export: .venv/done  ## notebooks -> asap/, cleaned

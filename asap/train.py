@@ -132,7 +132,7 @@ def optimisers(
     rest = [q for q in model.parameters() if id(q) not in muon | apart]
     own = [dict(g, lr=slow_lr) for g in groups(slow, weight_decay) if g["params"]]
     out = [torch.optim.AdamW([*groups(rest, weight_decay), *own], lr=lr, betas=tuple(betas), fused=True)]
-    if square := [q for q in matrices if q.requires_grad]: out.append((torch.optim.Muon if precision() == "bf16" else Muon32)(square, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if learning := [q for q in matrices if q.requires_grad]: out.append((torch.optim.Muon if precision() == "bf16" else Muon32)(learning, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     for opt in out:
         for g in opt.param_groups: g["base"] = g["lr"]
     return out

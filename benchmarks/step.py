@@ -15,6 +15,7 @@ from asap.core import load_params, root, say
 from asap.model.asap import ASAP, config
 from asap.train import keep_memory, precision
 
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16) if precision() == "bf16" else dict(fp32=torch.float32) # the fast ones, the fastest last
 TOKENS, REAL, SENTENCES = 512, 312, 12 # of a report; `plain` reads one of 250 tokens and one of 312
 
 class Ours(torch.nn.Module):
@@ -86,7 +87,7 @@ def peak(which, dtype):
 
 def products(threads)->dict: # GFLOP/s of this machine's matrix products
     out = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))[:1+(precision() == "bf16")]:
+    for name, dtype in DTYPES.items():
         a, b = torch.randn(2745, 768).to(dtype), torch.randn(3072, 768).to(dtype)
         best = min(clock(lambda: F.linear(a, b)) for _ in range(20))
         out[name] = round(2*2745*768*3072/best/1e9)
@@ -105,31 +106,30 @@ def main():
     keep_memory() # as `fit` does; in one process the plain arm has it too
     if a.profile: return profile()
     arms = {"ours": ours(paper())[1], "released": released()[1]}
-    kinds = ("fp32", "bf16") if precision() == "bf16" else ("fp32",)
-    best = {(w, d): float("inf") for w in arms for d in kinds}
+    best = {(w, d): float("inf") for w in arms for d in DTYPES}
     for r in range(a.repeat+1): # the first turn warms up
         for (which, dtype) in best:
             t = clock(lambda: arms[which](dtype))
             if r: best[which, dtype] = min(best[which, dtype], t)
             say(f"turn {r}: {which} {dtype} {t:.2f} s")
-    fastest = {w: min(best[w, d] for d in kinds) for w in arms}
+    fastest = {w: min(best[w, d] for d in DTYPES) for w in arms}
     out = dict(seconds={f"{w} {d}": round(t, 3) for (w, d), t in best.items()}, ratio=round(fastest["ours"]/fastest["released"], 3),
                ratio_fp32=round(best["ours", "fp32"]/best["released", "fp32"], 3), products_gflops=products(a.threads), threads=a.threads)
     del arms
     if not a.no_memory:
-        out["memory_gb"] = {f"{w} {d}": round(memory(w, d), 2) for w in ("ours", "released") for d in kinds}
-        out["memory_ratio"] = {d: round(out["memory_gb"][f"ours {d}"]/out["memory_gb"][f"released {d}"], 3) for d in kinds}
+        out["memory_gb"] = {f"{w} {d}": round(memory(w, d), 2) for w in ("ours", "released") for d in DTYPES}
+        out["memory_ratio"] = {d: round(out["memory_gb"][f"ours {d}"]/out["memory_gb"][f"released {d}"], 3) for d in DTYPES}
     p = load_params(root()/"params.yaml")
     small = ours(p, 16, 1000, dict(hidden_size=p.text.dim, num_hidden_layers=p.text.depth, num_attention_heads=p.text.heads, intermediate_size=4*p.text.dim), tokens=160, real=140)[1]
-    out["built_in_batch_16"] = {d: round(min(clock(lambda: small(d)) for _ in range(8)), 3) for d in kinds}
+    out["built_in_batch_16"] = {d: round(min(clock(lambda: small(d)) for _ in range(8)), 3) for d in DTYPES}
     print(json.dumps(out, indent=1))
     if a.save: Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1)+"\n")
 
 def profile():
     from torch.profiler import profile as record, ProfilerActivity
-    run, kind = ours(paper())[1], "bf16" if precision() == "bf16" else "fp32"
-    run(kind)
-    with record(activities=[ProfilerActivity.CPU]) as r: run(kind)
+    run, fastest = ours(paper())[1], [*DTYPES][-1]
+    run(fastest)
+    with record(activities=[ProfilerActivity.CPU]) as r: run(fastest)
     print(r.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=44))
 
 if __name__ == "__main__": main()

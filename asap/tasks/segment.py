@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COHORTS', 'TRAINED', 'SIDELESS', 'QUESTIONS', 'COLUMNS', 'CODE', 'Question', 'questions', 'classes', 'owners',
-           'same_grid', 'native', 'hot', 'there_and_back', 'strides', 'fold', 'unfold', 'evened', 'Unetr', 'unet',
-           'describe', 'build', 'encoder', 'Case', 'cases', 'augment', 'Samples', 'chances', 'dice', 'judge', 'lacking',
-           'learn', 'save', 'load', 'folded', 'outline', 'scored', 'against', 'ask', 'frame', 'made_of', 'begun',
-           'trained', 'one', 'every', 'figures', 'ranked', 'panel', 'pictures', 'gallery']
+           'same_grid', 'native', 'hot', 'there_and_back', 'strides', 'fold', 'unfold', 'evened', 'slid', 'Unetr',
+           'unet', 'describe', 'build', 'encoder', 'Case', 'cases', 'augment', 'Samples', 'chances', 'dice', 'judge',
+           'lacking', 'learn', 'save', 'load', 'folded', 'outline', 'scored', 'against', 'ask', 'frame', 'made_of',
+           'begun', 'trained', 'one', 'every', 'figures', 'ranked', 'panel', 'pictures', 'gallery']
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00003
 import importlib, shutil
@@ -136,6 +136,19 @@ def evened(t)->torch.Tensor: # (B,N,C)
     t = t.float()
     return (t-t.mean(1, keepdim=True))*(t.var(1, keepdim=True)+1e-4).rsqrt()
 
+def slid(
+    stem:Stem,
+    x, # (B,1,H,W,D)
+    by, # voxels between two places; at most the template's
+)->torch.Tensor: # (B,H/p,W/q,D/r,templates)
+    "What a stem's templates say at every place of a volume, and not of a patch alone"
+    x = F.pad(x, [side for k, b in reversed([*zip(stem.kernel, by)]) for side in ((k-b)//2, (k-b+1)//2)], mode="replicate")[:, 0]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind)) # before each voxel is there many times
+    for axis, (k, b) in enumerate(zip(stem.kernel, by), 1): x = x.unfold(axis, k, b)
+    with torch.autocast(kind, enabled=False): w = stem.first.weight@stem.white
+    return F.gelu(F.linear(x.flatten(4), w, stem.first.bias-w@stem.mean))
+
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00017
 class Unetr(nn.Module):
     "An encoder, and a decoder that draws"
@@ -149,7 +162,9 @@ class Unetr(nn.Module):
         rise = lambda i: [UnetrPrUpBlock(in_channels=ins[j], out_channels=up[j], num_layer=0, stride=1, upsample_kernel_size=steps[j], **kw) for j in range(i+1)]
         self.skips = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps)-1))
         self.ups = nn.ModuleList(UnetrUpBlock(in_channels=ins[i], out_channels=up[i], upsample_kernel_size=s, res_block=True, **kw) for i, s in enumerate(steps))
-        self.image = UnetrBasicBlock(in_channels=prod(self.last), out_channels=up[-1], stride=1, res_block=True, **kw)
+        stem = vit.embed if isinstance(vit.embed, Stem) and all(k >= b for k, b in zip(vit.embed.kernel, self.last)) else None
+        self.templates = nn.Linear(stem.first.out_features, up[-1]) if stem else None
+        self.image = UnetrBasicBlock(in_channels=prod(self.last)+(up[-1] if stem else 0), out_channels=up[-1], stride=1, res_block=True, **kw)
         self.coarse, self.out = nn.Linear(vit.dim, n), nn.Conv3d(up[-1], n*prod(self.last), 3, padding=1)
         for layer in (self.coarse, self.out): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
     def hidden(self, x)->list: # (B,N,C) after each block that is taken
@@ -158,10 +173,17 @@ class Unetr(nn.Module):
             t = b(t)
             if i in self.taken: out += [evened(t[:, 1:])]*self.taken.count(i)
         return out
+    def fine(self, x)->torch.Tensor: # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
+        "Voxels, and what the templates of a stem say of them"
+        image = fold(x, self.last)
+        if self.templates is None: return image
+        with torch.no_grad(): seen = slid(self.vit.embed, x, self.last)
+        seen = evened(self.templates(seen.flatten(1, 3))).transpose(1, 2).unflatten(2, image.shape[2:])
+        return torch.cat([image, seen], 1)
     def forward(self, x)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
         tokens = self.hidden(x)
         laid = [t.transpose(1, 2).unflatten(2, self.vit.grid) for t in tokens]
-        y, image = laid[-1], self.image(fold(x, self.last))
+        y, image = laid[-1], self.image(self.fine(x))
         for i, up in enumerate(self.ups): y = up(y, self.skips[i](laid[len(laid)-2-i]) if i < len(self.skips) else image)
         coarse = self.coarse(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid).float()
         coarse = F.interpolate(coarse, y.shape[2:], mode="trilinear")

@@ -164,7 +164,8 @@ def claims(found, pointed:dict, chief, arms, level)->pd.DataFrame: # columns CLA
         d = sure(*v, level)
         rows.append(dict(claim=claim, about=about, arm=chief, against=other, difference=d["value"], lo=d["lo"], hi=d["hi"], tasks=n))
     for b in peers:
-        for about, w in ((MEAN, six(found, 1., chief, b)), ("mean of all tasks that both have", _asked_of_both(found, chief, b))):
+        both = _asked_of_both(found, chief, b)
+        for about, w in ((MEAN, six(found, 1., chief, b)), ("mean of tasks 7 to 13", [x for x in both if x[0].startswith("segment_")]), ("mean of all tasks that both have", both)):
             if w: put("tasks", about, b, _mean(found, w, chief, b), len(w))
         for f, v, n in _few(found, chief, b): put("labels", f"lead at {f:.0%} of the labels minus lead at all", b, v, n)
         if v := _lead_elsewhere(found, chief, b): put("shift", "lead elsewhere minus lead at home", b, *v)

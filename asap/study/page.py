@@ -122,7 +122,7 @@ def ceiling(csv, how)->str:
 # %% ../../nbs/8_study/83_page.ipynb #pageclm2
 CLAIMS = { # claim in `tables.claims` -> title, what is claimed, what to keep in mind
     "tasks": ("Better across tasks", "An encoder that is pre-trained this way does better than its peers across tasks.",
-              "Every arm has the same cases, steps and batch, and one rate, which was looked for on development patients with the chief arm alone: a peer might gain from its own. A mean over tasks hides which; the table below does not."),
+              "Every arm has the same cases, steps and batch. Its rate is the study's times `rate` of its row: for asap, simcrop, clip and mae the better of once and twice on development patients; variants of asap keep asap's. A mean over tasks hides which; the table below does not."),
     "labels": ("Most where labels are few", "The lead is widest where few labels are given.", "With 1 % of the labels the small cohorts hold a patient or none and are left out: the mean is of those that have enough."),
     "shift": ("Most under distribution shift", "The lead is wider on data of another hospital than at home.", "Shift here is what the phantom was told to change (spacing, noise, kernel, contrast, how common things are), which is less than hospitals differ by."),
     "components": ("Each component contributes", "Without organs, without an adaptive k, or without the fusion, the encoder is worse.", "One seed a row: an interval here is over patients, and not over trainings."),

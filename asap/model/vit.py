@@ -101,6 +101,19 @@ def start(m): # as in MAE
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../../nbs/5_model/50_vit.ipynb #4608a713
+class _Pool(torch.autograd.Function):
+    "Mean and maximum over the first axis; the largest, where several are, share its gradient as in `amax`"
+    @staticmethod
+    def forward(ctx, x): # (P,C,n) -> (2C,n)
+        most = x.amax(0)
+        ctx.save_for_backward(x, most)
+        return torch.cat([(x.new_full((1, len(x)), 1/len(x))@x.flatten(1)).view_as(most), most]) # a product: a mean in bf16 is first copied to fp32
+    @staticmethod
+    def backward(ctx, g):
+        (x, most), (mean, largest) = ctx.saved_tensors, g.chunk(2)
+        here = (x == most).to(x.dtype)
+        return torch.addcmul(mean/len(x), here, largest/here.sum(0))
+
 class Stem(nn.Module):
     "Small templates slid over each patch by itself; their mean and maximum make its token"
     def __init__(self,
@@ -114,23 +127,26 @@ class Stem(nn.Module):
         self.patch, self.kernel, self.stride = tuple(patch), tuple(kernel), tuple(stride)
         self.register_buffer("mean", torch.zeros(prod(kernel))); self.register_buffer("white", torch.eye(prod(kernel)))
         self.first, self.second, self.out = nn.Linear(prod(kernel), widths[0]), nn.Linear(*widths), nn.Linear(2*widths[1], dim)
-    def windows(self, patches)->torch.Tensor: # (B,N,voxels) -> (B,N,places,voxels of a template)
-        x = patches.unflatten(-1, self.patch)
-        for axis, (k, s) in enumerate(zip(self.kernel, self.stride), 2): x = x.unfold(axis, k, s)
-        return x.flatten(5).flatten(2, 4)
+        at = torch.arange(prod(patch)).view(self.patch)
+        for axis, (k, s) in enumerate(zip(kernel, stride)): at = at.unfold(axis, k, s)
+        self.register_buffer("at", at.flatten(3).flatten(0, 2), persistent=False) # (places, voxels of a template): which voxels of a patch
     @torch.no_grad()
     def fit(self, patches, ridge:float=0.01): # (B,N,voxels)
         "Decorrelate the windows of such patches; `ridge`, of the mean variance, keeps noise small"
-        x = self.windows(patches).flatten(0, 2).double()
+        x = patches[..., self.at].flatten(0, 2).double()
         value, vector = torch.linalg.eigh(torch.cov(x.T))
         self.mean.copy_(x.mean(0)); self.white.copy_(vector/(value+ridge*value.mean())**0.5@vector.T)
+    def templates(self)->tuple: # (templates, voxels of a template), (templates,)
+        "Weights and biases for windows as they are, not decorrelated"
+        with torch.autocast(self.white.device.type, enabled=False): w = self.first.weight@self.white
+        return w, self.first.bias-w@self.mean
     def forward(self, patches)->torch.Tensor: # (B,N,voxels) -> (B,N,C)
         kind = patches.device.type
-        if torch.is_autocast_enabled(kind): patches = patches.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False): w = self.first.weight@self.white
-        x = F.gelu(F.linear(self.windows(patches), w, self.first.bias-w@self.mean))
-        x = F.gelu(self.second(x))
-        return self.out(torch.cat([x.mean(2), x.amax(2)], -1))
+        if torch.is_autocast_enabled(kind): patches = patches.to(torch.get_autocast_dtype(kind)) # before each voxel is there many times
+        x = patches.flatten(0, 1).T.contiguous()[self.at] # (places, voxels of a template, B*N): whole rows are copied
+        for w, b in (self.templates(), (self.second.weight, self.second.bias)):
+            x = F.gelu(torch.baddbmm(b[:, None].to(x.dtype), w.to(x.dtype).expand(len(x), -1, -1), x))
+        return self.out(_Pool.apply(x).T).unflatten(0, patches.shape[:2])
 
 # %% ../../nbs/5_model/50_vit.ipynb #b8fa1349
 class ViT3D(nn.Module):

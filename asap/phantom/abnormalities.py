@@ -10,7 +10,7 @@ __all__ = ['ABNORMALITIES', 'SAME', 'ODDS', 'PAINTERS', 'ORDER', 'STEP', 'Findin
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 
 from ..core import rng
 from .body import LABELS, Body, aorta, ball, body, heart_at, heart_radii, texture, traits, tube
@@ -77,9 +77,11 @@ def _edge(d, width=0.3): # 1 inside (d < 1), 0 outside, soft
 def _where(b, r, lobes=None)->tuple: # body point, lobe
     "A random point inside a lobe, away from its border"
     lobe = r.choice(lobes or [k for k in LABELS if k.startswith("lung")])
-    inside = gaussian_filter((b.labels == LABELS[lobe]).astype(np.float32), 1.5)
+    mask = b.labels == LABELS[lobe]
+    box = tuple(slice(max(0, s.start-6), s.stop+6) for s in find_objects(mask.view(np.uint8))[0]) # the filter reaches 6 voxels
+    inside = gaussian_filter(mask[box].astype(np.float32), 1.5)
     ok = np.argwhere(inside > 0.8*inside.max())
-    i, j, k = ok[r.integers(len(ok))]
+    i, j, k = ok[r.integers(len(ok))]+[s.start for s in box]
     return (b.frame.x[i, j, 0], b.frame.y[i, j, 0], b.frame.z[0, 0, k]), str(lobe)
 
 def lobe_words(lobe)->tuple: # side, place
@@ -263,7 +265,7 @@ def _septa(b, r, sev): # a net of lines under the pleura
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #5136bf0d
 def _branches(b, r, lobes, n, length, lumen, wall, hu_wall): # airways that leave the hilum
-    inner, outer, places = np.full(b.hu.shape, 9, np.float32), np.full(b.hu.shape, 9, np.float32), []
+    near, places = np.full(b.hu.shape, np.inf, np.float32), [] # squared distance from the closest, in mm
     for _ in range(n):
         lobe = str(r.choice(lobes))
         side, place = lobe_words(lobe)
@@ -271,12 +273,12 @@ def _branches(b, r, lobes, n, length, lumen, wall, hu_wall): # airways that leav
         hilum = np.float32([40 if side == "right" else -44, -16, -4])
         d = np.float32(p)-hilum; far = np.linalg.norm(d); d /= far
         a = hilum+d*max(far-length/2, 4); c = a+d*length
-        inner, outer = np.minimum(inner, tube(b.frame, a, c, lumen)), np.minimum(outer, tube(b.frame, a, c, lumen+wall))
+        near = np.minimum(near, tube(b.frame, a, c, 1))
         places.append(place)
-    inside = b.lung
-    b.hu[(outer < 1) & inside] = hu_wall
-    b.hu[(inner < 1) & inside] = -985
-    return dict(side=_sides(places), place=_list(places), size_mm=2*(lumen+wall)*b.traits["scale"], count=n, mask=(outer < 1) & inside)
+    mask = (near < (lumen+wall)**2) & b.lung
+    b.hu[mask] = hu_wall
+    b.hu[(near < lumen**2) & b.lung] = -985
+    return dict(side=_sides(places), place=_list(places), size_mm=2*(lumen+wall)*b.traits["scale"], count=n, mask=mask)
 
 @_painter("Bronchiectasis")
 def _bronchiectasis(b, r, sev): # wide airways far out, in the lower lobes
@@ -286,16 +288,14 @@ def _bronchiectasis(b, r, sev): # wide airways far out, in the lower lobes
 
 @_painter("Peribronchial thickening")
 def _peribronchial(b, r, sev): # thick walls around the central airways
-    f, out = b.frame, np.full(b.hu.shape, 9, np.float32)
+    near = np.full(b.hu.shape, np.inf, np.float32) # squared distance from the closest axis, in mm
     ends = [(44, 12, 30), (-46, 12, 36), (50, -30, -38), (-52, -30, -34), (46, 22, -16), (-50, 24, -8)]
     for e in ends:
         start = np.float32([36 if e[0] > 0 else -40, -15, -2])
-        out = np.minimum(out, tube(f, start, np.float32(e)*1.25, 11+3*sev))
-    mask = (out < 1) & b.lung
+        near = np.minimum(near, tube(b.frame, start, np.float32(e)*1.25, 1))
+    mask = (near < (11+3*sev)**2) & b.lung
     b.hu[mask] = -60.
-    for e in ends:
-        start = np.float32([36 if e[0] > 0 else -40, -15, -2])
-        b.hu[(tube(f, start, np.float32(e)*1.25, 4.5) < 1) & b.lung] = -950
+    b.hu[(near < 4.5**2) & b.lung] = -950
     return dict(side="both sides", place="central airways of both lungs", size_mm=2*(11+3*sev)*b.traits["scale"], mask=mask)
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #0c415381

@@ -140,14 +140,11 @@ def slid(
     stem:Stem,
     x, # (B,1,H,W,D)
     by, # voxels between two places; at most the template's
-)->torch.Tensor: # (B,H/p,W/q,D/r,templates)
+)->torch.Tensor: # (B,templates,H/p,W/q,D/r)
     "What a stem's templates say at every place of a volume, and not of a patch alone"
-    x = F.pad(x, [side for k, b in reversed([*zip(stem.kernel, by)]) for side in ((k-b)//2, (k-b+1)//2)], mode="replicate")[:, 0]
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind)) # before each voxel is there many times
-    for axis, (k, b) in enumerate(zip(stem.kernel, by), 1): x = x.unfold(axis, k, b)
-    with torch.autocast(kind, enabled=False): w = stem.first.weight@stem.white
-    return F.gelu(F.linear(x.flatten(4), w, stem.first.bias-w@stem.mean))
+    x = F.pad(x, [side for k, b in reversed([*zip(stem.kernel, by)]) for side in ((k-b)//2, (k-b+1)//2)], mode="replicate")
+    w, b = stem.templates()
+    return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel), b, by))
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00017
 class Unetr(nn.Module):
@@ -178,7 +175,7 @@ class Unetr(nn.Module):
         image = fold(x, self.last)
         if self.templates is None: return image
         with torch.no_grad(): seen = slid(self.vit.embed, x, self.last)
-        seen = evened(self.templates(seen.flatten(1, 3))).transpose(1, 2).unflatten(2, image.shape[2:])
+        seen = evened(self.templates(seen.flatten(2).transpose(1, 2))).transpose(1, 2).unflatten(2, image.shape[2:])
         return torch.cat([image, seen], 1)
     def forward(self, x)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
         tokens = self.hidden(x)

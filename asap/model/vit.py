@@ -101,18 +101,22 @@ def start(m): # as in MAE
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../../nbs/5_model/50_vit.ipynb #4608a713
+def _total(x)->torch.Tensor: # (P,C,n) -> (C,n)
+    "Sum as a product: bf16 is not copied to fp32 for it"
+    return (x.new_ones(1, len(x))@x.flatten(1)).view(x.shape[1:])
+
 class _Pool(torch.autograd.Function):
     "Mean and maximum over the first axis; the largest, where several are, share its gradient as in `amax`"
     @staticmethod
     def forward(ctx, x): # (P,C,n) -> (2C,n)
         most = x.amax(0)
         ctx.save_for_backward(x, most)
-        return torch.cat([(x.new_full((1, len(x)), 1/len(x))@x.flatten(1)).view_as(most), most]) # a product: a mean in bf16 is first copied to fp32
+        return torch.cat([_total(x)/len(x), most])
     @staticmethod
     def backward(ctx, g):
         (x, most), (mean, largest) = ctx.saved_tensors, g.chunk(2)
-        here = (x == most).to(x.dtype)
-        return torch.addcmul(mean/len(x), here, largest/here.sum(0))
+        here = torch.eq(x, most, out=torch.empty_like(x)) # a truth value for each would have to be copied to the type of x
+        return torch.addcmul(mean/len(x), here, largest/_total(here))
 
 class Stem(nn.Module):
     "Small templates slid over each patch by itself; their mean and maximum make its token"

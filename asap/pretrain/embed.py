@@ -65,12 +65,16 @@ def in_turn(
 ): # yields in the order of the batches
     "One batch a core: on a CPU several small batches at a time are done sooner than one that all cores share"
     if threads == 1: yield from map(one, batches); return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = deque()
-        for x in batches:
-            waiting.append(pool.submit(one, x))
-            if len(waiting) > threads: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
+    n = torch.get_num_threads()
+    torch.set_num_threads(1) # here too: what waits for work between small sums takes a core from the others
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting = deque()
+            for x in batches:
+                waiting.append(pool.submit(one, x))
+                if len(waiting) > threads: yield waiting.popleft().result()
+            while waiting: yield waiting.popleft().result()
+    finally: torch.set_num_threads(n)
 
 def blocks(
     encoder, # as `tokens`

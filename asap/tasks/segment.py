@@ -160,7 +160,7 @@ class Unetr(nn.Module):
         self.skips = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps)-1))
         self.ups = nn.ModuleList(UnetrUpBlock(in_channels=ins[i], out_channels=up[i], upsample_kernel_size=s, res_block=True, **kw) for i, s in enumerate(steps))
         stem = vit.embed if isinstance(vit.embed, Stem) and all(k >= b for k, b in zip(vit.embed.kernel, self.last)) else None
-        self.templates = nn.Linear(stem.first.out_features, up[-1]) if stem else None
+        self.templates = nn.Conv3d(stem.first.out_features, up[-1], 1, bias=False) if stem else None
         self.image = UnetrBasicBlock(in_channels=prod(self.last)+(up[-1] if stem else 0), out_channels=up[-1], stride=1, res_block=True, **kw)
         self.coarse, self.out = nn.Linear(vit.dim, n), nn.Conv3d(up[-1], n*prod(self.last), 3, padding=1)
         for layer in (self.coarse, self.out): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
@@ -175,8 +175,7 @@ class Unetr(nn.Module):
         image = fold(x, self.last)
         if self.templates is None: return image
         with torch.no_grad(): seen = slid(self.vit.embed, x, self.last)
-        seen = evened(self.templates(seen.flatten(2).transpose(1, 2))).transpose(1, 2).unflatten(2, image.shape[2:])
-        return torch.cat([image, seen], 1)
+        return torch.cat([image, F.instance_norm(self.templates(seen), eps=1e-4)], 1)
     def forward(self, x)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
         tokens = self.hidden(x)
         laid = [t.transpose(1, 2).unflatten(2, self.vit.grid) for t in tokens]

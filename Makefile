@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 # A kill can leave DVC's lock file half-written, and DVC then refuses to start
-REPRO = { python -m json.tool .dvc/tmp/rwlock >/dev/null 2>&1 || rm -f .dvc/tmp/rwlock; } && dvc repro
+REPRO = { python -m json.tool .dvc/tmp/rwlock >/dev/null 2>&1 || rm -f .dvc/tmp/rwlock; } && python -m asap.cli study
 
 .PHONY: help study quick test lab docs readme export weights ceiling hooks clean
 .DEFAULT_GOAL := help

@@ -621,10 +621,15 @@ def each(
     jobs:int=1, # processes
     label:str="", # what is being done, on the bar
     soon:float=3, # seconds of work for which no process is started; 0 where one call takes longer
+    cost=None, # of each call, in any unit: the dearest begins first, so that no process has to wait for it at the end
 )->list: # results, in the order of `todo`
     "Call `one` for each of `todo`, with a bar; in several processes where it takes longer than these take to start"
     import joblib
     todo, out, end = list(todo), [], time.monotonic()+soon
+    if cost:
+        order = sorted(range(len(todo)), key=lambda i: -cost[i])
+        found = dict(zip(order, each(one, [todo[i] for i in order], jobs, label, soon)))
+        return [found[i] for i in range(len(todo))]
     with progress(total=len(todo), label=label) as bar:
         while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end): out.append(one(*todo[len(out)])); bar.update()
         if len(out) == len(todo): return out

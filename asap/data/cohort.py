@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'ACQUIRED', 'PHANTOMS', 'label_columns', 'check', 'carve', 'fractions', 'bare', 'read_lists',
-           'leaks', 'listed', 'wording', 'duplicates', 'there', 'place', 'sketch', 'check_organs', 'across',
-           'standardise', 'Made', 'Store', 'put_aside', 'take_back', 'make_one', 'prepare', 'path_columns', 'save',
-           'load', 'take_out', 'save_acquired', 'acquired', 'count', 'read_raw', 'run', 'present', 'voxels', 'corpus',
-           'digest']
+           'leaks', 'listed', 'wording', 'duplicates', 'there', 'place', 'contents', 'inventory', 'sketch',
+           'check_organs', 'across', 'standardise', 'Made', 'Store', 'put_aside', 'take_back', 'make_one', 'prepare',
+           'path_columns', 'save', 'load', 'take_out', 'save_acquired', 'acquired', 'count', 'read_raw', 'run',
+           'present', 'voxels', 'corpus', 'digest']
 
 # %% ../../nbs/2_data/22_cohort.ipynb #b9c91f70
 import hashlib, json, re, shutil
@@ -198,6 +198,20 @@ def place(
     far = Path(note.read_text(encoding="utf8").strip()).expanduser()
     if not far.is_absolute() or not far.is_dir(): raise FileNotFoundError(f"{note} names `{far}`, which is no folder: expected one line with an absolute path; is the disk mounted?")
     return far
+
+# %% ../../nbs/2_data/22_cohort.ipynb #inv00002
+def contents(path)->str:
+    "Hash of a file's bytes, or of all names and bytes in a folder"
+    path = Path(path)
+    if path.is_file(): return file_hash(path)
+    files = sorted(f for f in path.rglob("*") if f.is_file())
+    return hashlib.sha256(repr([(f.relative_to(path).as_posix(), file_hash(f)) for f in files]).encode()).hexdigest()[:16]
+
+def inventory(
+    data, # folder of the data sets
+)->dict: # name -> hash
+    "What lies in `data/`; what a .path points to is not followed"
+    return {f.name: contents(f) for f in progress(sorted(Path(data).glob("[!.]*")), label="inventory")}
 
 # %% ../../nbs/2_data/22_cohort.ipynb #05b184bc
 def _ends(f)->bytes: # the first and last 4 KiB

@@ -26,7 +26,7 @@ from ..text.tokens import pad
 from .classify import normalise
 from .metrics import draws, nothing
 from .vocabulary import Rows
-from ..train import device, fit
+from ..train import device, few_threads, fit
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00007
 SUMMARIES = 3 # class token, mean, largest
@@ -177,8 +177,9 @@ def learn(
         return words+p.label_weight*labels, dict(words=words.detach(), labels=labels.detach())
     def score(m): return dict(score=-sum(float(loss(m, [t.to(m.mean.device) for t in batch(val[i:i+p.batch])], 0)[0])*len(val[i:i+p.batch]) for i in range(0, len(val), p.batch))/len(val))
     steps = min(p.steps, max(10, p.epochs*len(train)//p.batch))
-    fit(model, loss, Rows(len(train)), steps=steps, batch=min(p.batch, len(train)), lr=p.lr, warmup=steps//10, weight_decay=p.weight_decay, betas=(0.9, 0.98), seed=seed, folder=folder, fp=fp, save_every=100,
-        collate=lambda k: batch(train[list(k)]), validate=score if len(val) else None, validate_every=max(1, steps//6), label=task)
+    with few_threads(model):
+        fit(model, loss, Rows(len(train)), steps=steps, batch=min(p.batch, len(train)), lr=p.lr, warmup=steps//10, weight_decay=p.weight_decay, betas=(0.9, 0.98), seed=seed, folder=folder, fp=fp, save_every=100,
+            collate=lambda k: batch(train[list(k)]), validate=score if len(val) else None, validate_every=max(1, steps//6), label=task)
     model = model.to(device()).eval()
     if p.prompts and len(val): model.cut.fill_(_threshold(model.chances(x[val].to(device())).cpu().numpy(), there[val].numpy()))
     return model
@@ -186,8 +187,9 @@ def learn(
 def write(model:Writer, x, tokenizer, p, batch:int=32)->list: # of texts
     "A report for each scan"
     out = []
-    for i in progress(range(0, len(x), batch), label="reports"):
-        out += [tidy(tokenizer.decode(r, skip_special_tokens=True)) for r in model.write(torch.as_tensor(x[i:i+batch]).to(device()), p.beams, p.ngram)]
+    with few_threads(model):
+        for i in progress(range(0, len(x), batch), label="reports"):
+            out += [tidy(tokenizer.decode(r, skip_special_tokens=True)) for r in model.write(torch.as_tensor(x[i:i+batch]).to(device()), p.beams, p.ngram)]
     return out
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00021

@@ -457,7 +457,7 @@ def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarant
     for c in (c for c in TRAINED if c in tables and questions(tasks, c)):
         some = [(f, d) for f in sorted(s["fractions"]) if f < 1 for d in s["seeds"]]+[(1., d) for d in s["seeds"][:1] if 1. in s["fractions"]] if s["rows"][c]["few"] else [(1., d) for d in s["seeds"][:1]]
         todo += [(arm, c, f, d, tasks, tables, p, root, masks if (f, d) == some[-1] else None) for f, d in some]
-    done = each(one, todo, jobs, f"segment {arm}", soon=0)
+    done = each(one, todo, jobs, f"segment {arm}", soon=0, cost=[s["rows"][c]["steps"]*s["rows"][c]["batch"]*prod(frame(c, p)[2]) for _, c, *_ in todo])
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows): bad.add(case, reason)
     bad.save()

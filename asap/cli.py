@@ -386,17 +386,15 @@ def _parser()->argparse.ArgumentParser:
     c.add_argument("-o", "--out", required=True, metavar="FOLDER"); c.add_argument("--sentence", required=True, action="append", metavar="TEXT", help="what to look for; may be given several times"); _which(c, text=True); _declare(c)
     c = _command(sub, "stage", lambda a: stage(a.name, _given(a.given)) and 0, "run one stage of the study, as DVC does", "asap stage pretrain@asap arm=asap")
     c.add_argument("name", help="stage in dvc.yaml, such as prepare@ct_rate"); c.add_argument("given", nargs="*", help="key=value for the notebook's parameters")
-    c = _command(sub, "study", _study, "bring the study up to date, several stages at a time", "asap study --jobs 2")
-    c.add_argument("--jobs", type=int, default=None, metavar="N", help="stages at a time (default: study.jobs of params.yaml; 1 on a GPU)")
+    c = _command(sub, "study", _study, "bring the study up to date, several stages at a time", "asap study --stages 2")
+    c.add_argument("--stages", type=int, default=None, metavar="N", help="at a time (default: study.stages of params.yaml)")
     c = _command(sub, "params", _params, "check a file of params and say what is wrong with it", "asap params params/paper.yaml")
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
     return p
 
 def _study(a)->int:
     from asap.study.run import study
-    from asap.train import device
-    jobs = a.jobs or (load_params().study.jobs if device().type == "cpu" else 1)
-    return study(root(), jobs)
+    return study(root(), a.stages or load_params().study.stages)
 
 def _params(a)->int:
     load_params(a.file)

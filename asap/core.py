@@ -77,6 +77,7 @@ class Study(_Section):
     arms:list[str]
     encoders:dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str] # {name: module:function}, beside the arms in every task on features
     jobs:Number # processes that prepare data
+    stages:Number # that `asap study` runs at a time
     backend:Literal["loky", "dask"] # this machine's processes, or a cluster
 
 class Phantom(_Section):
@@ -440,9 +441,23 @@ class Declared:
     def __repr__(self): return f"Declared({self._tree})"
     def model_dump(self)->dict: return self._tree
 
-def _same_part(whole:dict, part:dict)->dict: # the validated values at the keys that `part` names
-    return {k: _same_part(whole[k], v) if isinstance(v, dict) and isinstance(whole[k], dict) else whole[k]
-            for k, v in part.items()}
+def _declared(stage:str)->list: # keys, such as "arms.asap"
+    "What dvc.yaml declares for a stage; DVC itself would read its lock file too, which another stage may be writing"
+    group, _, item = stage.partition("@")
+    stages = yaml.safe_load((root()/"dvc.yaml").read_text(encoding="utf8"))["stages"]
+    if group not in stages: raise ValueError(f"no stage `{group}` in dvc.yaml: it has {', '.join(stages)}")
+    body = stages[group].get("do", stages[group])
+    return [k.replace("${item}", item).replace("${key}", item) for k in body.get("params", [])]
+
+def _part(whole:dict, keys, stage:str)->dict: # the values at these keys
+    out = {}
+    for key in keys:
+        *above, last = key.split(".")
+        a, b = whole, out
+        for k in above: a, b = a.get(k) or {}, b.setdefault(k, {})
+        if last not in a: raise ValueError(f"params.yaml has no `{key}`, which dvc.yaml declares for stage {stage}")
+        b[last] = a[last]
+    return out
 
 def params(
     stage:str|None=None, # name in dvc.yaml, such as `pretrain@asap`; None for everything
@@ -450,9 +465,7 @@ def params(
     "The study's params, checked; inside a stage only those that the stage declares"
     whole = load_params()
     if stage is None: return whole
-    import dvc.api
-    with contextlib.chdir(root()): part = dvc.api.params_show(stages=stage, deps=True)
-    return Declared(_same_part(whole.model_dump(by_alias=True), part), stage)
+    return Declared(_part(whole.model_dump(by_alias=True), _declared(stage), stage), stage)
 
 # %% ../nbs/00_core.ipynb #dc931abc
 def _python(k): # NumPy numbers as Python's, so that 3 is 3

@@ -8,6 +8,8 @@ from conftest import TOP
 pytestmark = pytest.mark.study
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "ASAP_ROOT": ""}
 
+STUDY = (sys.executable, "-m", "asap.cli", "study") # as `make study` does
+
 def run(*args, cwd, check=True)->str:
     "Output of a command, both streams"
     done = subprocess.run(args, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -56,7 +58,7 @@ def clone(tmp_path_factory):
     "A clone at smoke scale in which the whole study has run once"
     to = tmp_path_factory.mktemp("smoke")/"asap"
     run("bash", "tests/smoke.sh", str(to), cwd=TOP)
-    (to/"first.log").write_text(run("dvc", "repro", cwd=to))
+    run(*STUDY, cwd=to)
     return to
 
 def test_the_study_runs(clone):
@@ -205,3 +207,10 @@ def test_a_kill_while_preparing_leaves_nothing_half(clone):
     run("dvc", "repro", cwd=clone)
     assert {f.name: digest(f) for f in volumes.glob("[!.]*.nii")} == before
     assert (clone/"runs/classify/metrics.json").read_text() == metrics
+
+def test_a_killed_study_goes_on(clone):
+    with edited(clone, tables__bootstrap=70):
+        kill_when(clone, lambda: {"tables", "grounding"} <= ran((clone/"killed.log").read_text()), *STUDY)
+        text = run(*STUDY, cwd=clone)
+        assert "tables done" in text and "page done" in text and not ran(run("dvc", "repro", cwd=clone))
+    run(*STUDY, cwd=clone)

@@ -67,7 +67,7 @@ def stage(
         papermill.execute_notebook(source, target, dict(given or {}, stage=name), kernel_name="python3",
                                    progress_bar=False, cwd=root())
     minutes, peak = (time.monotonic()-start)/60, _peak()
-    write_json(dict(stage=name, minutes=round(minutes, 2), **({"peak_gb": round(peak, 2)} if peak else {})), root()/"runs/minutes"/f"{name.replace('@', '-')}.json")
+    write_json(dict(stage=name, minutes=round(minutes, 2), at_a_time=int(os.environ.get("ASAP_STAGES", 1)), **({"peak_gb": round(peak, 2)} if peak else {})), root()/"runs/minutes"/f"{name.replace('@', '-')}.json")
     say(f"{name}: {minutes:.1f} min"+(f", {peak:.1f} GB at most in one process" if peak else ""))
     return target
 

@@ -180,11 +180,11 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     for name, to in (("stoic", other/"stoic"), ("ct_rate", far)): run(sys.executable, "-c", draw, name, str(to), cwd=clone)
     (other/"ct_rate.path").write_text(f"{far}\n")
     for f in (far, *far.rglob("*")): f.chmod(0o555 if f.is_dir() else 0o444)
-    run("dvc", "repro", cwd=clone)
+    run(*STUDY, cwd=clone)
     kept = [clone/"runs"/f for f in ("pretrain/asap/checkpoint/model.safetensors", "classify/metrics.json", "tables/cohorts.csv", "figures/labels.csv")]
     before, volumes, lock, there = [digest(f) for f in kept], listing(clone/"build/volumes"), [(clone/f).read_text() for f in ("data.dvc", "dvc.lock")], listing(far)
     (clone/"data.dvc").write_text(lock[0].replace("path: build/synthetic", f"path: {other}"))
-    text = run("dvc", "repro", cwd=clone)
+    text = run(*STUDY, cwd=clone)
     assert "acdc: left out, because data/ has neither acdc/ nor acdc.path" in text and listing(far) == there
     page = (clone/"runs/study/index.html").read_text()
     assert "about data that was put in data/</b>: ct_rate, stoic" in page and "Left out, because not in <code>data/</code></b>: inspect, rspect, acdc, radgenome, own" in page
@@ -193,7 +193,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     tables = json.loads((clone/"build/cohorts/ct_rate/status.json").read_text())
     assert tables["there"] and not tables["phantoms"] and tables["patients"] == 22
     for f, s in zip(("data.dvc", "dvc.lock"), lock): (clone/f).write_text(s)
-    text = run("dvc", "repro", cwd=clone)
+    text = run(*STUDY, cwd=clone)
     assert not ran(text) & {"synthesize", "real", "text", "pretrain@asap", "pretrain@scratch", "embed@asap", "embed@scratch"}, text[-3000:]
     assert [digest(f) for f in kept] == before and listing(clone/"build/volumes") == volumes
 
@@ -213,4 +213,3 @@ def test_a_killed_study_goes_on(clone):
         kill_when(clone, lambda: {"tables", "grounding"} <= ran((clone/"killed.log").read_text()), *STUDY)
         text = run(*STUDY, cwd=clone)
         assert "tables done" in text and "page done" in text and not ran(run("dvc", "repro", cwd=clone))
-    run(*STUDY, cwd=clone)

@@ -36,11 +36,13 @@ CHATTER = ("To track the changes with git", "git add ", "To enable auto staging"
 def one(
     name:str, # of the stage
     folder, # of the project
-    threads:int, # that sums may be shared by
+    stages:int=1, # that run at a time: they share the cores
 )->int: # exit code
     "Have DVC run a stage, if it is out of date; each line that it writes begins with its name"
+    import joblib
+    threads = max(1, joblib.cpu_count()//stages)
     run = subprocess.Popen([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", env={f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS")} | os.environ)
+                           text=True, errors="replace", env={f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS")} | os.environ | {"ASAP_STAGES": str(stages)})
     for line in run.stdout: # bars end their lines with \r, which is a line's end here
         if line.strip() and not line.strip().startswith(CHATTER): print(f"{name} | {line.rstrip()}", flush=True)
     return run.wait()
@@ -50,19 +52,18 @@ def study(
     stages:int=2, # at a time
 )->int: # exit code: 0, or that of the first stage that failed
     "Bring a study up to date"
-    import joblib
     from dvc.repo import Repo
     with Repo(folder) as repo:
         graph = repo.index.graph
         needs = {s.addressing: {d.addressing for d in graph.successors(s)} for s in repo.index.stages}
         todo = stale(needs, repo.status())
-    n, failed, running, began, threads = len(todo), 0, {}, time.monotonic(), max(1, joblib.cpu_count()//stages)
+    n, failed, running, began = len(todo), 0, {}, time.monotonic()
     if not todo: say("The study is up to date"); return 0
     say(f"{n} of {len(needs)} stages are out of date, or rest on one that is; {stages} at a time")
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed):
             for name in ready(todo, needs, running.values())[:stages-len(running)] if not failed else ():
-                todo.remove(name); running[pool.submit(one, name, folder, threads)] = name
+                todo.remove(name); running[pool.submit(one, name, folder, stages)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()
                 if code: failed = failed or code; say(f"{name} failed; {f'{len(running)} still running, then it stops' if running else 'stopped'}. Mend it and start again: what is done stays done")

@@ -6,7 +6,7 @@
 __all__ = ['CHATTER', 'stale', 'ready', 'one', 'study']
 
 # %% ../../nbs/8_study/87_run.ipynb #run00003
-import os, subprocess, sys, time
+import contextlib, os, subprocess, sys, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from ..core import say
@@ -53,7 +53,7 @@ def study(
 )->int: # exit code: 0, or that of the first stage that failed
     "Bring a study up to date"
     from dvc.repo import Repo
-    with Repo(folder) as repo:
+    with contextlib.chdir(folder), Repo() as repo: # DVC names stages by where it stands
         graph = repo.index.graph
         needs = {s.addressing: {d.addressing for d in graph.successors(s)} for s in repo.index.stages}
         todo = stale(needs, repo.status())

@@ -7,8 +7,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
-# A kill can leave DVC's lock file half-written, and DVC then refuses to start
-REPRO = { python -m json.tool .dvc/tmp/rwlock >/dev/null 2>&1 || rm -f .dvc/tmp/rwlock; } && python -m asap.cli study
 
 .PHONY: help study quick test lab docs readme export weights ceiling hooks clean
 .DEFAULT_GOAL := help
@@ -29,13 +27,13 @@ help:  ## this list
 	@touch $@
 
 study: .venv/done  ## the whole study on the built-in data
-	@$(REPRO)
+	@python -m asap.cli study
 	@test -f runs/study/index.html || dvc repro -f -s page
 	@echo "The study page: $(CURDIR)/runs/study/index.html"
 
 quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 	@bash tests/smoke.sh $(QUICK)
-	@cd $(QUICK) && $(REPRO)
+	@cd $(QUICK) && python -m asap.cli study
 	@echo "The study page: $(CURDIR)/$(QUICK)/runs/study/index.html"
 
 test: .venv/done  ## every check; the last line reads `N passed, N failed`

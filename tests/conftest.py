@@ -5,6 +5,8 @@ TOP = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in (TOP/"nbs").rglob("*.ipynb") if "stages" not in p.parts and ".ipynb_checkpoints" not in p.parts)
 STAGES = sorted((TOP/"nbs/stages").glob("*.ipynb"))
 
+FIRST = ["test_study.py", "test_pages.py", "test_study_data.py"] # the longest files: one worker makes the smoke study while the other runs pages; the second file on it finds it made
+
 def pytest_collection_modifyitems(items):
-    "The longest file first: with two workers, one runs the study while the other runs the rest"
-    items.sort(key=lambda i: i.path.name != "test_study.py")
+    "The longest files first: the short ones fill what is left of either worker's time"
+    items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))

@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 to=${1:?usage: bash tests/smoke.sh FOLDER}
 mkdir -p "$to"
-keep=()
-for f in dvc.lock data.dvc; do [ -e "$to/$f" ] && keep+=(--exclude="./$f" --exclude="$f"); done
+keep=(--exclude=dvc.lock) # of the study at full size; here the runs write their own
+[ -e "$to/data.dvc" ] && keep+=(--exclude=data.dvc)
 git ls-files -co --exclude-standard -z | while IFS= read -r -d '' f; do [ -e "$f" ] && printf '%s\0' "$f"; done \
   | tar "${keep[@]}" --null -T - -cf - | tar -xf - -C "$to"
 cp params/smoke.yaml "$to/params.yaml"

@@ -1,8 +1,10 @@
 "Run one page from top to bottom, in a process forked from one that has loaded what most pages import"
 import multiprocessing, os, sys
 
-LOADED = ["torch", "pandas", "scipy.ndimage", "sklearn.linear_model", "matplotlib.pyplot", "seaborn", "nibabel", "pydantic", "joblib", "einops", "transformers", "tokenizers",
-          "accelerate", "fastcore.test", "nbdev.test", "pages"] # other people's libraries alone: a page brings its own modules
+LOADED = [ # other people's libraries alone: a page brings its own modules
+    "torch", "pandas", "scipy.ndimage", "sklearn.linear_model", "matplotlib.pyplot", "seaborn", "nibabel", "pydantic", "joblib", "einops", "tokenizers", "accelerate",
+    "transformers.models.bert.modeling_bert", "transformers.models.auto", "monai.losses", "monai.metrics", "monai.transforms", "monai.networks.nets", "monai.inferers",
+    "fastcore.test", "nbdev.test", "pages"]
 ALONE = {"01_train"} # what it shows of the memory allocator is true of a process that is nobody's child
 multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
 

@@ -168,7 +168,7 @@ class Unetr(nn.Module):
         t, out = self.vit.embedded(patchify(x, self.vit.patch)), []
         for i, b in enumerate(self.vit.blocks):
             t = b(t)
-            if i in self.taken: out += [evened(t[:, 1:])]*self.taken.count(i)
+            if i in self.taken: out += [evened(t[:, 1:])+self.vit.pos]*self.taken.count(i)
         return out
     def fine(self, x)->torch.Tensor: # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
         "Voxels, and what the templates of a stem say of them"
@@ -276,7 +276,7 @@ def chances(
     where = next(model.parameters()).device
     def one(x):
         with torch.autocast(where.type, torch.bfloat16, enabled=precision() == "bf16"): return model(x).float().softmax(1)
-    return sliding_window_inference(image[None].to(where), size, 1, one, overlap, cval=-1)[0].cpu().numpy()
+    return sliding_window_inference(image[None].to(where), size, 4, one, overlap, cval=-1)[0].cpu().numpy()
 
 def dice(found, truth, n:int)->np.ndarray: # (n-1,) NaN where a class is in neither
     "Dice of every class but the background"

@@ -43,7 +43,7 @@ def one(
     import joblib
     threads = max(1, joblib.cpu_count()//stages)
     run = subprocess.Popen([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", env={f"{k}_NUM_THREADS": str(threads) for k in ("OMP", "OPENBLAS")} | os.environ | {"ASAP_STAGES": str(stages)})
+                           text=True, errors="replace", env=dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), str(threads)) | os.environ | {"ASAP_STAGES": str(stages)})
     for line in run.stdout: # bars end their lines with \r, which is a line's end here
         if line.strip() and not line.strip().startswith(CHATTER): print(f"{name} | {line.rstrip()}", flush=True)
     return run.wait()

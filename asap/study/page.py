@@ -26,14 +26,14 @@ STYLE = """
 :root{--ink:#1c2430;--soft:#5b6675;--line:#dfe4ea;--paper:#fff;--wash:#f5f7fa;--accent:#0b6bcb;--note:#fff6e0;--noteline:#e2b84a}
 @media (prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#9aa6b5;--line:#2c3542;--paper:#12161c;--wash:#1a2029;--accent:#6db3ff;--note:#2b2513;--noteline:#8a6d1f} .fig img{background:#fff}}
 *{box-sizing:border-box} html{scroll-behavior:smooth} body{margin:0;font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:var(--ink);background:var(--paper)}
-main,header .in{max-width:60rem;margin:0 auto;padding:0 1.2rem} header{background:var(--wash);border-bottom:1px solid var(--line);padding:2.2rem 0 1.6rem}
+main,header .in{max-width:64rem;margin:0 auto;padding:0 1.2rem} header{background:var(--wash);border-bottom:1px solid var(--line);padding:2.2rem 0 1.6rem}
 h1{font-size:clamp(1.5rem,5vw,2.2rem);line-height:1.2;margin:0 0 .5rem} h2{font-size:1.35rem;margin:3rem 0 .6rem;padding-top:.6rem;border-top:1px solid var(--line)} h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{margin:.6rem 0} a{color:var(--accent)} .soft{color:var(--soft);font-size:.92rem} nav{display:flex;flex-wrap:wrap;gap:.3rem .9rem;font-size:.92rem;margin-top:1rem}
 .note{background:var(--note);border-left:4px solid var(--noteline);padding:.7rem 1rem;border-radius:4px;margin:1.2rem 0}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;margin:1.2rem 0} .card{background:var(--wash);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem}
 .card b{display:block;font-size:1.45rem;line-height:1.3;font-variant-numeric:tabular-nums} .card span{font-size:.86rem;color:var(--soft)}
 .fig{margin:1rem 0} .fig img{max-width:100%;height:auto;display:block;border-radius:6px} figcaption{font-size:.9rem;color:var(--soft);margin-top:.4rem}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%} th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap} .n{text-align:right}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:60%} th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap} .n{text-align:right}
 details{margin:.8rem 0} summary{cursor:pointer;color:var(--accent)} pre{background:var(--wash);border:1px solid var(--line);border-radius:6px;padding:.8rem;overflow-x:auto;font-size:.82rem} blockquote{margin:.6rem 0;padding:.1rem 1rem;border-left:3px solid var(--line);color:var(--soft)}
 footer{margin:4rem 0 2rem;color:var(--soft);font-size:.86rem}
 """
@@ -122,7 +122,7 @@ def ceiling(csv, how)->str:
 # %% ../../nbs/8_study/83_page.ipynb #pageclm2
 CLAIMS = { # claim in `tables.claims` -> title, what is claimed, what to keep in mind
     "tasks": ("Better across tasks", "An encoder that is pre-trained this way does better than its peers across tasks.",
-              "Every arm has the same cases, steps and batch. Its rate is the study's times `rate` of its row: for asap, simcrop, clip and mae the better of once and twice on development patients; variants of asap keep asap's. A mean over tasks hides which; the table below does not."),
+              "Every arm has the same cases, steps and batch. Its rate is the study's times <code>rate</code> of its row: for asap, simcrop, clip and mae the better of once and twice on development patients; variants of asap keep asap's. A mean over tasks hides which; the table below does not. Intervals are over patients, not over trainings: another draw of one training for segmentation can move its Dice by 0.05."),
     "labels": ("Most where labels are few", "The lead is widest where few labels are given.", "With 1 % of the labels the small cohorts hold a patient or none and are left out: the mean is of those that have enough."),
     "shift": ("Most under distribution shift", "The lead is wider on data of another hospital than at home.", "Shift here is what the phantom was told to change (spacing, noise, kernel, contrast, how common things are), which is less than hospitals differ by."),
     "components": ("Each component contributes", "Without organs, without an adaptive k, or without the fusion, the encoder is worse.", "One seed a row: an interval here is over patients, and not over trainings."),

@@ -18,5 +18,8 @@ def page(path, top, log):
     os.dup2(out, 1); os.dup2(out, 2)
     os.chdir(top)
     multiprocessing.set_start_method("fork", force=True) # as in a kernel: a loader's workers know the page's classes
+    from joblib.externals.loky import get_reusable_executor
     from nbdev.test import test_nb
-    sys.exit(0 if test_nb(path)[0] else 1)
+    done = test_nb(path)[0]
+    get_reusable_executor().shutdown(kill_workers=True) # else this process, being nobody's main one, waits until they have been idle for five minutes
+    sys.exit(0 if done else 1)

@@ -28,7 +28,7 @@ def weights(folder): return load_file(folder/"weights.safetensors")
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
     run("asap", here/"whole", 24, 2, 1)
     kills, folder = 0, here/"killed"
-    for _ in range(3): # a state is written at every step, so many of these fall into the writing of one
+    for _ in range(4): # a state is written at every step, so many of these fall into the writing of one
         p = subprocess.Popen([sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"], env=ENV, stderr=subprocess.DEVNULL)
         before = state_time(folder)
         while p.poll() is None and state_time(folder) == before: time.sleep(0.002)

@@ -38,13 +38,12 @@ def one(
     name:str, # of the stage
     folder, # of the project
     stages:int=1, # that run at a time: they share the cores
-    now:int|None=None, # that run now: alone, a stage has all cores for its processes; never more threads, on which sums depend
 )->int: # exit code
     "Have DVC run a stage, if it is out of date; each line that it writes begins with its name"
     import joblib
-    threads, processes = (str(max(1, joblib.cpu_count()//n)) for n in (stages, now or stages))
+    threads = max(1, joblib.cpu_count()//stages)
     run = subprocess.Popen([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", env=dict(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, LOKY_MAX_CPU_COUNT=processes) | os.environ | {"ASAP_STAGES": str(stages)})
+                           text=True, errors="replace", env=dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), str(threads)) | os.environ | {"ASAP_STAGES": str(stages)})
     for line in run.stdout: # bars end their lines with \r, which is a line's end here
         if line.strip() and not line.strip().startswith(CHATTER): print(f"{name} | {line.rstrip()}", flush=True)
     return run.wait()
@@ -71,9 +70,8 @@ def study(
     say(f"{n} of {len(needs)} stages are out of date, or rest on one that is; {stages} at a time")
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed):
-            start = ready(todo, needs, running.values())[:stages-len(running)] if not failed else []
-            now = len(running)+len(start)
-            for name in start: todo.remove(name); running[pool.submit(one, name, folder, stages, now)] = name
+            for name in ready(todo, needs, running.values())[:stages-len(running)] if not failed else ():
+                todo.remove(name); running[pool.submit(one, name, folder, stages)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()
                 if code: failed = failed or code; say(f"{name} failed; {f'{len(running)} still running, then it stops' if running else 'stopped'}. Mend it and start again: what is done stays done")

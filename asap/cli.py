@@ -10,7 +10,7 @@ import argparse, contextlib, os, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 
-from .core import Quarantine, atomic, load_params, progress, root, say, write_json
+from .core import Quarantine, atomic, load_params, progress, root, say, visible, write_json
 
 # %% ../nbs/90_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def find_scans(paths:list)->list: # (name, path), names unique
     def walk(p):
         if not p.exists(): raise FileNotFoundError(f"{p} is missing")
         if p.is_file(): return out.append(p)
-        files = [f for f in sorted(p.iterdir()) if not f.name.startswith(".")]
+        files = visible(p)
         volumes = [f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in loose]
         out.extend(volumes or ([p] if any(f.is_file() and _slice(f) for f in files) else []))
         for f in files:
@@ -128,7 +128,7 @@ def _data_set(a)->str|None: # name of the cohort that `asap check` was given; No
     try: csv = load_params().cohorts.own.csv
     except FileNotFoundError: csv = "cases.csv" # outside of a project
     if (folder/csv).is_file(): return "own"
-    others = sorted(f.name for f in folder.glob("[!.]*.csv"))
+    others = [f.name for f in visible(folder, "*.csv")]
     if others: say(f"{folder} holds {', '.join(others[:3])}: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now {csv})")
 
 def _place(a, name)->tuple: # folder of the data set, file of the page or None

@@ -8,8 +8,8 @@ __all__ = ['Share', 'Positive', 'Count', 'Number', 'Voxels', 'Millimetres', 'Nam
            'Reports', 'Own', 'Cohorts', 'Cohort', 'Anatomy', 'Archive', 'Real', 'Text', 'Stem', 'Model', 'Pretrain',
            'Arm', 'Vocabulary', 'Retrieve', 'Outlined', 'Segment', 'Report', 'Small', 'Kinds', 'Vqa', 'Tables',
            'Grounding', 'Page', 'Params', 'load_params', 'Declared', 'params', 'rng', 'seed32', 'seed_everything',
-           'atomic', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash',
-           'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers', 'each', 'Quarantine']
+           'atomic', 'visible', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash',
+           'code_hash', 'fingerprint', 'difference', 'reusable', 'say', 'progress', 'workers', 'each', 'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib, difflib, errno, hashlib, importlib.util, json, os, shutil, sys, time
@@ -518,6 +518,14 @@ def atomic(
         else: os.replace(tmp, path)
     finally:
         if tmp.exists(): _remove(tmp)
+
+def visible(
+    folder, # may be missing: then it holds nothing
+    pattern:str="*", # such as `*/*.nii.gz`
+)->list: # of Path, sorted
+    "What a folder holds, without what is hidden or of macOS"
+    found = sorted(Path(folder).glob(pattern))
+    return [f for f in found if not any(p.startswith(".") or p == "__MACOSX" for p in f.relative_to(folder).parts)]
 
 # %% ../nbs/00_core.ipynb #fd93eaa3
 def write_text(text:str, path:Path|str):

@@ -1,5 +1,5 @@
 "All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
-import contextlib, json, shutil, signal, subprocess, sys, textwrap, time
+import contextlib, hashlib, json, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +9,8 @@ from conftest import TOP
 
 from asap.anatomy.organs import classes, from_masks
 from asap.core import Declared, Name, load_params, workers
-from asap.data.cohort import Store, acquired, fractions, label_columns, load, prepare, present, run
-from asap.data.volumes import write
+from asap.data.cohort import Store, acquired, fractions, inventory, label_columns, load, prepare, present, run, sketch
+from asap.data.volumes import read, write
 from asap.phantom.abnormalities import chest
 from asap.pretrain.batches import Pairs, collate
 from asap.text.encoder import load as load_text, train_encoder
@@ -238,3 +238,23 @@ def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     (shelf/"c000.nii").unlink() # as if killed while it was taken back
     go(t)
     assert {f.name: f.read_bytes() for f in (tmp_path/"v").iterdir()} == first
+
+def leave(folder):
+    "What macOS leaves beside each file, and Finder in each folder"
+    for f in [f for f in folder.rglob("*") if f.is_file()]: (f.parent/f"._{f.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    for d in [folder, *(d for d in folder.rglob("*") if d.is_dir())]: (d/".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+    for d in [d for d in folder.iterdir() if d.is_dir()]: shutil.copytree(d, folder/"__MACOSX"/d.name, ignore=lambda _, names: [n for n in names if not n.startswith("._") and "." in n])
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_macos_leaves_is_no_scan(name, root, tmp_path):
+    "The same table, nobody more left out, the same hash and the same voxels"
+    adapter = import_module(f"asap.data.cohorts.{name}")
+    for n in {name, "ct_rate"} if name == "radgenome" else {name}: shutil.copytree(root/"data"/n, tmp_path/"data"/n)
+    def state():
+        t, bad = adapter.read(tmp_path/"data"/name)
+        return t, [bad.rows, inventory(tmp_path/"data"), [sketch(f) for f in t.image], [hashlib.sha256(read(f).hu.tobytes()).hexdigest() for f in t.image[:2]]]
+    before = state()
+    leave(tmp_path/"data")
+    after = state()
+    pd.testing.assert_frame_equal(after[0], before[0])
+    assert after[1] == before[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core import visible
 from ..data.checks import body_mask
 from ..data.volumes import open_nifti, resample
 
@@ -108,7 +109,7 @@ def from_masks(
     "The organ map of a case, of whichever form its masks are"
     path = Path(path)
     if not path.is_dir(): return from_multilabel(path, groups, shape, affine)
-    masks = {name: f for f in sorted(path.glob("[!.]*.nii*")) if (name := f.name.removesuffix(".gz").removesuffix(".nii")) in classes()}
+    masks = {name: f for f in visible(path, "*.nii*") if (name := f.name.removesuffix(".gz").removesuffix(".nii")) in classes()}
     if not masks: raise ValueError(f"{path}: no mask named as a class of TotalSegmentator, expected files such as lung_upper_lobe_left.nii.gz")
     return from_folder(masks, groups, shape, affine)
 

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, code_hash, difference, each, file_hash, fingerprint, progress, read_json, rng, say, seed32, workers, write_csv, write_json, write_parquet
+from ..core import Quarantine, code_hash, difference, each, file_hash, fingerprint, progress, read_json, rng, say, seed32, visible, workers, write_csv, write_json, write_parquet
 from .checks import check_mask, load as load_volume
 from .volumes import SUFFIXES, Source, open_nifti, standard, write
 
@@ -109,7 +109,7 @@ def read_lists(
 )->pd.DataFrame: # split, place (file and column or key), name
     "What lists say, by split"
     path, rows = Path(path), []
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".csv", ".json", ".txt")) if path.is_dir() else [path]
+    files = [f for f in visible(path, "**/*") if f.suffix in (".csv", ".json", ".txt")] if path.is_dir() else [path]
     for f in files:
         if not f.exists(): raise FileNotFoundError(f"{f} is missing: expected lists of train, val and test")
         whole = read_json(f) if f.suffix == ".json" else None
@@ -204,14 +204,14 @@ def contents(path)->str:
     "Hash of a file's bytes, or of all names and bytes in a folder"
     path = Path(path)
     if path.is_file(): return file_hash(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file())
+    files = [f for f in visible(path, "**/*") if f.is_file()]
     return hashlib.sha256(repr([(f.relative_to(path).as_posix(), file_hash(f)) for f in files]).encode()).hexdigest()[:16]
 
 def inventory(
     data, # folder of the data sets
 )->dict: # name -> hash
     "What lies in `data/`; what a .path points to is not followed"
-    return {f.name: contents(f) for f in progress(sorted(Path(data).glob("[!.]*")), label="inventory")}
+    return {f.name: contents(f) for f in progress(visible(data), label="inventory")}
 
 # %% ../../nbs/2_data/22_cohort.ipynb #05b184bc
 def _ends(f)->bytes: # the first and last 4 KiB
@@ -226,7 +226,7 @@ def sketch(
     "What is cheap to know of raw data, to see that it has changed"
     p = Path(path)
     if not path or not p.exists(): return []
-    if p.is_dir(): files = sorted(f for f in p.iterdir() if f.is_file())
+    if p.is_dir(): files = [f for f in visible(p) if f.is_file()]
     else: files = [p, *(f for f in (p.with_suffix(".raw"), p.with_suffix(".zraw")) if p.suffix == ".mhd" and f.exists())]
     sizes = [f.stat().st_size for f in files]
     some = files if len(files) < 4 else [files[0], files[len(files)//2], files[-1]]
@@ -237,7 +237,7 @@ def sketch(
 def check_organs(path, v): # a file, or a folder of one file a class
     "Do the organ masks of a case lie on its image?"
     path = Path(path)
-    for f in sorted(path.glob("[!.]*.nii*")) if path.is_dir() else [path]:
+    for f in visible(path, "*.nii*") if path.is_dir() else [path]:
         img = open_nifti(f)
         check_mask(img.shape, img.affine, v, f)
 
@@ -360,10 +360,10 @@ def prepare(
 
 # %% ../../nbs/2_data/22_cohort.ipynb #17fddbb1
 def _tidy(store, cases:set, how): # away with what an earlier table had and this one has not
-    names = {f.name.split(".")[0] for d in (store.volumes, store.organs) for f in d.glob("[!.]*.*")}
+    names = {f.name.split(".")[0] for d in (store.volumes, store.organs) for f in visible(d, "*.*")}
     for case in sorted(names-cases): put_aside(store, case, how)
     for d in (store.kept.glob("*") if store.kept and store.kept.exists() else ()):
-        record = next(d.glob("*.json"), None) if d.name[0] != "." else None
+        record = next(iter(visible(d, "*.json")), None) if d.name[0] != "." else None
         if record is None or read_json(record)["fingerprint"].get("how") != how: shutil.rmtree(d)
 
 def _report(made:list, bad:Quarantine, path)->Quarantine: # says and writes what happened
@@ -477,7 +477,7 @@ def run(
 
 def _mark_empty(store): # so that DVC does not warn of a folder that is rightly empty
     for d in (store.volumes, store.organs):
-        if any(d.glob("[!.]*")): (d/".none").unlink(missing_ok=True)
+        if visible(d): (d/".none").unlink(missing_ok=True)
         else: (d/".none").touch()
 
 def _absent(name, here)->dict:

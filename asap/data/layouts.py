@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, say, write_json
+from ..core import Quarantine, say, visible, write_json
 from .cohort import carve, check
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00006
@@ -88,7 +88,7 @@ def decathlon(
 )->list: # (image, label) paths
     "Every image with a label that the list names, once"
     path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("dataset*.json"))
+    files = [path] if path.is_file() else visible(path, "dataset*.json")
     if not files: raise FileNotFoundError(f"{path/'dataset.json'} is missing: expected a decathlon's list beside imagesTr and labelsTr; fetch it again")
     told = max(map(_list, files), key=lambda t: len(t["training"]))
     _named(told, targets or {})

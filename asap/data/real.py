@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import read_json, say, write_json
+from ..core import read_json, say, visible, write_json
 from .checks import check_mask, load
 from .volumes import Volume, open_nifti, read, resample, standard, write
 
@@ -92,7 +92,7 @@ def lesion_sentence(mask:np.ndarray, affine, body_middle:float, name:str)->dict:
 def masks(folders)->dict: # name -> path
     "Masks by class name; where two folders have one, the larger file is the whole one"
     found = {}
-    for f in sorted(f for folder in folders for f in Path(folder).glob("*.nii.gz")):
+    for f in sorted(f for folder in folders for f in visible(folder, "*.nii.gz")):
         name = f.name.removesuffix(".nii.gz")
         if name in ("ct", "ct_cropped"): continue # images that lie beside the masks
         if name not in found or f.stat().st_size > found[name].stat().st_size: found[name] = f

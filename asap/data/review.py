@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import Cohorts, Quarantine, each
+from ..core import Cohorts, Quarantine, each, visible
 from . import checks
 from .cohort import COLUMNS, SPLITS, check_organs, duplicates, label_columns
 from .volumes import Volume, open_nifti, read, values
@@ -111,7 +111,7 @@ def picture(
 def _organs(row, adapter, v):
     check_organs(row["organ_map"], v)
     path = Path(row["organ_map"])
-    for f in sorted(path.glob("[!.]*.nii*")) if path.is_dir() else [path]: values(open_nifti(f), f)
+    for f in visible(path, "*.nii*") if path.is_dir() else [path]: values(open_nifti(f), f)
 
 def _target(row, adapter, v):
     path = row["target_map"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ..core import atomic, say
+from ..core import atomic, say, visible
 
 # %% ../../nbs/2_data/20_volumes.ipynb #3ed1d497
 @dataclass
@@ -144,7 +144,7 @@ def headers(folder)->dict: # key of a series -> list of (file, header)
     "The image headers of a DICOM folder, by series, orientation and size"
     import pydicom
     found = {}
-    for f in sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith(".")):
+    for f in (p for p in visible(folder) if p.is_file()):
         try: h = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS)
         except pydicom.errors.InvalidDicomError: continue
         except EOFError: raise ValueError(f"{f} is truncated: fetch it again") from None
@@ -221,7 +221,7 @@ def _grey(f)->np.ndarray: # (columns, rows)
 
 def _pictures(folder, source):
     number = lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
-    files = sorted((f for f in folder.iterdir() if f.suffix.lower() in PICTURES), key=number)
+    files = sorted((f for f in visible(folder) if f.suffix.lower() in PICTURES), key=number)
     slices = [_grey(f) for f in files]
     sizes = {s.shape for s in slices}
     if len(sizes) > 1: raise ValueError(f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: are these slices of one scan?")
@@ -239,7 +239,7 @@ def suffix(path)->str: # ".nii.gz", lower case
 
 def _reader(path:Path):
     if path.is_dir():
-        names = [f for f in path.iterdir() if f.is_file()]
+        names = [f for f in visible(path) if f.is_file()]
         return _pictures if any(f.suffix.lower() in PICTURES for f in names) else _dicom
     if not path.exists(): raise FileNotFoundError(f"{path} is missing")
     if suffix(path) in SUFFIXES: return SUFFIXES[suffix(path)]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
 
-from ...core import Quarantine, each, rng, say, write_json, write_text
+from ...core import Quarantine, each, rng, say, visible, write_json, write_text
 from ..cohort import carve, check
 from ..layouts import caution, decathlon
 from ..volumes import Source, placed, write as write_volume
@@ -145,7 +145,7 @@ def _owners(root)->tuple:
     rows, bad = [], Quarantine()
     for folder, split in (("training", "train"), ("testing", "test")):
         if not (root/folder).is_dir(): raise FileNotFoundError(f"{root/folder} is missing: ACDC publishes training/ (patient001 to 100) and testing/ (101 to 150); fetch both")
-        for d in sorted((root/folder).glob("patient*")): rows += _patient(d, split, bad)
+        for d in visible(root/folder, "patient*"): rows += _patient(d, split, bad)
     if not rows: raise ValueError(f"{root}: no patient with an outlined frame; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}")
     return check(pd.DataFrame(rows), NAME), bad
 
@@ -169,7 +169,7 @@ def read(
     if (root/"training").is_dir() or (root/"testing").is_dir():
         say(f"{NAME}: the owners' layout")
         return _owners(root)
-    if any(root.glob("dataset*.json")):
+    if visible(root, "dataset*.json"):
         say(f"{NAME}: the benchmark's re-pack, split anew by patient")
         return _released(root)
     raise FileNotFoundError(f"{root}: neither training/ and testing/ (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")

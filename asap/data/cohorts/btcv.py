@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, rng, say, write_json
+from ...core import Quarantine, each, rng, say, visible, write_json
 from ..cohort import check
 from ..layouts import caution, decathlon
 from ..volumes import Source, write as write_volume
@@ -84,7 +84,7 @@ def _pairs(root)->list: # (image, label, number as text)
     d = root/"RawData/Training"
     for folder in ("img", "label"):
         if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected img/img0001.nii.gz and label/label0001.nii.gz: unpack RawData.zip there")
-    numbers = {f.name[len(p):].removesuffix(".nii.gz") for p in ("img", "label") for f in (d/p).glob(f"{p}*.nii.gz")}
+    numbers = {f.name[len(p):].removesuffix(".nii.gz") for p in ("img", "label") for f in visible(d/p, f"{p}*.nii.gz")}
     return [(d/f"img/img{n}.nii.gz", d/f"label/label{n}.nii.gz", n) for n in sorted(numbers)]
 
 def _listed(root)->list:
@@ -103,7 +103,7 @@ def read(
     "Every outlined abdomen; says which of the two layouts it found"
     root, rows, bad = Path(root), [], Quarantine()
     caution(NAME, UNVERIFIED)
-    owners, released = (root/"RawData").is_dir(), any(root.glob("dataset*.json"))
+    owners, released = (root/"RawData").is_dir(), bool(visible(root, "dataset*.json"))
     if not owners and not released: raise FileNotFoundError(f"{root}: neither RawData/Training (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")
     say(f"{NAME}: the owners' layout" if owners else f"{NAME}: the benchmark's re-pack")
     for image, mask, n in _pairs(root) if owners else _listed(root):

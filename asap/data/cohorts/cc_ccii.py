@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each
+from ...core import Quarantine, atomic, each, visible
 from ..cohort import carve, check
 from ..layouts import caution
 from ..volumes import PICTURES, Source, grid, resample
@@ -74,7 +74,7 @@ def write(
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b9376dba
 def _pictures(scan)->list: # sorted by number
     "The slices of a scan; a gap in their numbers is named"
-    files = [f for f in scan.iterdir() if f.suffix.lower() in PICTURES]
+    files = [f for f in visible(scan) if f.suffix.lower() in PICTURES]
     if not files: raise ValueError(f"{scan}: no picture in it, expected one a slice: unpack it again")
     number = {f: re.findall(r"\d+", f.stem) for f in files}
     odd = [f for f, n in number.items() if not n]
@@ -94,7 +94,7 @@ def read(
     caution(NAME, UNVERIFIED)
     for kind in LABELS:
         if not (root/kind).is_dir(): raise FileNotFoundError(f"{root/kind} is missing: expected {', '.join(LABELS)}, each with patient/scan/0001.png: unpack the archives there")
-        for scan in sorted(d for d in (root/kind).glob("*/*") if d.is_dir()):
+        for scan in (d for d in visible(root/kind, "*/*") if d.is_dir()):
             name = f"{kind}_{scan.parent.name}_{scan.name}"
             try: _pictures(scan)
             except ValueError as e: bad.add(name, e); continue

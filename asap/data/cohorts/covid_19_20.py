@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 
-from ...core import each
+from ...core import each, visible
 from ..layouts import caution, pairs_table
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
@@ -62,6 +62,6 @@ def read(
     caution(NAME, UNVERIFIED)
     d = Path(root)/"COVID-19-20_v2" if (Path(root)/"COVID-19-20_v2").is_dir() else Path(root)
     if not (d/"Train").is_dir(): raise FileNotFoundError(f"{d/'Train'} is missing: expected COVID-19-20's Train/ with *_ct.nii.gz and *_seg.nii.gz; fetch it")
-    names = sorted({re.sub(r"_(ct|seg)\.nii\.gz$", "", f.name) for f in (d/"Train").glob("*.nii.gz") if not f.name.startswith(".")})
+    names = sorted({re.sub(r"_(ct|seg)\.nii\.gz$", "", f.name) for f in visible(d/"Train", "*.nii.gz")})
     if not names: raise FileNotFoundError(f"{d/'Train'} is empty: expected *_ct.nii.gz and *_seg.nii.gz; fetch it again")
     return pairs_table([(d/f"Train/{n}_ct.nii.gz", d/f"Train/{n}_seg.nii.gz") for n in names], SHARE, NAME, patient_of)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each
+from ...core import Quarantine, each, visible
 from ..cohort import check
 from ..layouts import caution, sides
 from ..volumes import Source, read as read_volume, write as write_volume
@@ -80,7 +80,7 @@ def read(
     d, rows, bad = Path(root), [], Quarantine()
     for folder in FOLDERS:
         if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected the folders {', '.join(FOLDERS)}; fetch and unpack it there")
-    for name in sorted({f.name.removesuffix(".nii.gz") for folder in FOLDERS for f in (d/folder).glob("[!.]*.nii.gz")}):
+    for name in sorted({f.name.removesuffix(".nii.gz") for folder in FOLDERS for f in visible(d/folder, "*.nii.gz")}):
         paths = [d/folder/f"{name}.nii.gz" for folder in FOLDERS]
         if why := _why(name, paths): bad.add(name, why)
         else: rows.append(_row(name, *paths))

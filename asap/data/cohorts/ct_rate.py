@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, say, write_csv, write_text
+from ...core import Quarantine, each, say, visible, write_csv, write_text
 from ..cohort import check
 from ..layouts import caution
 from ..volumes import Source, Volume, read as read_volume, small, write as write_volume
@@ -225,8 +225,9 @@ def _left_out(path)->set: # names without suffix
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
 def _volumes(folder, bad)->list: # files in the order of their numbers
-    files = [f for f in folder.glob("*/*/*.nii.gz") if _NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
-    for f in sorted(set(folder.glob("*/*/*.nii.gz"))-set(files)): bad.add(f.name, "not named as train_1_a_1.nii.gz")
+    every = visible(folder, "*/*/*.nii.gz")
+    files = [f for f in every if _NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
+    for f in sorted(set(every)-set(files)): bad.add(f.name, "not named as train_1_a_1.nii.gz")
     return sorted(files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")])
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5c8f6976

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, say, write_json
+from ...core import Quarantine, atomic, each, say, visible, write_json
 from ..cohort import carve, check
 from ..layouts import caution, table as read_table
 from ..volumes import PICTURES, Source, placed, resample, write as write_volume
@@ -91,14 +91,14 @@ def _records(path)->list: # dictionaries, with `split` where the file tells it
 def _place(root, table)->Path: # of the reports
     if not (Path(root)/"images").is_dir(): raise FileNotFoundError(f"{Path(root)/'images'} is missing: expected CTRG's scans there, a NIfTI file or a folder of JPG each")
     if table: return Path(root)/table
-    there = [f for f in sorted(Path(root).iterdir()) if f.suffix in (".json", ".csv")]
+    there = [f for f in visible(root) if f.suffix in (".json", ".csv")]
     if len(there) != 1: raise FileNotFoundError(f"{root}: expected one JSON or CSV with id, finding and impression, there are {[f.name for f in there]}: put it there, or name it in read(root, table=NAME)")
     return there[0]
 
 def _image(root, name)->str: # "" where there is none
     d = Path(root).absolute()/"images"
     found = [p for p in (d/f"{name}.nii.gz", d/f"{name}.nii") if p.is_file()]
-    if (d/name).is_dir() and any(f.suffix.lower() in PICTURES for f in (d/name).iterdir()): found.append(d/name)
+    if (d/name).is_dir() and any(f.suffix.lower() in PICTURES for f in visible(d/name)): found.append(d/name)
     return str(found[0]) if found else ""
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e054d42e
@@ -146,8 +146,8 @@ def read(
     records = _without_leak(_records(path))
     rows = _rows(root, records, bad)
     ids = {_get(r, "id") for r in records}
-    for f in sorted((Path(root)/"images").iterdir()):
-        if not f.name.startswith(".") and f.name.split(".")[0] not in ids: bad.add(f.name.split(".")[0], f"no report in {path.name}")
+    for f in visible(Path(root)/"images"):
+        if f.name.split(".")[0] not in ids: bad.add(f.name.split(".")[0], f"no report in {path.name}")
     if not rows: raise ValueError(f"{path}: none of {len(records)} records is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""))
     return check(_repeated(_divided(pd.DataFrame(rows), path)), NAME), bad
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, rng
+from ...core import Quarantine, atomic, each, rng, visible
 from ..cohort import carve, check
 from ..layouts import caution
 from ..volumes import LPS, Source, choose_series, headers, read as read_volume
@@ -117,10 +117,10 @@ def read(
     caution(NAME, UNVERIFIED)
     for folder in ("CT_scans", "GroundTruth"):
         if not (root/folder).is_dir(): raise FileNotFoundError(f"{root/folder} is missing: expected CT_scans/PAT001/D0001.dcm and GroundTruth/PAT001.mat: unpack FUMPE's archives there")
-    scans, masks = {d.name: d for d in (root/"CT_scans").iterdir() if d.is_dir()}, {f.stem: f for f in (root/"GroundTruth").glob("*.mat")}
+    scans, masks = {d.name: d for d in visible(root/"CT_scans") if d.is_dir()}, {f.stem: f for f in visible(root/"GroundTruth", "*.mat")}
     for name in sorted({*scans, *masks}):
         if name not in masks: bad.add(name, f"{root/'GroundTruth'/name}.mat is missing: its emboli are not known")
-        elif name not in scans or not any(scans[name].iterdir()): bad.add(name, f"{root/'CT_scans'/name} is missing or empty: expected its DICOM series there")
+        elif name not in scans or not visible(scans[name]): bad.add(name, f"{root/'CT_scans'/name} is missing or empty: expected its DICOM series there")
         else: rows.append(_row(name, scans[name], masks[name]))
     if not rows: raise ValueError(f"{root}: no patient with both a series and a mask")
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad

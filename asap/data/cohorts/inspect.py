@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, rng, seed32, write_text
+from ...core import Quarantine, each, rng, seed32, visible, write_text
 from ..cohort import check
 from ..layouts import caution
 from ..volumes import Source, write as write_volume
@@ -83,7 +83,7 @@ def write(
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #c58e717d
 def table(root, name)->pd.DataFrame: # text, by impression_id
     "The newest table of a name"
-    found = sorted(Path(root).glob(f"{name}_*.tsv")) or [Path(root)/f"{name}.tsv"]
+    found = visible(root, f"{name}_*.tsv") or [Path(root)/f"{name}.tsv"]
     path = found[-1]
     if not path.is_file(): raise FileNotFoundError(f"{Path(root)/name}_*.tsv is missing: expected the owners' table with impression_id, {', '.join(TABLES[name])}; fetch it again")
     try: t = pd.read_csv(path, sep="\t", dtype=str)
@@ -155,7 +155,7 @@ def read(
         why = _doubt(r)
         bad.add(name, why) if why else rows.append(_row(name, r))
     known = {r["image"] for r in every.values()}
-    for f in sorted(d.glob("*.nii.gz")):
+    for f in visible(d, "*.nii.gz"):
         if str(f) not in known: bad.add(f.name.removesuffix(".nii.gz"), "no row in the table study_mapping")
     if not rows: raise ValueError(f"{d}: none of {len(every)} studies could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the tables are empty'}")
     return check(pd.DataFrame(rows), NAME), bad

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, rng, write_csv, write_text
+from ...core import Quarantine, atomic, each, rng, visible, write_csv, write_text
 from ..cohort import check
 from ..layouts import caution, sides
 from ..volumes import LPS, Source, read as read_volume
@@ -129,7 +129,7 @@ def read(
     if not masks.is_dir(): raise FileNotFoundError(f"{masks} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}")
     found = _annotations(d/"annotations.csv")
     for fold in range(10):
-        files = sorted({f.with_suffix(".mhd") for f in (d/f"subset{fold}").glob("[!.]*") if f.suffix in (".mhd", ".raw")})
+        files = sorted({f.with_suffix(".mhd") for f in visible(d/f"subset{fold}") if f.suffix in (".mhd", ".raw")})
         if not files: bad.add(f"subset{fold}", f"{d/f'subset{fold}'} is missing or empty: its scans are not in the table; fetch it")
         for f in files:
             if why := _why(f, masks/f.name): bad.add(f.stem.replace(".", "_"), why)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, write_csv
+from ...core import Quarantine, atomic, each, visible, write_csv
 from ..cohort import check
 from ..layouts import caution
 from ..volumes import Source
@@ -111,7 +111,7 @@ def labels(root)->pd.DataFrame: # case -> 16 labels, split
     for split, name in TABLES.values():
         path = Path(root)/name
         if not path.is_file():
-            for f in sorted(Path(root).glob("*.csv")): refuse_copy(_csv(f), f)
+            for f in visible(root, "*.csv"): refuse_copy(_csv(f), f)
             raise FileNotFoundError(f"{path} is missing: {WHAT}")
         t = _csv(path)
         refuse_copy(t, path)
@@ -142,7 +142,7 @@ def read(
     t = labels(root)
     if t.index.duplicated().any(): raise ValueError(f"{root}: {t.index[t.index.duplicated()][0]} is in two label tables, expected one: {WHAT}")
     if len(t) > 50 and (t["label:Pericardial effusion"] == t["label:Pleural effusion"]).all(): raise ValueError(f"{root}: both effusions are the same in all {len(t)} rows; {WHAT}")
-    doubts = {n: _doubt(n, t, root/f"{n}.npz") for n in sorted({*t.index, *(f.stem for f in root.glob("*.npz"))})}
+    doubts = {n: _doubt(n, t, root/f"{n}.npz") for n in sorted({*t.index, *(f.stem for f in visible(root, "*.npz"))})}
     for name, why in doubts.items():
         if why: bad.add(name, why)
     has = t.to_dict("index")

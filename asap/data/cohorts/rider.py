@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, rng
+from ...core import Quarantine, each, rng, visible
 from ..cohort import check
 from ..layouts import caution
 from ..volumes import Source, resample, write as write_volume
@@ -86,8 +86,8 @@ def read(
     caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*")
-    for folder in sorted(f for f in d.glob("*/*") if f.is_dir() and not f.name.startswith(".")):
-        masks = order(folder.glob("mask_rtstruct_*"))
+    for folder in (f for f in visible(d, "*/*") if f.is_dir()):
+        masks = order(visible(folder, "mask_rtstruct_*"))
         if why := _why(folder, masks): bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), why)
         else: rows.append(_row(folder, masks))
     if not rows: raise ValueError(f"{d}: no CT with a mask; expected {{patient}}/{{series}}/ct.nii.gz and mask_rtstruct_* beside it")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, rng, write_csv
+from ...core import Quarantine, atomic, each, rng, visible, write_csv
 from ..cohort import check
 from ..layouts import caution
 from ..volumes import Source
@@ -111,7 +111,7 @@ def _doubt(e, folder)->str: # why an exam is left out, or ""
     if low != high: return "the slices of train.csv give different answers for one exam"
     if not set(low) <= {0, 1}: return f"train.csv: {FLAGS[0]} and {FLAGS[1]} are {low}, expected 0 or 1"
     if low[1]: return "indeterminate: the readers gave no answer"
-    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.suffix == ".dcm"} if folder.is_dir() else {}
+    sizes = {f.name: f.stat().st_size for f in visible(folder, "*.dcm")}
     if len(sizes) != e["slices"]: return f"{folder}: {len(sizes)} slices, and {e['slices']} in train.csv: fetch the exam again"
     least = min(sizes, key=sizes.get)
     if sizes[least] < 0.2*np.median(list(sizes.values())): return f"{folder/least} has {sizes[least]} bytes, far fewer than the others: fetch it again"
@@ -137,7 +137,7 @@ def read(
         name = (f"{study}_{series}" if study in several else study).replace(".", "-") # a case names a file
         why = _doubt(e, d/study/series)
         bad.add(name, why) if why else rows.append(_row(name, e, d/study/series))
-    for f in sorted(d.iterdir()):
+    for f in visible(d):
         if f.is_dir() and f.name not in set(t[UIDS[0]]): bad.add(f.name, "no row in train.csv")
     if not rows: raise ValueError(f"{d}: none of {len(t)} exams could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'train.csv is empty'}")
     return check(pd.DataFrame(rows), NAME), bad

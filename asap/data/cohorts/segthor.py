@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import each, say
+from ...core import each, say, visible
 from ..layouts import caution, decathlon, index, pairs_table
 from ..volumes import Source, write as write_volume
 from ...phantom.abnormalities import Shift
@@ -63,7 +63,7 @@ def write(
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #cb975ecb
 def _owners(d)->list: # (image, label) paths
-    names = sorted(f.name for f in (d/"train").iterdir() if f.is_dir() and not f.name.startswith("."))
+    names = [f.name for f in visible(d/"train") if f.is_dir()]
     if not names: raise FileNotFoundError(f"{d/'train'} is empty: expected Patient_01/ and so on; fetch it again")
     return [(d/f"train/{n}/{n}.nii.gz", d/f"train/{n}/GT.nii.gz") for n in names]
 

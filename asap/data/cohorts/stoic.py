@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, atomic, each, rng, write_csv
+from ...core import Quarantine, atomic, each, rng, visible, write_csv
 from ..cohort import carve, check
 from ..layouts import caution
 from ..volumes import Source
@@ -98,7 +98,7 @@ def read(
     doubts = {r["PatientID"]: _doubt(r, d/f"{r['PatientID']}.mha") for r in t.to_dict("records")}
     for name, why in doubts.items():
         if why: bad.add(name, why)
-    for f in sorted(d.glob("*.mha")):
+    for f in visible(d, "*.mha"):
         if f.stem not in doubts: bad.add(f.stem, "no row in metadata/reference.csv")
     rows = [_row(r, d/f"{r['PatientID']}.mha") for r in t.to_dict("records") if not doubts[r["PatientID"]]]
     if not rows: raise ValueError(f"{d}: none of the {len(t)} patients of metadata/reference.csv could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the table is empty'}")

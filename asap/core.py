@@ -523,9 +523,12 @@ def visible(
     folder, # may be missing: then it holds nothing
     pattern:str="*", # such as `*/*.nii.gz`
 )->list: # of Path, sorted
-    "What a folder holds, without what is hidden or of macOS"
-    found = sorted(Path(folder).glob(pattern))
-    return [f for f in found if not any(p.startswith(".") or p == "__MACOSX" for p in f.relative_to(folder).parts)]
+    "What a folder holds, without what is hidden or of macOS; one that may not be read is an error, where `Path.glob` finds nothing"
+    first, _, rest = pattern.partition("/")
+    here = sorted(f for f in Path(folder).iterdir() if f.name[0] != "." and f.name != "__MACOSX") if Path(folder).is_dir() else []
+    if first == "**": return sorted([*visible(folder, rest), *(g for f in here if f.is_dir() and not f.is_symlink() for g in visible(f, pattern))])
+    found = [f for f in here if f.match(first)]
+    return [g for f in found for g in visible(f, rest)] if rest else found
 
 # %% ../nbs/00_core.ipynb #fd93eaa3
 def write_text(text:str, path:Path|str):

@@ -8,7 +8,7 @@ import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import TOP
 
 from asap.anatomy.organs import classes, from_masks
-from asap.core import Declared, Name, load_params, workers
+from asap.core import Declared, Name, load_params, visible, workers
 from asap.data.cohort import Store, acquired, fractions, inventory, label_columns, load, prepare, present, run, sketch
 from asap.data.volumes import read, write
 from asap.phantom.abnormalities import chest
@@ -216,14 +216,14 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
         prepare(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
     p = psutil.Popen([sys.executable, "-c", code], cwd=TOP)
     end = time.monotonic()+60
-    while len(list((tmp_path/"v").glob("[!.]*.json"))) < 20: assert time.monotonic() < end
+    while len(visible(tmp_path/"v", "*.json")) < 20: assert time.monotonic() < end
     for one in [p, *p.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess): one.send_signal(signal.SIGKILL)
     p.wait()
-    done = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in (tmp_path/"v").glob("[!.]*.json")}
+    done = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in visible(tmp_path/"v", "*.json")}
     assert 20 <= len(done) < 60
     subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True)
-    after = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in (tmp_path/"v").glob("[!.]*.json")}
+    after = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in visible(tmp_path/"v", "*.json")}
     assert len(after) == 60 and {k: after[k] for k in done} == done
 
 def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
@@ -240,21 +240,24 @@ def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     assert {f.name: f.read_bytes() for f in (tmp_path/"v").iterdir()} == first
 
 def leave(folder):
-    "What macOS leaves beside each file, and Finder in each folder"
-    for f in [f for f in folder.rglob("*") if f.is_file()]: (f.parent/f"._{f.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    "What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in each folder"
+    for f in [f for f in folder.rglob("*") if f.is_file()]:
+        for to in (f.parent, folder/"__MACOSX"/f.parent.relative_to(folder)):
+            to.mkdir(parents=True, exist_ok=True)
+            (to/f"._{f.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
     for d in [folder, *(d for d in folder.rglob("*") if d.is_dir())]: (d/".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
-    for d in [d for d in folder.iterdir() if d.is_dir()]: shutil.copytree(d, folder/"__MACOSX"/d.name, ignore=lambda _, names: [n for n in names if not n.startswith("._") and "." in n])
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_macos_leaves_is_no_scan(name, root, tmp_path):
     "The same table, nobody more left out, the same hash and the same voxels"
     adapter = import_module(f"asap.data.cohorts.{name}")
-    for n in {name, "ct_rate"} if name == "radgenome" else {name}: shutil.copytree(root/"data"/n, tmp_path/"data"/n)
+    used = {name, "ct_rate"} if name == "radgenome" else {name}
+    for n in used: shutil.copytree(root/"data"/n, tmp_path/"data"/n)
     def state():
         t, bad = adapter.read(tmp_path/"data"/name)
         return t, [bad.rows, inventory(tmp_path/"data"), [sketch(f) for f in t.image], [hashlib.sha256(read(f).hu.tobytes()).hexdigest() for f in t.image[:2]]]
     before = state()
-    leave(tmp_path/"data")
+    for n in used: leave(tmp_path/"data"/n)
     after = state()
     pd.testing.assert_frame_equal(after[0], before[0])
     assert after[1] == before[1]

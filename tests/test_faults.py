@@ -1,5 +1,6 @@
 "Broken files, folders without permission, a full disk, a kill, two at once: nothing half-written is taken for whole, nothing is lost"
 import contextlib, os, signal, subprocess, sys, textwrap, time
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, psutil, pytest
@@ -7,7 +8,7 @@ from conftest import TOP
 from files import FORMS, write as write_as
 
 from asap.cli import main
-from asap.core import atomic, write_json
+from asap.core import atomic, visible, write_json
 from asap.data.checks import load
 from asap.data.cohort import prepare
 from asap.data.volumes import Source, write
@@ -59,6 +60,8 @@ def test_without_permission(tmp_path):
         for p in (locked, shut/"series"):
             with pytest.raises((PermissionError, ValueError)) as e: load(p)
             assert p.name in str(e.value)
+        for look in (lambda: load(shut/"series"), *(partial(visible, tmp_path, p) for p in ("*/*/*.dcm", "**/*"))):
+            with pytest.raises(PermissionError, match="series"): look()
     (shut/"series").chmod(0o755)
 
 def table(folder, n=4):

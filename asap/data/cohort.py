@@ -201,7 +201,7 @@ def place(
 
 # %% ../../nbs/2_data/22_cohort.ipynb #inv00002
 def contents(path)->str:
-    "Hash of a file's bytes, or of all names and bytes in a folder"
+    "Hash of a file's bytes, or of all names and bytes that are visible in a folder"
     path = Path(path)
     if path.is_file(): return file_hash(path)
     files = [f for f in visible(path, "**/*") if f.is_file()]

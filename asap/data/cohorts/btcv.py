@@ -103,7 +103,7 @@ def read(
     "Every outlined abdomen; says which of the two layouts it found"
     root, rows, bad = Path(root), [], Quarantine()
     caution(NAME, UNVERIFIED)
-    owners, released = (root/"RawData").is_dir(), bool(visible(root, "dataset*.json"))
+    owners, released = (root/"RawData").is_dir(), visible(root, "dataset*.json")
     if not owners and not released: raise FileNotFoundError(f"{root}: neither RawData/Training (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")
     say(f"{NAME}: the owners' layout" if owners else f"{NAME}: the benchmark's re-pack")
     for image, mask, n in _pairs(root) if owners else _listed(root):

@@ -19,242 +19,408 @@ def _relay(out=None):
     out = out or sys.stderr
     fd, name = tempfile.mkstemp(prefix="asap-", suffix=".log")
     done = threading.Event()
+
     def copy():
         with os.fdopen(fd, encoding="utf8", errors="replace") as f:
             while True:
                 last = done.is_set()
                 text = f.read()
-                if text: out.write(text); out.flush()
-                if last: return
+                if text:
+                    out.write(text)
+                    out.flush()
+                if last:
+                    return
                 done.wait(0.3)
+
     thread = threading.Thread(target=copy, daemon=True)
     os.environ.update(ASAP_TERMINAL=name, ASAP_TTY="1" if out.isatty() else "0")
     thread.start()
-    try: yield
+    try:
+        yield
     finally:
-        done.set(); thread.join()
-        os.environ.pop("ASAP_TERMINAL"); os.unlink(name)
+        done.set()
+        thread.join()
+        os.environ.pop("ASAP_TERMINAL")
+        os.unlink(name)
 
 # %% ../nbs/90_cli.ipynb #3bf314b0
-def _given(pairs:list[str])->dict: # ["arm=asap"] -> {"arm": "asap"}
+def _given(pairs: list[str]) -> dict:  # ["arm=asap"] -> {"arm": "asap"}
     bad = [p for p in pairs if "=" not in p]
-    if bad: raise ValueError(f"`{bad[0]}`: write key=value, such as arm=asap")
+    if bad:
+        raise ValueError(f"`{bad[0]}`: write key=value, such as arm=asap")
     return dict(p.split("=", 1) for p in pairs)
 
-def _peak()->float|None: # GB
+
+def _peak() -> float | None:  # GB
     "Memory that the largest process of the stage had at its peak; None where the system does not say"
-    try: import resource
-    except ImportError: return None
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/(1e9 if sys.platform == "darwin" else 1e6)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
+        1e9 if sys.platform == "darwin" else 1e6
+    )
+
 
 def stage(
-    name:str, # stage in dvc.yaml, such as `pretrain@asap`; the notebook is nbs/stages/pretrain.ipynb
-    given:dict|None=None, # values for the notebook's `parameters` cell
-)->Path: # the executed notebook
+    name: str,  # stage in dvc.yaml, such as `pretrain@asap`; the notebook is nbs/stages/pretrain.ipynb
+    given: dict | None = None,  # values for the notebook's `parameters` cell
+) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    sys.modules.setdefault("rfc3987_syntax", None) # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
+    sys.modules.setdefault(
+        "rfc3987_syntax", None
+    )  # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     import papermill
-    source = root()/"nbs/stages"/f"{name.split('@')[0]}.ipynb"
+
+    source = root() / "nbs/stages" / f"{name.split('@')[0]}.ipynb"
     if not source.exists():
         known = sorted(f.stem for f in source.parent.glob("*.ipynb"))
         raise FileNotFoundError(f"no stage `{name}`: nbs/stages has {', '.join(known)}")
-    target = root()/"runs/notebooks"/f"{name.replace('@', '-')}.ipynb"
+    target = root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update(ASAP_ROOT=str(root()), PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1",
-                      MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str(2**33)) # glibc: keep what is freed, as `asap.train.keep_memory`
+    os.environ.update(
+        ASAP_ROOT=str(root()),
+        PYTHONHASHSEED="0",
+        TOKENIZERS_PARALLELISM="false",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        MALLOC_MMAP_THRESHOLD_=str(2**30),
+        MALLOC_TRIM_THRESHOLD_=str(2**33),
+    )  # glibc: keep what is freed, as `asap.train.keep_memory`
     start = time.monotonic()
     with _relay():
-        papermill.execute_notebook(source, target, dict(given or {}, stage=name), kernel_name="python3",
-                                   progress_bar=False, cwd=root())
-    minutes, peak = (time.monotonic()-start)/60, _peak()
-    write_json(dict(stage=name, minutes=round(minutes, 2), at_a_time=int(os.environ.get("ASAP_STAGES", 1)), **({"peak_gb": round(peak, 2)} if peak else {})), root()/"runs/minutes"/f"{name.replace('@', '-')}.json")
-    say(f"{name}: {minutes:.1f} min"+(f", {peak:.1f} GB at most in one process" if peak else ""))
+        papermill.execute_notebook(
+            source,
+            target,
+            dict(given or {}, stage=name),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=root(),
+        )
+    minutes, peak = (time.monotonic() - start) / 60, _peak()
+    write_json(
+        dict(
+            stage=name,
+            minutes=round(minutes, 2),
+            at_a_time=int(os.environ.get("ASAP_STAGES", 1)),
+            **({"peak_gb": round(peak, 2)} if peak else {}),
+        ),
+        root() / "runs/minutes" / f"{name.replace('@', '-')}.json",
+    )
+    say(f"{name}: {minutes:.1f} min" + (f", {peak:.1f} GB at most in one process" if peak else ""))
     return target
 
 # %% ../nbs/90_cli.ipynb #d4db1d11
-def find_scans(paths:list)->list: # (name, path), names unique
+def find_scans(paths: list) -> list:  # (name, path), names unique
     "Files and folders that are a scan, in the folders given too"
     from asap.data.volumes import SUFFIXES, suffix
+
     out, loose = [], (".dcm", ".ima")
+
     def walk(p):
-        if not p.exists(): raise FileNotFoundError(f"{p} is missing")
-        if p.is_file(): return out.append(p)
+        if not p.exists():
+            raise FileNotFoundError(f"{p} is missing")
+        if p.is_file():
+            return out.append(p)
         files = visible(p)
-        volumes = [f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in loose]
+        volumes = [
+            f for f in files if f.is_file() and suffix(f) in SUFFIXES and suffix(f) not in loose
+        ]
         out.extend(volumes or ([p] if any(f.is_file() and _slice(f) for f in files) else []))
         for f in files:
-            if f.is_dir(): walk(f)
-    for p in map(Path, paths): walk(p)
+            if f.is_dir():
+                walk(f)
+
+    for p in map(Path, paths):
+        walk(p)
     out = list(dict.fromkeys(out))
     return list(zip(_names(out), out))
 
-def _slice(f)->bool: # one slice of a series or of a folder of pictures
-    from asap.data.volumes import PICTURES
-    if f.suffix.lower() in (".dcm", ".ima", *PICTURES): return True
-    if f.suffix and not f.suffix[1:].isdigit(): return False
-    with open(f, "rb") as h: return h.read(132)[128:] == b"DICM"
 
-def _names(paths)->list: # the file's name; with as many of its folders as it takes where two have the same
+def _slice(f) -> bool:  # one slice of a series or of a folder of pictures
+    from asap.data.volumes import PICTURES
+
+    if f.suffix.lower() in (".dcm", ".ima", *PICTURES):
+        return True
+    if f.suffix and not f.suffix[1:].isdigit():
+        return False
+    with open(f, "rb") as h:
+        return h.read(132)[128:] == b"DICM"
+
+
+def _names(
+    paths,
+) -> list:  # the file's name; with as many of its folders as it takes where two have the same
     from asap.data.volumes import suffix
-    parts = [[*p.resolve().parts[1:-1], p.name[:-len(suffix(p))] if p.is_file() and suffix(p) else p.name] for p in paths]
-    depth = [1]*len(paths)
+
+    parts = [
+        [
+            *p.resolve().parts[1:-1],
+            p.name[: -len(suffix(p))] if p.is_file() and suffix(p) else p.name,
+        ]
+        for p in paths
+    ]
+    depth = [1] * len(paths)
     while True:
         names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
         count = Counter(names)
         same = [i for i, n in enumerate(names) if count[n] > 1 and depth[i] < len(parts[i])]
-        if not same: return names
-        for i in same: depth[i] += 1
+        if not same:
+            return names
+        for i in same:
+            depth[i] += 1
 
-def _source(a): # what the options declare
+
+def _source(a):  # what the options declare
     from asap.data.volumes import Source
+
     intensity = "mr" if a.mr else ("window", *a.window) if a.window else "hu"
     return Source(intensity, tuple(a.spacing) if a.spacing else None, a.axes)
 
-def _batch(a, label): # scans with a bar, and the quarantine
+
+def _batch(a, label):  # scans with a bar, and the quarantine
     scans = find_scans(a.paths)
-    if not scans: raise ValueError(f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)")
+    if not scans:
+        raise ValueError(
+            f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+        )
     return (progress(scans, label=label) if len(scans) > 1 else scans), len(scans)
 
-def _end(bad, n)->int: # exit code
+
+def _end(bad, n) -> int:  # exit code
     bad.save()
-    if len(bad): say(f"{len(bad)} of {n} refused")
+    if len(bad):
+        say(f"{len(bad)} of {n} refused")
     return 1 if len(bad) else 0
 
 # %% ../nbs/90_cli.ipynb #7ad773d1
-def _data_set(a)->str|None: # name of the cohort that `asap check` was given; None for loose scans
-    if a.cohort: return a.cohort
+def _data_set(
+    a,
+) -> str | None:  # name of the cohort that `asap check` was given; None for loose scans
+    if a.cohort:
+        return a.cohort
     folder = Path(a.paths[0])
-    if len(a.paths) > 1 or not folder.is_dir(): return None
-    try: csv = load_params().cohorts.own.csv
-    except FileNotFoundError: csv = "cases.csv" # outside of a project
-    if (folder/csv).is_file(): return "own"
+    if len(a.paths) > 1 or not folder.is_dir():
+        return None
+    try:
+        csv = load_params().cohorts.own.csv
+    except FileNotFoundError:
+        csv = "cases.csv"  # outside of a project
+    if (folder / csv).is_file():
+        return "own"
     others = [f.name for f in visible(folder, "*.csv")]
-    if others: say(f"{folder} holds {', '.join(others[:3])}: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now {csv})")
+    if others:
+        say(
+            f"{folder} holds {', '.join(others[:3])}: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now {csv})"
+        )
 
-def _place(a, name)->tuple: # folder of the data set, file of the page or None
-    loose = [o for o, given in (("--pictures", a.pictures), ("--spacing", a.spacing), ("--window", a.window), ("--mr", a.mr), ("--axes", a.axes != "LPS")) if given]
-    if loose: raise ValueError(f"{loose[0]} is for loose scans: what the files of `{name}` do not say is declared in its page in nbs/2_data/cohorts, and --page shows pictures")
-    if len(a.paths) > 1: raise ValueError(f"{len(a.paths)} paths, expected the one folder of the data set `{name}`")
+
+def _place(a, name) -> tuple:  # folder of the data set, file of the page or None
+    loose = [
+        o
+        for o, given in (
+            ("--pictures", a.pictures),
+            ("--spacing", a.spacing),
+            ("--window", a.window),
+            ("--mr", a.mr),
+            ("--axes", a.axes != "LPS"),
+        )
+        if given
+    ]
+    if loose:
+        raise ValueError(
+            f"{loose[0]} is for loose scans: what the files of `{name}` do not say is declared in its page in nbs/2_data/cohorts, and --page shows pictures"
+        )
+    if len(a.paths) > 1:
+        raise ValueError(f"{len(a.paths)} paths, expected the one folder of the data set `{name}`")
     folder, page = Path(a.paths[0]), Path(a.page) if a.page else None
-    if page and (page.suffix not in (".html", ".htm") or page.is_dir()): raise ValueError(f"--page {page}: expected a file that ends in .html")
-    if page and page.resolve().is_relative_to(folder.resolve()): raise ValueError(f"--page {page} lies in the data's folder, which is only read: write it elsewhere")
+    if page and (page.suffix not in (".html", ".htm") or page.is_dir()):
+        raise ValueError(f"--page {page}: expected a file that ends in .html")
+    if page and page.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--page {page} lies in the data's folder, which is only read: write it elsewhere"
+        )
     return folder, page
 
-def _review(a, name)->int:
+
+def _review(a, name) -> int:
     from asap.core import write_text
     from asap.data import review
+
     (folder, page), _ = _place(a, name), review.adapter_of(name)
-    try: told = review.options(name, load_params())
-    except FileNotFoundError: told = {} # outside of a project
+    try:
+        told = review.options(name, load_params())
+    except FileNotFoundError:
+        told = {}  # outside of a project
     r = review.review(folder, name, told, a.jobs, a.pictures_of if page else 0)
     print("\n".join(review.lines(r)), flush=True)
-    if page: write_text(review.page(r), page); print(f"page     {page}")
+    if page:
+        write_text(review.page(r), page)
+        print(f"page     {page}")
     return 1 if len(r.refused) else 0
 
-def check(a)->int:
+
+def check(a) -> int:
     "`asap check`"
     name = _data_set(a)
-    if name: return _review(a, name)
-    if a.page: raise ValueError(f"--page needs a data set: a folder with its table, or --cohort NAME; {', '.join(map(str, a.paths))} was taken for loose scans")
+    if name:
+        return _review(a, name)
+    if a.page:
+        raise ValueError(
+            f"--page needs a data set: a folder with its table, or --cohort NAME; {', '.join(map(str, a.paths))} was taken for loose scans"
+        )
     return _scans(a)
 
-def _scans(a)->int:
+
+def _scans(a) -> int:
     from asap.data import checks
     from asap.data.volumes import read
+
     scans, n = _batch(a, "check")
     refused = 0
     for name, path in scans:
-        try: v = read(path, _source(a))
-        except (ValueError, OSError) as e: refused += 1; print(f"REFUSED  {name}: {e}", flush=True); continue
+        try:
+            v = read(path, _source(a))
+        except (ValueError, OSError) as e:
+            refused += 1
+            print(f"REFUSED  {name}: {e}", flush=True)
+            continue
         found = checks.check(v)
         errors = [f for f in found if f.level == "error"]
         refused += bool(errors)
         shape, mm = "x".join(map(str, v.hu.shape)), "x".join(f"{s:.3g}" for s in v.spacing)
-        print(f"{'REFUSED ' if errors else 'warning ' if found else 'ok      '} {name}: {v.facts['format']} {shape}, {mm} mm, {v.axes}"+"".join(f"; {f}" for f in found), flush=True)
-        if a.pictures: _picture(v, name, a.pictures)
-    if n > 1: say(f"{n} scans, {refused} refused")
+        print(
+            f"{'REFUSED ' if errors else 'warning ' if found else 'ok      '} {name}: {v.facts['format']} {shape}, {mm} mm, {v.axes}"
+            + "".join(f"; {f}" for f in found),
+            flush=True,
+        )
+        if a.pictures:
+            _picture(v, name, a.pictures)
+    if n > 1:
+        say(f"{n} scans, {refused} refused")
     return 1 if refused else 0
 
+
 def _picture(v, name, folder):
-    import matplotlib; matplotlib.use("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig = v.show(); fig.suptitle(name, fontsize=9)
-    with atomic(Path(folder)/f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110)
+
+    fig = v.show()
+    fig.suptitle(name, fontsize=9)
+    with atomic(Path(folder) / f"{name}.png") as tmp:
+        fig.savefig(tmp, format="png", dpi=110)
     plt.close(fig)
 
 # %% ../nbs/90_cli.ipynb #510d23ed
-def _how(a)->dict: # spacing and window of the study, or of the options
+def _how(a) -> dict:  # spacing and window of the study, or of the options
     p = load_params()
     return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu))
 
-def standardise(a)->int:
+
+def standardise(a) -> int:
     "`asap standardise`"
     from asap.data.cohort import Store, make_one
+
     scans, n = _batch(a, "standardise")
-    out, bad = Path(a.out), Quarantine(Path(a.out)/"quarantine.csv")
+    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
     out.mkdir(parents=True, exist_ok=True)
     for name, path in scans:
-        made = make_one(dict(case=name, image=str(path), organ_map=""), Store(out, out), _how(a), None, _source(a))
-        if made.error: bad.add(name, made.error); say(f"refused {name}: {made.error}")
-        else: print(out/f"{name}.nii", flush=True)
+        made = make_one(
+            dict(case=name, image=str(path), organ_map=""),
+            Store(out, out),
+            _how(a),
+            None,
+            _source(a),
+        )
+        if made.error:
+            bad.add(name, made.error)
+            say(f"refused {name}: {made.error}")
+        else:
+            print(out / f"{name}.nii", flush=True)
     return _end(bad, n)
 
-def organs(a)->int:
+
+def organs(a) -> int:
     "`asap organs`"
     from asap.anatomy import segment
     from asap.anatomy.organs import group_map
     from asap.data import checks
     from asap.data.volumes import grid, resample, write
+
     groups, how = load_params().anatomy.groups, _how(a)
     segment.need(not a.full, a.download)
     scans, n = _batch(a, "organs")
-    out, bad = Path(a.out), Quarantine(Path(a.out)/"quarantine.csv")
+    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
     for name, path in scans:
         try:
             v, _ = checks.load(path, _source(a))
             found = group_map(segment.segment(v, groups, fast=not a.full), groups)
-        except (ValueError, OSError) as e: bad.add(name, e); say(f"refused {name}: {e}"); continue
+        except (ValueError, OSError) as e:
+            bad.add(name, e)
+            say(f"refused {name}: {e}")
+            continue
         shape, affine = grid(v.hu.shape, v.affine, how["spacing"])
-        write(resample(found, v.affine, shape, affine, order=0, fill=0), affine, out/f"{name}_organs.nii.gz")
-        print(out/f"{name}_organs.nii.gz", flush=True)
+        write(
+            resample(found, v.affine, shape, affine, order=0, fill=0),
+            affine,
+            out / f"{name}_organs.nii.gz",
+        )
+        print(out / f"{name}_organs.nii.gz", flush=True)
     return _end(bad, n)
 
 # %% ../nbs/90_cli.ipynb #c1100001
-def _size(a): return tuple(a.size) if a.size else None
+def _size(a):
+    return tuple(a.size) if a.size else None
+
 
 def _apart(out, scans):
     "Refuse to write over a scan or a folder"
-    if Path(out).is_dir(): raise ValueError(f"-o {out} is a folder, expected a file")
-    if Path(out).resolve() in [p.resolve() for _, p in scans]: raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
+    if Path(out).is_dir():
+        raise ValueError(f"-o {out} is a folder, expected a file")
+    if Path(out).resolve() in [p.resolve() for _, p in scans]:
+        raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
 
-def _each(a, label, one)->tuple: # [(name, what `one` gave)], Quarantine
+
+def _each(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
     "Every scan by itself; one that is refused is named, and the rest goes on"
     scans, n = _batch(a, label)
     done, bad = [], Quarantine()
     for name, path in scans:
-        try: done.append((name, one(name, path)))
-        except (ValueError, OSError) as e: bad.add(name, e); say(f"refused {name}: {e}")
-    if bad.rows and n > 1: say(f"{len(bad)} of {n} refused")
+        try:
+            done.append((name, one(name, path)))
+        except (ValueError, OSError) as e:
+            bad.add(name, e)
+            say(f"refused {name}: {e}")
+    if bad.rows and n > 1:
+        say(f"{len(bad)} of {n} refused")
     return done, bad
 
-def _close(done, bad, listed)->int: # exit code
+
+def _close(done, bad, listed) -> int:  # exit code
     "List the refused beside what was written; nothing where nothing was"
     bad.path = Path(listed)
-    if done and (len(bad) or bad.path.exists()): bad.save()
+    if done and (len(bad) or bad.path.exists()):
+        bad.save()
     return 1 if len(bad) else 0
 
 # %% ../nbs/90_cli.ipynb #9540f56d
 def _embed_one(path, source, encoder):
     import torch
     from asap.study.scan import see
-    s = see(path, encoder, source)
-    for doubt in s.doubts: say(f"warning: {Path(path).name}: {doubt}")
-    with torch.no_grad(): return encoder.tokens(s.x, norm=False)[0].float().cpu().numpy()
 
-def embed(a)->int:
+    s = see(path, encoder, source)
+    for doubt in s.doubts:
+        say(f"warning: {Path(path).name}: {doubt}")
+    with torch.no_grad():
+        return encoder.tokens(s.x, norm=False)[0].float().cpu().numpy()
+
+
+def embed(a) -> int:
     "`asap embed`"
     import numpy as np
     from asap.study.scan import encoder_of, origin
+
     _apart(a.out, find_scans(a.paths))
     encoder = encoder_of(a.checkpoint, _size(a))
     say(origin(a.checkpoint))
@@ -263,7 +429,13 @@ def embed(a)->int:
         tokens = [t for _, t in done]
         more = dict(tokens=np.stack(tokens), grid=np.array(encoder.grid)) if a.tokens else {}
         with atomic(a.out) as tmp:
-            with open(tmp, "wb") as f: np.savez(f, features=np.stack([t[1:].mean(0) for t in tokens]), cases=np.array([n for n, _ in done]), **more)
+            with open(tmp, "wb") as f:
+                np.savez(
+                    f,
+                    features=np.stack([t[1:].mean(0) for t in tokens]),
+                    cases=np.array([n for n, _ in done]),
+                    **more,
+                )
         print(a.out)
     return _close(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
 
@@ -271,144 +443,356 @@ def embed(a)->int:
 def _asked(a, path, model):
     "A CT as the model sees it"
     from asap.study.scan import see
-    try: s = see(path, model.vit, _source(a))
+
+    try:
+        s = see(path, model.vit, _source(a))
     except ValueError as e:
-        if "--mr" not in str(e): raise
-        raise ValueError(f"{e}; and {a.command} takes a CT alone, so that an MR is refused with --mr too") from None
-    for doubt in s.doubts: say(f"warning: {Path(path).name}: {doubt}")
+        if "--mr" not in str(e):
+            raise
+        raise ValueError(
+            f"{e}; and {a.command} takes a CT alone, so that an MR is refused with --mr too"
+        ) from None
+    for doubt in s.doubts:
+        say(f"warning: {Path(path).name}: {doubt}")
     return s
 
-def _speaks(a, sentences)->tuple: # model and text encoder
+
+def _speaks(a, sentences) -> tuple:  # model and text encoder
     "The model, what it was trained on, and what it was never taught to read"
     from asap.study.scan import only_ct, opened, origin, unknown
+
     only_ct(_source(a))
     model, text = opened(a.checkpoint, a.text, _size(a))
     say(origin(a.checkpoint))
-    if odd := unknown(text, sentences): say(f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, and reads past it")
+    if odd := unknown(text, sentences):
+        say(
+            f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, and reads past it"
+        )
     return model, text
 
-def zeroshot(a)->int:
+
+def zeroshot(a) -> int:
     "`asap zeroshot`"
     import pandas as pd
     from asap.core import write_csv
     from asap.phantom.abnormalities import ABNORMALITIES
     from asap.study.scan import zero_shot
+
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
-    if Path(a.out).suffix.lower() != ".csv": raise ValueError(f"-o {a.out}: expected a file that ends in .csv")
-    if blank := [n for n in labels if not n.strip()]: raise ValueError(f"--labels {blank[0]!r} is empty: give a name, such as \"Pleural effusion\"")
-    if files := [n for n in labels if Path(n).is_file()]: raise ValueError(f"--labels took {files[0]}, which is a file, for a label: give the scans before the options")
+    if Path(a.out).suffix.lower() != ".csv":
+        raise ValueError(f"-o {a.out}: expected a file that ends in .csv")
+    if blank := [n for n in labels if not n.strip()]:
+        raise ValueError(f'--labels {blank[0]!r} is empty: give a name, such as "Pleural effusion"')
+    if files := [n for n in labels if Path(n).is_file()]:
+        raise ValueError(
+            f"--labels took {files[0]}, which is a file, for a label: give the scans before the options"
+        )
     _apart(a.out, scans)
     (model, text), p = _speaks(a, labels), load_params().vocabulary
+
     def one(name, path):
         z = zero_shot(model, text, _asked(a, path, model), labels, p)
-        print(f"{name}: "+", ".join(f"{r.label} {r.chance:.2f}" for r in z.nlargest(a.top, "chance").itertuples()), flush=True)
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"{r.label} {r.chance:.2f}" for r in z.nlargest(a.top, "chance").itertuples()
+            ),
+            flush=True,
+        )
         return z
+
     done, bad = _each(a, "zeroshot", one)
-    if done: write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), a.out); print(a.out)
+    if done:
+        write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), a.out)
+        print(a.out)
     return _close(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
 
 # %% ../nbs/90_cli.ipynb #c1100005
-def _ground_one(a, name, path, model, text, note)->int: # how many files
-    import matplotlib; matplotlib.use("Agg")
+def _ground_one(a, name, path, model, text, note) -> int:  # how many files
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from asap.core import write_csv
     from asap.data.volumes import write
     from asap.study.scan import draw, ground as grounded, places
+
     s, out = _asked(a, path, model), Path(a.out)
     g = grounded(model, text, s, list(dict.fromkeys(a.sentence)))
     t = places(g, s.volume)
     for i, r in enumerate(t.itertuples()):
         heat, region = g.back(i, s.volume)
-        write(heat, s.volume.affine, out/f"{name}_{i+1}_heat.nii.gz"); write(region, s.volume.affine, out/f"{name}_{i+1}_region.nii.gz")
+        write(heat, s.volume.affine, out / f"{name}_{i + 1}_heat.nii.gz")
+        write(region, s.volume.affine, out / f"{name}_{i + 1}_region.nii.gz")
         fig = draw(g, i, s.volume, note)
-        with atomic(out/f"{name}_{i+1}.png") as tmp: fig.savefig(tmp, format="png", dpi=110)
+        with atomic(out / f"{name}_{i + 1}.png") as tmp:
+            fig.savefig(tmp, format="png", dpi=110)
         plt.close(fig)
-        print(f"{name}: \"{r.sentence}\" {r.patches} patches around {r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), cosine up to {r.highest:.2f}: {out/f'{name}_{i+1}.png'}", flush=True)
-    write_csv(t.assign(scan=name)[["scan", *t]], out/f"{name}.csv") # last: where it is, the rest is
+        print(
+            f'{name}: "{r.sentence}" {r.patches} patches around {r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), cosine up to {r.highest:.2f}: {out / f"{name}_{i + 1}.png"}',
+            flush=True,
+        )
+    write_csv(
+        t.assign(scan=name)[["scan", *t]], out / f"{name}.csv"
+    )  # last: where it is, the rest is
     return len(t)
 
-def ground(a)->int:
+
+def ground(a) -> int:
     "`asap ground`"
     from asap.study.scan import origin
+
     out = Path(a.out)
-    if out.exists() and not out.is_dir(): raise ValueError(f"-o {out} is a file, expected a folder")
-    if blank := [s for s in a.sentence if not s.strip()]: raise ValueError(f"--sentence {blank[0]!r} is empty: say what to look for, such as \"There is pleural effusion.\"")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"-o {out} is a file, expected a folder")
+    if blank := [s for s in a.sentence if not s.strip()]:
+        raise ValueError(
+            f'--sentence {blank[0]!r} is empty: say what to look for, such as "There is pleural effusion."'
+        )
     scans = find_scans(a.paths)
     for name, _ in scans:
         for i in range(len(a.sentence)):
-            for kind in ("heat", "region"): _apart(out/f"{name}_{i+1}_{kind}.nii.gz", scans)
+            for kind in ("heat", "region"):
+                _apart(out / f"{name}_{i + 1}_{kind}.nii.gz", scans)
     model, text = _speaks(a, a.sentence)
-    done, bad = _each(a, "ground", lambda name, path: _ground_one(a, name, path, model, text, origin(a.checkpoint)))
-    return _close(done, bad, out/"quarantine.csv")
+    done, bad = _each(
+        a,
+        "ground",
+        lambda name, path: _ground_one(a, name, path, model, text, origin(a.checkpoint)),
+    )
+    return _close(done, bad, out / "quarantine.csv")
 
 # %% ../nbs/90_cli.ipynb #32af066e
-def _declare(p): # options that declare what files do not say
+def _declare(p):  # options that declare what files do not say
     g = p.add_argument_group("what the files do not say")
-    g.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="assumed spacing along each array axis")
-    g.add_argument("--axes", default="LPS", help="where each array axis points, for npz and pictures (default LPS)")
-    g.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), help="8-bit pictures of this window of HU")
+    g.add_argument(
+        "--spacing", type=float, nargs=3, metavar="MM", help="assumed spacing along each array axis"
+    )
+    g.add_argument(
+        "--axes",
+        default="LPS",
+        help="where each array axis points, for npz and pictures (default LPS)",
+    )
+    g.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="8-bit pictures of this window of HU",
+    )
     g.add_argument("--mr", action="store_true", help="an MR: arbitrary units")
-    p.add_argument("paths", nargs="+", metavar="PATH", help="a volume, a DICOM folder, or a folder with such")
+    p.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a volume, a DICOM folder, or a folder with such"
+    )
 
-def _which(p, text=False): # which model
+
+def _which(p, text=False):  # which model
     g = p.add_argument_group("which model")
-    g.add_argument("--checkpoint", metavar="FOLDER", help="default: weights/asap, else runs/pretrain/asap/checkpoint")
-    if text: g.add_argument("--text", metavar="FOLDER", help="the text encoder that it was trained with; default: weights/text, else build/text")
-    g.add_argument("--size", type=int, nargs=3, metavar="N", help="voxels of the box that the model sees, at its spacing, whole patches (default: as trained)")
+    g.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="default: weights/asap, else runs/pretrain/asap/checkpoint",
+    )
+    if text:
+        g.add_argument(
+            "--text",
+            metavar="FOLDER",
+            help="the text encoder that it was trained with; default: weights/text, else build/text",
+        )
+    g.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        metavar="N",
+        help="voxels of the box that the model sees, at its spacing, whole patches (default: as trained)",
+    )
+
 
 def _command(sub, name, run, text, example):
-    p = sub.add_parser(name, help=text, description=text[0].upper()+text[1:]+".", epilog=f"example: {example}")
+    p = sub.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}"
+    )
     p.set_defaults(run=run)
     return p
 
-def _parser()->argparse.ArgumentParser:
-    p = argparse.ArgumentParser("asap", description="ASAP: vision-language pre-training on chest CT and reports.",
-                                epilog="The whole study: dvc repro. Its numbers: params.yaml.")
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "asap",
+        description="ASAP: vision-language pre-training on chest CT and reports.",
+        epilog="The whole study: dvc repro. Its numbers: params.yaml.",
+    )
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = _command(sub, "check", check, "say of each scan, or of each case of a data set, whether it can be used", "asap check scans/ --pictures look/ (loose scans); asap check hospital/ --page usable.html (a data set)")
-    c.add_argument("--pictures", metavar="FOLDER", help="write three planes of each scan as PNG"); _declare(c)
-    g = c.add_argument_group("a data set", "A folder with the table that params.yaml names (cohorts.own.csv), or that of another data set by --cohort; it is only read.")
-    g.add_argument("--cohort", metavar="NAME", help="the data set that the folder holds: own, ct_rate, stoic, ... (nbs/2_data/cohorts)")
-    g.add_argument("--page", metavar="FILE.html", help="write one page for the person who brought the data; it may hold patients' data")
-    g.add_argument("--pictures-of", type=int, default=24, metavar="N", help="usable cases pictured on the page (default 24)")
+    c = _command(
+        sub,
+        "check",
+        check,
+        "say of each scan, or of each case of a data set, whether it can be used",
+        "asap check scans/ --pictures look/ (loose scans); asap check hospital/ --page usable.html (a data set)",
+    )
+    c.add_argument("--pictures", metavar="FOLDER", help="write three planes of each scan as PNG")
+    _declare(c)
+    g = c.add_argument_group(
+        "a data set",
+        "A folder with the table that params.yaml names (cohorts.own.csv), or that of another data set by --cohort; it is only read.",
+    )
+    g.add_argument(
+        "--cohort",
+        metavar="NAME",
+        help="the data set that the folder holds: own, ct_rate, stoic, ... (nbs/2_data/cohorts)",
+    )
+    g.add_argument(
+        "--page",
+        metavar="FILE.html",
+        help="write one page for the person who brought the data; it may hold patients' data",
+    )
+    g.add_argument(
+        "--pictures-of",
+        type=int,
+        default=24,
+        metavar="N",
+        help="usable cases pictured on the page (default 24)",
+    )
     g.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default 2)")
-    c = _command(sub, "standardise", standardise, "write standard volumes: RAS, the study's spacing, HU clipped", "asap standardise scans/ -o standard/")
-    c.add_argument("-o", "--out", required=True, metavar="FOLDER"); c.add_argument("--to", type=float, nargs=3, metavar="MM", help="spacing of the standard volume (default: params.yaml)"); _declare(c)
-    c = _command(sub, "organs", organs, "organ maps by TotalSegmentator, where its weights are on disk", "asap organs scan.nii.gz -o maps/")
-    c.add_argument("-o", "--out", required=True, metavar="FOLDER"); c.add_argument("--to", type=float, nargs=3, metavar="MM", help="spacing of the map (default: params.yaml)")
-    c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one"); c.add_argument("--download", action="store_true", help="fetch weights that are missing"); _declare(c)
-    c = _command(sub, "embed", embed, "features of scans from a checkpoint's encoder", "asap embed scan.nrrd -o scan.npz")
-    c.add_argument("-o", "--out", required=True, metavar="FILE.npz"); c.add_argument("--tokens", action="store_true", help="keep every token, not the mean alone"); _which(c); _declare(c)
-    c = _command(sub, "zeroshot", zeroshot, "abnormalities named in words: what a checkpoint says of each, nothing trained", 'asap zeroshot scan.nii.gz -o scan.csv; asap zeroshot scans/ -o all.csv --labels "Pleural effusion" "Rib fracture"')
-    c.add_argument("-o", "--out", required=True, metavar="FILE.csv"); c.add_argument("--labels", nargs="+", metavar="LABEL", help="abnormalities, each in quotes, after the scans (default: CT-RATE's 18)")
-    c.add_argument("--top", type=int, default=3, metavar="N", help="how many are printed, of the highest chance (default 3)"); _which(c, text=True); _declare(c)
-    c = _command(sub, "ground", ground, "the place that a sentence speaks of: heat map, mask and picture in the scan's own space", 'asap ground scan.nii.gz -o places/ --sentence "There is pleural effusion." --sentence "The heart is enlarged."')
-    c.add_argument("-o", "--out", required=True, metavar="FOLDER"); c.add_argument("--sentence", required=True, action="append", metavar="TEXT", help="what to look for; may be given several times"); _which(c, text=True); _declare(c)
-    c = _command(sub, "stage", lambda a: stage(a.name, _given(a.given)) and 0, "run one stage of the study, as DVC does", "asap stage pretrain@asap arm=asap")
-    c.add_argument("name", help="stage in dvc.yaml, such as prepare@ct_rate"); c.add_argument("given", nargs="*", help="key=value for the notebook's parameters")
-    c = _command(sub, "study", _study, "bring the study up to date, several stages at a time", "asap study --stages 2")
-    c.add_argument("--stages", type=int, default=None, metavar="N", help="at a time (default: study.stages of params.yaml)")
-    c = _command(sub, "params", _params, "check a file of params and say what is wrong with it", "asap params params/paper.yaml")
+    c = _command(
+        sub,
+        "standardise",
+        standardise,
+        "write standard volumes: RAS, the study's spacing, HU clipped",
+        "asap standardise scans/ -o standard/",
+    )
+    c.add_argument("-o", "--out", required=True, metavar="FOLDER")
+    c.add_argument(
+        "--to",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="spacing of the standard volume (default: params.yaml)",
+    )
+    _declare(c)
+    c = _command(
+        sub,
+        "organs",
+        organs,
+        "organ maps by TotalSegmentator, where its weights are on disk",
+        "asap organs scan.nii.gz -o maps/",
+    )
+    c.add_argument("-o", "--out", required=True, metavar="FOLDER")
+    c.add_argument(
+        "--to", type=float, nargs=3, metavar="MM", help="spacing of the map (default: params.yaml)"
+    )
+    c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
+    c.add_argument("--download", action="store_true", help="fetch weights that are missing")
+    _declare(c)
+    c = _command(
+        sub,
+        "embed",
+        embed,
+        "features of scans from a checkpoint's encoder",
+        "asap embed scan.nrrd -o scan.npz",
+    )
+    c.add_argument("-o", "--out", required=True, metavar="FILE.npz")
+    c.add_argument("--tokens", action="store_true", help="keep every token, not the mean alone")
+    _which(c)
+    _declare(c)
+    c = _command(
+        sub,
+        "zeroshot",
+        zeroshot,
+        "abnormalities named in words: what a checkpoint says of each, nothing trained",
+        'asap zeroshot scan.nii.gz -o scan.csv; asap zeroshot scans/ -o all.csv --labels "Pleural effusion" "Rib fracture"',
+    )
+    c.add_argument("-o", "--out", required=True, metavar="FILE.csv")
+    c.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="abnormalities, each in quotes, after the scans (default: CT-RATE's 18)",
+    )
+    c.add_argument(
+        "--top",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how many are printed, of the highest chance (default 3)",
+    )
+    _which(c, text=True)
+    _declare(c)
+    c = _command(
+        sub,
+        "ground",
+        ground,
+        "the place that a sentence speaks of: heat map, mask and picture in the scan's own space",
+        'asap ground scan.nii.gz -o places/ --sentence "There is pleural effusion." --sentence "The heart is enlarged."',
+    )
+    c.add_argument("-o", "--out", required=True, metavar="FOLDER")
+    c.add_argument(
+        "--sentence",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what to look for; may be given several times",
+    )
+    _which(c, text=True)
+    _declare(c)
+    c = _command(
+        sub,
+        "stage",
+        lambda a: stage(a.name, _given(a.given)) and 0,
+        "run one stage of the study, as DVC does",
+        "asap stage pretrain@asap arm=asap",
+    )
+    c.add_argument("name", help="stage in dvc.yaml, such as prepare@ct_rate")
+    c.add_argument("given", nargs="*", help="key=value for the notebook's parameters")
+    c = _command(
+        sub,
+        "study",
+        _study,
+        "bring the study up to date, several stages at a time",
+        "asap study --stages 2",
+    )
+    c.add_argument(
+        "--stages",
+        type=int,
+        default=None,
+        metavar="N",
+        help="at a time (default: study.stages of params.yaml)",
+    )
+    c = _command(
+        sub,
+        "params",
+        _params,
+        "check a file of params and say what is wrong with it",
+        "asap params params/paper.yaml",
+    )
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
     return p
 
-def _study(a)->int:
+
+def _study(a) -> int:
     from asap.study.run import study
+
     return study(root(), a.stages or load_params().study.stages)
 
-def _params(a)->int:
+
+def _params(a) -> int:
     load_params(a.file)
     print(f"{a.file or 'params.yaml'}: fine")
     return 0
 
-def main(argv:list[str]|None=None)->int: # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage
+
+def main(
+    argv: list[str] | None = None,
+) -> int:  # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage
     "The `asap` command"
     a = _parser().parse_args(argv)
-    try: return a.run(a) or 0
+    try:
+        return a.run(a) or 0
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
         return 1
 
 # %% ../nbs/90_cli.ipynb #05bbd2fe
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

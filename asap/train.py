@@ -20,239 +20,371 @@ from .core import atomic, progress, reusable, rng, say, seed32, write_csv, write
 
 # %% ../nbs/01_train.ipynb #0717502b
 def rate(
-    step:int, # 0..steps
-    steps:int,
-    warmup:int=0,
-)->float: # factor of the learning rate, 0..1
+    step: int,  # 0..steps
+    steps: int,
+    warmup: int = 0,
+) -> float:  # factor of the learning rate, 0..1
     "Linear warm-up, cosine to zero"
-    if step < warmup: return (step+1)/(warmup+1)
-    return 0.5*(1+math.cos(math.pi*min(1., (step-warmup)/max(1, steps-warmup))))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 # %% ../nbs/01_train.ipynb #5b4befee
 class Draws(torch.utils.data.Sampler):
     "Batches of (draw, index): every sample once a draw, in an order that belongs to seed and draw"
-    def __init__(self, n:int, batch:int, steps:int, seed, start:int=0):
+
+    def __init__(self, n: int, batch: int, steps: int, seed, start: int = 0):
         self.n, self.batch, self.steps, self.seed, self.start = n, batch, steps, seed, start
-        self.batch_size, self.drop_last = batch, True # what Accelerate asks when it shares batches among processes
-    def __len__(self): return self.steps-self.start
+        self.batch_size, self.drop_last = (
+            batch,
+            True,
+        )  # what Accelerate asks when it shares batches among processes
+
+    def __len__(self):
+        return self.steps - self.start
+
     def __iter__(self):
         order, held = None, -1
         for step in range(self.start, self.steps):
             out = []
-            for k in range(step*self.batch, (step+1)*self.batch):
+            for k in range(step * self.batch, (step + 1) * self.batch):
                 draw, place = divmod(k, self.n)
-                if draw != held: order, held = rng("order", self.seed, draw).permutation(self.n), draw
+                if draw != held:
+                    order, held = rng("order", self.seed, draw).permutation(self.n), draw
                 out.append((draw, int(order[place])))
             yield out
 
 # %% ../nbs/01_train.ipynb #6a2d65a6
-def world()->int: # processes of this run
+def world() -> int:  # processes of this run
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def mean(total, count)->torch.Tensor: # scalar; 0 where nothing counts
+
+def mean(total, count) -> torch.Tensor:  # scalar; 0 where nothing counts
     "A sum over a count, the count being that of all processes: their losses average to the one of a single process"
     if world() > 1:
         count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
         dist.all_reduce(count)
-        count = count/world()
-    return total/torch.as_tensor(count).clamp(min=1e-6 if world() > 1 else 1)
+        count = count / world()
+    return total / torch.as_tensor(count).clamp(min=1e-6 if world() > 1 else 1)
 
-def gathered(x)->torch.Tensor: # (B,...) -> (all B,...)
+
+def gathered(x) -> torch.Tensor:  # (B,...) -> (all B,...)
     "The rows of all processes, as long as the longest, padded with zeros; gradients flow back to each"
-    if world() == 1: return x
+    if world() == 1:
+        return x
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
     longest = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    more = torch.zeros(len(x), int(longest)-x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device)
+    more = torch.zeros(
+        len(x), int(longest) - x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device
+    )
     x = torch.cat([x, more], 1).contiguous()
-    if x.is_floating_point() and x.requires_grad: return all_gather_tensor_autograd(x, 0, dist.group.WORLD)
+    if x.is_floating_point() and x.requires_grad:
+        return all_gather_tensor_autograd(x, 0, dist.group.WORLD)
     out = [torch.empty_like(x) for _ in range(world())]
     dist.all_gather(out, x)
     return torch.cat(out)
 
 # %% ../nbs/01_train.ipynb #7a199747
-def precision(wanted:str="auto")->str: # "no", "bf16" or "fp16", as Accelerate calls them
+def precision(wanted: str = "auto") -> str:  # "no", "bf16" or "fp16", as Accelerate calls them
     "bf16 where products in bf16 are fast, else fp32"
-    if wanted == "fp16" and not torch.cuda.is_available(): raise ValueError("pretrain.precision is `fp16`, which needs a GPU, and there is none: say auto, bf16 or no")
-    if wanted != "auto": return wanted
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "no"
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise ValueError(
+            "pretrain.precision is `fp16`, which needs a GPU, and there is none: say auto, bf16 or no"
+        )
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return (
+        "bf16"
+        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        else "no"
+    )
 
-def device()->torch.device:
+
+def device() -> torch.device:
     "Where Accelerate computes: a GPU if there is one"
     from accelerate import PartialState
-    return PartialState(cpu=not torch.accelerator.is_available()).device # without `cpu` the processes of torchrun do not find each other where there is no GPU
+
+    return PartialState(
+        cpu=not torch.accelerator.is_available()
+    ).device  # without `cpu` the processes of torchrun do not find each other where there is no GPU
+
 
 def keep_memory():
     "Have this process keep what it frees (glibc's allocator; nothing elsewhere): every step wants the same again, and fresh pages cost more than the sums done in them"
-    if sys.platform != "linux": return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None): mallopt(-1, 2**31-1); mallopt(-3, 2**31-1) # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    if sys.platform != "linux":
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-1, 2**31 - 1)
+        mallopt(-3, 2**31 - 1)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
 
 @contextlib.contextmanager
 def few_threads(
-    model, # whose parameters are counted
-    least:float=2e7, # from which all cores are worth while
+    model,  # whose parameters are counted
+    least: float = 2e7,  # from which all cores are worth while
 ):
     "One thread on a CPU where the model is small: such steps are sooner done by one core than by several that wait for each other"
     n = torch.get_num_threads()
-    if device().type == "cpu" and sum(q.numel() for q in model.parameters()) < least: torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    if device().type == "cpu" and sum(q.numel() for q in model.parameters()) < least:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 # %% ../nbs/01_train.ipynb #93403b1f
-def groups(parameters, weight_decay:float)->list: # for an optimiser
+def groups(parameters, weight_decay: float) -> list:  # for an optimiser
     "Weights decay; biases, norms and other vectors do not"
     named = [p for p in parameters if p.requires_grad]
-    return [dict(params=[p for p in named if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in named if p.ndim <= 1], weight_decay=0.)]
+    return [
+        dict(params=[p for p in named if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in named if p.ndim <= 1], weight_decay=0.0),
+    ]
 
-def turned(grad, coefficients, steps, eps)->torch.Tensor: # (m,n) -> (m,n)
+
+def turned(grad, coefficients, steps, eps) -> torch.Tensor:  # (m,n) -> (m,n)
     "PyTorch's Newton-Schulz iteration, in the precision of the gradient"
     (a, b, c), tall = coefficients, grad.shape[0] > grad.shape[1]
     x = grad.T if tall else grad
-    x = x/x.norm().clamp(min=eps)
+    x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
-        s = x@x.T
+        s = x @ x.T
         x = torch.addmm(x, torch.addmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
+
 class Muon32(torch.optim.Muon):
     "PyTorch's Muon without bf16; PyTorch has no switch for it, so its iteration is replaced while a step is taken"
+
     def step(self, *args, **kw):
         from torch.optim import _muon
-        with patch.object(_muon, "_zeropower_via_newtonschulz", turned): return super().step(*args, **kw)
+
+        with patch.object(_muon, "_zeropower_via_newtonschulz", turned):
+            return super().step(*args, **kw)
+
 
 def optimisers(
-    model, lr:float, weight_decay:float, betas,
-    matrices=(), # parameters of two dimensions that Muon turns
-    matrix_lr:float|None=None, # their rate, in the scale of AdamW's
-    slow=(), slow_lr:float|None=None, # parameters that AdamW moves at a rate of their own, such as a pre-trained encoder's
-)->list: # one or two; a group's `base` is its rate at the top of the schedule
+    model,
+    lr: float,
+    weight_decay: float,
+    betas,
+    matrices=(),  # parameters of two dimensions that Muon turns
+    matrix_lr: float | None = None,  # their rate, in the scale of AdamW's
+    slow=(),
+    slow_lr: float
+    | None = None,  # parameters that AdamW moves at a rate of their own, such as a pre-trained encoder's
+) -> list:  # one or two; a group's `base` is its rate at the top of the schedule
     "AdamW for everything, or Muon for the matrices and AdamW for the rest"
     muon, apart = {id(q) for q in matrices}, {id(q) for q in slow}
     rest = [q for q in model.parameters() if id(q) not in muon | apart]
     own = [dict(g, lr=slow_lr) for g in groups(slow, weight_decay) if g["params"]]
-    out = [torch.optim.AdamW([*groups(rest, weight_decay), *own], lr=lr, betas=tuple(betas), fused=True)]
-    if learning := [q for q in matrices if q.requires_grad]: out.append((torch.optim.Muon if precision() == "bf16" else Muon32)(learning, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    out = [
+        torch.optim.AdamW(
+            [*groups(rest, weight_decay), *own], lr=lr, betas=tuple(betas), fused=True
+        )
+    ]
+    if learning := [q for q in matrices if q.requires_grad]:
+        out.append(
+            (torch.optim.Muon if precision() == "bf16" else Muon32)(
+                learning, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     for opt in out:
-        for g in opt.param_groups: g["base"] = g["lr"]
+        for g in opt.param_groups:
+            g["base"] = g["lr"]
     return out
 
 # %% ../nbs/01_train.ipynb #b9529af5
 def _save(folder, step, model, opts, scaler, log, seen, best):
-    with atomic(folder/"resume/state.pt") as tmp:
-        torch.save(dict(step=step, model=model.state_dict(), opts=[o.state_dict() for o in opts], scaler=scaler.state_dict() if scaler else {}, log=json.dumps([log, seen]), best=best), tmp)
+    with atomic(folder / "resume/state.pt") as tmp:
+        torch.save(
+            dict(
+                step=step,
+                model=model.state_dict(),
+                opts=[o.state_dict() for o in opts],
+                scaler=scaler.state_dict() if scaler else {},
+                log=json.dumps([log, seen]),
+                best=best,
+            ),
+            tmp,
+        )
 
-def _clear(folder, fp): # what cannot be resumed goes away; the first process does it, before the others look
-    for f in folder.glob("resume/.*"): f.unlink() # of a run that was killed while it wrote
-    if not reusable(folder/"resume", fp): write_json(fp, folder/"resume/fingerprint.json")
 
-def _load(folder, model, opts, scaler)->tuple: # step, log, what was watched, best
-    if not (folder/"resume/state.pt").exists(): return 0, [], [], None
-    try: state = torch.load(folder/"resume/state.pt", weights_only=True)
-    except Exception as e: raise ValueError(f"{folder/'resume/state.pt'} cannot be read ({e}): delete the folder resume and start again") from None
+def _clear(
+    folder, fp
+):  # what cannot be resumed goes away; the first process does it, before the others look
+    for f in folder.glob("resume/.*"):
+        f.unlink()  # of a run that was killed while it wrote
+    if not reusable(folder / "resume", fp):
+        write_json(fp, folder / "resume/fingerprint.json")
+
+
+def _load(folder, model, opts, scaler) -> tuple:  # step, log, what was watched, best
+    if not (folder / "resume/state.pt").exists():
+        return 0, [], [], None
+    try:
+        state = torch.load(folder / "resume/state.pt", weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f"{folder / 'resume/state.pt'} cannot be read ({e}): delete the folder resume and start again"
+        ) from None
     model.load_state_dict(state["model"])
-    for o, s in zip(opts, state["opts"], strict=True): o.load_state_dict(s)
-    if scaler and state["scaler"]: scaler.load_state_dict(state["scaler"])
+    for o, s in zip(opts, state["opts"], strict=True):
+        o.load_state_dict(s)
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     say(f"resumed at step {state['step']}")
     return state["step"], *json.loads(state["log"]), state["best"]
 
 # %% ../nbs/01_train.ipynb #9d9671cb
 def _check(value, parts, step, batch):
-    if math.isfinite(value): return
+    if math.isfinite(value):
+        return
     cases = batch.get("case", []) if isinstance(batch, dict) else []
-    raise FloatingPointError(f"the loss is {value} at step {step} ({', '.join(f'{k} {float(v):.4g}' for k, v in parts.items())})"
-                             +(f" of cases {', '.join(map(str, cases))}" if len(cases) else "")+": lower the rate or look at the batch")
+    raise FloatingPointError(
+        f"the loss is {value} at step {step} ({', '.join(f'{k} {float(v):.4g}' for k, v in parts.items())})"
+        + (f" of cases {', '.join(map(str, cases))}" if len(cases) else "")
+        + ": lower the rate or look at the batch"
+    )
+
 
 def fit(
-    model:torch.nn.Module,
-    loss, # (model, batch, step) -> scalar tensor, dict of floats
-    data, # len(data); data[(draw, index)] -> sample
+    model: torch.nn.Module,
+    loss,  # (model, batch, step) -> scalar tensor, dict of floats
+    data,  # len(data); data[(draw, index)] -> sample
     *,
-    steps:int,
-    batch:int, # samples that meet in one loss, over all processes
-    lr:float,
-    seed, # anything `asap.core.rng` takes
-    folder=None, # where resume state and log.csv lie; nothing is kept when None
-    warmup:int=0,
-    weight_decay:float=0.05,
+    steps: int,
+    batch: int,  # samples that meet in one loss, over all processes
+    lr: float,
+    seed,  # anything `asap.core.rng` takes
+    folder=None,  # where resume state and log.csv lie; nothing is kept when None
+    warmup: int = 0,
+    weight_decay: float = 0.05,
     betas=(0.9, 0.95),
-    matrices=(), # parameters that Muon turns, at the rate `matrix_lr`; AdamW the others
-    matrix_lr:float|None=None,
-    slow=(), # parameters with a rate of their own, `slow_lr`
-    slow_lr:float|None=None,
-    clip:float=1.,
-    precision_:str="auto",
-    accumulate:int=1, # batches a step
-    workers:int=0, # processes that read
-    fp:dict|None=None, # fingerprint of the run
-    save_every:int=100,
-    log_every:int=10,
-    watch=None, # (model, step) -> dict of floats, a row of watch.csv
-    watch_every:int|None=None, # steps; the last one is always watched
-    validate=None, # model -> dict with "score", higher is better
-    validate_every:int|None=None,
-    patience:int|None=None, # validations without a better score
+    matrices=(),  # parameters that Muon turns, at the rate `matrix_lr`; AdamW the others
+    matrix_lr: float | None = None,
+    slow=(),  # parameters with a rate of their own, `slow_lr`
+    slow_lr: float | None = None,
+    clip: float = 1.0,
+    precision_: str = "auto",
+    accumulate: int = 1,  # batches a step
+    workers: int = 0,  # processes that read
+    fp: dict | None = None,  # fingerprint of the run
+    save_every: int = 100,
+    log_every: int = 10,
+    watch=None,  # (model, step) -> dict of floats, a row of watch.csv
+    watch_every: int | None = None,  # steps; the last one is always watched
+    validate=None,  # model -> dict with "score", higher is better
+    validate_every: int | None = None,
+    patience: int | None = None,  # validations without a better score
     collate=None,
-    label:str="train",
-)->pd.DataFrame: # step, loss, parts of the loss
+    label: str = "train",
+) -> pd.DataFrame:  # step, loss, parts of the loss
     "Train in place; on return the model holds the last weights, or the best where `validate` is given"
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state() # a process may train several models, each with its own precision
+
+    AcceleratorState._reset_state()  # a process may train several models, each with its own precision
     keep_memory()
-    acc = Accelerator(cpu=device().type == "cpu", mixed_precision=precision(precision_), gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    if batch % acc.num_processes: raise ValueError(f"a batch of {batch} cannot be shared by {acc.num_processes} processes: make it a multiple of them")
-    fp = dict(fp or {}, steps=steps, batch=batch, accumulate=accumulate, lr=lr, matrix_lr=matrix_lr, precision=acc.mixed_precision, seed=str(seed), **({"slow_lr": slow_lr} if slow_lr else {}))
+    acc = Accelerator(
+        cpu=device().type == "cpu",
+        mixed_precision=precision(precision_),
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    if batch % acc.num_processes:
+        raise ValueError(
+            f"a batch of {batch} cannot be shared by {acc.num_processes} processes: make it a multiple of them"
+        )
+    fp = dict(
+        fp or {},
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        lr=lr,
+        matrix_lr=matrix_lr,
+        precision=acc.mixed_precision,
+        seed=str(seed),
+        **({"slow_lr": slow_lr} if slow_lr else {}),
+    )
     opts = optimisers(model, lr, weight_decay, betas, matrices, matrix_lr, slow, slow_lr)
     folder = Path(folder) if folder else None
-    if folder and acc.is_main_process: _clear(folder, fp)
+    if folder and acc.is_main_process:
+        _clear(folder, fp)
     acc.wait_for_everyone()
     start, log, seen, best = _load(folder, model, opts, acc.scaler) if folder else (0, [], [], None)
-    draws = Draws(len(data), batch, steps*accumulate, seed, start*accumulate)
-    model, loader, *opts = acc.prepare(model, DataLoader(data, batch_sampler=draws, collate_fn=collate, num_workers=workers), *opts)
+    draws = Draws(len(data), batch, steps * accumulate, seed, start * accumulate)
+    model, loader, *opts = acc.prepare(
+        model, DataLoader(data, batch_sampler=draws, collate_fn=collate, num_workers=workers), *opts
+    )
     bar, main = progress(total=steps, label=label), acc.is_main_process
     bar.update(start)
     model.train()
-    for micro, samples in enumerate(loader, start*accumulate):
-        step = micro//accumulate
+    for micro, samples in enumerate(loader, start * accumulate):
+        step = micro // accumulate
         factor = rate(step, steps, warmup)
-        for g in (g for o in opts for g in o.param_groups): g["lr"] = g["base"]*factor
+        for g in (g for o in opts for g in o.param_groups):
+            g["lr"] = g["base"] * factor
         torch.manual_seed(seed32("step", seed, micro, acc.process_index))
         with acc.accumulate(model):
-            with acc.autocast(): value, parts = loss(model, samples, micro)
+            with acc.autocast():
+                value, parts = loss(model, samples, micro)
             _check(now := float(value.detach()), parts, step, samples)
             acc.backward(value)
-            if acc.sync_gradients: acc.clip_grad_norm_(model.parameters(), clip)
-            for o in opts: o.step(); o.zero_grad()
-        if (micro+1) % accumulate: continue
+            if acc.sync_gradients:
+                acc.clip_grad_norm_(model.parameters(), clip)
+            for o in opts:
+                o.step()
+                o.zero_grad()
+        if (micro + 1) % accumulate:
+            continue
         bar.update()
-        if step == start: began = time.monotonic() # the first step warms up
-        if step == start+8 and (left := (time.monotonic()-began)/8*(steps-step)) > 60: say(f"{label}: {steps-step} steps to go, about {left/60:.0f} min")
-        if step % log_every == 0 or step == steps-1:
+        if step == start:
+            began = time.monotonic()  # the first step warms up
+        if step == start + 8 and (left := (time.monotonic() - began) / 8 * (steps - step)) > 60:
+            say(f"{label}: {steps - step} steps to go, about {left / 60:.0f} min")
+        if step % log_every == 0 or step == steps - 1:
             log.append(dict(step=step, loss=now, **{k: float(v) for k, v in parts.items()}))
             bar.set_postfix_str(f"loss {now:.3f}", refresh=False)
-        plain, last = acc.unwrap_model(model), step == steps-1
-        if watch and ((step+1) % watch_every == 0 or last): seen.append(_evaluate(plain, lambda m: dict(step=step+1, **watch(m, step+1))))
-        if validate and ((step+1) % validate_every == 0 or last):
+        plain, last = acc.unwrap_model(model), step == steps - 1
+        if watch and ((step + 1) % watch_every == 0 or last):
+            seen.append(_evaluate(plain, lambda m: dict(step=step + 1, **watch(m, step + 1))))
+        if validate and ((step + 1) % validate_every == 0 or last):
             best = _better(plain, validate, step, best)
-            if patience and step-best["step"] >= patience*validate_every: break
-        if folder and main and (step+1) % save_every == 0 and not last: _save(folder, step+1, plain, opts, acc.scaler, log, seen, best)
+            if patience and step - best["step"] >= patience * validate_every:
+                break
+        if folder and main and (step + 1) % save_every == 0 and not last:
+            _save(folder, step + 1, plain, opts, acc.scaler, log, seen, best)
     bar.close()
-    if best: acc.unwrap_model(model).load_state_dict(best["weights"])
+    if best:
+        acc.unwrap_model(model).load_state_dict(best["weights"])
     log = pd.DataFrame(log)
-    log = log[["step", "loss", *sorted(set(log)-{"step", "loss"})]]
+    log = log[["step", "loss", *sorted(set(log) - {"step", "loss"})]]
     if folder and main:
-        write_csv(log, folder/"log.csv")
-        if seen: write_csv(pd.DataFrame(seen), folder/"watch.csv")
+        write_csv(log, folder / "log.csv")
+        if seen:
+            write_csv(pd.DataFrame(seen), folder / "watch.csv")
     return log
+
 
 def _evaluate(model, f):
     model.eval()
-    with torch.no_grad(): out = f(model)
+    with torch.no_grad():
+        out = f(model)
     model.train()
     return out
 
-def _better(model, validate, step, best)->dict:
+
+def _better(model, validate, step, best) -> dict:
     score = float(_evaluate(model, validate)["score"])
-    if best and score <= best["score"]: return best
-    return dict(score=score, step=step, weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
+    if best and score <= best["score"]:
+        return best
+    return dict(
+        score=score,
+        step=step,
+        weights={k: v.detach().cpu().clone() for k, v in model.state_dict().items()},
+    )

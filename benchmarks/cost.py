@@ -3,6 +3,7 @@ machine, and what share of the machine's own matrix products that is. The page n
 
 usage: python benchmarks/cost.py [--repeat 3] [--threads 1] [--save]        (--save writes benchmarks/cost.json)
 """
+
 import argparse, json
 from pathlib import Path
 
@@ -13,26 +14,51 @@ import step
 from asap.core import load_params, root
 from asap.train import keep_memory
 
-def counted(model, b)->dict: # GFLOP of one volume, forward and whole; attention and products
+
+def counted(model, b) -> dict:  # GFLOP of one volume, forward and whole; attention and products
     with FlopCounterMode(display=False, depth=1) as f, torch.autocast("cpu", torch.bfloat16):
         value = model(b)
         forward = f.get_total_flops()
         value.backward()
-    return dict(forward=round(forward/1e9, 1), whole=round(f.get_total_flops()/1e9, 1))
+    return dict(forward=round(forward / 1e9, 1), whole=round(f.get_total_flops() / 1e9, 1))
+
 
 def main():
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--repeat", type=int, default=3); a.add_argument("--threads", type=int, default=1); a.add_argument("--save", action="store_true")
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    a.add_argument("--repeat", type=int, default=3)
+    a.add_argument("--threads", type=int, default=1)
+    a.add_argument("--save", action="store_true")
     a = a.parse_args()
-    torch.set_num_threads(a.threads); keep_memory()
-    p = load_params(root()/"params/paper.yaml")
+    torch.set_num_threads(a.threads)
+    keep_memory()
+    p = load_params(root() / "params/paper.yaml")
     model, run = step.ours(p, vocab=p.text.vocab)
-    gflop = counted(model, step.batch(p, 1, p.text.vocab)); model.zero_grad()
+    gflop = counted(model, step.batch(p, 1, p.text.vocab))
+    model.zero_grad()
     run("bf16")
-    seconds, products = min(step.clock(lambda: run("bf16")) for _ in range(a.repeat)), step.products(a.threads)
-    out = dict(gflop=gflop, seconds_bf16=round(seconds, 2), threads=a.threads, products_gflops=products, reached=round(gflop["whole"]/seconds/products["bf16"], 3),
-               parameters={k: sum(q.numel() for q in m.parameters()) for k, m in (("asap", model.model), ("encoder", model.model.vit), ("text", model.text))})
+    seconds, products = (
+        min(step.clock(lambda: run("bf16")) for _ in range(a.repeat)),
+        step.products(a.threads),
+    )
+    out = dict(
+        gflop=gflop,
+        seconds_bf16=round(seconds, 2),
+        threads=a.threads,
+        products_gflops=products,
+        reached=round(gflop["whole"] / seconds / products["bf16"], 3),
+        parameters={
+            k: sum(q.numel() for q in m.parameters())
+            for k, m in (("asap", model.model), ("encoder", model.model.vit), ("text", model.text))
+        },
+    )
     print(json.dumps(out, indent=1, sort_keys=True))
-    if a.save: Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1, sort_keys=True)+"\n")
+    if a.save:
+        Path(__file__).with_suffix(".json").write_text(
+            json.dumps(out, indent=1, sort_keys=True) + "\n"
+        )
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

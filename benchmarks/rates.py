@@ -4,6 +4,7 @@ Run it in a clone whose params.yaml names a development seed and whose `corpus` 
 steps at each rate; what is judged is a linear probe with all labels, on that seed's own test patients. Writes
 benchmarks/rates.csv, a row an arm and rate; a row that is there is not made again.
 """
+
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,33 +20,68 @@ from asap.tasks import classify
 from asap.tasks.metrics import auc, mean_of
 from asap.text import encoder
 
-def probe(model, table, p)->float: # macro AUC
+
+def probe(model, table, p) -> float:  # macro AUC
     f = embed.features(model.vit.eval(), table.image, p.volumes.size, p.volumes.hu)
     found = classify.by_scan(classify.predict(f, table, table.split == "train", "ct_rate"))
-    return mean_of([auc(g.truth, g.chance) for _, g in found.dropna(subset="truth").groupby("label")])
+    return mean_of(
+        [auc(g.truth, g.chance) for _, g in found.dropna(subset="truth").groupby("label")]
+    )
 
-def one(arm, factor, steps, p, table, text)->dict:
-    t = p.pretrain.model_copy(update=dict(steps=steps, warmup=min(p.pretrain.warmup, steps//10)))
-    q = SimpleNamespace(study=p.study, volumes=p.volumes, model=p.model, anatomy=p.anatomy, pretrain=t)
+
+def one(arm, factor, steps, p, table, text) -> dict:
+    t = p.pretrain.model_copy(update=dict(steps=steps, warmup=min(p.pretrain.warmup, steps // 10)))
+    q = SimpleNamespace(
+        study=p.study, volumes=p.volumes, model=p.model, anatomy=p.anatomy, pretrain=t
+    )
     parts = table[table.split == "train"].reset_index(drop=True)
     model = build(q, dict(p.arms[arm].model_dump(by_alias=True), rate=factor), text, p.study.seed)
     begin(model, Pairs(parts.head(16), q, text, p.study.seed, augment=False))
-    log = train(model, Pairs(parts, q, text, p.study.seed), q, p.study.seed, label=f"{arm} x {factor:g}")
-    return dict(arm=arm, factor=factor, lr=t.lr*factor, matrix_lr=t.matrix_lr*factor, steps=steps, loss=round(float(log.loss.tail(5).mean()), 4), auc=round(float(probe(model, table, p)), 4), seed=p.study.seed, train=len(parts))
+    log = train(
+        model, Pairs(parts, q, text, p.study.seed), q, p.study.seed, label=f"{arm} x {factor:g}"
+    )
+    return dict(
+        arm=arm,
+        factor=factor,
+        lr=t.lr * factor,
+        matrix_lr=t.matrix_lr * factor,
+        steps=steps,
+        loss=round(float(log.loss.tail(5).mean()), 4),
+        auc=round(float(probe(model, table, p)), 4),
+        seed=p.study.seed,
+        train=len(parts),
+    )
+
 
 def main():
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--arms", nargs="+", default=["asap", "simcrop", "clip", "mae"]); a.add_argument("--factors", nargs="+", type=float, default=[1., 2.])
-    a.add_argument("--steps", type=int, default=240); a.add_argument("--text", default="weights/text"); a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    a.add_argument("--arms", nargs="+", default=["asap", "simcrop", "clip", "mae"])
+    a.add_argument("--factors", nargs="+", type=float, default=[1.0, 2.0])
+    a.add_argument("--steps", type=int, default=240)
+    a.add_argument("--text", default="weights/text")
+    a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     a = a.parse_args()
     p, text = load_params(), encoder.load(a.text, load_params().text.max_length)
-    if p.study.seed == 1: raise SystemExit("study.seed is 1, the study's own: choose on a development seed, such as 4001")
-    table = load(root()/"build/corpus/corpus.parquet", root())
-    done = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=["arm", "factor", "steps"])
+    if p.study.seed == 1:
+        raise SystemExit(
+            "study.seed is 1, the study's own: choose on a development seed, such as 4001"
+        )
+    table = load(root() / "build/corpus/corpus.parquet", root())
+    done = (
+        pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=["arm", "factor", "steps"])
+    )
     for factor in a.factors:
         for arm in a.arms:
-            if len(done.query("arm == @arm and factor == @factor and steps == @a.steps")): continue
-            done = pd.concat([done, pd.DataFrame([one(arm, factor, a.steps, p, table, text)])], ignore_index=True)
-            write_csv(done, a.out); say(done.tail(1).to_string(index=False, header=False))
+            if len(done.query("arm == @arm and factor == @factor and steps == @a.steps")):
+                continue
+            done = pd.concat(
+                [done, pd.DataFrame([one(arm, factor, a.steps, p, table, text)])], ignore_index=True
+            )
+            write_csv(done, a.out)
+            say(done.tail(1).to_string(index=False, header=False))
 
-if __name__ == "__main__": main()
+
+if __name__ == "__main__":
+    main()

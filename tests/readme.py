@@ -1,4 +1,5 @@
 "Write README.md from nbs/index.ipynb, and the picture in it; with --check only say whether the text is fresh"
+
 import sys
 from pathlib import Path
 
@@ -7,16 +8,28 @@ from nbconvert import MarkdownExporter
 
 top = Path(__file__).resolve().parent.parent
 
-def readme()->str:
+
+def readme() -> str:
     "The index page as Markdown: prose and shown code, no outputs, no hidden cells"
-    nb = nbformat.read(top/"nbs/index.ipynb", as_version=4)
-    nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith("#| hide"))]
+    nb = nbformat.read(top / "nbs/index.ipynb", as_version=4)
+    nb.cells = [
+        c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith("#| hide"))
+    ]
     for c in nb.cells:
-        if c.cell_type == "code": c.update(outputs=[], source="\n".join(x for x in c.source.splitlines() if not x.startswith("#|")))
+        if c.cell_type == "code":
+            c.update(
+                outputs=[],
+                source="\n".join(x for x in c.source.splitlines() if not x.startswith("#|")),
+            )
     nb.metadata.language_info = dict(name="python")
     body, _ = MarkdownExporter().from_notebook_node(nb)
     lines = [line.rstrip() for line in body.strip().splitlines()]
-    return "<!-- made from nbs/index.ipynb by `make readme`: edit that page, not this file -->\n" + "\n".join(lines) + "\n"
+    return (
+        "<!-- made from nbs/index.ipynb by `make readme`: edit that page, not this file -->\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
 
 def picture(to):
     "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
@@ -28,28 +41,41 @@ def picture(to):
     from asap.phantom.words import sentence
     from asap.study import scan
     from asap.study.grounding import outlines, tint
+
     model, text = scan.opened()
     fig, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
     with tempfile.TemporaryDirectory() as tmp:
         for ax, label in zip(axes, ("Lung nodule", "Atelectasis", "Consolidation", "Lung opacity")):
             c = chest(("readme", label), present=[label])
             lesion, said = c.findings[0].mask, sentence(c.findings[0], rng("readme", label))
-            write(c.hu, c.affine, Path(tmp)/"scan.nii.gz")
-            seen = scan.see(Path(tmp)/"scan.nii.gz", model.vit)
+            write(c.hu, c.affine, Path(tmp) / "scan.nii.gz")
+            seen = scan.see(Path(tmp) / "scan.nii.gz", model.vit)
             g = scan.ground(model, text, seen, [said])
             heat, region = g.back(0, seen.volume)
-            at = [int(x.argmax()) for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))]
-            on = lambda x: planes(Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3]**2).sum(0)), at)[0]
-            (img, aspect), (h, _), (r, _), (m, _) = map(on, (c.hu, heat, region, lesion.astype(np.uint8)))
-            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect); ax.axis("off")
-            tint(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect); outlines(ax, np.zeros_like(m), m)
+            at = [
+                int(x.argmax())
+                for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
+            ]
+            on = lambda x: planes(
+                Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
+            )[0]
+            (img, aspect), (h, _), (r, _), (m, _) = map(
+                on, (c.hu, heat, region, lesion.astype(np.uint8))
+            )
+            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+            ax.axis("off")
+            tint(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect)
+            outlines(ax, np.zeros_like(m), m)
             ax.set_title(textwrap.fill(said, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)
-    with atomic(Path(to)) as tmp: fig.savefig(tmp, format="png", dpi=90, bbox_inches="tight", metadata=dict(Software=None))
+    with atomic(Path(to)) as tmp:
+        fig.savefig(tmp, format="png", dpi=90, bbox_inches="tight", metadata=dict(Software=None))
+
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        if (top/"README.md").read_text(encoding="utf8") != readme(): sys.exit("README.md is stale: run `make readme`")
+        if (top / "README.md").read_text(encoding="utf8") != readme():
+            sys.exit("README.md is stale: run `make readme`")
     else:
-        (top/"README.md").write_text(readme(), encoding="utf8")
-        picture(top/"nbs/images/places.png")
+        (top / "README.md").write_text(readme(), encoding="utf8")
+        picture(top / "nbs/images/places.png")

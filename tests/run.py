@@ -1,4 +1,5 @@
 "Run every check and end with one line: `N passed, N failed`"
+
 import os, sys
 from pathlib import Path
 
@@ -7,18 +8,44 @@ import pytest
 os.chdir(Path(__file__).resolve().parent.parent)
 os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
 
+
 class Count:
     "Outcomes, one a test"
+
     passed = failed = skipped = 0
+
     def pytest_runtest_logreport(self, report):
-        if report.failed: self.failed += 1
-        elif report.skipped: self.skipped += 1
-        elif report.when == "call": self.passed += 1
+        if report.failed:
+            self.failed += 1
+        elif report.skipped:
+            self.skipped += 1
+        elif report.when == "call":
+            self.passed += 1
+
     def pytest_collectreport(self, report):
-        if report.failed: self.failed += 1
+        if report.failed:
+            self.failed += 1
+
 
 count = Count()
-code = pytest.main(["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "15", *sys.argv[1:]], plugins=[count])
-if code and not count.failed: count.failed = 1
-print(f"{count.passed} passed, {count.failed} failed" + (f", {count.skipped} skipped" if count.skipped else ""))
+code = pytest.main(
+    [
+        "-q",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "--durations",
+        "15",
+        *sys.argv[1:],
+    ],
+    plugins=[count],
+)
+if code and not count.failed:
+    count.failed = 1
+print(
+    f"{count.passed} passed, {count.failed} failed"
+    + (f", {count.skipped} skipped" if count.skipped else "")
+)
 sys.exit(int(code))

@@ -1,4 +1,5 @@
 "All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
+
 import contextlib, hashlib, json, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
 from importlib import import_module
@@ -9,89 +10,174 @@ from conftest import TOP
 
 from asap.anatomy.organs import classes, from_masks
 from asap.core import Declared, Name, load_params, visible, workers
-from asap.data.cohort import Store, acquired, fractions, inventory, label_columns, load, prepare, present, run, sketch
+from asap.data.cohort import (
+    Store,
+    acquired,
+    fractions,
+    inventory,
+    label_columns,
+    load,
+    prepare,
+    present,
+    run,
+    sketch,
+)
 from asap.data.volumes import read, write
 from asap.phantom.abnormalities import chest
 from asap.pretrain.batches import Pairs, collate
 from asap.text.encoder import load as load_text, train_encoder
 
 NAMES = sorted(Name.__args__)
-P = load_params(TOP/"params/smoke.yaml")
+P = load_params(TOP / "params/smoke.yaml")
 HOW = dict(spacing=[7, 7, 14], hu=[-1000, 1000])
-GOLDEN = pd.read_csv(TOP/"tests/cohorts.csv", index_col="cohort", keep_default_na=False)
+GOLDEN = pd.read_csv(TOP / "tests/cohorts.csv", index_col="cohort", keep_default_na=False)
 
-def params(**cohorts): # as a stage sees them
+
+def params(**cohorts):  # as a stage sees them
     tree = P.model_dump(by_alias=True)
-    for n, more in cohorts.items(): tree["cohorts"][n] |= more
+    for n, more in cohorts.items():
+        tree["cohorts"][n] |= more
     tree["study"]["jobs"] = 1
     return Declared(tree, "prepare")
 
-def ready(name, root, p=None)->dict: # status
+
+def ready(name, root, p=None) -> dict:  # status
     p = p or params()
     organs = partial(from_masks, groups=p.anatomy.groups.model_dump())
-    return run(name, import_module(f"asap.data.cohorts.{name}"), p, root, organs, lambda table, out, quarantine: table)
+    return run(
+        name,
+        import_module(f"asap.data.cohorts.{name}"),
+        p,
+        root,
+        organs,
+        lambda table, out, quarantine: table,
+    )
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     "A project whose data/ holds a miniature of each"
     to = tmp_path_factory.mktemp("project")
-    (to/"data").mkdir()
+    (to / "data").mkdir()
     for n in sorted(NAMES, key=lambda n: n == "radgenome"):
-        train, test = dict(radgenome=(4, 2), luna16=(7, 3), rider=(0, 3), covid_ct_seg=(0, 4), rspect=(0, 4), ct_rate=(8, 4)).get(n, (6, 4))
-        import_module(f"asap.data.cohorts.{n}").write(to/"data"/n, 1, train, test, size=(48, 48, 24), spacing=(7., 7., 14.), recon_share=0.3)
+        train, test = dict(
+            radgenome=(4, 2),
+            luna16=(7, 3),
+            rider=(0, 3),
+            covid_ct_seg=(0, 4),
+            rspect=(0, 4),
+            ct_rate=(8, 4),
+        ).get(n, (6, 4))
+        import_module(f"asap.data.cohorts.{n}").write(
+            to / "data" / n,
+            1,
+            train,
+            test,
+            size=(48, 48, 24),
+            spacing=(7.0, 7.0, 14.0),
+            recon_share=0.3,
+        )
     return to
+
 
 @pytest.fixture(scope="module")
 def made(root):
     "Each of them prepared: name -> status, table"
-    return {n: (ready(n, root), load(root/f"build/cohorts/{n}/{n}.parquet", root)) for n in NAMES}
+    return {n: (ready(n, root), load(root / f"build/cohorts/{n}/{n}.parquet", root)) for n in NAMES}
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    to = tmp_path_factory.mktemp("text")/"text"
-    said = [["The heart is normal.", "There is a nodule in the left lung."]]*8
+    to = tmp_path_factory.mktemp("text") / "text"
+    said = [["The heart is normal.", "There is a nodule in the left lung."]] * 8
     train_encoder(said, said, P.text, 0, to)
     return load_text(to)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_in_it(name, made):
     status, t = made[name]
     positive = " ".join(str(int((t[c] == 1).sum())) for c in label_columns(t))
-    got = {**{k: status[k] for k in ("cases", "patients", "train", "val", "test", "organ_maps", "targets", "questions", "left_out")}, "positive": positive}
+    got = {
+        **{
+            k: status[k]
+            for k in (
+                "cases",
+                "patients",
+                "train",
+                "val",
+                "test",
+                "organ_maps",
+                "targets",
+                "questions",
+                "left_out",
+            )
+        },
+        "positive": positive,
+    }
     assert {k: str(v) for k, v in got.items()} == {k: str(v) for k, v in GOLDEN.loc[name].items()}
     assert len(import_module(f"asap.data.cohorts.{name}").LABELS) == status["labels"]
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_owners_layout_to_a_batch(name, made, text):
     adapter, (_, t) = import_module(f"asap.data.cohorts.{name}"), made[name]
     data = Pairs(t.head(3), P, text, seed=0)
     b = collate([data[(0, i)] for i in range(len(data))], text, 0.5)
-    assert b["image"].shape == (len(data), 1, *P.volumes.size) and b["image"].abs().max() <= 1+P.pretrain.shift+1e-6 and b["image"].std() > 0.05
+    assert (
+        b["image"].shape == (len(data), 1, *P.volumes.size)
+        and b["image"].abs().max() <= 1 + P.pretrain.shift + 1e-6
+        and b["image"].std() > 0.05
+    )
     whole = t.organ_map.head(3) != ""
     assert b["known"].any(1).tolist() == whole.tolist() and (adapter.ORGANS or not whole.any())
-    if whole.any(): assert torch.allclose(b["shares"].sum(-1), torch.ones(()), atol=1e-5) and (b["shares"][..., 1:6].sum() > 1)
+    if whole.any():
+        assert torch.allclose(b["shares"].sum(-1), torch.ones(()), atol=1e-5) and (
+            b["shares"][..., 1:6].sum() > 1
+        )
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nobody_on_two_sides(name, made):
     "Patients, and so the reconstructions of a scan; small label fractions lie inside the larger ones, by patient"
     _, t = made[name]
-    assert (t.groupby("patient").split.nunique() == 1).all() and (t.groupby("scan").patient.nunique() == 1).all()
-    if not (t.split == "train").any() or not label_columns(t): return
+    assert (t.groupby("patient").split.nunique() == 1).all() and (
+        t.groupby("scan").patient.nunique() == 1
+    ).all()
+    if not (t.split == "train").any() or not label_columns(t):
+        return
     f = fractions(t, [0.3, 0.6, 1.0], 0)
-    assert not (f["0.3"] & ~f["0.6"]).any() and (f["1.0"] == (t.split == "train")).all() and (f.groupby(t.patient).nunique() == 1).all(axis=None)
+    assert (
+        not (f["0.3"] & ~f["0.6"]).any()
+        and (f["1.0"] == (t.split == "train")).all()
+        and (f.groupby(t.patient).nunique() == 1).all(axis=None)
+    )
+
 
 def test_no_patient_is_in_two_cohorts(made):
     "Save RadGenome-ChestCT, which asks about CT-RATE's"
     seen = {}
     for n, (_, t) in made.items():
-        for v in {Store(Path(f).parent, Path("."), None).record(Path(f).stem)["voxels"] for f in t.image}: seen.setdefault(v, set()).add(n)
-    assert {frozenset(s) for s in seen.values() if len(s) > 1} == {frozenset({"ct_rate", "radgenome"})}
+        for v in {
+            Store(Path(f).parent, Path("."), None).record(Path(f).stem)["voxels"] for f in t.image
+        }:
+            seen.setdefault(v, set()).add(n)
+    assert {frozenset(s) for s in seen.values() if len(s) > 1} == {
+        frozenset({"ct_rate", "radgenome"})
+    }
+
 
 def test_the_kept_table_names_no_place(root, made):
     "Everything under the project is kept relative to it"
-    for n in NAMES: assert str(root) not in pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet").to_csv()
+    for n in NAMES:
+        assert str(root) not in pd.read_parquet(root / f"build/cohorts/{n}/{n}.parquet").to_csv()
 
-ANGIOGRAPHY, CT_RATES = ("inspect", "rspect", "fumpe"), ("ct_rate", "radgenome") # who knows of contrast; of contrast and kernels
+
+ANGIOGRAPHY, CT_RATES = (
+    ("inspect", "rspect", "fumpe"),
+    ("ct_rate", "radgenome"),
+)  # who knows of contrast; of contrast and kernels
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_how_each_case_was_acquired(name, root, made):
@@ -99,115 +185,223 @@ def test_how_each_case_was_acquired(name, root, made):
     (_, t), a = made[name], acquired(name, root)
     assert a.case.tolist() == t.case.tolist() and not {"kernel", "contrast"} & set(t)
     assert a.slice_mm.between(0.5, 25).all() and a.pixel_mm.between(0.3, 12).all()
-    assert (a.contrast == 1).all() if name in ANGIOGRAPHY else name in CT_RATES or a.contrast.isna().all()
+    assert (
+        (a.contrast == 1).all()
+        if name in ANGIOGRAPHY
+        else name in CT_RATES or a.contrast.isna().all()
+    )
     assert (a.kernel != "").all() if name in CT_RATES else (a.kernel == "").all()
+
 
 def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
     "As its metadata, its reports and its headers say"
-    a, d = acquired("ct_rate", root).set_index("case"), root/"data/ct_rate/dataset"
-    both = lambda *files: pd.concat([pd.read_csv(d/f) for f in files]).assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz")).set_index("case").loc[a.index]
+    a, d = acquired("ct_rate", root).set_index("case"), root / "data/ct_rate/dataset"
+    both = lambda *files: (
+        pd.concat([pd.read_csv(d / f) for f in files])
+        .assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz"))
+        .set_index("case")
+        .loc[a.index]
+    )
     said = both("metadata/train_metadata.csv", "metadata/validation_metadata.csv")
-    technique = both("radiology_text_reports/train_reports.csv", "radiology_text_reports/validation_reports.csv").Technique_EN
+    technique = both(
+        "radiology_text_reports/train_reports.csv", "radiology_text_reports/validation_reports.csv"
+    ).Technique_EN
     assert a.kernel.tolist() == said.ConvolutionKernel.tolist() and a.kernel.nunique() > 1
-    assert (a.contrast == 1).tolist() == technique.str.contains("With contrast").tolist() and set(a.contrast.dropna()) == {1} and a.contrast.isna().any()
-    zooms = np.array([nib.load(next(d.glob(f"*_fixed/*/*/{c}.nii.gz"))).header.get_zooms() for c in a.index])
-    assert np.allclose(a.slice_mm, zooms[:, 2], atol=1e-3) and np.allclose(a.pixel_mm, zooms[:, :2].mean(1), atol=1e-3)
+    assert (
+        (a.contrast == 1).tolist() == technique.str.contains("With contrast").tolist()
+        and set(a.contrast.dropna()) == {1}
+        and a.contrast.isna().any()
+    )
+    zooms = np.array(
+        [nib.load(next(d.glob(f"*_fixed/*/*/{c}.nii.gz"))).header.get_zooms() for c in a.index]
+    )
+    assert np.allclose(a.slice_mm, zooms[:, 2], atol=1e-3) and np.allclose(
+        a.pixel_mm, zooms[:, :2].mean(1), atol=1e-3
+    )
+
 
 def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
     "A case that is reused keeps it; one whose record is older is made anew, with the same voxels; without metadata the kernels alone are lost"
-    for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))): shutil.copytree(root/d, tmp_path/d)
-    here, volumes = tmp_path/"build/cohorts/ct_rate", tmp_path/"build/volumes/ct_rate"
+    for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))):
+        shutil.copytree(root / d, tmp_path / d)
+    here, volumes = tmp_path / "build/cohorts/ct_rate", tmp_path / "build/volumes/ct_rate"
     stamp = lambda: {f.name: f.stat().st_mtime_ns for f in volumes.glob("*.nii")}
-    files = lambda: [(here/f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
+    files = lambda: [(here / f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
     before, first = stamp(), files()
-    (here/"acquired.csv").unlink()
+    (here / "acquired.csv").unlink()
     ready("ct_rate", tmp_path)
     assert files() == first and stamp() == before
-    record = volumes/"train_1_a_1.json"
-    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "spacing"}))
+    record = volumes / "train_1_a_1.json"
+    record.write_text(
+        json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "spacing"})
+    )
     ready("ct_rate", tmp_path)
     after = stamp()
-    assert files() == first and [f for f in after if after[f] != before[f]] == ["train_1_a_1.nii"] and "1 volumes were made anew" in capsys.readouterr().err
-    shutil.rmtree(tmp_path/"data/ct_rate/dataset/metadata")
+    assert (
+        files() == first
+        and [f for f in after if after[f] != before[f]] == ["train_1_a_1.nii"]
+        and "1 volumes were made anew" in capsys.readouterr().err
+    )
+    shutil.rmtree(tmp_path / "data/ct_rate/dataset/metadata")
     ready("ct_rate", tmp_path)
-    assert "metadata/train_metadata.csv is missing" in capsys.readouterr().err and stamp() == after and files()[0] == first[0]
-    assert set(acquired("ct_rate", tmp_path).kernel) == {""} and acquired("ct_rate", tmp_path).drop(columns="kernel").equals(acquired("ct_rate", root).drop(columns="kernel"))
+    assert (
+        "metadata/train_metadata.csv is missing" in capsys.readouterr().err
+        and stamp() == after
+        and files()[0] == first[0]
+    )
+    assert set(acquired("ct_rate", tmp_path).kernel) == {""} and acquired("ct_rate", tmp_path).drop(
+        columns="kernel"
+    ).equals(acquired("ct_rate", root).drop(columns="kernel"))
+
 
 def test_a_lost_patient_moves_at_most_one_other(root, made, tmp_path):
-    shutil.copytree(root/"data/ct_rate", tmp_path/"data/ct_rate")
-    for f in (tmp_path/"data/ct_rate").rglob("train_3_a_*"): f.unlink()
+    shutil.copytree(root / "data/ct_rate", tmp_path / "data/ct_rate")
+    for f in (tmp_path / "data/ct_rate").rglob("train_3_a_*"):
+        f.unlink()
     ready("ct_rate", tmp_path)
-    a, b = made["ct_rate"][1], load(tmp_path/"build/cohorts/ct_rate/ct_rate.parquet", tmp_path)
+    a, b = made["ct_rate"][1], load(tmp_path / "build/cohorts/ct_rate/ct_rate.parquet", tmp_path)
     before, after = a.groupby("patient").split.first(), b.groupby("patient").split.first()
-    assert set(before.index)-set(after.index) == {"train_3"} and (before[after.index] != after).sum() <= 1
+    assert (
+        set(before.index) - set(after.index) == {"train_3"}
+        and (before[after.index] != after).sum() <= 1
+    )
+
 
 def test_absent_and_pointed_to(root, made, tmp_path, capsys):
     "One that is not there is left out by name; one that a line points to is read where it lies, and nothing is written there"
-    (tmp_path/"data").mkdir()
-    (tmp_path/"data/stoic.path").write_text(f"{root/'data/stoic'}\n")
-    stamp = lambda: {f: f.stat().st_mtime_ns for f in (root/"data/stoic").rglob("*")}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/stoic.path").write_text(f"{root / 'data/stoic'}\n")
+    stamp = lambda: {f: f.stat().st_mtime_ns for f in (root / "data/stoic").rglob("*")}
     before = stamp()
-    assert ready("acdc", tmp_path) == dict(cohort="acdc", there=False) and "acdc: left out" in capsys.readouterr().err
+    assert (
+        ready("acdc", tmp_path) == dict(cohort="acdc", there=False)
+        and "acdc: left out" in capsys.readouterr().err
+    )
     status = ready("stoic", tmp_path)
-    assert status["cases"] == made["stoic"][0]["cases"] and not status["phantoms"] and stamp() == before
+    assert (
+        status["cases"] == made["stoic"][0]["cases"]
+        and not status["phantoms"]
+        and stamp() == before
+    )
     assert present(["acdc", "stoic"], tmp_path) == ["stoic"]
-    (tmp_path/"data/stoic.path").write_text("/nowhere\n")
-    with pytest.raises(FileNotFoundError, match="is the disk mounted"): ready("stoic", tmp_path)
+    (tmp_path / "data/stoic.path").write_text("/nowhere\n")
+    with pytest.raises(FileNotFoundError, match="is the disk mounted"):
+        ready("stoic", tmp_path)
+
 
 def test_lists_by_a_param(tmp_path, capsys):
     "The split of ACDC's re-pack, by the name of its list in params.yaml"
     acdc = import_module("asap.data.cohorts.acdc")
-    acdc.write(tmp_path/"data/acdc", 0, 6, 4, layout="released", size=(48, 48, 24), spacing=(7., 7., 14.))
+    acdc.write(
+        tmp_path / "data/acdc",
+        0,
+        6,
+        4,
+        layout="released",
+        size=(48, 48, 24),
+        spacing=(7.0, 7.0, 14.0),
+    )
     status = ready("acdc", tmp_path, params(acdc=dict(lists="dataset.json")))
-    said, bad = capsys.readouterr().err, pd.read_csv(tmp_path/"build/cohorts/acdc/quarantine.csv")
-    assert status["left_out"] == len(bad) > 0 and "are in train too: patient" in said and "but its patient is in that of test" in bad.reason[0]
-    with pytest.raises(FileNotFoundError, match="nothing.json"): ready("acdc", tmp_path, params(acdc=dict(lists="nothing.json")))
+    said, bad = capsys.readouterr().err, pd.read_csv(tmp_path / "build/cohorts/acdc/quarantine.csv")
+    assert (
+        status["left_out"] == len(bad) > 0
+        and "are in train too: patient" in said
+        and "but its patient is in that of test" in bad.reason[0]
+    )
+    with pytest.raises(FileNotFoundError, match="nothing.json"):
+        ready("acdc", tmp_path, params(acdc=dict(lists="nothing.json")))
+
 
 def test_what_is_there_twice(root, tmp_path):
     "A copy of a volume and of a report in the test set are found, and counted as leaks"
-    shutil.copytree(root/"data/ct_rate", tmp_path/"data/ct_rate")
-    d = tmp_path/"data/ct_rate/dataset"
-    one = lambda s: next((d/f"{s}_fixed").rglob(f"{s}_1_a_1.nii.gz"))
+    shutil.copytree(root / "data/ct_rate", tmp_path / "data/ct_rate")
+    d = tmp_path / "data/ct_rate/dataset"
+    one = lambda s: next((d / f"{s}_fixed").rglob(f"{s}_1_a_1.nii.gz"))
     shutil.copyfile(one("train"), one("valid"))
-    trained, tested = (pd.read_csv(f) for f in (d/"radiology_text_reports/train_reports.csv", d/"radiology_text_reports/validation_reports.csv"))
-    for c in ("Findings_EN", "Impressions_EN"): tested.loc[1, c] = trained[c][0]
-    tested.to_csv(d/"radiology_text_reports/validation_reports.csv", index=False)
+    trained, tested = (
+        pd.read_csv(f)
+        for f in (
+            d / "radiology_text_reports/train_reports.csv",
+            d / "radiology_text_reports/validation_reports.csv",
+        )
+    )
+    for c in ("Findings_EN", "Impressions_EN"):
+        tested.loc[1, c] = trained[c][0]
+    tested.to_csv(d / "radiology_text_reports/validation_reports.csv", index=False)
     status = ready("ct_rate", tmp_path)
-    twice = pd.read_csv(tmp_path/"build/cohorts/ct_rate/duplicates.csv")
-    assert status["twice"]["volume"] == 1 and status["leaks"] == len(twice) and set(twice.kind) == {"report", "volume"} and twice.leak.all()
-    assert twice[twice.kind == "volume"].iloc[0].case == "valid_1_a_1" and twice[twice.kind == "volume"].iloc[0].twin == "train_1_a_1"
+    twice = pd.read_csv(tmp_path / "build/cohorts/ct_rate/duplicates.csv")
+    assert (
+        status["twice"]["volume"] == 1
+        and status["leaks"] == len(twice)
+        and set(twice.kind) == {"report", "volume"}
+        and twice.leak.all()
+    )
+    assert (
+        twice[twice.kind == "volume"].iloc[0].case == "valid_1_a_1"
+        and twice[twice.kind == "volume"].iloc[0].twin == "train_1_a_1"
+    )
+
 
 def test_organ_masks_in_a_folder(root, made, tmp_path):
     "TotalSegmentator's folder of one file a class gives the organ map that its one file gives"
-    shutil.copytree(root/"data/own", tmp_path/"data/own")
-    d = tmp_path/"data/own/organs"
+    shutil.copytree(root / "data/own", tmp_path / "data/own")
+    d = tmp_path / "data/own/organs"
     one = sorted(d.glob("*.nii.gz"))[0]
     img = nib.load(one)
-    for name in sum(P.anatomy.groups.values(), []): write((np.asanyarray(img.dataobj) == classes()[name]).astype(np.uint8), img.affine, d/f"segmentations/{name}.nii.gz")
-    cases = tmp_path/"data/own/cases.csv"
+    for name in sum(P.anatomy.groups.values(), []):
+        write(
+            (np.asanyarray(img.dataobj) == classes()[name]).astype(np.uint8),
+            img.affine,
+            d / f"segmentations/{name}.nii.gz",
+        )
+    cases = tmp_path / "data/own/cases.csv"
     cases.write_text(cases.read_text().replace(f"organs/{one.name}", "organs/segmentations"))
     ready("own", tmp_path)
     case = one.name.removesuffix(".nii.gz")
-    a, b = (np.asanyarray(nib.load(r/f"build/organs/own/{case}.nii.gz").dataobj) for r in (root, tmp_path))
+    a, b = (
+        np.asanyarray(nib.load(r / f"build/organs/own/{case}.nii.gz").dataobj)
+        for r in (root, tmp_path)
+    )
     assert np.array_equal(a, b) and a.any()
 
-def toy(folder, n)->pd.DataFrame: # n small scans
-    k = chest(("toy", 0), (48, 48, 24), (7., 7., 14.))
-    rows = [dict(case=f"c{i:03d}", scan=f"s{i}", patient=f"p{i}", image=str(folder/f"{i}.nii.gz"), organ_map="", target_map="", findings="", impression="", split="train", time_days=None, event=None) for i in range(n)]
-    for i, r in enumerate(rows): write(k.hu+np.int16(i % 5), k.affine, r["image"])
+
+def toy(folder, n) -> pd.DataFrame:  # n small scans
+    k = chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+    rows = [
+        dict(
+            case=f"c{i:03d}",
+            scan=f"s{i}",
+            patient=f"p{i}",
+            image=str(folder / f"{i}.nii.gz"),
+            organ_map="",
+            target_map="",
+            findings="",
+            impression="",
+            split="train",
+            time_days=None,
+            event=None,
+        )
+        for i in range(n)
+    ]
+    for i, r in enumerate(rows):
+        write(k.hu + np.int16(i % 5), k.affine, r["image"])
     return pd.DataFrame(rows)
+
 
 def test_a_cluster_makes_the_same_volumes(tmp_path):
     "Dask, on a cluster of this machine"
     t = toy(tmp_path, 6)
-    prepare(t, tmp_path/"a", tmp_path/"o", HOW)
-    with workers("dask"): prepare(t, tmp_path/"b", tmp_path/"o", HOW, jobs=2)
-    assert len(list((tmp_path/"b").glob("*.nii"))) == 6
-    for f in (tmp_path/"a").glob("*"): assert f.read_bytes() == (tmp_path/"b"/f.name).read_bytes()
+    prepare(t, tmp_path / "a", tmp_path / "o", HOW)
+    with workers("dask"):
+        prepare(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
+    assert len(list((tmp_path / "b").glob("*.nii"))) == 6
+    for f in (tmp_path / "a").glob("*"):
+        assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
+
 
 def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     t = toy(tmp_path, 60)
-    t.to_parquet(tmp_path/"t.parquet")
+    t.to_parquet(tmp_path / "t.parquet")
     code = textwrap.dedent(f"""
         import pandas as pd
         from pathlib import Path
@@ -215,49 +409,70 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
         here = Path({str(tmp_path)!r})
         prepare(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
     p = psutil.Popen([sys.executable, "-c", code], cwd=TOP)
-    end = time.monotonic()+60
-    while len(visible(tmp_path/"v", "*.json")) < 20: assert time.monotonic() < end
+    end = time.monotonic() + 60
+    while len(visible(tmp_path / "v", "*.json")) < 20:
+        assert time.monotonic() < end
     for one in [p, *p.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess): one.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
     p.wait()
-    done = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in visible(tmp_path/"v", "*.json")}
+    done = {
+        f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino)
+        for f in visible(tmp_path / "v", "*.json")
+    }
     assert 20 <= len(done) < 60
     subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True)
-    after = {f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino) for f in visible(tmp_path/"v", "*.json")}
+    after = {
+        f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino)
+        for f in visible(tmp_path / "v", "*.json")
+    }
     assert len(after) == 60 and {k: after[k] for k in done} == done
+
 
 def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     "What is put aside or taken back is whole, or not there"
     t = toy(tmp_path, 3)
-    go = lambda table: prepare(table, tmp_path/"v", tmp_path/"o", HOW, kept=tmp_path/"kept")
+    go = lambda table: prepare(table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept")
     go(t)
-    first = {f.name: f.read_bytes() for f in (tmp_path/"v").iterdir()}
-    other = t.assign(image=list(t.image[1:])+[t.image[0]])
+    first = {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()}
+    other = t.assign(image=list(t.image[1:]) + [t.image[0]])
     go(other)
-    shelf = next(d for d in (tmp_path/"kept").iterdir() if d.name.startswith("c000"))
-    (shelf/"c000.nii").unlink() # as if killed while it was taken back
+    shelf = next(d for d in (tmp_path / "kept").iterdir() if d.name.startswith("c000"))
+    (shelf / "c000.nii").unlink()  # as if killed while it was taken back
     go(t)
-    assert {f.name: f.read_bytes() for f in (tmp_path/"v").iterdir()} == first
+    assert {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()} == first
+
 
 def leave(folder):
     "What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in each folder"
     for f in [f for f in folder.rglob("*") if f.is_file()]:
-        for to in (f.parent, folder/"__MACOSX"/f.parent.relative_to(folder)):
+        for to in (f.parent, folder / "__MACOSX" / f.parent.relative_to(folder)):
             to.mkdir(parents=True, exist_ok=True)
-            (to/f"._{f.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
-    for d in [folder, *(d for d in folder.rglob("*") if d.is_dir())]: (d/".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+            (to / f"._{f.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    for d in [folder, *(d for d in folder.rglob("*") if d.is_dir())]:
+        (d / ".DS_Store").write_bytes(b"\x00\x00\x00\x01Bud1")
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_macos_leaves_is_no_scan(name, root, tmp_path):
     "The same table, nobody more left out, the same hash and the same voxels"
     adapter = import_module(f"asap.data.cohorts.{name}")
     used = {name, "ct_rate"} if name == "radgenome" else {name}
-    for n in used: shutil.copytree(root/"data"/n, tmp_path/"data"/n)
+    for n in used:
+        shutil.copytree(root / "data" / n, tmp_path / "data" / n)
+
     def state():
-        t, bad = adapter.read(tmp_path/"data"/name)
-        return t, [bad.rows, inventory(tmp_path/"data"), [sketch(f) for f in t.image], [hashlib.sha256(read(f).hu.tobytes()).hexdigest() for f in t.image[:2]]]
+        t, bad = adapter.read(tmp_path / "data" / name)
+        return t, [
+            bad.rows,
+            inventory(tmp_path / "data"),
+            [sketch(f) for f in t.image],
+            [hashlib.sha256(read(f).hu.tobytes()).hexdigest() for f in t.image[:2]],
+        ]
+
     before = state()
-    for n in used: leave(tmp_path/"data"/n)
+    for n in used:
+        leave(tmp_path / "data" / n)
     after = state()
     pd.testing.assert_frame_equal(after[0], before[0])
     assert after[1] == before[1]

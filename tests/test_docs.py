@@ -1,4 +1,5 @@
 "The site that `make docs` builds: every link leads somewhere, every formula is read, nothing comes from a network"
+
 import os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,73 +9,139 @@ import pytest
 from conftest import PAGES, TOP
 from browser import CHROMIUM, tab
 
+
 class Page(HTMLParser):
     "Ids, links and what is loaded, of one page; text outside of code"
+
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.loads, self.text, self.inside = set(), [], [], [], []
         self.feed(path.read_text(encoding="utf8"))
+
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.ids |= {a[k] for k in ("id", "name") if a.get(k)}
-        if tag in ("pre", "code", "script", "style"): self.inside.append(tag)
+        if tag in ("pre", "code", "script", "style"):
+            self.inside.append(tag)
         for k in ("href", "src"):
-            if a.get(k) is not None and a.get("rel") != "canonical": (self.links if tag == "a" else self.loads).append(a[k])
+            if a.get(k) is not None and a.get("rel") != "canonical":
+                (self.links if tag == "a" else self.loads).append(a[k])
+
     def handle_endtag(self, tag):
-        if self.inside and self.inside[-1] == tag: self.inside.pop()
+        if self.inside and self.inside[-1] == tag:
+            self.inside.pop()
+
     def handle_data(self, data):
-        if not self.inside: self.text.append(data)
+        if not self.inside:
+            self.text.append(data)
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("docs")
-    done = subprocess.run([Path(sys.executable).with_name("mkdocs"), "build", "-q", "--strict", "-d", out], cwd=TOP, capture_output=True, text=True, env=os.environ | dict(NO_MKDOCS_2_WARNING="1"))
-    assert done.returncode == 0, done.stdout+done.stderr
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "-q", "--strict", "-d", out],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(NO_MKDOCS_2_WARNING="1"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
+
 @pytest.fixture(scope="module")
-def pages(site): return {p: Page(p) for p in site.rglob("*.html")}
+def pages(site):
+    return {p: Page(p) for p in site.rglob("*.html")}
+
 
 def test_every_notebook_is_a_page(site):
-    assert [p for p in PAGES if not (site/p.relative_to(TOP/"nbs").with_suffix(".html")).exists()] == []
+    assert [
+        p for p in PAGES if not (site / p.relative_to(TOP / "nbs").with_suffix(".html")).exists()
+    ] == []
+
 
 def test_no_link_is_broken(pages):
     bad = []
     for page, it in pages.items():
-        if page.name == "404.html": continue # served from anywhere, its links begin at the top
+        if page.name == "404.html":
+            continue  # served from anywhere, its links begin at the top
         for link in {*it.links, *it.loads}:
             s = urlsplit(link)
-            if s.scheme or s.netloc: continue
-            to = (page.parent/unquote(s.path)).resolve() if s.path else page
-            if not to.is_file(): bad.append(f"{page.name}: {link}")
-            elif s.fragment and to in pages and unquote(s.fragment) not in pages[to].ids: bad.append(f"{page.name}: {link} (no such place on that page)")
+            if s.scheme or s.netloc:
+                continue
+            to = (page.parent / unquote(s.path)).resolve() if s.path else page
+            if not to.is_file():
+                bad.append(f"{page.name}: {link}")
+            elif s.fragment and to in pages and unquote(s.fragment) not in pages[to].ids:
+                bad.append(f"{page.name}: {link} (no such place on that page)")
     assert not bad, bad
 
+
 def test_nothing_is_loaded_from_a_network(site, pages):
-    assert {l for it in pages.values() for l in it.loads if urlsplit(l).scheme not in ("", "data") or urlsplit(l).netloc} == set()
-    for f in site.rglob("*.css"): assert not re.search(r"(?:@import|url\()\s*['\"(]*\s*(?:https?:)?//", f.read_text(encoding="utf8")), f
+    assert {
+        l
+        for it in pages.values()
+        for l in it.loads
+        if urlsplit(l).scheme not in ("", "data") or urlsplit(l).netloc
+    } == set()
+    for f in site.rglob("*.css"):
+        assert not re.search(
+            r"(?:@import|url\()\s*['\"(]*\s*(?:https?:)?//", f.read_text(encoding="utf8")
+        ), f
+
 
 def test_formulas_are_read(pages):
-    assert not [(p.name, t.strip()[:80]) for p, it in pages.items() for t in it.text if "$$" in t or re.search(r"\\(?:frac|sum|text|mathrm)\b", t)]
+    assert not [
+        (p.name, t.strip()[:80])
+        for p, it in pages.items()
+        for t in it.text
+        if "$$" in t or re.search(r"\\(?:frac|sum|text|mathrm)\b", t)
+    ]
     assert sum("<math" in p.read_text() for p in pages) >= 5
+
 
 def test_a_link_that_leads_nowhere_is_said(caplog):
     import docs
-    docs.pages.update({"nbs/a/x.ipynb": "a/x.html", "nbs/a/y.ipynb": "a/y.html", "nbs/index.ipynb": "index.html"})
-    see = lambda link, source="nbs/a/x.ipynb", here="a/x.html": docs.linked(f'<a class="z" href="{link}">', source, here).split('"')[3]
-    assert (see("y.ipynb#part"), see("../../params.yaml"), see("../a"), see("https://x.org"), see("#here")) == ("y.html#part", "../files/params.yaml", "y.html", "https://x.org", "#here")
-    assert see("nbs/a/x.ipynb", "nbs/index.ipynb", "index.html") == "a/x.html" and not caplog.records
+
+    docs.pages.update(
+        {"nbs/a/x.ipynb": "a/x.html", "nbs/a/y.ipynb": "a/y.html", "nbs/index.ipynb": "index.html"}
+    )
+    see = lambda link, source="nbs/a/x.ipynb", here="a/x.html": docs.linked(
+        f'<a class="z" href="{link}">', source, here
+    ).split('"')[3]
+    assert (
+        see("y.ipynb#part"),
+        see("../../params.yaml"),
+        see("../a"),
+        see("https://x.org"),
+        see("#here"),
+    ) == ("y.html#part", "../files/params.yaml", "y.html", "https://x.org", "#here")
+    assert (
+        see("nbs/a/x.ipynb", "nbs/index.ipynb", "index.html") == "a/x.html" and not caplog.records
+    )
     assert see("gone.ipynb") == "gone.ipynb" and "gone.ipynb leads nowhere" in caplog.text
-    caplog.clear(); docs.formulas("<p>$a \\nonsense b$ and <code>$HOME$</code> at $5</p>", "x"); assert "\\nonsense" in caplog.text and len(caplog.records) == 1
+    caplog.clear()
+    docs.formulas("<p>$a \\nonsense b$ and <code>$HOME$</code> at $5</p>", "x")
+    assert "\\nonsense" in caplog.text and len(caplog.records) == 1
+
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
 def test_from_disk_with_search(site):
     with tab() as t:
         t.call("Emulation.setFocusEmulationEnabled", enabled=True)
-        t.open((site/"8_study/82_grounding.html").as_uri())
+        t.open((site / "8_study/82_grounding.html").as_uri())
         t.until("document.readyState === 'complete' && document.querySelector('iframe')")
-        t.run("document.querySelector('label[for=__search]').click(); document.querySelector('.md-search__input').focus()")
+        t.run(
+            "document.querySelector('label[for=__search]').click(); document.querySelector('.md-search__input').focus()"
+        )
         t.call("Input.insertText", text="pointing game")
-        t.run("document.querySelector('.md-search__input').dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))")
-        t.until("document.querySelector('.md-search-result').innerText.includes('matching document')")
-        assert [u for u in t.requests if not u.startswith(("file:", "data:"))] == [] and t.complaints == []
+        t.run(
+            "document.querySelector('.md-search__input').dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))"
+        )
+        t.until(
+            "document.querySelector('.md-search-result').innerText.includes('matching document')"
+        )
+        assert [
+            u for u in t.requests if not u.startswith(("file:", "data:"))
+        ] == [] and t.complaints == []

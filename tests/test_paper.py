@@ -1,4 +1,5 @@
 "The paper's scale: its params make a graph that DVC reads, and what it costs follows from them"
+
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -8,57 +9,102 @@ from conftest import TOP
 from asap.core import load_params
 from asap.study.cost import Assumed, block, disk, forward, hours, step_cost, steps
 
-PAPER = load_params(TOP/"params/paper.yaml")
+PAPER = load_params(TOP / "params/paper.yaml")
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     "This tree as a repository of its own, at the paper's scale, with nothing made"
-    to = tmp_path_factory.mktemp("paper")/"asap"
-    subprocess.run(["bash", TOP/"tests/smoke.sh", to], check=True, capture_output=True)
-    shutil.copy(TOP/"params/paper.yaml", to/"params.yaml")
+    to = tmp_path_factory.mktemp("paper") / "asap"
+    subprocess.run(["bash", TOP / "tests/smoke.sh", to], check=True, capture_output=True)
+    shutil.copy(TOP / "params/paper.yaml", to / "params.yaml")
     return to
 
-def dvc(clone, *words)->str:
-    done = subprocess.run([Path(sys.executable).with_name("dvc"), *words], cwd=clone, capture_output=True, text=True, env=os.environ | dict(DVC_NO_ANALYTICS="1", PYTHONPATH=str(clone)))
-    assert done.returncode == 0, done.stdout+done.stderr
+
+def dvc(clone, *words) -> str:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("dvc"), *words],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(DVC_NO_ANALYTICS="1", PYTHONPATH=str(clone)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
-def expected(p)->set: # names of the stages that the params ask for, of those that repeat
-    study, graph = p.study.model_dump(), yaml.safe_load((TOP/"dvc.yaml").read_text())["stages"]
-    lists = {"${study.cohorts}": study["cohorts"], "${study.arms}": study["arms"], "${study.tasks}": study["tasks"]}
-    return {f"{n}@{i}" for n, s in graph.items() for i in lists.get(s.get("foreach") if isinstance(s.get("foreach"), str) else "", [])}
+
+def expected(p) -> set:  # names of the stages that the params ask for, of those that repeat
+    study, graph = p.study.model_dump(), yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+    lists = {
+        "${study.cohorts}": study["cohorts"],
+        "${study.arms}": study["arms"],
+        "${study.tasks}": study["tasks"],
+    }
+    return {
+        f"{n}@{i}"
+        for n, s in graph.items()
+        for i in lists.get(s.get("foreach") if isinstance(s.get("foreach"), str) else "", [])
+    }
+
 
 def test_its_graph_is_read(clone):
     dag = dvc(clone, "dag", "--mermaid")
     named = set(re.findall(r'\["([^"]+)"\]', dag))
-    assert expected(PAPER) <= named and {"synthesize", "real", "text", "tables", "figures", "grounding", "page"} <= named
-    assert len(named) <= 76 and not {n for n in named if n.endswith(("@asap_no_organs", "@clip"))}, "arms that do not run have no stage"
+    assert (
+        expected(PAPER) <= named
+        and {"synthesize", "real", "text", "tables", "figures", "grounding", "page"} <= named
+    )
+    assert len(named) <= 76 and not {
+        n for n in named if n.endswith(("@asap_no_organs", "@clip"))
+    }, "arms that do not run have no stage"
+
 
 def test_its_state_is_read(clone):
     "Nothing is made yet, and DVC can say so of every stage"
     said = dvc(clone, "status", "--json")
     changed = yaml.safe_load(said)
-    assert {f"pretrain@{a}" for a in PAPER.study.arms} <= set(changed) and "prepare@ct_rate" in changed
+    assert {f"pretrain@{a}" for a in PAPER.study.arms} <= set(
+        changed
+    ) and "prepare@ct_rate" in changed
+
 
 def test_a_batch_more_costs_so_much_more():
-    more = PAPER.model_copy(update=dict(pretrain=PAPER.pretrain.model_copy(update=dict(steps=2*PAPER.pretrain.steps))))
+    more = PAPER.model_copy(
+        update=dict(pretrain=PAPER.pretrain.model_copy(update=dict(steps=2 * PAPER.pretrain.steps)))
+    )
     a, b = (hours(p).set_index("what") for p in (PAPER, more))
-    assert b.exaflop["pretrain asap"] == pytest.approx(2*a.exaflop["pretrain asap"]) and b.exaflop["embed asap"] == a.exaflop["embed asap"]
-    assert steps(PAPER, Assumed(gpus=8))["volumes_seen"] == 2*steps(PAPER)["volumes_seen"]
+    assert (
+        b.exaflop["pretrain asap"] == pytest.approx(2 * a.exaflop["pretrain asap"])
+        and b.exaflop["embed asap"] == a.exaflop["embed asap"]
+    )
+    assert steps(PAPER, Assumed(gpus=8))["volumes_seen"] == 2 * steps(PAPER)["volumes_seen"]
+
 
 def test_an_arm_costs_what_it_uses():
     cost = {n: step_cost(PAPER, a) for n, a in PAPER.arms.items()}
-    assert cost["scratch"] == 0 < cost["mae"] < cost["asap"] and cost["clip"] < cost["asap"] and cost["asap_no_organs"] == cost["asap"]
+    assert (
+        cost["scratch"] == 0 < cost["mae"] < cost["asap"]
+        and cost["clip"] < cost["asap"]
+        and cost["asap_no_organs"] == cost["asap"]
+    )
     assert "text, frozen" not in forward(PAPER, PAPER.arms["mae"])
+
 
 def test_a_block_is_what_pytorch_counts():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from asap.model.vit import Block
-    with FlopCounterMode(display=False) as f: Block(64, 4, 2.).bfloat16()(torch.randn(1, 37, 64).bfloat16()) # in fp32 attention is one operation, which is not counted
+
+    with FlopCounterMode(display=False) as f:
+        Block(64, 4, 2.0).bfloat16()(
+            torch.randn(1, 37, 64).bfloat16()
+        )  # in fp32 attention is one operation, which is not counted
     assert f.get_total_flops() == block(37, 64, 2)
+
 
 def test_without_tokens_the_disk_is_small():
     tasks = [t for t in PAPER.study.tasks if not t.startswith(("report_", "vqa_"))]
-    d = disk(PAPER.model_copy(update=dict(study=PAPER.study.model_copy(update=dict(tasks=tasks)))), 10**8)
+    d = disk(
+        PAPER.model_copy(update=dict(study=PAPER.study.model_copy(update=dict(tasks=tasks)))), 10**8
+    )
     assert d["all tokens"] == 0 and d["standard volumes"] == disk(PAPER, 10**8)["standard volumes"]

@@ -1,4 +1,5 @@
 "The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what changed, it survives a kill"
+
 import json, re, shutil, sys
 
 import pytest, yaml
@@ -7,111 +8,210 @@ from smoke import STUDY, change, clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 
+
 def test_the_study_runs(clone):
     assert len(run("dvc", "stage", "list", cwd=clone).splitlines()) <= 45
-    page = (clone/"runs/study/index.html").read_text()
+    page = (clone / "runs/study/index.html").read_text()
     assert len(page) > 20_000 and "phantom" in page.lower()
-    metrics = json.loads((clone/"runs/classify/metrics.json").read_text())
-    assert {"scratch", "asap", "histogram"} <= set(metrics) and {"classify_ct_rate", "classify_inspect", "external_rspect"} <= set(metrics["asap"])
-    for family in ("prognosis", "vocabulary", "zero_shot", "retrieve"): assert json.loads((clone/f"runs/{family}/metrics.json").read_text())["asap"], family
+    metrics = json.loads((clone / "runs/classify/metrics.json").read_text())
+    assert {"scratch", "asap", "histogram"} <= set(metrics) and {
+        "classify_ct_rate",
+        "classify_inspect",
+        "external_rspect",
+    } <= set(metrics["asap"])
+    for family in ("prognosis", "vocabulary", "zero_shot", "retrieve"):
+        assert json.loads((clone / f"runs/{family}/metrics.json").read_text())["asap"], family
     for arm in ("asap", "unet"):
-        assert "segment_acdc" in json.loads((clone/f"runs/segment/{arm}/metrics.json").read_text())[arm] and list((clone/f"runs/segment/{arm}/masks/segment_acdc").glob("*.nii.gz"))
-    assert "Claim by claim" in page and "verdict" in (clone/"runs/tables/claims.csv").read_text() and "\\toprule" in (clone/"runs/tables/tasks.tex").read_text()
-    controls = (clone/"runs/tables/controls.csv").read_text()
-    assert all(f"{c} dealt out anew,mean of tasks 1 to 6" in controls for c in ("labels", "volumes"))
-    grounded = json.loads((clone/"runs/grounding/status.json").read_text())
-    assert grounded["there"] and grounded["arms"] == ["asap"] and grounded["left_out"] == 0 and "Where sentences point" in page and "Not measured" not in page
-    assert all((clone/"runs/grounding"/f).exists() for f in ("hits.parquet", "hits.csv", "against.csv", "extent.csv", "pointing.png"))
+        assert "segment_acdc" in json.loads(
+            (clone / f"runs/segment/{arm}/metrics.json").read_text()
+        )[arm] and list((clone / f"runs/segment/{arm}/masks/segment_acdc").glob("*.nii.gz"))
+    assert (
+        "Claim by claim" in page
+        and "verdict" in (clone / "runs/tables/claims.csv").read_text()
+        and "\\toprule" in (clone / "runs/tables/tasks.tex").read_text()
+    )
+    controls = (clone / "runs/tables/controls.csv").read_text()
+    assert all(
+        f"{c} dealt out anew,mean of tasks 1 to 6" in controls for c in ("labels", "volumes")
+    )
+    grounded = json.loads((clone / "runs/grounding/status.json").read_text())
+    assert (
+        grounded["there"]
+        and grounded["arms"] == ["asap"]
+        and grounded["left_out"] == 0
+        and "Where sentences point" in page
+        and "Not measured" not in page
+    )
+    assert all(
+        (clone / "runs/grounding" / f).exists()
+        for f in ("hits.parquet", "hits.csv", "against.csv", "extent.csv", "pointing.png")
+    )
+
 
 def test_the_page_stands_alone(clone):
-    page = (clone/"runs/study/index.html").read_text()
-    outside = re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?!data:|#)([^"']+)""", page)
+    page = (clone / "runs/study/index.html").read_text()
+    outside = re.findall(
+        r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?!data:|#)([^"']+)""", page
+    )
     assert not outside, outside
-    links = [a for a in re.findall(r"""<a[^>]+href=["']([^"'#]+)""", page) if not a.startswith(("http", "data:"))]
-    assert links and all((clone/"runs/study"/a).exists() for a in links), links
+    links = [
+        a
+        for a in re.findall(r"""<a[^>]+href=["']([^"'#]+)""", page)
+        if not a.startswith(("http", "data:"))
+    ]
+    assert links and all((clone / "runs/study" / a).exists() for a in links), links
+
 
 def test_a_second_repro_runs_nothing(clone):
     assert not ran(run("dvc", "repro", cwd=clone))
 
+
 def test_a_changed_number_reruns_what_depends_on_it(clone):
-    with edited(clone, tables__bootstrap=60): assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "grounding", "page"}
+    with edited(clone, tables__bootstrap=60):
+        assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "grounding", "page"}
     run("dvc", "repro", cwd=clone)
 
+
 def test_tables_and_figures_made_again_are_the_same_bytes(clone):
-    kept = {f: digest(f) for d in ("tables", "figures") for f in (clone/"runs"/d).glob("*.csv")}
-    for d in ("tables", "figures"): shutil.rmtree(clone/"runs"/d)
-    for stage in ("tables", "figures"): run("dvc", "repro", "-f", "-s", stage, cwd=clone)
+    kept = {f: digest(f) for d in ("tables", "figures") for f in (clone / "runs" / d).glob("*.csv")}
+    for d in ("tables", "figures"):
+        shutil.rmtree(clone / "runs" / d)
+    for stage in ("tables", "figures"):
+        run("dvc", "repro", "-f", "-s", stage, cwd=clone)
     assert kept and {f: digest(f) for f in kept} == kept
 
-def test_an_edited_arm_reruns_alone(clone):
-    arm = yaml.safe_load((clone/"params.yaml").read_text())["arms"]["asap"]
-    with edited(clone, arms__asap=dict(arm, organs=2)): status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
-    assert "pretrain@asap" in status and not status & {"pretrain@scratch", "prepare@ct_rate", "synthesize", "corpus", "text"}
 
-def fenced(kind, holds)->str:
+def test_an_edited_arm_reruns_alone(clone):
+    arm = yaml.safe_load((clone / "params.yaml").read_text())["arms"]["asap"]
+    with edited(clone, arms__asap=dict(arm, organs=2)):
+        status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
+    assert "pretrain@asap" in status and not status & {
+        "pretrain@scratch",
+        "prepare@ct_rate",
+        "synthesize",
+        "corpus",
+        "text",
+    }
+
+
+def fenced(kind, holds) -> str:
     "The README's block of a kind that holds some words"
-    return next(b for b in re.findall(rf"```{kind}\n(.*?)```", (TOP/"README.md").read_text(), re.S) if holds in b)
+    return next(
+        b
+        for b in re.findall(rf"```{kind}\n(.*?)```", (TOP / "README.md").read_text(), re.S)
+        if holds in b
+    )
+
 
 def test_one_number_as_the_readme_says(clone):
     "dvc exp run, show, diff and back: the README's lines, stopped at pre-training"
-    arm, names = clone/"runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json")
-    before, params = [digest(arm/f) for f in names], (clone/"params.yaml").read_text()
+    arm, names = clone / "runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json")
+    before, params = [digest(arm / f) for f in names], (clone / "params.yaml").read_text()
     me = "export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@t GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t; "
     lines = [line.split("#")[0].strip() for line in fenced("sh", "dvc exp run").splitlines()]
-    assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "dvc", "git"] and lines[0] == "cd build/quick && source ../../.venv/bin/activate"
-    run("bash", "-ec", me+lines[1], cwd=clone)
+    assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "dvc", "git"] and lines[
+        0
+    ] == "cd build/quick && source ../../.venv/bin/activate"
+    run("bash", "-ec", me + lines[1], cwd=clone)
     text = run("bash", "-ec", f"{me}{lines[2]} pretrain@asap", cwd=clone)
-    assert ran(text) == {"pretrain@asap"} and json.loads((arm/"metrics.json").read_text())["organs"] == {}
+    assert (
+        ran(text) == {"pretrain@asap"}
+        and json.loads((arm / "metrics.json").read_text())["organs"] == {}
+    )
     shown = run("bash", "-ec", f"{lines[3]} --csv", cwd=clone)
     assert "no_organs" in shown and "arms.asap.organs" in shown and "organs.mae.model" in shown
-    assert json.loads(run("dvc", "params", "diff", "HEAD", "no_organs", "--json", cwd=clone))["params.yaml"] == {"arms.asap.organs": {"old": 1, "new": 0, "diff": -1}}
-    assert any("pretrain/asap" in f for f in json.loads(run("dvc", "metrics", "diff", "HEAD", "no_organs", "--json", cwd=clone)))
+    assert json.loads(run("dvc", "params", "diff", "HEAD", "no_organs", "--json", cwd=clone))[
+        "params.yaml"
+    ] == {"arms.asap.organs": {"old": 1, "new": 0, "diff": -1}}
+    assert any(
+        "pretrain/asap" in f
+        for f in json.loads(run("dvc", "metrics", "diff", "HEAD", "no_organs", "--json", cwd=clone))
+    )
     text = run("bash", "-ec", f"{lines[4]} pretrain@asap", cwd=clone)
-    assert not ran(text) and [digest(arm/f) for f in names] == before and (clone/"params.yaml").read_text() == params
+    assert (
+        not ran(text)
+        and [digest(arm / f) for f in names] == before
+        and (clone / "params.yaml").read_text() == params
+    )
+
 
 def test_a_new_arm_is_a_row_and_its_name(clone):
     "The README's row: it is read, it alone is trained, and what reads arms reads it too"
-    raw, block = yaml.safe_load((clone/"params.yaml").read_text()), yaml.safe_load(fenced("yaml", "arms:"))
-    with edited(clone, study__arms=block["study"]["arms"], **{f"arms__{name}": row for name, row in block["arms"].items()}):
+    raw, block = (
+        yaml.safe_load((clone / "params.yaml").read_text()),
+        yaml.safe_load(fenced("yaml", "arms:")),
+    )
+    with edited(
+        clone,
+        study__arms=block["study"]["arms"],
+        **{f"arms__{name}": row for name, row in block["arms"].items()},
+    ):
         assert "fine" in run(sys.executable, "-m", "asap.cli", "params", cwd=clone)
         status = set(json.loads(run("dvc", "status", "--json", cwd=clone)))
-    assert {"pretrain@asap_more_organs", "embed@asap_more_organs", "classify", "tables"} <= status, status
-    assert not status & {"synthesize", "corpus", "text", *(f"pretrain@{a}" for a in raw["study"]["arms"]), *(f"embed@{a}" for a in raw["study"]["arms"])}
+    assert {
+        "pretrain@asap_more_organs",
+        "embed@asap_more_organs",
+        "classify",
+        "tables",
+    } <= status, status
+    assert not status & {
+        "synthesize",
+        "corpus",
+        "text",
+        *(f"pretrain@{a}" for a in raw["study"]["arms"]),
+        *(f"embed@{a}" for a in raw["study"]["arms"]),
+    }
+
 
 def test_a_wrong_key_stops_before_anything_runs(clone):
-    with edited(clone, pretrain__step=10): text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
+    with edited(clone, pretrain__step=10):
+        text = run("dvc", "repro", "-f", "-s", "tables", cwd=clone, check=False)
     assert "unknown key `pretrain.step`: did you mean `steps`?" in text
+
 
 def test_the_same_seed_gives_the_same_bytes(clone):
     "Word pieces, text encoder and weights, made again in processes of their own"
-    kept = [clone/"build/text"/f for f in ("tokenizer.json", "model.safetensors")]+[clone/"runs/pretrain/asap"/f for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")]
+    kept = [clone / "build/text" / f for f in ("tokenizer.json", "model.safetensors")] + [
+        clone / "runs/pretrain/asap" / f
+        for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")
+    ]
     before = [digest(f) for f in kept]
-    for stage in ("text", "pretrain@asap"): run("dvc", "repro", "-f", "-s", stage, cwd=clone)
+    for stage in ("text", "pretrain@asap"):
+        run("dvc", "repro", "-f", "-s", stage, cwd=clone)
     assert before == [digest(f) for f in kept]
 
-def half_trained(clone): return lambda: (clone/"build/resume/pretrain/asap/resume/state.pt").exists()
+
+def half_trained(clone):
+    return lambda: (clone / "build/resume/pretrain/asap/resume/state.pt").exists()
+
 
 def test_a_killed_stage_ends_with_the_same_numbers(clone):
-    arm, kept = clone/"runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json", "log.csv")
+    arm, kept = (
+        clone / "runs/pretrain/asap",
+        ("checkpoint/model.safetensors", "metrics.json", "log.csv"),
+    )
     with edited(clone, pretrain__steps=60):
         run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
-        whole = [digest(arm/f) for f in kept]
-        shutil.rmtree(clone/"build/resume", ignore_errors=True)
+        whole = [digest(arm / f) for f in kept]
+        shutil.rmtree(clone / "build/resume", ignore_errors=True)
         kill_when(clone, half_trained(clone), "dvc", "repro", "-f", "-s", "pretrain@asap")
-        assert not (arm/"checkpoint/model.safetensors").exists()
-        text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone) # without -f DVC takes the first run's outputs out of its cache
+        assert not (arm / "checkpoint/model.safetensors").exists()
+        text = run(
+            "dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone
+        )  # without -f DVC takes the first run's outputs out of its cache
         assert "resumed at step" in text, text[-3000:]
-        assert whole == [digest(arm/f) for f in kept]
+        assert whole == [digest(arm / f) for f in kept]
+
 
 def test_a_changed_rate_does_not_resume_the_old_weights(clone):
-    arm = clone/"runs/pretrain/asap"
+    arm = clone / "runs/pretrain/asap"
     with edited(clone, pretrain__steps=60, pretrain__lr=0.0005):
         run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
-        clean = digest(arm/"checkpoint/model.safetensors")
-        shutil.rmtree(clone/"build/resume", ignore_errors=True)
+        clean = digest(arm / "checkpoint/model.safetensors")
+        shutil.rmtree(clone / "build/resume", ignore_errors=True)
         change(clone, pretrain__lr=0.002)
         kill_when(clone, half_trained(clone), "dvc", "repro", "-s", "pretrain@asap")
         change(clone, pretrain__lr=0.0005)
         text = run("dvc", "repro", "-f", "-s", "pretrain@asap", cwd=clone)
         assert "lr: 0.002 -> 0.0005" in text, text[-3000:]
-        assert digest(arm/"checkpoint/model.safetensors") == clean
+        assert digest(arm / "checkpoint/model.safetensors") == clean

@@ -1,69 +1,123 @@
 "Training in processes of its own: killed at any moment, shared by two, in the precisions there are."
+
 import os, random, signal, subprocess, sys, time
 
 import pytest, torch
 from safetensors.torch import load_file
 
 from conftest import TOP
-sys.path.insert(0, str(TOP/"tests"))
+
+sys.path.insert(0, str(TOP / "tests"))
 from trains import cohort
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
-SCRIPT = str(TOP/"tests/trains.py")
+SCRIPT = str(TOP / "tests/trains.py")
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    d = tmp_path_factory.mktemp("trains"); (d/"cohort").mkdir()
-    cohort(d/"cohort")
+    d = tmp_path_factory.mktemp("trains")
+    (d / "cohort").mkdir()
+    cohort(d / "cohort")
     return d
 
+
 def run(*args, processes=1, check=True):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(random.randint(20000, 40000))]
-    r = subprocess.run([*launch, SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300)
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(random.randint(20000, 40000)),
+        ]
+    )
+    r = subprocess.run(
+        [*launch, SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
+    )
     assert not check or r.returncode == 0, r.stderr[-3000:]
     return r
 
-def weights(folder): return load_file(folder/"weights.safetensors")
+
+def weights(folder):
+    return load_file(folder / "weights.safetensors")
+
 
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
-    run("asap", here/"whole", 24, 2, 1)
-    kills, folder = 0, here/"killed"
-    for _ in range(4): # a state is written at every step, so many of these fall into the writing of one
-        p = subprocess.Popen([sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"], env=ENV, stderr=subprocess.DEVNULL)
+    run("asap", here / "whole", 24, 2, 1)
+    kills, folder = 0, here / "killed"
+    for _ in range(
+        4
+    ):  # a state is written at every step, so many of these fall into the writing of one
+        p = subprocess.Popen(
+            [sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"],
+            env=ENV,
+            stderr=subprocess.DEVNULL,
+        )
         before = state_time(folder)
-        while p.poll() is None and state_time(folder) == before: time.sleep(0.002)
-        time.sleep(random.random()*0.05)
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        while p.poll() is None and state_time(folder) == before:
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.05)
+        if p.poll() is None:
+            p.send_signal(signal.SIGKILL)
+            kills += 1
         p.wait()
-        if (folder/"weights.safetensors").exists(): break
+        if (folder / "weights.safetensors").exists():
+            break
     assert kills >= 2
     run("asap", folder, 24, 2, 1)
-    a, b = weights(here/"whole"), weights(folder)
+    a, b = weights(here / "whole"), weights(folder)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    for f in ("log.csv",): assert (here/"whole"/f).read_bytes() == (folder/f).read_bytes()
-    assert not list((folder/"resume").glob(".*")), "nothing half-written is left"
+    for f in ("log.csv",):
+        assert (here / "whole" / f).read_bytes() == (folder / f).read_bytes()
+    assert not list((folder / "resume").glob(".*")), "nothing half-written is left"
 
-def state_time(folder): # when the state was last written
-    try: return (folder/"resume/state.pt").stat().st_mtime_ns
-    except FileNotFoundError: return None
 
-def first_gradient(folder): # from the running means after one step: a tenth of the clipped gradient in AdamW, a twentieth in Muon
-    held = [v for o in torch.load(folder/"resume/state.pt", weights_only=True)["opts"] for v in o["state"].values()]
-    return [v["exp_avg"]*10 if "exp_avg" in v else v["momentum_buffer"]*20 for v in held]
+def state_time(folder):  # when the state was last written
+    try:
+        return (folder / "resume/state.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def first_gradient(
+    folder,
+):  # from the running means after one step: a tenth of the clipped gradient in AdamW, a twentieth in Muon
+    held = [
+        v
+        for o in torch.load(folder / "resume/state.pt", weights_only=True)["opts"]
+        for v in o["state"].values()
+    ]
+    return [v["exp_avg"] * 10 if "exp_avg" in v else v["momentum_buffer"] * 20 for v in held]
+
 
 def test_two_processes_contrast_what_one_does(here):
     "Every sentence meets every image of both, and the gradient is that of one process, to fp32's rounding"
-    for n in (1, 2): run("contrast", here/f"contrast-{n}", processes=n)
-    a, b = (weights(here/f"contrast-{n}") for n in (1, 2))
-    for k in a: assert torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6), k
+    for n in (1, 2):
+        run("contrast", here / f"contrast-{n}", processes=n)
+    a, b = (weights(here / f"contrast-{n}") for n in (1, 2))
+    for k in a:
+        assert torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6), k
+
 
 @pytest.mark.parametrize("arm, tolerance", [("asap", 0.02), ("clip", 1e-5)])
 def test_two_processes_learn_what_one_does(here, arm, tolerance):
     "The first gradient, over its largest entry. Untrained, all patches are alike, and the rounding of another order of sums decides which are a sentence's best: hence 2 % where patches are chosen"
-    for n in (1, 2): run(arm, here/f"{arm}-{n}", 2, 4, 1, processes=n)
-    one, two = (first_gradient(here/f"{arm}-{n}") for n in (1, 2))
-    assert max(float((a-b).abs().max()) for a, b in zip(one, two)) <= tolerance*max(float(g.abs().max()) for g in one)
+    for n in (1, 2):
+        run(arm, here / f"{arm}-{n}", 2, 4, 1, processes=n)
+    one, two = (first_gradient(here / f"{arm}-{n}") for n in (1, 2))
+    assert max(float((a - b).abs().max()) for a, b in zip(one, two)) <= tolerance * max(
+        float(g.abs().max()) for g in one
+    )
+
 
 def test_a_batch_that_cannot_be_shared_is_an_error(here):
-    r = run("asap", here/"odd", 2, 3, 99, processes=2, check=False)
-    assert r.returncode and "a batch of 3 cannot be shared by 2 processes: make it a multiple of them" in r.stderr
+    r = run("asap", here / "odd", 2, 3, 99, processes=2, check=False)
+    assert (
+        r.returncode
+        and "a batch of 3 cannot be shared by 2 processes: make it a multiple of them" in r.stderr
+    )

@@ -1,4 +1,5 @@
 "The tree: exports, README, params, import rules, what is installed"
+
 import ast, importlib.metadata, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -7,67 +8,142 @@ from conftest import PAGES, STAGES, TOP
 
 from asap.core import load_params
 
-def tracked()->list[Path]:
+
+def tracked() -> list[Path]:
     "Files of the tree: what git tracks and what is new"
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=True)
-    return [TOP/n for n in names.stdout.splitlines() if (TOP/n).is_file()]
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [TOP / n for n in names.stdout.splitlines() if (TOP / n).is_file()]
+
 
 def test_exports_are_fresh_and_notebooks_clean(tmp_path):
-    for name in ("nbs", "asap"): shutil.copytree(TOP/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(TOP/"settings.ini", tmp_path)
-    (tmp_path/"pyproject.toml").write_text((TOP/"pyproject.toml").read_text())
+    for name in ("nbs", "asap"):
+        shutil.copytree(TOP / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TOP / "settings.ini", tmp_path)
+    (tmp_path / "pyproject.toml").write_text((TOP / "pyproject.toml").read_text())
     for command in ("nbdev_export", "nbdev_clean"):
-        subprocess.run([shutil.which(command) or Path(sys.executable).with_name(command)], cwd=tmp_path, check=True)
-    stale = [f.relative_to(TOP).as_posix() for name in ("nbs", "asap") for f in (TOP/name).rglob("*")
-             if f.suffix in (".py", ".ipynb") and f.read_bytes() != (tmp_path/f.relative_to(TOP)).read_bytes()]
-    made = {f.relative_to(tmp_path) for f in (tmp_path/"asap").rglob("*.py")} - {f.relative_to(TOP) for f in (TOP/"asap").rglob("*.py")}
+        subprocess.run(
+            [shutil.which(command) or Path(sys.executable).with_name(command)],
+            cwd=tmp_path,
+            check=True,
+        )
+    stale = [
+        f.relative_to(TOP).as_posix()
+        for name in ("nbs", "asap")
+        for f in (TOP / name).rglob("*")
+        if f.suffix in (".py", ".ipynb")
+        and f.read_bytes() != (tmp_path / f.relative_to(TOP)).read_bytes()
+    ]
+    made = {f.relative_to(tmp_path) for f in (tmp_path / "asap").rglob("*.py")} - {
+        f.relative_to(TOP) for f in (TOP / "asap").rglob("*.py")
+    }
     assert not stale and not made, f"run `make export`: {stale} {sorted(map(str, made))}"
+
 
 def test_readme_is_fresh():
     subprocess.run([sys.executable, "tests/readme.py", "--check"], cwd=TOP, check=True)
 
-def keys(tree, prefix="")->set[str]:
+
+def keys(tree, prefix="") -> set[str]:
     "Dotted keys; rows of `arms`, `anatomy.groups` and `phantom.patients` are free"
-    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups.", "phantom.patients."): return {prefix}
+    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups.", "phantom.patients."):
+        return {prefix}
     return {k for name, sub in tree.items() for k in keys(sub, f"{prefix}{name}.")}
+
 
 @pytest.mark.parametrize("name", ["params/smoke.yaml", "params/paper.yaml"])
 def test_params_files_have_the_same_keys(name):
-    load_params(TOP/name)
-    study, other = (yaml.safe_load((TOP/f).read_text()) for f in ("params.yaml", name))
-    if other["model"]["stem"] is None: study["model"]["stem"] = None # the paper has no stem
+    load_params(TOP / name)
+    study, other = (yaml.safe_load((TOP / f).read_text()) for f in ("params.yaml", name))
+    if other["model"]["stem"] is None:
+        study["model"]["stem"] = None  # the paper has no stem
     assert keys(other) == keys(study)
+
 
 def test_imports_go_downwards():
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([tool, "--no-cache"], cwd=TOP, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
+
 def test_no_absolute_path_and_no_stray_word():
     home = re.compile(r"(?<![\w.:/])/(?:home|root|work|Users|mnt)/\w")
-    bad = [f"{f.relative_to(TOP)}: {m[0]}" for f in tracked() if f.suffix in (".py", ".ipynb", ".md", ".yaml", ".toml", ".ini", ".sh", ".dvc", ".lock", ".csv", ".json")
-           and f != Path(__file__) for m in home.finditer(f.read_text(encoding="utf8"))]
+    bad = [
+        f"{f.relative_to(TOP)}: {m[0]}"
+        for f in tracked()
+        if f.suffix
+        in (
+            ".py",
+            ".ipynb",
+            ".md",
+            ".yaml",
+            ".toml",
+            ".ini",
+            ".sh",
+            ".dvc",
+            ".lock",
+            ".csv",
+            ".json",
+        )
+        and f != Path(__file__)
+        for m in home.finditer(f.read_text(encoding="utf8"))
+    ]
     assert not bad, bad
+
 
 def test_installed_set():
     names = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
-    assert not [n for n in names if n.startswith(("nvidia-", "cuda-")) or n in ("torchvision", "timm", "triton")]
-    pins = dict(line.lower().split("==") for line in (TOP/"constraints.txt").read_text().splitlines() if "==" in line)
-    for name in ("torch", "monai", "transformers", "jupyterlab", "papermill", "nbdev", "nibabel", "seaborn", "dvc", "totalsegmentator"):
+    assert not [
+        n
+        for n in names
+        if n.startswith(("nvidia-", "cuda-")) or n in ("torchvision", "timm", "triton")
+    ]
+    pins = dict(
+        line.lower().split("==")
+        for line in (TOP / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    for name in (
+        "torch",
+        "monai",
+        "transformers",
+        "jupyterlab",
+        "papermill",
+        "nbdev",
+        "nibabel",
+        "seaborn",
+        "dvc",
+        "totalsegmentator",
+    ):
         assert importlib.metadata.version(name).split("+")[0] == pins[name].split("+")[0], name
+
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda p: p.stem)
 def test_stage_notebooks_are_thin(stage):
     nb = json.loads(stage.read_text())
     code = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code"]
-    assert sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) == 1, "one cell is tagged `parameters`"
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in nb["cells"]) == 1, (
+        "one cell is tagged `parameters`"
+    )
     assert not any(c.get("outputs") for c in nb["cells"]), "stage notebooks store no outputs"
-    assert not [n for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, ast.FunctionDef)], "functions belong on a page"
+    assert not [
+        n for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, ast.FunctionDef)
+    ], "functions belong on a page"
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(TOP/"nbs").with_suffix("").as_posix())
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda p: p.relative_to(TOP / "nbs").with_suffix("").as_posix()
+)
 def test_stored_outputs_teach(page):
     for c in json.loads(page.read_text())["cells"]:
         for o in c.get("outputs", []):
             assert o["output_type"] != "error"
-            assert len(json.dumps(o)) < 150_000, f"an output of {len(json.dumps(o))} bytes in {page.name}"
+            assert len(json.dumps(o)) < 150_000, (
+                f"an output of {len(json.dumps(o))} bytes in {page.name}"
+            )
             assert o.get("name") != "stderr", f"progress or warnings stored in {page.name}"

@@ -1,4 +1,5 @@
 "Questions and answers: kills, other language models, the same bits, wrong input"
+
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -8,44 +9,110 @@ from asap.pretrain import embed
 from asap.tasks import metrics, vqa
 from asap.text import language
 
-P = Vqa(arms=["asap", "blind"], language="build/language", small=Small(vocab=300, dim=16, depth=1, heads=2, steps=4, batch=4, lr=0.003, matrix_lr=0.006), queries=3, depth=1, heads=2, hidden=16,
-        rank=2, alpha=4, dropout=0.1, steps=9, batch=4, questions=2, lr=0.001, matrix_lr=0.006, weight_decay=0.01, warmup=1, share=Kinds(abnormality=.2, presence=.2, location=.2, size=.2, disorder=.2),
-        weight=Kinds(abnormality=2, presence=1, location=1.5, size=1, disorder=2), something=2., nothing=0.5, validate_every=3, patience=9, max_length=60, most=6, beams=3)
-TABLE = pd.DataFrame(dict(case=[f"p{i}_1" for i in range(16)], patient=[f"p{i}" for i in range(16)], split=["train"]*9+["val"]*3+["test"]*4)).assign(scan=lambda t: t.case)
-QUESTIONS = pd.DataFrame([(c, *row) for i, c in enumerate(TABLE.case) for row in (
-    ("disorder", "Which disorders does this scan show?", ["no findings", "emphysema/lung nodule"][i % 2]), ("presence", "Is there emphysema?", ["no", "yes"][i % 2]), ("abnormality", "What is seen here: lungs?", ["no findings", "emphysema"][i % 2]),
-    ("location", "Where is it: lung nodule?", "left upper lobe"), ("size", "How large is it, in mm: lung nodule?", f"{7+i} mm"))], columns=["case", "kind", "question", "answer"])
+P = Vqa(
+    arms=["asap", "blind"],
+    language="build/language",
+    small=Small(vocab=300, dim=16, depth=1, heads=2, steps=4, batch=4, lr=0.003, matrix_lr=0.006),
+    queries=3,
+    depth=1,
+    heads=2,
+    hidden=16,
+    rank=2,
+    alpha=4,
+    dropout=0.1,
+    steps=9,
+    batch=4,
+    questions=2,
+    lr=0.001,
+    matrix_lr=0.006,
+    weight_decay=0.01,
+    warmup=1,
+    share=Kinds(abnormality=0.2, presence=0.2, location=0.2, size=0.2, disorder=0.2),
+    weight=Kinds(abnormality=2, presence=1, location=1.5, size=1, disorder=2),
+    something=2.0,
+    nothing=0.5,
+    validate_every=3,
+    patience=9,
+    max_length=60,
+    most=6,
+    beams=3,
+)
+TABLE = pd.DataFrame(
+    dict(
+        case=[f"p{i}_1" for i in range(16)],
+        patient=[f"p{i}" for i in range(16)],
+        split=["train"] * 9 + ["val"] * 3 + ["test"] * 4,
+    )
+).assign(scan=lambda t: t.case)
+QUESTIONS = pd.DataFrame(
+    [
+        (c, *row)
+        for i, c in enumerate(TABLE.case)
+        for row in (
+            (
+                "disorder",
+                "Which disorders does this scan show?",
+                ["no findings", "emphysema/lung nodule"][i % 2],
+            ),
+            ("presence", "Is there emphysema?", ["no", "yes"][i % 2]),
+            ("abnormality", "What is seen here: lungs?", ["no findings", "emphysema"][i % 2]),
+            ("location", "Where is it: lung nodule?", "left upper lobe"),
+            ("size", "How large is it, in mm: lung nodule?", f"{7 + i} mm"),
+        )
+    ],
+    columns=["case", "kind", "question", "answer"],
+)
 TOKENS = np.random.default_rng(0).normal(size=(16, 9, 8)).astype(np.float16)
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     "Tokens and a language model"
     at = tmp_path_factory.mktemp("vqa")
-    embed.save(TOKENS, TABLE, at/"tokens/asap", "toy", dict(encoder="a"))
-    language.make(P, QUESTIONS, dict(zip(TABLE.case, TABLE.split)), 0, at/"language")
+    embed.save(TOKENS, TABLE, at / "tokens/asap", "toy", dict(encoder="a"))
+    language.make(P, QUESTIONS, dict(zip(TABLE.case, TABLE.split)), 0, at / "language")
     return at
 
-def ask(here, out, arm="asap", tables=None, questions=None, **kw):
-    p = P.model_copy(update=dict(language=str(here/"language")) | kw)
-    return vqa.every(arm, tables or dict(toy=TABLE), questions or dict(toy=QUESTIONS), p, 0, here/"tokens"/arm, 8, out/"runs", out/"resume")
 
-def state(folder): return (folder/"runs/checkpoint/toy/model.safetensors").read_bytes()
+def ask(here, out, arm="asap", tables=None, questions=None, **kw):
+    p = P.model_copy(update=dict(language=str(here / "language")) | kw)
+    return vqa.every(
+        arm,
+        tables or dict(toy=TABLE),
+        questions or dict(toy=QUESTIONS),
+        p,
+        0,
+        here / "tokens" / arm,
+        8,
+        out / "runs",
+        out / "resume",
+    )
+
+
+def state(folder):
+    return (folder / "runs/checkpoint/toy/model.safetensors").read_bytes()
+
 
 def test_a_killed_training_is_resumed_to_the_same_bits(here, tmp_path, monkeypatch, capsys):
-    whole = ask(here, tmp_path/"a")
+    whole = ask(here, tmp_path / "a")
     forward, count = vqa.Answerer.forward, []
+
     def killed(self, b):
         count.append(1)
-        if len(count) == 6: raise KeyboardInterrupt
+        if len(count) == 6:
+            raise KeyboardInterrupt
         return forward(self, b)
+
     monkeypatch.setattr(vqa.Answerer, "forward", killed)
-    with pytest.raises(KeyboardInterrupt): ask(here, tmp_path/"b")
-    pd.testing.assert_frame_equal(ask(here, tmp_path/"b"), whole)
-    assert "resumed at step 3" in capsys.readouterr().err and len(count) == 6+6
-    assert state(tmp_path/"a") == state(tmp_path/"b")
+    with pytest.raises(KeyboardInterrupt):
+        ask(here, tmp_path / "b")
+    pd.testing.assert_frame_equal(ask(here, tmp_path / "b"), whole)
+    assert "resumed at step 3" in capsys.readouterr().err and len(count) == 6 + 6
+    assert state(tmp_path / "a") == state(tmp_path / "b")
     again = len(count)
-    pd.testing.assert_frame_equal(ask(here, tmp_path/"b"), whole)
+    pd.testing.assert_frame_equal(ask(here, tmp_path / "b"), whole)
     assert len(count) == again and "trained before" in capsys.readouterr().err
+
 
 def test_what_it_was_made_of_decides_whether_it_is_trained_again(here, tmp_path, capsys):
     ask(here, tmp_path)
@@ -54,68 +121,134 @@ def test_what_it_was_made_of_decides_whether_it_is_trained_again(here, tmp_path,
     ask(here, tmp_path, lr=0.002)
     assert "vqa.lr: 0.001 -> 0.002" in capsys.readouterr().err
 
+
 def test_threads_and_neighbours_change_no_answer(here, tmp_path):
     ask(here, tmp_path)
     q = vqa.asked(QUESTIONS, TABLE)
-    m, t = vqa.load(tmp_path/"runs/checkpoint/toy"), language.load(here/"language")[1]
+    m, t = vqa.load(tmp_path / "runs/checkpoint/toy"), language.load(here / "language")[1]
     p, threads = P.model_copy(update=dict(most=12)), torch.get_num_threads()
     try:
-        said = [(torch.set_num_threads(n), vqa.answers(m, t, q, TOKENS, p, many=many))[1] for n, many in ((1, 64), (2, 3), (2, 64))]
-    finally: torch.set_num_threads(threads)
+        said = [
+            (torch.set_num_threads(n), vqa.answers(m, t, q, TOKENS, p, many=many))[1]
+            for n, many in ((1, 64), (2, 3), (2, 64))
+        ]
+    finally:
+        torch.set_num_threads(threads)
     assert said[0] == said[1] == said[2]
+
 
 def models(folder, kind):
     "A tiny causal language model with its own tokenizer, as one comes from elsewhere"
     import transformers as tr
+
     t = language.train_pieces([*QUESTIONS.question, *QUESTIONS.answer], 290)
     t.add_special_tokens(dict(additional_special_tokens=["<user>", "<assistant>"]))
-    if kind == "chat": t.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    small = dict(vocab_size=len(t), pad_token_id=t.pad_token_id, eos_token_id=t.eos_token_id, bos_token_id=None)
-    if kind == "gpt2": m = tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=128, **small))
-    else: m = tr.Qwen2ForCausalLM(tr.Qwen2Config(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, **small))
-    m.save_pretrained(folder); t.save_pretrained(folder)
+    if kind == "chat":
+        t.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    small = dict(
+        vocab_size=len(t),
+        pad_token_id=t.pad_token_id,
+        eos_token_id=t.eos_token_id,
+        bos_token_id=None,
+    )
+    if kind == "gpt2":
+        m = tr.GPT2LMHeadModel(
+            tr.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=128, **small)
+        )
+    else:
+        m = tr.Qwen2ForCausalLM(
+            tr.Qwen2Config(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                **small,
+            )
+        )
+    m.save_pretrained(folder)
+    t.save_pretrained(folder)
+
 
 @pytest.mark.parametrize("kind", ["chat", "gpt2"])
 def test_any_language_model_by_one_param(kind, here, tmp_path):
-    models(tmp_path/"lm", kind)
-    lm, t = language.load(tmp_path/"lm")
+    models(tmp_path / "lm", kind)
+    lm, t = language.load(tmp_path / "lm")
     put = t.decode(language.put(t, ["Is there emphysema?"])[0])
-    assert put == ("<user>Is there emphysema?<assistant>" if kind == "chat" else "Is there emphysema?\n")
-    d = ask(here, tmp_path, language=str(tmp_path/"lm"))
-    assert len(d) == 2*20 and d.given.map(lambda s: isinstance(s, str)).all()
-    learnt = vqa.load(tmp_path/"runs/checkpoint/toy").state_dict()
-    assert not [k for k in learnt if k.startswith("lm.") and "lora" not in k], "nothing of the frozen model is kept"
+    assert put == (
+        "<user>Is there emphysema?<assistant>" if kind == "chat" else "Is there emphysema?\n"
+    )
+    d = ask(here, tmp_path, language=str(tmp_path / "lm"))
+    assert len(d) == 2 * 20 and d.given.map(lambda s: isinstance(s, str)).all()
+    learnt = vqa.load(tmp_path / "runs/checkpoint/toy").state_dict()
+    assert not [k for k in learnt if k.startswith("lm.") and "lora" not in k], (
+        "nothing of the frozen model is kept"
+    )
+
 
 def test_a_language_model_that_does_not_fit_is_said(here, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder build/nowhere"): language.load("build/nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no folder build/nowhere"):
+        language.load("build/nowhere")
     ask(here, tmp_path)
-    models(tmp_path/"lm", "gpt2")
-    with pytest.raises(ValueError, match="its weights do not fit"): vqa.load(tmp_path/"runs/checkpoint/toy", language.load(tmp_path/"lm")[0])
-    f = tmp_path/"runs/checkpoint/toy/model.safetensors"
+    models(tmp_path / "lm", "gpt2")
+    with pytest.raises(ValueError, match="its weights do not fit"):
+        vqa.load(tmp_path / "runs/checkpoint/toy", language.load(tmp_path / "lm")[0])
+    f = tmp_path / "runs/checkpoint/toy/model.safetensors"
     f.write_bytes(f.read_bytes()[:200])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or broken"): vqa.load(tmp_path/"runs/checkpoint/toy")
+    with pytest.raises(ValueError, match="model.safetensors is truncated or broken"):
+        vqa.load(tmp_path / "runs/checkpoint/toy")
+
 
 def test_what_is_missing_or_wrong_is_named(here, tmp_path):
-    with pytest.raises(FileNotFoundError, match="embed@simcrop"): ask(here, tmp_path, "simcrop")
-    with pytest.raises(ValueError, match="p4_1 is asked about .* has no volume"): ask(here, tmp_path, tables=dict(toy=TABLE[TABLE.case != "p4_1"]))
-    with pytest.raises(ValueError, match="tokens of arm `asap` are of other cases"): ask(here, tmp_path, tables=dict(toy=TABLE[::-1]))
-    with pytest.raises(ValueError, match="kind `colour`"): ask(here, tmp_path, questions=dict(toy=QUESTIONS.replace("size", "colour")))
-    with pytest.raises(ValueError, match=r"p0_1, disorder: question and answer take \d+ tokens, expected at most 5"): ask(here, tmp_path, max_length=5)
-    with pytest.raises(ValueError, match="vqa.heads is 3"): ask(here, tmp_path, heads=3)
+    with pytest.raises(FileNotFoundError, match="embed@simcrop"):
+        ask(here, tmp_path, "simcrop")
+    with pytest.raises(ValueError, match="p4_1 is asked about .* has no volume"):
+        ask(here, tmp_path, tables=dict(toy=TABLE[TABLE.case != "p4_1"]))
+    with pytest.raises(ValueError, match="tokens of arm `asap` are of other cases"):
+        ask(here, tmp_path, tables=dict(toy=TABLE[::-1]))
+    with pytest.raises(ValueError, match="kind `colour`"):
+        ask(here, tmp_path, questions=dict(toy=QUESTIONS.replace("size", "colour")))
+    with pytest.raises(
+        ValueError, match=r"p0_1, disorder: question and answer take \d+ tokens, expected at most 5"
+    ):
+        ask(here, tmp_path, max_length=5)
+    with pytest.raises(ValueError, match="vqa.heads is 3"):
+        ask(here, tmp_path, heads=3)
+
 
 def test_an_answer_without_a_number_counts():
-    rows = pd.DataFrame([("size", "30 mm", s) for s in ("30 mm", "3 cm", "large", "")], columns=["kind", "answer", "given"])
-    d = vqa.scored(rows, 20).assign(task="vqa_toy", arm="a", fraction=1., seed=0, patient=list("abcd"))
+    rows = pd.DataFrame(
+        [("size", "30 mm", s) for s in ("30 mm", "3 cm", "large", "")],
+        columns=["kind", "answer", "given"],
+    )
+    d = vqa.scored(rows, 20).assign(
+        task="vqa_toy", arm="a", fraction=1.0, seed=0, patient=list("abcd")
+    )
     found = metrics.summary(d, vqa.figures)["a"]["vqa_toy"]["1.0"]
-    assert found == {"L1 mm, size": 5.0, "RMSE mm, size": round(50**0.5, 5), "share with a number, size": 0.5}
+    assert found == {
+        "L1 mm, size": 5.0,
+        "RMSE mm, size": round(50**0.5, 5),
+        "share with a number, size": 0.5,
+    }
+
 
 def test_no_cohort_no_rows(here, tmp_path):
-    d = vqa.every("asap", {}, {}, P, 0, here/"tokens/asap", 8, tmp_path/"runs", tmp_path/"resume")
+    d = vqa.every(
+        "asap", {}, {}, P, 0, here / "tokens/asap", 8, tmp_path / "runs", tmp_path / "resume"
+    )
     assert list(d) == vqa.COLUMNS and not len(d) and metrics.summary(d, vqa.figures) == {}
-    assert language.make(P, QUESTIONS[:0], {}, 0, tmp_path/"language") == {} and (tmp_path/"language/elsewhere.json").exists()
+    assert (
+        language.make(P, QUESTIONS[:0], {}, 0, tmp_path / "language") == {}
+        and (tmp_path / "language/elsewhere.json").exists()
+    )
+
 
 def test_blind_sees_nothing_and_brings_the_majority(here, tmp_path):
     d = ask(here, tmp_path, "blind")
     assert set(d.arm) == {"blind", "majority"}
-    assert (d[d.arm == "blind"].groupby(["kind", "question"]).given.nunique() == 1).all(), "the same question has one answer, whoever's scan it is"
-    assert d[(d.arm == "majority") & (d.kind == "presence")].given.unique().tolist() == ["no"], "5 of 9 train cases"
+    assert (d[d.arm == "blind"].groupby(["kind", "question"]).given.nunique() == 1).all(), (
+        "the same question has one answer, whoever's scan it is"
+    )
+    assert d[(d.arm == "majority") & (d.kind == "presence")].given.unique().tolist() == ["no"], (
+        "5 of 9 train cases"
+    )

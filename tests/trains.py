@@ -1,4 +1,5 @@
 """A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun ...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
+
 import sys
 from pathlib import Path
 
@@ -15,47 +16,90 @@ from asap.pretrain.pretrain import build, train
 from asap.text.encoder import load, train_encoder
 from asap.text.sentences import join, split
 
-def cohort(folder): # six phantoms on disk, with a text encoder
-    p, rows = load_params(root()/"params/smoke.yaml"), []
-    for i in range(6):
-        c = chest((0, "trains", i), (48, 48, 24), (7, 7, 14)); r = report(c, i)
-        write(np.clip(c.hu, -1000, 1000), c.affine, folder/f"{i}.nii"); write(group_map(c.labels, p.anatomy.groups), c.affine, folder/f"{i}_organs.nii.gz")
-        rows.append(dict(case=f"c{i}", patient=f"p{i}", image=f"{i}.nii", organ_map=f"{i}_organs.nii.gz", findings=r.findings, impression=r.impression))
-    said = [split(join(r["findings"], r["impression"])) for r in rows]
-    train_encoder(said, said, p.text, 0, folder/"text")
-    pd.DataFrame(rows).to_parquet(folder/"table.parquet")
 
-def contrast(folder, n=4): # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
+def cohort(folder):  # six phantoms on disk, with a text encoder
+    p, rows = load_params(root() / "params/smoke.yaml"), []
+    for i in range(6):
+        c = chest((0, "trains", i), (48, 48, 24), (7, 7, 14))
+        r = report(c, i)
+        write(np.clip(c.hu, -1000, 1000), c.affine, folder / f"{i}.nii")
+        write(group_map(c.labels, p.anatomy.groups), c.affine, folder / f"{i}_organs.nii.gz")
+        rows.append(
+            dict(
+                case=f"c{i}",
+                patient=f"p{i}",
+                image=f"{i}.nii",
+                organ_map=f"{i}_organs.nii.gz",
+                findings=r.findings,
+                impression=r.impression,
+            )
+        )
+    said = [split(join(r["findings"], r["impression"])) for r in rows]
+    train_encoder(said, said, p.text, 0, folder / "text")
+    pd.DataFrame(rows).to_parquet(folder / "table.parquet")
+
+
+def contrast(
+    folder, n=4
+):  # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
     from accelerate import PartialState
     from asap.model.align import across, within
+
     state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)
     unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
-    own = slice(state.process_index*n//state.num_processes, (state.process_index+1)*n//state.num_processes)
-    whole = [unit(n, 9, 8), unit(n, 5, 8), 1+3*torch.rand(n, 5, generator=g)]
+    own = slice(
+        state.process_index * n // state.num_processes,
+        (state.process_index + 1) * n // state.num_processes,
+    )
+    whole = [unit(n, 9, 8), unit(n, 5, 8), 1 + 3 * torch.rand(n, 5, generator=g)]
     frozen, real = unit(n, 5, 6), torch.rand(n, 5, generator=g) < 0.7
     real[:, 0] = True
-    longest = int(real[own].sum(1).max()) # processes have reports of different length
+    longest = int(real[own].sum(1).max())  # processes have reports of different length
     patches = whole[0][own].clone().requires_grad_()
-    order = real[own].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest] # real sentences first
-    pick = lambda t: t.gather(1, order.reshape(*order.shape, *[1]*(t.ndim-2)).expand(-1, -1, *t.shape[2:]))
+    order = (
+        real[own].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    )  # real sentences first
+    pick = lambda t: t.gather(
+        1, order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
+    )
     text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
     f, r = pick(frozen[own]), pick(real[own])
-    value = across([patches], text, k, f, r, 14., 0.95, 0.5, 9)+within(text, text.roll(1, -1), f, r, 14., 0.95)
+    value = across([patches], text, k, f, r, 14.0, 0.95, 0.5, 9) + within(
+        text, text.roll(1, -1), f, r, 14.0, 0.95
+    )
     value.backward()
     out = dict(patches=patches.grad, k=torch.stack([x[m].sum() for x, m in zip(k.grad, r)]))
     from asap.train import gathered
-    save = {name: gathered(v[:, None])/state.num_processes for name, v in out.items()} # as DDP averages
-    if state.is_main_process: folder.mkdir(); save_file(save, folder/"weights.safetensors")
+
+    save = {
+        name: gathered(v[:, None]) / state.num_processes for name, v in out.items()
+    }  # as DDP averages
+    if state.is_main_process:
+        folder.mkdir()
+        save_file(save, folder / "weights.safetensors")
+
 
 if __name__ == "__main__":
-    if sys.argv[1] == "contrast": contrast(Path(sys.argv[2])); sys.exit()
+    if sys.argv[1] == "contrast":
+        contrast(Path(sys.argv[2]))
+        sys.exit()
     arm, folder, steps, batch, save_every = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
-    data = folder.parent/"cohort"
-    p = load_params(root()/"params/smoke.yaml")
-    p = p.model_copy(update=dict(pretrain=p.pretrain.model_copy(update=dict(steps=steps, batch=batch, save_every=save_every, warmup=1, precision="no"))))
-    table = pd.read_parquet(data/"table.parquet")
-    for k in ("image", "organ_map"): table[k] = [str(data/f) for f in table[k]]
-    text = load(data/"text")
+    data = folder.parent / "cohort"
+    p = load_params(root() / "params/smoke.yaml")
+    p = p.model_copy(
+        update=dict(
+            pretrain=p.pretrain.model_copy(
+                update=dict(
+                    steps=steps, batch=batch, save_every=save_every, warmup=1, precision="no"
+                )
+            )
+        )
+    )
+    table = pd.read_parquet(data / "table.parquet")
+    for k in ("image", "organ_map"):
+        table[k] = [str(data / f) for f in table[k]]
+    text = load(data / "text")
     model = build(p, p.arms[arm].model_dump(by_alias=True), text, 0)
     train(model, Pairs(table, p, text, 0), p, 0, folder)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0: save_file(model.state_dict(), folder/"weights.safetensors")
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        save_file(model.state_dict(), folder / "weights.safetensors")

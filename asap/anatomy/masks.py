@@ -12,25 +12,36 @@ from einops import rearrange
 from .organs import UNKNOWN
 
 # %% ../../nbs/3_anatomy/31_masks.ipynb #ec982153
-def _columns(organs, p:int, n:int)->np.ndarray: # (H,W,D) -> (H/p,n+1,W,D), 0 to p
+def _columns(organs, p: int, n: int) -> np.ndarray:  # (H,W,D) -> (H/p,n+1,W,D), 0 to p
     "How many of `p` voxels above each other are background and each group"
-    h, *plane = len(organs)//p, *organs.shape[1:]
-    out, hit = np.empty((h, n+1, *plane), np.min_scalar_type(p)), np.empty((p, *plane), bool)
+    h, *plane = len(organs) // p, *organs.shape[1:]
+    out, hit = np.empty((h, n + 1, *plane), np.min_scalar_type(p)), np.empty((p, *plane), bool)
     for i, slab in enumerate(np.split(organs, h)):
-        for c in range(n+1): np.add.reduce(np.equal(slab, c, out=hit).view(np.uint8), 0, out=out[i, c])
+        for c in range(n + 1):
+            np.add.reduce(np.equal(slab, c, out=hit).view(np.uint8), 0, out=out[i, c])
     return out
 
+
 def shares(
-    organs:np.ndarray, # (H,W,D) uint8: 0..n, 255 unknown
-    patch, # voxels of a patch
-    n:int, # number of groups
-)->tuple: # (N,n+1) float32 whose known rows sum to 1; (N,) bool
+    organs: np.ndarray,  # (H,W,D) uint8: 0..n, 255 unknown
+    patch,  # voxels of a patch
+    n: int,  # number of groups
+) -> tuple:  # (N,n+1) float32 whose known rows sum to 1; (N,) bool
     "Share of background and of each group in every patch, and which patches are known by half or more"
-    if any(s % p for s, p in zip(organs.shape, patch)): raise ValueError(f"an organ map of {organs.shape} is not a whole number of patches {tuple(patch)}")
+    if any(s % p for s, p in zip(organs.shape, patch)):
+        raise ValueError(
+            f"an organ map of {organs.shape} is not a whole number of patches {tuple(patch)}"
+        )
     p, q, r = patch
-    rows = rearrange(_columns(organs, p, n), "h c (w q) d -> h c w q d", q=q).sum(3, dtype=np.min_scalar_type(p*q))
+    rows = rearrange(_columns(organs, p, n), "h c (w q) d -> h c w q d", q=q).sum(
+        3, dtype=np.min_scalar_type(p * q)
+    )
     count = rearrange(rows, "h c w (d r) -> r (h w d) c", r=r).sum(0, dtype=np.int64)
     known = count.sum(1)
-    if known.sum()+np.count_nonzero(organs == UNKNOWN) < organs.size:
-        raise ValueError(f"an organ map holds {int(organs[organs != UNKNOWN].max())}, expected 0 to {n} or {UNKNOWN}")
-    return (count/np.maximum(known, 1)[:, None]).astype(np.float32, order="C"), known*2 >= p*q*r
+    if known.sum() + np.count_nonzero(organs == UNKNOWN) < organs.size:
+        raise ValueError(
+            f"an organ map holds {int(organs[organs != UNKNOWN].max())}, expected 0 to {n} or {UNKNOWN}"
+        )
+    return (count / np.maximum(known, 1)[:, None]).astype(
+        np.float32, order="C"
+    ), known * 2 >= p * q * r

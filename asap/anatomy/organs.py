@@ -20,55 +20,69 @@ from ..data.volumes import open_nifti, resample
 # %% ../../nbs/3_anatomy/30_organs.ipynb #0f509615
 UNKNOWN = 255
 
+
 @cache
-def classes()->dict: # name -> id, 117 of them
+def classes() -> dict:  # name -> id, 117 of them
     "TotalSegmentator's `total` classes"
     from totalsegmentator.map_to_binary import class_map
+
     return {name: number for number, name in class_map["total"].items()}
 
+
 def group_ids(
-    groups:dict, # group -> list of class names, as in params.yaml
-)->list: # per group its class ids, in order; group i has value i+1 in an organ map
+    groups: dict,  # group -> list of class names, as in params.yaml
+) -> list:  # per group its class ids, in order; group i has value i+1 in an organ map
     "Look the groups up; `ValueError` names a class that does not exist and the nearest that does"
     for group, names in groups.items():
         for n in names:
             if n not in classes():
                 near = difflib.get_close_matches(n, classes(), 1)
-                raise ValueError(f"anatomy.groups: `{group}` lists `{n}`, which is no class of TotalSegmentator"+(f": did you mean `{near[0]}`?" if near else ""))
+                raise ValueError(
+                    f"anatomy.groups: `{group}` lists `{n}`, which is no class of TotalSegmentator"
+                    + (f": did you mean `{near[0]}`?" if near else "")
+                )
     return [[classes()[n] for n in names] for names in groups.values()]
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #9a68f0b4
 def group_map(
-    labels:np.ndarray, # TotalSegmentator's `total` ids
-    groups:dict,
-)->np.ndarray: # uint8, same shape
+    labels: np.ndarray,  # TotalSegmentator's `total` ids
+    groups: dict,
+) -> np.ndarray:  # uint8, same shape
     "Class ids to group numbers; every group counts as known"
-    table = np.zeros(max(int(labels.max()), max(classes().values()))+1, np.uint8)
-    for number, ids in enumerate(group_ids(groups), 1): table[ids] = number
+    table = np.zeros(max(int(labels.max()), max(classes().values())) + 1, np.uint8)
+    for number, ids in enumerate(group_ids(groups), 1):
+        table[ids] = number
     return table[labels]
 
+
 def from_multilabel(
-    path, # TotalSegmentator's multi-label NIfTI
-    groups:dict,
-    shape=None, # of the standard volume; the file's own grid when None
+    path,  # TotalSegmentator's multi-label NIfTI
+    groups: dict,
+    shape=None,  # of the standard volume; the file's own grid when None
     affine=None,
-)->np.ndarray: # uint8
+) -> np.ndarray:  # uint8
     "One file with all classes, put on the standard grid by nearest neighbour"
     img = open_nifti(path)
     labels = np.asanyarray(img.dataobj)
-    if labels.ndim != 3 or not np.all(labels[::4, ::4, ::4] == np.rint(labels[::4, ::4, ::4])) or labels.min() < 0:
-        raise ValueError(f"{path}: expected whole class ids on three axes, found {labels.dtype} of shape {labels.shape}: is this a segmentation?")
+    if (
+        labels.ndim != 3
+        or not np.all(labels[::4, ::4, ::4] == np.rint(labels[::4, ::4, ::4]))
+        or labels.min() < 0
+    ):
+        raise ValueError(
+            f"{path}: expected whole class ids on three axes, found {labels.dtype} of shape {labels.shape}: is this a segmentation?"
+        )
     out = group_map(labels.astype(np.int16), groups)
     return out if shape is None else resample(out, img.affine, shape, affine, order=0, fill=0)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #5291c323
 def from_folder(
-    masks:dict, # class name -> path of a NIfTI, or boolean array on the wanted grid
-    groups:dict,
+    masks: dict,  # class name -> path of a NIfTI, or boolean array on the wanted grid
+    groups: dict,
     shape,
     affine,
-    hu=None, # the standard volume, to say where a missing lobe cannot be
-)->np.ndarray: # uint8 with 255
+    hu=None,  # the standard volume, to say where a missing lobe cannot be
+) -> np.ndarray:  # uint8 with 255
     "Some classes, one mask each; groups that are not complete are unknown where they could be"
     have = {name for name in masks}
     out, seen = np.zeros(shape, np.uint8), np.zeros(shape, bool)
@@ -77,50 +91,90 @@ def from_folder(
             m = masks[n]
             if not isinstance(m, np.ndarray):
                 img = open_nifti(m)
-                m = resample((np.asanyarray(img.dataobj) > 0).astype(np.uint8), img.affine, shape, affine, order=0, fill=0) > 0
-            out[m & ~seen] = number; seen |= m
+                m = (
+                    resample(
+                        (np.asanyarray(img.dataobj) > 0).astype(np.uint8),
+                        img.affine,
+                        shape,
+                        affine,
+                        order=0,
+                        fill=0,
+                    )
+                    > 0
+                )
+            out[m & ~seen] = number
+            seen |= m
     missing = [g for g, names in groups.items() if not set(names) <= have]
-    if missing: out[~seen & possible(missing, groups, hu, shape)] = UNKNOWN
+    if missing:
+        out[~seen & possible(missing, groups, hu, shape)] = UNKNOWN
     return out
 
-def possible(missing, groups, hu, shape)->np.ndarray: # bool
+
+def possible(missing, groups, hu, shape) -> np.ndarray:  # bool
     "Where could a missing group be? Lobes only where there is air in the body, others only inside the body"
-    if hu is None: return np.ones(shape, bool)
+    if hu is None:
+        return np.ones(shape, bool)
     inside = body_mask(hu)
     lobes = all(n.startswith("lung") for g in missing for n in groups[g])
     return inside & (hu < -400) if lobes else inside
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #f11b9cbe
-def from_asap(path, groups:dict, shape=None, affine=None)->np.ndarray: # uint8
+def from_asap(path, groups: dict, shape=None, affine=None) -> np.ndarray:  # uint8
     "A released ASAP mask, values 0..8"
     img = open_nifti(path)
     m = np.asanyarray(img.dataobj)
-    if m.max() > len(groups) or m.min() < 0: raise ValueError(f"{path}: values {m.min()} to {m.max()}, expected 0 to {len(groups)} (the study's groups)")
+    if m.max() > len(groups) or m.min() < 0:
+        raise ValueError(
+            f"{path}: values {m.min()} to {m.max()}, expected 0 to {len(groups)} (the study's groups)"
+        )
     m = m.astype(np.uint8)
     return m if shape is None else resample(m, img.affine, shape, affine, order=0, fill=0)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #5e6bb63d
 def from_masks(
-    path, # TotalSegmentator's multi-label NIfTI, or its folder of one NIfTI a class
-    groups:dict,
-    shape, # of the standard volume
+    path,  # TotalSegmentator's multi-label NIfTI, or its folder of one NIfTI a class
+    groups: dict,
+    shape,  # of the standard volume
     affine,
-)->np.ndarray: # uint8, 255 where the folder lacks a group
+) -> np.ndarray:  # uint8, 255 where the folder lacks a group
     "The organ map of a case, of whichever form its masks are"
     path = Path(path)
-    if not path.is_dir(): return from_multilabel(path, groups, shape, affine)
-    masks = {name: f for f in visible(path, "*.nii*") if (name := f.name.removesuffix(".gz").removesuffix(".nii")) in classes()}
-    if not masks: raise ValueError(f"{path}: no mask named as a class of TotalSegmentator, expected files such as lung_upper_lobe_left.nii.gz")
+    if not path.is_dir():
+        return from_multilabel(path, groups, shape, affine)
+    masks = {
+        name: f
+        for f in visible(path, "*.nii*")
+        if (name := f.name.removesuffix(".gz").removesuffix(".nii")) in classes()
+    }
+    if not masks:
+        raise ValueError(
+            f"{path}: no mask named as a class of TotalSegmentator, expected files such as lung_upper_lobe_left.nii.gz"
+        )
     return from_folder(masks, groups, shape, affine)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #c799d038
-def overlay(ax, hu, organs, aspect=1., names=None):
+def overlay(ax, hu, organs, aspect=1.0, names=None):
     "One slice with its organs in colour; unknown is grey"
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
+
     ax.imshow(hu, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
     n = max(len(names or []), 8)
     colours = ListedColormap([plt.get_cmap("tab10")(i % 10) for i in range(n)])
-    ax.imshow(np.ma.masked_where((organs == 0) | (organs == UNKNOWN), organs), cmap=colours, vmin=0.5, vmax=n+0.5, alpha=0.5, aspect=aspect, interpolation="nearest")
-    ax.imshow(np.ma.masked_where(organs != UNKNOWN, organs), cmap=ListedColormap(["0.75"]), alpha=0.45, aspect=aspect, interpolation="nearest")
+    ax.imshow(
+        np.ma.masked_where((organs == 0) | (organs == UNKNOWN), organs),
+        cmap=colours,
+        vmin=0.5,
+        vmax=n + 0.5,
+        alpha=0.5,
+        aspect=aspect,
+        interpolation="nearest",
+    )
+    ax.imshow(
+        np.ma.masked_where(organs != UNKNOWN, organs),
+        cmap=ListedColormap(["0.75"]),
+        alpha=0.45,
+        aspect=aspect,
+        interpolation="nearest",
+    )
     ax.axis("off")

@@ -12,49 +12,76 @@ from pathlib import Path
 import numpy as np
 
 from .organs import group_ids, group_map
-from ..core import Quarantine, difference, file_hash, fingerprint, progress, read_json, say, write_json
+from asap.core import (
+    Quarantine,
+    difference,
+    file_hash,
+    fingerprint,
+    progress,
+    read_json,
+    say,
+    write_json,
+)
 from ..data.checks import finite, hounsfield, spacing
 from ..data.volumes import Volume, open_nifti, read, write
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9297cfc4
 def models(
-    fast:bool, # the one 3 mm model; else the five 1.5 mm ones and the 6 mm one that finds the box
-)->dict: # TotalSegmentator's number of a model -> its checkpoint, relative to the folder of weights
+    fast: bool,  # the one 3 mm model; else the five 1.5 mm ones and the 6 mm one that finds the box
+) -> (
+    dict
+):  # TotalSegmentator's number of a model -> its checkpoint, relative to the folder of weights
     "The models that a run needs, out of TotalSegmentator's own tables"
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
     from totalsegmentator.python_api import get_task_config
+
     found = {}
     for mode in (dict(fast=True),) if fast else (dict(), dict(fastest=True)):
         c = get_task_config("total", quiet=True, plans="nnUNetPlans", **mode)
         for task in c["task_id"] if isinstance(c["task_id"], list) else [c["task_id"]]:
             run = f"{c['trainer']}__{c['plans']}__{c['model']}"
-            found[task] = Path(TASK_ID_WEIGHTS_CONFIGS[task]["foldername"], run, f"fold_{c['folds'][0]}", "checkpoint_final.pth")
+            found[task] = Path(
+                TASK_ID_WEIGHTS_CONFIGS[task]["foldername"],
+                run,
+                f"fold_{c['folds'][0]}",
+                "checkpoint_final.pth",
+            )
     return found
 
-def folder()->Path:
+
+def folder() -> Path:
     "Where TotalSegmentator looks for weights"
     from totalsegmentator.config import get_weights_dir
+
     return Path(get_weights_dir()).resolve()
 
-def missing(fast:bool)->dict: # number -> folder's name; empty when all is there
-    "The models that are not on disk, or not whole"
-    whole = lambda f: f.is_file() and all((f.parents[1]/n).is_file() for n in ("plans.json", "dataset.json"))
-    return {task: f.parts[0] for task, f in models(fast).items() if not whole(folder()/f)}
 
-def weights(fast:bool)->Path|None:
+def missing(fast: bool) -> dict:  # number -> folder's name; empty when all is there
+    "The models that are not on disk, or not whole"
+    whole = lambda f: (
+        f.is_file() and all((f.parents[1] / n).is_file() for n in ("plans.json", "dataset.json"))
+    )
+    return {task: f.parts[0] for task, f in models(fast).items() if not whole(folder() / f)}
+
+
+def weights(fast: bool) -> Path | None:
     "The folder of weights where every model is on disk, else None"
     return None if missing(fast) else folder()
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #e9bee246
-def need(fast:bool, download:bool=False)->Path: # folder of weights
+def need(fast: bool, download: bool = False) -> Path:  # folder of weights
     "Make sure of the weights; `FileNotFoundError` says what is missing and what can be done"
     if missing(fast) and download:
         from totalsegmentator.libs import download_pretrained_weights
-        for task in progress(missing(fast), label="weights"): download_pretrained_weights(task)
+
+        for task in progress(missing(fast), label="weights"):
+            download_pretrained_weights(task)
     if lost := missing(fast):
-        raise FileNotFoundError(f"TotalSegmentator's weights are not whole in {folder()}: missing {', '.join(lost.values())}. "
+        raise FileNotFoundError(
+            f"TotalSegmentator's weights are not whole in {folder()}: missing {', '.join(lost.values())}. "
             "Set anatomy.download: true to fetch them (a folder that is there but not whole: remove it first), or put them there "
-            "or name their folder in TOTALSEG_WEIGHTS_PATH, or go on without organ maps")
+            "or name their folder in TOTALSEG_WEIGHTS_PATH, or go on without organ maps"
+        )
     return folder()
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d86b8193
@@ -62,119 +89,181 @@ def need(fast:bool, download:bool=False)->Path: # folder of weights
 def apart():
     "TotalSegmentator in a home of its own, where statistics are off; its variables and torch are as before when it ends"
     import torch
+
     names = lambda: {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
     before, threads, tuned = names(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     held = getattr(sys.modules.get("nnunetv2.paths"), "nnUNet_results", folder())
     if not held or Path(held).resolve() != folder():
-        raise RuntimeError(f"nnU-Net was imported with {held} as its folder of models and keeps to it, not to {folder()}: start Python anew")
+        raise RuntimeError(
+            f"nnU-Net was imported with {held} as its folder of models and keeps to it, not to {folder()}: start Python anew"
+        )
     with tempfile.TemporaryDirectory() as home:
-        off = dict(totalseg_id="asap", send_usage_stats=False, prediction_counter=0, statistics_disclaimer_shown=True)
-        write_json(off, Path(home)/"config.json")
+        off = dict(
+            totalseg_id="asap",
+            send_usage_stats=False,
+            prediction_counter=0,
+            statistics_disclaimer_shown=True,
+        )
+        write_json(off, Path(home) / "config.json")
         os.environ.update(TOTALSEG_WEIGHTS_PATH=str(folder()), TOTALSEG_HOME_DIR=home)
-        try: yield
+        try:
+            yield
         finally:
-            for k in names(): del os.environ[k]
+            for k in names():
+                del os.environ[k]
             os.environ.update(before)
-            torch.set_num_threads(threads); torch.backends.cudnn.benchmark = tuned
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.benchmark = tuned
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d1034c1d
 def target(
-    device=None, # a torch device or its name; Accelerate's choice when None
-)->str: # "gpu", "gpu:1", "mps" or "cpu"
+    device=None,  # a torch device or its name; Accelerate's choice when None
+) -> str:  # "gpu", "gpu:1", "mps" or "cpu"
     "TotalSegmentator's name of a device"
     import torch
-    if device is None: from asap.train import device as chosen; device = chosen()
+
+    if device is None:
+        from asap.train import device as chosen
+
+        device = chosen()
     d = torch.device(device)
-    if d.type == "cuda": return f"gpu:{d.index}" if d.index else "gpu"
+    if d.type == "cuda":
+        return f"gpu:{d.index}" if d.index else "gpu"
     return "mps" if d.type == "mps" else "cpu"
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9a09bc29
 def labels(
-    v:Volume, # Hounsfield units, any orientation and spacing
-    groups:dict, # as in params.yaml
-    fast:bool,
-    device:str, # TotalSegmentator's name
-)->np.ndarray: # uint8 ids of `total` on the volume's grid
+    v: Volume,  # Hounsfield units, any orientation and spacing
+    groups: dict,  # as in params.yaml
+    fast: bool,
+    device: str,  # TotalSegmentator's name
+) -> np.ndarray:  # uint8 ids of `total` on the volume's grid
     "One scan through TotalSegmentator, from memory to memory"
     import nibabel as nib
     from totalsegmentator.python_api import totalsegmentator
+
     for f in (f for rule in (finite, hounsfield, spacing) for f in rule(v)):
-        if f.level == "error": raise ValueError(f"volume to segment: {f}")
+        if f.level == "error":
+            raise ValueError(f"volume to segment: {f}")
     names = None if fast else [n for g in groups.values() for n in g]
     with apart():
-        out = totalsegmentator(nib.Nifti1Image(v.hu, v.affine), None, ml=True, fast=fast, roi_subset=names,
-                               device=device, quiet=True, nr_thr_saving=1)
+        out = totalsegmentator(
+            nib.Nifti1Image(v.hu, v.affine),
+            None,
+            ml=True,
+            fast=fast,
+            roi_subset=names,
+            device=device,
+            quiet=True,
+            nr_thr_saving=1,
+        )
     if out.shape != v.hu.shape or not np.allclose(out.affine, v.affine, atol=1e-4):
-        raise RuntimeError(f"TotalSegmentator gave shape {out.shape} and affine {out.affine.tolist()} for {v.hu.shape} and {v.affine.tolist()}")
+        raise RuntimeError(
+            f"TotalSegmentator gave shape {out.shape} and affine {out.affine.tolist()} for {v.hu.shape} and {v.affine.tolist()}"
+        )
     return np.asanyarray(out.dataobj)
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #483bb02e
-_MINUTES = {True: 1, False: 10} # of a chest CT on a processor, fast or not; for the warning alone
+_MINUTES = {True: 1, False: 10}  # of a chest CT on a processor, fast or not; for the warning alone
+
 
 def _warn(n, fast, device):
-    if device == "cpu" and n*_MINUTES[fast] >= 5:
-        say(f"TotalSegmentator on the processor: about {n*_MINUTES[fast]} minutes for {n} scan{'s' if n > 1 else ''}"+("" if fast else "; anatomy.fast: true takes about a tenth"))
+    if device == "cpu" and n * _MINUTES[fast] >= 5:
+        say(
+            f"TotalSegmentator on the processor: about {n * _MINUTES[fast]} minutes for {n} scan{'s' if n > 1 else ''}"
+            + ("" if fast else "; anatomy.fast: true takes about a tenth")
+        )
+
 
 def segment(
-    volumes, # a Volume, or several
-    groups:dict, # as in params.yaml
+    volumes,  # a Volume, or several
+    groups: dict,  # as in params.yaml
     *,
-    download:bool=False, # may weights be fetched?
-    fast:bool=True,
-    device=None, # of torch; Accelerate's choice when None
-): # uint8 ids of `total` on the volume's grid; a list where several came in
+    download: bool = False,  # may weights be fetched?
+    fast: bool = True,
+    device=None,  # of torch; Accelerate's choice when None
+):  # uint8 ids of `total` on the volume's grid; a list where several came in
     "TotalSegmentator on scans in memory; `FileNotFoundError` where its weights are not there and may not be fetched"
     batch = [volumes] if isinstance(volumes, Volume) else list(volumes)
-    group_ids(groups); need(fast, download)
+    group_ids(groups)
+    need(fast, download)
     to = target(device)
     _warn(len(batch), fast, to)
     found = [labels(v, groups, fast, to) for v in progress(batch, label="TotalSegmentator")]
     return found[0] if isinstance(volumes, Volume) else found
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #5a940a2f
-def _origin(groups, fast)->dict: # what all maps of a run depend on
-    sizes = {f.parts[0]: (folder()/f).stat().st_size for f in models(fast).values()}
-    return dict(groups=groups, fast=fast, weights=sizes, totalsegmentator=importlib.metadata.version("totalsegmentator"))
+def _origin(groups, fast) -> dict:  # what all maps of a run depend on
+    sizes = {f.parts[0]: (folder() / f).stat().st_size for f in models(fast).values()}
+    return dict(
+        groups=groups,
+        fast=fast,
+        weights=sizes,
+        totalsegmentator=importlib.metadata.version("totalsegmentator"),
+    )
 
-def _map_one(row, out, origin, device)->str|None: # None, or why it was remade
-    mask, record = out/f"{row['case']}.nii.gz", out/f"{row['case']}.json"
-    open_nifti(row["image"]) # what is missing or broken is named
+
+def _map_one(row, out, origin, device) -> str | None:  # None, or why it was remade
+    mask, record = out / f"{row['case']}.nii.gz", out / f"{row['case']}.json"
+    open_nifti(row["image"])  # what is missing or broken is named
     fp = fingerprint(**origin, volume=file_hash(row["image"]))
     old = read_json(record) if record.exists() else None
-    if old == fp and mask.exists(): return None
+    if old == fp and mask.exists():
+        return None
     v = read(row["image"])
     organs = group_map(labels(v, origin["groups"], origin["fast"], device), origin["groups"])
-    if not organs.any(): raise ValueError(f"TotalSegmentator found none of the study's organs in {row['image']}: is this a chest CT?")
+    if not organs.any():
+        raise ValueError(
+            f"TotalSegmentator found none of the study's organs in {row['image']}: is this a chest CT?"
+        )
     write(organs, v.affine, mask)
     write_json(fp, record)
     return difference(old, fp) if old else None
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #82dbd7f7
 def fill(
-    table, # of `asap.data.cohort.prepare`
-    p, # params `anatomy`: groups, download, fast
-    out:Path, # folder of organ maps
-    quarantine:Path|None=None, # CSV of the cases that stay without
-    device=None, # of torch; Accelerate's choice when None
-): # the table, `organ_map` filled where it was empty
+    table,  # of `asap.data.cohort.prepare`
+    p,  # params `anatomy`: groups, download, fast
+    out: Path,  # folder of organ maps
+    quarantine: Path | None = None,  # CSV of the cases that stay without
+    device=None,  # of torch; Accelerate's choice when None
+):  # the table, `organ_map` filled where it was empty
     "Organ maps by TotalSegmentator for the cases that have none; without weights the table stays as it is"
     rows = table[table.organ_map == ""][["case", "image"]].to_dict("records")
-    if not rows: return table
-    try: need(p.fast, p.download)
+    if not rows:
+        return table
+    try:
+        need(p.fast, p.download)
     except FileNotFoundError as e:
         say(f"{len(rows)} of {len(table)} cases stay without an organ map: {e}")
         return table
-    lost = _fill(rows, {g: list(p.groups[g]) for g in p.groups}, p.fast, Path(out), Quarantine(quarantine), target(device))
-    made = {r["case"]: str(Path(out)/f"{r['case']}.nii.gz") for r in rows if r["case"] not in lost}
+    lost = _fill(
+        rows,
+        {g: list(p.groups[g]) for g in p.groups},
+        p.fast,
+        Path(out),
+        Quarantine(quarantine),
+        target(device),
+    )
+    made = {
+        r["case"]: str(Path(out) / f"{r['case']}.nii.gz") for r in rows if r["case"] not in lost
+    }
     return table.assign(organ_map=[made.get(c, m) for c, m in zip(table.case, table.organ_map)])
 
-def _fill(rows, groups, fast, out, bad, device)->set: # the cases that failed
+
+def _fill(rows, groups, fast, out, bad, device) -> set:  # the cases that failed
     origin, remade = _origin(groups, fast), []
     _warn(len(rows), fast, device)
     for row in progress(rows, label="organ maps"):
-        try: remade.append(_map_one(row, out, origin, device))
-        except Exception as e: bad.add(row["case"], e)
-    if why := [w for w in remade if w]: say(f"{len(why)} organ maps were made anew, because {why[0]}")
+        try:
+            remade.append(_map_one(row, out, origin, device))
+        except Exception as e:
+            bad.add(row["case"], e)
+    if why := [w for w in remade if w]:
+        say(f"{len(why)} organ maps were made anew, because {why[0]}")
     bad.save()
-    if len(bad) == len(rows): raise ValueError(f"none of {len(rows)} cases could be segmented; the first: {bad.rows[0]['reason']}")
+    if len(bad) == len(rows):
+        raise ValueError(
+            f"none of {len(rows)} cases could be segmented; the first: {bad.rows[0]['reason']}"
+        )
     return {r["case"] for r in bad.rows}

@@ -17,204 +17,419 @@ from .volumes import Source, Volume, read
 @dataclass(frozen=True)
 class Finding:
     "One doubt about a volume"
-    level:str # "error" or "warning"
-    rule:str # which check
-    found:str # with the number
-    expected:str
-    do:str # what the reader can do about it
-    def __str__(self): return f"{self.found}; expected {self.expected}: {self.do}"
+
+    level: str  # "error" or "warning"
+    rule: str  # which check
+    found: str  # with the number
+    expected: str
+    do: str  # what the reader can do about it
+
+    def __str__(self):
+        return f"{self.found}; expected {self.expected}: {self.do}"
+
 
 RULES = []
-def _rule(f): RULES.append(f); return f
+
+
+def _rule(f):
+    RULES.append(f)
+    return f
 
 # %% ../../nbs/2_data/21_checks.ipynb #de5c35a4
 @_rule
-def finite(v:Volume):
+def finite(v: Volume):
     "No NaN, no infinity"
-    if v.hu.dtype.kind != "f": return
+    if v.hu.dtype.kind != "f":
+        return
     bad = int((~np.isfinite(v.hu)).sum())
-    if bad: yield Finding("error", "finite", f"{bad} of {v.hu.size} values are NaN or infinite", "none", "look at how the file was made; they cannot be guessed")
+    if bad:
+        yield Finding(
+            "error",
+            "finite",
+            f"{bad} of {v.hu.size} values are NaN or infinite",
+            "none",
+            "look at how the file was made; they cannot be guessed",
+        )
+
 
 @_rule
-def size(v:Volume):
+def size(v: Volume):
     "Enough voxels to be a volume"
-    least = 4 if v.facts.get("intensity", "hu") == "mr" else 8 # a heart's short axis has few slices
-    if min(v.hu.shape) < least: yield Finding("error", "size", f"shape {v.hu.shape}", f"at least {least} voxels along each axis", "is this a localizer, or a part of a series?")
+    least = (
+        4 if v.facts.get("intensity", "hu") == "mr" else 8
+    )  # a heart's short axis has few slices
+    if min(v.hu.shape) < least:
+        yield Finding(
+            "error",
+            "size",
+            f"shape {v.hu.shape}",
+            f"at least {least} voxels along each axis",
+            "is this a localizer, or a part of a series?",
+        )
 
 # %% ../../nbs/2_data/21_checks.ipynb #0b5f6930
-def _inside(hu)->np.ndarray: # about a million finite values from all over the volume, without the padding constant
-    n = max(2, round((hu.size/1e6)**(1/3)))
+def _inside(
+    hu,
+) -> (
+    np.ndarray
+):  # about a million finite values from all over the volume, without the padding constant
+    n = max(2, round((hu.size / 1e6) ** (1 / 3)))
     part = hu[::n, ::n, ::n]
     part = part[np.isfinite(part)] if part.dtype.kind == "f" else part.ravel()
     kept = part[part > part.min()] if part.size else part
     return kept if kept.size else part
 
+
 @_rule
-def hounsfield(v:Volume):
+def hounsfield(v: Volume):
     "Air at about -1000"
-    if v.facts.get("intensity", "hu") != "hu": return
+    if v.facts.get("intensity", "hu") != "hu":
+        return
     other = v.facts.get("modality", "CT")
-    if other != "CT": yield Finding("error", "hounsfield", f"modality {other or 'not given'}", "CT", "declare the intensity of the data set, or take this series out"); return
+    if other != "CT":
+        yield Finding(
+            "error",
+            "hounsfield",
+            f"modality {other or 'not given'}",
+            "CT",
+            "declare the intensity of the data set, or take this series out",
+        )
+        return
     x = _inside(v.hu)
-    if not x.size: return
+    if not x.size:
+        return
     low, high = np.percentile(x, [0.5, 99.9])
     if low < -1150:
-        yield Finding("error", "hounsfield", f"the darkest half per cent is below {low:.0f}", "air at about -1000 HU", "slope and intercept were applied twice: read the file without rescaling it again")
+        yield Finding(
+            "error",
+            "hounsfield",
+            f"the darkest half per cent is below {low:.0f}",
+            "air at about -1000 HU",
+            "slope and intercept were applied twice: read the file without rescaling it again",
+        )
     elif low > -500 and x.min() >= 0 and len(np.unique(x)) <= 130:
-        yield Finding("error", "hounsfield", f"{len(np.unique(x))+1} different values, {v.hu.min():g} to {v.hu.max():g}", "a CT", "this is a mask: give it as the organ map or target of its image")
+        yield Finding(
+            "error",
+            "hounsfield",
+            f"{len(np.unique(x)) + 1} different values, {v.hu.min():g} to {v.hu.max():g}",
+            "a CT",
+            "this is a mask: give it as the organ map or target of its image",
+        )
     elif low > -500 and x.min() >= 0 and high <= 255:
-        yield Finding("error", "hounsfield", f"values {x.min():g} to {x.max():g}", "air at about -1000 HU", "these are 8-bit pictures of a display window: declare the window, Source(intensity=('window', lo, hi)) or --window LO HI")
+        yield Finding(
+            "error",
+            "hounsfield",
+            f"values {x.min():g} to {x.max():g}",
+            "air at about -1000 HU",
+            "these are 8-bit pictures of a display window: declare the window, Source(intensity=('window', lo, hi)) or --window LO HI",
+        )
     elif low > -500:
         soft = float(((x > 950) & (x < 1250)).mean())
-        why = "the intercept (-1024) was never applied: rescale the file" if soft > 0.1 else "this is no CT, or no air is in the field of view: declare the intensity (MR: Source(intensity='mr') or --mr)"
-        yield Finding("error", "hounsfield", f"nothing is darker than {low:.0f}", "air at about -1000 HU", why)
-    if not v.facts.get("rescaled", True): yield Finding("warning", "hounsfield", "slices without RescaleIntercept", "one in every CT slice", "the values were taken as HU as they are")
+        why = (
+            "the intercept (-1024) was never applied: rescale the file"
+            if soft > 0.1
+            else "this is no CT, or no air is in the field of view: declare the intensity (MR: Source(intensity='mr') or --mr)"
+        )
+        yield Finding(
+            "error", "hounsfield", f"nothing is darker than {low:.0f}", "air at about -1000 HU", why
+        )
+    if not v.facts.get("rescaled", True):
+        yield Finding(
+            "warning",
+            "hounsfield",
+            "slices without RescaleIntercept",
+            "one in every CT slice",
+            "the values were taken as HU as they are",
+        )
 
 # %% ../../nbs/2_data/21_checks.ipynb #d16ba5e7
 @_rule
-def spacing(v:Volume):
+def spacing(v: Volume):
     "A spacing that the file gives and that a chest CT can have"
-    s, mm = np.round(v.spacing, 3), np.array(v.spacing)*v.hu.shape
+    s, mm = np.round(v.spacing, 3), np.array(v.spacing) * v.hu.shape
     if not v.facts.get("spaced", True):
-        yield Finding("error", "spacing", "the file gives no spacing (its affine is the identity)", "millimetres along each axis", "declare it, Source(spacing=(x, y, z)) or --spacing X Y Z, or write the header again")
+        yield Finding(
+            "error",
+            "spacing",
+            "the file gives no spacing (its affine is the identity)",
+            "millimetres along each axis",
+            "declare it, Source(spacing=(x, y, z)) or --spacing X Y Z, or write the header again",
+        )
     elif not all(0.2 <= x <= 20 for x in s):
-        yield Finding("error", "spacing", f"spacing {tuple(s.tolist())} mm", "0.2 to 20 mm", "the header has no believable spacing: metres for millimetres, or a lost field?")
+        yield Finding(
+            "error",
+            "spacing",
+            f"spacing {tuple(s.tolist())} mm",
+            "0.2 to 20 mm",
+            "the header has no believable spacing: metres for millimetres, or a lost field?",
+        )
     elif not (100 <= np.sort(mm)[1] and mm.max() <= 2500):
-        yield Finding("error", "spacing", f"the scan is {' x '.join(f'{x:.0f}' for x in mm)} mm", "at least 100 mm across, at most 2500 mm long", "the spacing of the header does not fit the number of voxels")
+        yield Finding(
+            "error",
+            "spacing",
+            f"the scan is {' x '.join(f'{x:.0f}' for x in mm)} mm",
+            "at least 100 mm across, at most 2500 mm long",
+            "the spacing of the header does not fit the number of voxels",
+        )
     zooms = v.facts.get("zooms")
-    if zooms and np.abs(np.array(zooms)/np.array(v.spacing)-1).max() > 0.02:
-        yield Finding("warning", "spacing", f"pixdim {tuple(round(z, 3) for z in zooms)} mm, but the affine says {tuple(s.tolist())} mm", "the same in both", "the affine was used; write the header again")
+    if zooms and np.abs(np.array(zooms) / np.array(v.spacing) - 1).max() > 0.02:
+        yield Finding(
+            "warning",
+            "spacing",
+            f"pixdim {tuple(round(z, 3) for z in zooms)} mm, but the affine says {tuple(s.tolist())} mm",
+            "the same in both",
+            "the affine was used; write the header again",
+        )
+
 
 @_rule
-def slices(v:Volume):
+def slices(v: Volume):
     "Every slice once, at even steps"
     at = v.facts.get("positions")
     if at is not None:
-        steps = np.diff(at); usual = float(np.median(steps))
-        twice, gaps = int((steps < 0.1*max(usual, 0.1)).sum()), steps[steps > 1.5*usual] if usual > 0 else []
-        if twice: yield Finding("error", "slices", f"{twice} positions are there twice", "each once", "two phases or reconstructions in one series: separate them")
-        elif len(gaps): yield Finding("error", "slices", f"{int(np.rint(np.sum(gaps)/usual))-len(gaps)} slices are missing ({len(gaps)} gap{'s' if len(gaps) > 1 else ''}, the first at {at[int((steps > 1.5*usual).argmax())]:.1f} mm)",
-                                      f"a slice every {usual:g} mm", "fetch the whole series")
-        elif np.abs(steps-usual).max() > 0.05*usual: yield Finding("warning", "slices", f"steps of {steps.min():g} to {steps.max():g} mm", f"even steps, as {usual:g} mm", "the mean step was used")
+        steps = np.diff(at)
+        usual = float(np.median(steps))
+        twice, gaps = (
+            int((steps < 0.1 * max(usual, 0.1)).sum()),
+            steps[steps > 1.5 * usual] if usual > 0 else [],
+        )
+        if twice:
+            yield Finding(
+                "error",
+                "slices",
+                f"{twice} positions are there twice",
+                "each once",
+                "two phases or reconstructions in one series: separate them",
+            )
+        elif len(gaps):
+            yield Finding(
+                "error",
+                "slices",
+                f"{int(np.rint(np.sum(gaps) / usual)) - len(gaps)} slices are missing ({len(gaps)} gap{'s' if len(gaps) > 1 else ''}, the first at {at[int((steps > 1.5 * usual).argmax())]:.1f} mm)",
+                f"a slice every {usual:g} mm",
+                "fetch the whole series",
+            )
+        elif np.abs(steps - usual).max() > 0.05 * usual:
+            yield Finding(
+                "warning",
+                "slices",
+                f"steps of {steps.min():g} to {steps.max():g} mm",
+                f"even steps, as {usual:g} mm",
+                "the mean step was used",
+            )
     same = _same_as_next(v)
-    if same: yield Finding("error", "slices", f"{same} slices are the same as their neighbour", "none", "the volume was padded or interpolated by repeating slices: make it again from the series")
+    if same:
+        yield Finding(
+            "error",
+            "slices",
+            f"{same} slices are the same as their neighbour",
+            "none",
+            "the volume was padded or interpolated by repeating slices: make it again from the series",
+        )
 
-def _same_as_next(v)->int: # slices that say something and are equal to the next one
+
+def _same_as_next(v) -> int:  # slices that say something and are equal to the next one
     axis = int(np.argmax([abs(a) for a in v.affine[2, :3]]))
     x = np.moveaxis(v.hu, axis, 0)
-    return sum(np.array_equal(a[::8, ::8], b[::8, ::8]) and a.min() != a.max() and np.array_equal(a, b) for a, b in zip(x[:-1], x[1:]))
+    return sum(
+        np.array_equal(a[::8, ::8], b[::8, ::8]) and a.min() != a.max() and np.array_equal(a, b)
+        for a, b in zip(x[:-1], x[1:])
+    )
 
 # %% ../../nbs/2_data/21_checks.ipynb #fffb035d
-def body_mask(hu)->np.ndarray: # bool
+def body_mask(hu) -> np.ndarray:  # bool
     "The body: the largest piece above -500 HU, its holes filled slice by slice"
     from scipy.ndimage import binary_fill_holes, binary_opening, label
+
     pieces, n = label(binary_opening(hu > -500))
-    if n == 0: return np.zeros(hu.shape, bool)
-    body = pieces == 1+np.bincount(pieces.ravel())[1:].argmax()
+    if n == 0:
+        return np.zeros(hu.shape, bool)
+    body = pieces == 1 + np.bincount(pieces.ravel())[1:].argmax()
     return np.stack([binary_fill_holes(body[:, :, k]) for k in range(body.shape[2])], 2)
+
 
 @dataclass
 class Anatomy:
     "What a coarse look at a CT finds; RAS, about 5 mm"
-    hu:np.ndarray
-    body:np.ndarray # bool
-    air:np.ndarray # bool, air inside the body
-    mm:np.ndarray # spacing of this copy
+
+    hu: np.ndarray
+    body: np.ndarray  # bool
+    air: np.ndarray  # bool, air inside the body
+    mm: np.ndarray  # spacing of this copy
+
     @property
-    def litres(self)->float: return float(self.air.sum()*np.prod(self.mm)/1e6)
-    def cut(self, axis:int)->float: # 0 across, 1 front to back -> share of slices
+    def litres(self) -> float:
+        return float(self.air.sum() * np.prod(self.mm) / 1e6)
+
+    def cut(self, axis: int) -> float:  # 0 across, 1 front to back -> share of slices
         "In how many slices the body is cut off by a border of the field of view"
         touched = self.body.take(0, axis).any(0) | self.body.take(-1, axis).any(0)
         return float(touched.mean())
 
-def anatomy(v:Volume, mm:float=5.)->Anatomy:
+
+def anatomy(v: Volume, mm: float = 5.0) -> Anatomy:
     "Body and air inside it, on every n-th voxel"
     r = v.ras()
-    step = tuple(slice(None, None, max(1, round(mm/s))) for s in r.spacing)
+    step = tuple(slice(None, None, max(1, round(mm / s))) for s in r.spacing)
     hu = np.nan_to_num(np.asarray(r.hu[step], np.float32), nan=-1000)
     body = body_mask(hu)
-    return Anatomy(hu, body, body & (hu < -400), np.array([s*(x.step or 1) for s, x in zip(r.spacing, step)]))
+    return Anatomy(
+        hu, body, body & (hu < -400), np.array([s * (x.step or 1) for s, x in zip(r.spacing, step)])
+    )
 
 # %% ../../nbs/2_data/21_checks.ipynb #7cc766c7
-def _share(a, b): return float(a.sum()/max(b.sum(), 1))
+def _share(a, b):
+    return float(a.sum() / max(b.sum(), 1))
 
-def bone_in_slices(a:Anatomy)->tuple: # share of slices with bone near the midline in the front third, and in the rear third
+
+def bone_in_slices(
+    a: Anatomy,
+) -> tuple:  # share of slices with bone near the midline in the front third, and in the rear third
     "The spine is in every slice; sternum, calcium and metal are in some"
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
-    if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6: return 0., 0.
-    third = lambda i, k: slice(i[0]+k*len(i)//3, i[0]+(k+1)*len(i)//3)
+    if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6:
+        return 0.0, 0.0
+    third = lambda i, k: slice(i[0] + k * len(i) // 3, i[0] + (k + 1) * len(i) // 3)
     bone = ((a.hu > 300) & a.body)[third(x, 1)]
     return tuple(float((bone[:, third(y, k)].sum((0, 1)) >= 2).mean()) for k in (2, 0))
 
-def head_is_up(a:Anatomy)->float: # > 0: the windpipe is on top; < 0: below; 0: not known
+
+def head_is_up(a: Anatomy) -> float:  # > 0: the windpipe is on top; < 0: below; 0: not known
     "Air in the middle of the body in the top against the bottom fifth of the lungs"
-    z = np.flatnonzero(a.air.sum((0, 1))*np.prod(a.mm[:2]) > 1500)
+    z = np.flatnonzero(a.air.sum((0, 1)) * np.prod(a.mm[:2]) > 1500)
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
-    if len(z)*a.mm[2] < 120 or not len(x): return 0.
-    n, middle = max(2, len(z)//5), (x[0]+x[-1])//2
-    half = max(1, round(15/a.mm[0]))
-    core = a.air[middle-half:middle+half+1, y[0]+len(y)//4:y[0]+3*len(y)//4]
+    if len(z) * a.mm[2] < 120 or not len(x):
+        return 0.0
+    n, middle = max(2, len(z) // 5), (x[0] + x[-1]) // 2
+    half = max(1, round(15 / a.mm[0]))
+    core = a.air[middle - half : middle + half + 1, y[0] + len(y) // 4 : y[0] + 3 * len(y) // 4]
     top, bottom = core[:, :, z[-n:]].sum(), core[:, :, z[:n]].sum()
-    return float((top-bottom)/(top+bottom)) if (top+bottom)*np.prod(a.mm) > 3000 else 0.
+    return float((top - bottom) / (top + bottom)) if (top + bottom) * np.prod(a.mm) > 3000 else 0.0
 
 # %% ../../nbs/2_data/21_checks.ipynb #5257312e
 @_rule
-def orientation(v:Volume):
+def orientation(v: Volume):
     "The header says how the patient lies, and the anatomy agrees"
     mr = v.facts.get("intensity", "hu") == "mr"
     if not v.facts.get("oriented", True):
-        yield Finding("warning" if mr else "error", "orientation", "neither qform nor sform is set", "an affine that says where front, head and left are", "write the header again with the scanner's affine")
+        yield Finding(
+            "warning" if mr else "error",
+            "orientation",
+            "neither qform nor sform is set",
+            "an affine that says where front, head and left are",
+            "write the header again with the scanner's affine",
+        )
         return
-    if mr or not np.isfinite(v.affine).all() or min(v.hu.shape) < 8: return
+    if mr or not np.isfinite(v.affine).all() or min(v.hu.shape) < 8:
+        return
     a = anatomy(v)
     (front, rear), head = bone_in_slices(a), head_is_up(a)
-    if front > 0.85 and rear < 0.7: yield Finding("error", "orientation", f"bone near the midline in {front:.0%} of the slices in front and in {rear:.0%} at the back", "the spine at the back of every slice", f"front and back are swapped in the header (axes {v.axes}): write it again")
-    if head < -0.7: yield Finding("error", "orientation", f"{(1-head)/2:.0%} of the air in the midline is at the lower end of the lungs", "the windpipe at the upper end", f"head and feet are swapped in the header (axes {v.axes}): write it again")
+    if front > 0.85 and rear < 0.7:
+        yield Finding(
+            "error",
+            "orientation",
+            f"bone near the midline in {front:.0%} of the slices in front and in {rear:.0%} at the back",
+            "the spine at the back of every slice",
+            f"front and back are swapped in the header (axes {v.axes}): write it again",
+        )
+    if head < -0.7:
+        yield Finding(
+            "error",
+            "orientation",
+            f"{(1 - head) / 2:.0%} of the air in the midline is at the lower end of the lungs",
+            "the windpipe at the upper end",
+            f"head and feet are swapped in the header (axes {v.axes}): write it again",
+        )
+
 
 @_rule
-def field_of_view(v:Volume):
+def field_of_view(v: Volume):
     "Lungs in the field of view"
-    if v.facts.get("intensity", "hu") != "hu" or not v.facts.get("chest", True) or min(v.hu.shape) < 8: return
+    if (
+        v.facts.get("intensity", "hu") != "hu"
+        or not v.facts.get("chest", True)
+        or min(v.hu.shape) < 8
+    ):
+        return
     up = int(np.argmax(np.abs(v.affine[2, :3])))
-    covers, a = v.spacing[up]*v.hu.shape[up], anatomy(v)
+    covers, a = v.spacing[up] * v.hu.shape[up], anatomy(v)
     litres = a.litres
     if covers >= 100 and litres < 0.15 and max(a.cut(0), a.cut(1)) < 0.5:
-        yield Finding("error", "field of view", f"{litres:.2f} litres of air inside the body in {covers:.0f} mm", "lungs, 1 to 9 litres", "this is no chest: take it out")
-    elif covers < 180: yield Finding("warning", "field of view", f"covers {covers:.0f} mm", "250 to 400 mm, a whole chest", "what lies outside is not there for the model")
-    elif litres < 1: yield Finding("warning", "field of view", f"{litres:.2f} litres of air inside the body", "lungs, 1 to 9 litres", "the chest is in it in part at most")
+        yield Finding(
+            "error",
+            "field of view",
+            f"{litres:.2f} litres of air inside the body in {covers:.0f} mm",
+            "lungs, 1 to 9 litres",
+            "this is no chest: take it out",
+        )
+    elif covers < 180:
+        yield Finding(
+            "warning",
+            "field of view",
+            f"covers {covers:.0f} mm",
+            "250 to 400 mm, a whole chest",
+            "what lies outside is not there for the model",
+        )
+    elif litres < 1:
+        yield Finding(
+            "warning",
+            "field of view",
+            f"{litres:.2f} litres of air inside the body",
+            "lungs, 1 to 9 litres",
+            "the chest is in it in part at most",
+        )
 
 # %% ../../nbs/2_data/21_checks.ipynb #8f02cefe
-def check(v:Volume)->list: # Findings, errors first
+def check(v: Volume) -> list:  # Findings, errors first
     "Every rule"
     return sorted((f for rule in RULES for f in rule(v)), key=lambda f: f.level)
 
+
 def load(
-    path, # of any format
-    source:Source=Source(), # what is declared of it
-    opener=None, # path -> Volume, where a data set needs more than its files say
-)->tuple: # Volume, warnings
+    path,  # of any format
+    source: Source = Source(),  # what is declared of it
+    opener=None,  # path -> Volume, where a data set needs more than its files say
+) -> tuple:  # Volume, warnings
     "Read a volume and check it; `ValueError` names the file and every error"
     v = opener(path) if opener else read(path, source)
     found = check(v)
     errors = [str(f) for f in found if f.level == "error"]
-    if errors: raise ValueError(f"{path}: "+"; also: ".join(errors))
+    if errors:
+        raise ValueError(f"{path}: " + "; also: ".join(errors))
     return v, found
 
 # %% ../../nbs/2_data/21_checks.ipynb #f28b4218
 def check_mask(
-    shape, affine, # of the mask
-    v:Volume, # its image
+    shape,
+    affine,  # of the mask
+    v: Volume,  # its image
     path="mask",
-)->None: # ValueError with both grids
+) -> None:  # ValueError with both grids
     "Does a mask lie on its image, or on a part of it?"
     shape = tuple(shape)
-    if len(shape) != 3: raise ValueError(f"{path}: a mask of shape {shape}, expected three axes")
-    if shape == v.hu.shape and np.allclose(affine, v.affine, atol=0.02*min(v.spacing)): return
-    corners = lambda s, a: np.stack(np.meshgrid(*[(-0.5, n-0.5) for n in s], indexing="ij"), -1).reshape(-1, 3)@a[:3, :3].T+a[:3, 3]
-    at = corners(shape, np.asarray(affine))@np.linalg.inv(v.affine)[:3, :3].T+np.linalg.inv(v.affine)[:3, 3]
-    out = max(float((-0.5-at).max()), float((at-np.array(v.hu.shape)+0.5).max()))
-    edge = float(np.sqrt((np.asarray(affine)[:3, :3]**2).sum(0)).max()/min(v.spacing))
-    off = max(np.abs(at.min(0)+0.5).max(), np.abs(at.max(0)-np.array(v.hu.shape)+0.5).max()) # 0 where both fill the same box
+    if len(shape) != 3:
+        raise ValueError(f"{path}: a mask of shape {shape}, expected three axes")
+    if shape == v.hu.shape and np.allclose(affine, v.affine, atol=0.02 * min(v.spacing)):
+        return
+    corners = lambda s, a: (
+        np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in s], indexing="ij"), -1).reshape(-1, 3)
+        @ a[:3, :3].T
+        + a[:3, 3]
+    )
+    at = (
+        corners(shape, np.asarray(affine)) @ np.linalg.inv(v.affine)[:3, :3].T
+        + np.linalg.inv(v.affine)[:3, 3]
+    )
+    out = max(float((-0.5 - at).max()), float((at - np.array(v.hu.shape) + 0.5).max()))
+    edge = float(np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0)).max() / min(v.spacing))
+    off = max(
+        np.abs(at.min(0) + 0.5).max(), np.abs(at.max(0) - np.array(v.hu.shape) + 0.5).max()
+    )  # 0 where both fill the same box
     if shape == v.hu.shape and off > 1:
-        raise ValueError(f"{path}: {shape} voxels as the image, but another affine (off by {off:.0f} voxels): its header was lost; copy the image's affine onto it if they belong together")
-    if out > max(1, edge): raise ValueError(f"{path}: the mask sticks out of the image by {out:.0f} voxels, expected it inside: is it of another scan?")
+        raise ValueError(
+            f"{path}: {shape} voxels as the image, but another affine (off by {off:.0f} voxels): its header was lost; copy the image's affine onto it if they belong together"
+        )
+    if out > max(1, edge):
+        raise ValueError(
+            f"{path}: the mask sticks out of the image by {out:.0f} voxels, expected it inside: is it of another scan?"
+        )

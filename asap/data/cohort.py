@@ -18,510 +18,867 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, code_hash, difference, each, file_hash, fingerprint, progress, read_json, rng, say, seed32, visible, workers, write_csv, write_json, write_parquet
+from asap.core import (
+    Quarantine,
+    code_hash,
+    difference,
+    each,
+    file_hash,
+    fingerprint,
+    progress,
+    read_json,
+    rng,
+    say,
+    seed32,
+    visible,
+    workers,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 from .checks import check_mask, load as load_volume
 from .volumes import SUFFIXES, Source, open_nifti, standard, write
 
 # %% ../../nbs/2_data/22_cohort.ipynb #f5021c68
-COLUMNS = ["case", "scan", "patient", "image", "organ_map", "target_map", "findings", "impression", "split", "time_days", "event"]
+COLUMNS = [
+    "case",
+    "scan",
+    "patient",
+    "image",
+    "organ_map",
+    "target_map",
+    "findings",
+    "impression",
+    "split",
+    "time_days",
+    "event",
+]
 SPLITS = ["train", "val", "test"]
 
-def label_columns(table)->list: # "label:Emphysema", ...
+
+def label_columns(table) -> list:  # "label:Emphysema", ...
     return [c for c in table if c.startswith("label:")]
 
+
 def check(
-    table:pd.DataFrame,
-    name:str, # of the cohort, for messages
-)->pd.DataFrame: # the same table
+    table: pd.DataFrame,
+    name: str,  # of the cohort, for messages
+) -> pd.DataFrame:  # the same table
     "Columns, unique cases, known splits, labels of 0, 1 or empty, and no patient in two splits"
     missing = [c for c in COLUMNS if c not in table]
-    if missing: raise ValueError(f"cohort {name}: columns {missing} are missing; there are {list(table)}")
+    if missing:
+        raise ValueError(f"cohort {name}: columns {missing} are missing; there are {list(table)}")
     twice = table.case[table.case.duplicated()].tolist()
-    if twice: raise ValueError(f"cohort {name}: case `{twice[0]}` is there {int((table.case == twice[0]).sum())} times, expected once")
-    odd = set(table.split)-set(SPLITS)
-    if odd: raise ValueError(f"cohort {name}: split `{odd.pop()}` is none of {SPLITS}")
+    if twice:
+        raise ValueError(
+            f"cohort {name}: case `{twice[0]}` is there {int((table.case == twice[0]).sum())} times, expected once"
+        )
+    odd = set(table.split) - set(SPLITS)
+    if odd:
+        raise ValueError(f"cohort {name}: split `{odd.pop()}` is none of {SPLITS}")
     for c in label_columns(table):
         bad = table[~table[c].isin([0, 1]) & table[c].notna()]
-        if len(bad): raise ValueError(f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {bad[c].iloc[0]!r}, expected 0, 1 or empty")
+        if len(bad):
+            raise ValueError(
+                f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {bad[c].iloc[0]!r}, expected 0, 1 or empty"
+            )
     both = table.groupby("patient").split.nunique()
-    if (both > 1).any(): raise ValueError(f"cohort {name}: patient `{both.idxmax()}` is in {both.max()} splits: split by patient")
+    if (both > 1).any():
+        raise ValueError(
+            f"cohort {name}: patient `{both.idxmax()}` is in {both.max()} splits: split by patient"
+        )
     return table
 
 # %% ../../nbs/2_data/22_cohort.ipynb #efe19a00
-def _rank(patients, *keys)->pd.Series: # patient -> place in a random order
+def _rank(patients, *keys) -> pd.Series:  # patient -> place in a random order
     names = sorted(set(patients), key=lambda n: (seed32(*keys, n), n))
     return pd.Series(np.arange(len(names)), index=names, dtype=int)
 
+
 def carve(
-    table:pd.DataFrame,
-    share:float, # of the train patients
-    seed:int,
-    into:str="val", # or "test", where the owners give none
-)->pd.DataFrame:
+    table: pd.DataFrame,
+    share: float,  # of the train patients
+    seed: int,
+    into: str = "val",  # or "test", where the owners give none
+) -> pd.DataFrame:
     "Move a share of the train patients to another split"
     train = table.split == "train"
     rank = _rank(table.patient[train], into, seed)
-    chosen = set(rank[rank < round(share*len(rank))].index)
+    chosen = set(rank[rank < round(share * len(rank))].index)
     return table.assign(split=np.where(train & table.patient.isin(chosen), into, table.split))
 
+
 def fractions(
-    table:pd.DataFrame,
-    shares, # such as [0.1, 1.0]
-    seed:int, # of the draw
-)->pd.DataFrame: # bool columns named by the shares; False outside train
+    table: pd.DataFrame,
+    shares,  # such as [0.1, 1.0]
+    seed: int,  # of the draw
+) -> pd.DataFrame:  # bool columns named by the shares; False outside train
     "Nested shares of the train patients, drawn so that rare labels keep their share"
     train = table[table.split == "train"]
     order, r = [], _rank(train.patient, "fraction", seed)
     labels = train.groupby("patient")[label_columns(table)].max().fillna(0)
-    rarest = labels[labels.sum().sort_values().index].apply(lambda row: next((c for c in row.index if row[c]), ""), axis=1)
-    for _, patients in rarest.groupby(rarest):  # within each stratum an even spread over the whole order
+    rarest = labels[labels.sum().sort_values().index].apply(
+        lambda row: next((c for c in row.index if row[c]), ""), axis=1
+    )
+    for _, patients in rarest.groupby(
+        rarest
+    ):  # within each stratum an even spread over the whole order
         names = r[patients.index].sort_values().index
-        order += [((i+rng("spread", seed, n).random())/len(names), n) for i, n in enumerate(names)]
+        order += [
+            ((i + rng("spread", seed, n).random()) / len(names), n) for i, n in enumerate(names)
+        ]
     names = [n for _, n in sorted(order)]
-    keep = {s: set(names[:max(1, round(s*len(names)))]) for s in shares}
-    return pd.DataFrame({str(s): (table.split == "train") & table.patient.isin(keep[s]) for s in shares}, index=table.index)
+    keep = {s: set(names[: max(1, round(s * len(names)))]) for s in shares}
+    return pd.DataFrame(
+        {str(s): (table.split == "train") & table.patient.isin(keep[s]) for s in shares},
+        index=table.index,
+    )
 
 # %% ../../nbs/2_data/22_cohort.ipynb #1cb1b38f
-def _side(text)->str|None: # train, val, test
+def _side(text) -> str | None:  # train, val, test
     words = re.split(r"[^a-z]+", str(text).lower())
     return next((s for w in words for s in ("train", "val", "test") if w.startswith(s)), None)
 
-def bare(name)->str: # "imagesTr/patient001_frame01_0000.nii.gz" -> "patient001_frame01"
+
+def bare(name) -> str:  # "imagesTr/patient001_frame01_0000.nii.gz" -> "patient001_frame01"
     "A case's name out of a path: without folders, the format's suffix, and the channel that re-packs append"
     name = str(name).strip().replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    end = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if s and name.lower().endswith(s)), "")
-    return re.sub(r"(_0000|_ct)$", "", name[:len(name)-len(end)] if end else name)
+    end = next(
+        (s for s in sorted(SUFFIXES, key=len, reverse=True) if s and name.lower().endswith(s)), ""
+    )
+    return re.sub(r"(_0000|_ct)$", "", name[: len(name) - len(end)] if end else name)
 
-def _strings(x, key="")->list: # (key, text) of all that is in a JSON
-    if isinstance(x, dict): return [s for k, v in x.items() for s in _strings(v, f"{key}.{k}")]
-    if isinstance(x, list): return [s for v in x for s in _strings(v, key)]
+
+def _strings(x, key="") -> list:  # (key, text) of all that is in a JSON
+    if isinstance(x, dict):
+        return [s for k, v in x.items() for s in _strings(v, f"{key}.{k}")]
+    if isinstance(x, list):
+        return [s for v in x for s in _strings(v, key)]
     return [(key, x)] if isinstance(x, str) else []
 
 # %% ../../nbs/2_data/22_cohort.ipynb #40d92520
-def _columns(f)->list: # (key, text) of all that is in a CSV or text file
-    if f.suffix != ".csv": return [("", line) for line in f.read_text(encoding="utf8", errors="replace").splitlines()]
-    try: t = pd.read_csv(f, header=None, dtype=str, encoding_errors="replace", low_memory=False)
-    except ValueError as e: raise ValueError(f"{f} is no CSV ({type(e).__name__}: {e}): fetch it again") from None
+def _columns(f) -> list:  # (key, text) of all that is in a CSV or text file
+    if f.suffix != ".csv":
+        return [("", line) for line in f.read_text(encoding="utf8", errors="replace").splitlines()]
+    try:
+        t = pd.read_csv(f, header=None, dtype=str, encoding_errors="replace", low_memory=False)
+    except ValueError as e:
+        raise ValueError(f"{f} is no CSV ({type(e).__name__}: {e}): fetch it again") from None
     return [(str(c), x) for c in t for x in t[c].dropna()]
 
+
 def read_lists(
-    path, # a CSV, JSON or text file, or a folder of such
-)->pd.DataFrame: # split, place (file and column or key), name
+    path,  # a CSV, JSON or text file, or a folder of such
+) -> pd.DataFrame:  # split, place (file and column or key), name
     "What lists say, by split"
     path, rows = Path(path), []
-    files = [f for f in visible(path, "**/*") if f.suffix in (".csv", ".json", ".txt")] if path.is_dir() else [path]
+    files = (
+        [f for f in visible(path, "**/*") if f.suffix in (".csv", ".json", ".txt")]
+        if path.is_dir()
+        else [path]
+    )
     for f in files:
-        if not f.exists(): raise FileNotFoundError(f"{f} is missing: expected lists of train, val and test")
+        if not f.exists():
+            raise FileNotFoundError(f"{f} is missing: expected lists of train, val and test")
         whole = read_json(f) if f.suffix == ".json" else None
         keyed = isinstance(whole, dict) and any(map(_side, whole))
         found = _strings(whole) if f.suffix == ".json" else _columns(f)
         side = lambda key: _side(key.split(".")[1]) if keyed else _side(f.stem)
-        rows += [dict(split=side(k), place=f"{f.name}{k}", name=bare(s)) for k, s in found if side(k)]
+        rows += [
+            dict(split=side(k), place=f"{f.name}{k}", name=bare(s)) for k, s in found if side(k)
+        ]
     t = pd.DataFrame(rows, columns=["split", "place", "name"]).drop_duplicates()
     lost = [s for s in ("train", "test") if s not in set(t.split)]
-    if lost: raise ValueError(f"{path}: no list for {lost[0]} among {[f.name for f in files][:12]}: expected files named, or JSON keys that begin, with train, val and test")
+    if lost:
+        raise ValueError(
+            f"{path}: no list for {lost[0]} among {[f.name for f in files][:12]}: expected files named, or JSON keys that begin, with train, val and test"
+        )
     return t
 
 # %% ../../nbs/2_data/22_cohort.ipynb #f9e46e98
 def leaks(
-    t:pd.DataFrame, # case, patient, split; a case may be in several splits
-)->list[str]:
+    t: pd.DataFrame,  # case, patient, split; a case may be in several splits
+) -> list[str]:
     "What is in two lists, in sentences that name the patients"
     of = {s: set(t.case[t.split == s]) for s in SPLITS}
     who, out = {s: set(t.patient[t.split == s]) for s in SPLITS}, []
-    if of["val"] and of["val"] == of["test"]: out.append(f"the validation list is the test list ({len(of['test'])} cases): what is chosen on it is chosen on the test; validation is carved from train instead")
+    if of["val"] and of["val"] == of["test"]:
+        out.append(
+            f"the validation list is the test list ({len(of['test'])} cases): what is chosen on it is chosen on the test; validation is carved from train instead"
+        )
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(who[a] & who[b])
-        if both and not (a == "val" and of["val"] == of["test"]) and not (b == "val" and of["val"] == of["test"]):
-            out.append(f"{len(both)} of {len(who[b])} {b} patients are in {a} too: {', '.join(both[:60])}{' ...' if len(both) > 60 else ''}")
+        if (
+            both
+            and not (a == "val" and of["val"] == of["test"])
+            and not (b == "val" and of["val"] == of["test"])
+        ):
+            out.append(
+                f"{len(both)} of {len(who[b])} {b} patients are in {a} too: {', '.join(both[:60])}{' ...' if len(both) > 60 else ''}"
+            )
     return out
 
-def _named(table, lists)->tuple: # rows of the lists with case and patient; names of their columns that are no case
-    known = {bare(image): c for c, image in zip(table.case, table.image)} | {bare(c): c for c in table.case}
+
+def _named(
+    table, lists
+) -> tuple:  # rows of the lists with case and patient; names of their columns that are no case
+    known = {bare(image): c for c, image in zip(table.case, table.image)} | {
+        bare(c): c for c in table.case
+    }
     t = lists.assign(case=lists.name.map(known))
-    named = t[t.place.isin(set(t.place[t.case.notna()]))] # a column of labels names nobody
-    return named.dropna().assign(patient=lambda d: d.case.map(dict(zip(table.case, table.patient)))), sorted(n for n in set(named.name[named.case.isna()]) if re.search(r"\d", n)) # without digits: a heading
+    named = t[t.place.isin(set(t.place[t.case.notna()]))]  # a column of labels names nobody
+    return named.dropna().assign(
+        patient=lambda d: d.case.map(dict(zip(table.case, table.patient)))
+    ), sorted(
+        n for n in set(named.name[named.case.isna()]) if re.search(r"\d", n)
+    )  # without digits: a heading
+
 
 def listed(
-    table, lists, # of an adapter, of `read_lists`
-    bad:Quarantine, # gets what is listed and not there, and what would leak
-    name:str, # of the cohort
-)->pd.DataFrame: # only what is listed, split as listed
+    table,
+    lists,  # of an adapter, of `read_lists`
+    bad: Quarantine,  # gets what is listed and not there, and what would leak
+    name: str,  # of the cohort
+) -> pd.DataFrame:  # only what is listed, split as listed
     "Split a table as other people's lists do; what leaks is said, and a patient in two lists stays on the stricter side"
     t, lost = _named(table, lists)
-    if not len(t): raise ValueError(f"cohort {name}: the lists name none of its {len(table)} cases (such as `{table.case.iloc[0]}`): are these lists of this data set?")
-    for s in leaks(t): say(f"{name}: lists: {s}")
-    for n in lost: bad.add(n, "is in the lists, but not among the cases that were read")
-    if set(t.case[t.split == "val"]) == set(t.case[t.split == "test"]): t = t[t.split != "val"]
+    if not len(t):
+        raise ValueError(
+            f"cohort {name}: the lists name none of its {len(table)} cases (such as `{table.case.iloc[0]}`): are these lists of this data set?"
+        )
+    for s in leaks(t):
+        say(f"{name}: lists: {s}")
+    for n in lost:
+        bad.add(n, "is in the lists, but not among the cases that were read")
+    if set(t.case[t.split == "val"]) == set(t.case[t.split == "test"]):
+        t = t[t.split != "val"]
     rank = t.split.map(SPLITS.index)
     strict, own = rank.groupby(t.patient).max(), rank.groupby(t.case).max()
     table = table[table.case.isin(own.index)]
     out = table.case.map(own) < table.patient.map(strict)
-    for c, s in zip(table.case[out], table.patient[out].map(strict)): bad.add(c, f"is in a list of {SPLITS[own[c]]}, but its patient is in that of {SPLITS[s]}")
-    return table[~out].assign(split=lambda d: d.case.map(own).map(SPLITS.__getitem__)).reset_index(drop=True)
+    for c, s in zip(table.case[out], table.patient[out].map(strict)):
+        bad.add(c, f"is in a list of {SPLITS[own[c]]}, but its patient is in that of {SPLITS[s]}")
+    return (
+        table[~out]
+        .assign(split=lambda d: d.case.map(own).map(SPLITS.__getitem__))
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/2_data/22_cohort.ipynb #7631502d
-def wording(table)->pd.Series: # "" where there is none
+def wording(table) -> pd.Series:  # "" where there is none
     "A case's whole report without what makes no difference: case and spaces"
-    return (table.findings.fillna("")+" "+table.impression.fillna("")).str.lower().str.split().str.join(" ")
+    return (
+        (table.findings.fillna("") + " " + table.impression.fillna(""))
+        .str.lower()
+        .str.split()
+        .str.join(" ")
+    )
+
 
 def duplicates(
-    table:pd.DataFrame,
-    voxels:dict, # case -> hash of its standard volume
-)->pd.DataFrame: # kind (report, volume), case, split, twin (the first such case), leak (on two sides of a split)
+    table: pd.DataFrame,
+    voxels: dict,  # case -> hash of its standard volume
+) -> (
+    pd.DataFrame
+):  # kind (report, volume), case, split, twin (the first such case), leak (on two sides of a split)
     "Reports that are word for word, and volumes that are voxel for voxel, those of another scan"
     words = wording(table)
     out = []
     for kind, key in (("report", words.where(words != "")), ("volume", table.case.map(voxels))):
         for _, g in table.assign(key=key).dropna(subset=["key"]).groupby("key", sort=False):
-            if g.scan.nunique() > 1: out += [dict(kind=kind, case=r.case, split=r.split, twin=g.case.iloc[0], leak=g.split.nunique() > 1) for r in g[g.scan != g.scan.iloc[0]].itertuples()]
+            if g.scan.nunique() > 1:
+                out += [
+                    dict(
+                        kind=kind,
+                        case=r.case,
+                        split=r.split,
+                        twin=g.case.iloc[0],
+                        leak=g.split.nunique() > 1,
+                    )
+                    for r in g[g.scan != g.scan.iloc[0]].itertuples()
+                ]
     return pd.DataFrame(out, columns=["kind", "case", "split", "twin", "leak"])
 
+
 def _say_twice(name, d):
-    for kind, what in (("report", "reports are word for word"), ("volume", "volumes are voxel for voxel")):
+    for kind, what in (
+        ("report", "reports are word for word"),
+        ("volume", "volumes are voxel for voxel"),
+    ):
         n, leak = int((d.kind == kind).sum()), int(d.leak[d.kind == kind].sum())
-        if n: say(f"{name}: {n} {what} those of another scan"+(f", {leak} of them across splits" if leak else ""))
+        if n:
+            say(
+                f"{name}: {n} {what} those of another scan"
+                + (f", {leak} of them across splits" if leak else "")
+            )
 
 # %% ../../nbs/2_data/22_cohort.ipynb #d6a139f0
-def there(name:str, data:Path)->bool:
+def there(name: str, data: Path) -> bool:
     "Is a cohort in `data/`, as a folder or as a line that says where?"
-    return (data/name).is_dir() or (data/f"{name}.path").exists()
+    return (data / name).is_dir() or (data / f"{name}.path").exists()
+
 
 def place(
-    name:str, # of the cohort
-    data:Path, # the project's data/
-)->Path: # folder in the owners' layout
+    name: str,  # of the cohort
+    data: Path,  # the project's data/
+) -> Path:  # folder in the owners' layout
     "Where a cohort's raw data lies: `data/<name>/`, or the read-only folder that the one line of `data/<name>.path` names"
-    if (data/name).is_dir(): return data/name
-    note = data/f"{name}.path"
-    if not note.exists(): raise FileNotFoundError(f"cohort {name}: neither {data/name}/ nor {note} is there: put the data or its place there, or take {name} out of study.cohorts")
+    if (data / name).is_dir():
+        return data / name
+    note = data / f"{name}.path"
+    if not note.exists():
+        raise FileNotFoundError(
+            f"cohort {name}: neither {data / name}/ nor {note} is there: put the data or its place there, or take {name} out of study.cohorts"
+        )
     far = Path(note.read_text(encoding="utf8").strip()).expanduser()
-    if not far.is_absolute() or not far.is_dir(): raise FileNotFoundError(f"{note} names `{far}`, which is no folder: expected one line with an absolute path; is the disk mounted?")
+    if not far.is_absolute() or not far.is_dir():
+        raise FileNotFoundError(
+            f"{note} names `{far}`, which is no folder: expected one line with an absolute path; is the disk mounted?"
+        )
     return far
 
 # %% ../../nbs/2_data/22_cohort.ipynb #inv00002
-def contents(path)->str:
+def contents(path) -> str:
     "Hash of a file's bytes, or of all names and bytes that are visible in a folder"
     path = Path(path)
-    if path.is_file(): return file_hash(path)
+    if path.is_file():
+        return file_hash(path)
     files = [f for f in visible(path, "**/*") if f.is_file()]
-    return hashlib.sha256(repr([(f.relative_to(path).as_posix(), file_hash(f)) for f in files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        repr([(f.relative_to(path).as_posix(), file_hash(f)) for f in files]).encode()
+    ).hexdigest()[:16]
+
 
 def inventory(
-    data, # folder of the data sets
-)->dict: # name -> hash
+    data,  # folder of the data sets
+) -> dict:  # name -> hash
     "What lies in `data/`; what a .path points to is not followed"
     return {f.name: contents(f) for f in progress(visible(data), label="inventory")}
 
 # %% ../../nbs/2_data/22_cohort.ipynb #05b184bc
-def _ends(f)->bytes: # the first and last 4 KiB
+def _ends(f) -> bytes:  # the first and last 4 KiB
     with open(f, "rb") as h:
         first = h.read(4096)
-        h.seek(max(f.stat().st_size-4096, 0))
-        return first+h.read(4096)
+        h.seek(max(f.stat().st_size - 4096, 0))
+        return first + h.read(4096)
+
 
 def sketch(
-    path, # a file, a folder of slices, or ""
-)->list: # bytes, files, hash; empty when there is nothing
+    path,  # a file, a folder of slices, or ""
+) -> list:  # bytes, files, hash; empty when there is nothing
     "What is cheap to know of raw data, to see that it has changed"
     p = Path(path)
-    if not path or not p.exists(): return []
-    if p.is_dir(): files = [f for f in visible(p) if f.is_file()]
-    else: files = [p, *(f for f in (p.with_suffix(".raw"), p.with_suffix(".zraw")) if p.suffix == ".mhd" and f.exists())]
+    if not path or not p.exists():
+        return []
+    if p.is_dir():
+        files = [f for f in visible(p) if f.is_file()]
+    else:
+        files = [
+            p,
+            *(
+                f
+                for f in (p.with_suffix(".raw"), p.with_suffix(".zraw"))
+                if p.suffix == ".mhd" and f.exists()
+            ),
+        ]
     sizes = [f.stat().st_size for f in files]
-    some = files if len(files) < 4 else [files[0], files[len(files)//2], files[-1]]
-    h = hashlib.sha256(repr(list(zip((f.name for f in files), sizes))).encode()+b"".join(map(_ends, some)))
+    some = files if len(files) < 4 else [files[0], files[len(files) // 2], files[-1]]
+    h = hashlib.sha256(
+        repr(list(zip((f.name for f in files), sizes))).encode() + b"".join(map(_ends, some))
+    )
     return [sum(sizes), len(files), h.hexdigest()[:16]]
 
 # %% ../../nbs/2_data/22_cohort.ipynb #558694f1
-def check_organs(path, v): # a file, or a folder of one file a class
+def check_organs(path, v):  # a file, or a folder of one file a class
     "Do the organ masks of a case lie on its image?"
     path = Path(path)
     for f in visible(path, "*.nii*") if path.is_dir() else [path]:
         img = open_nifti(f)
         check_mask(img.shape, img.affine, v, f)
 
-def across(v)->list|None: # mm to the side, to the front, upwards; None where nobody says
+
+def across(v) -> list | None:  # mm to the side, to the front, upwards; None where nobody says
     "Spacing of a volume as its file says it, or as it is declared, in the order of RAS axes"
-    if not v.facts.get("spaced", True): return None
+    if not v.facts.get("spaced", True):
+        return None
     mm = dict(zip(v.axes, v.spacing))
     return [round(float(mm[a] if a in mm else mm[b]), 4) for a, b in ("RL", "AP", "SI")]
 
-def standardise(row:dict, how:dict, organs, source, opener=None)->tuple: # Volume, organ map or None, warnings, spacing of the file
+
+def standardise(
+    row: dict, how: dict, organs, source, opener=None
+) -> tuple:  # Volume, organ map or None, warnings, spacing of the file
     "Read, check and put on the study's grid; errors are the case's own"
     v, found = load_volume(row["image"], source, opener)
     std = standard(v, how["spacing"], how["hu"])
-    if not row["organ_map"]: return std, None, found, across(v)
+    if not row["organ_map"]:
+        return std, None, found, across(v)
     check_organs(row["organ_map"], v)
     return std, organs(row["organ_map"], shape=std.hu.shape, affine=std.affine), found, across(v)
+
 
 @dataclass
 class Made:
     "What became of a case"
-    case:str
-    why:str|None = None # it was remade
-    error:str|None = None # it was left out
-    warnings:tuple = ()
-    voxels:str = "" # hash of the standard volume
+
+    case: str
+    why: str | None = None  # it was remade
+    error: str | None = None  # it was left out
+    warnings: tuple = ()
+    voxels: str = ""  # hash of the standard volume
 
 # %% ../../nbs/2_data/22_cohort.ipynb #bd581e8a
 @dataclass(frozen=True)
 class Store:
     "Where volumes and organ maps of a cohort lie, and where those are put aside that other data made"
-    volumes:Path
-    organs:Path
-    kept:Path|None = None
-    def files(self, case)->tuple: return self.volumes/f"{case}.nii", self.organs/f"{case}.nii.gz", self.volumes/f"{case}.json"
-    def record(self, case)->dict:
+
+    volumes: Path
+    organs: Path
+    kept: Path | None = None
+
+    def files(self, case) -> tuple:
+        return (
+            self.volumes / f"{case}.nii",
+            self.organs / f"{case}.nii.gz",
+            self.volumes / f"{case}.json",
+        )
+
+    def record(self, case) -> dict:
         f = self.files(case)[2]
         return read_json(f) if f.exists() else {}
-    def shelf(self, case, fp)->Path: return self.kept/f"{case}-{hashlib.sha256(json.dumps(fp, sort_keys=True).encode()).hexdigest()[:16]}"
 
-def put_aside(store:Store, case, how):
+    def shelf(self, case, fp) -> Path:
+        return (
+            self.kept
+            / f"{case}-{hashlib.sha256(json.dumps(fp, sort_keys=True).encode()).hexdigest()[:16]}"
+        )
+
+
+def put_aside(store: Store, case, how):
     "Away with what other data made of a case: kept if it was made the same way, else removed"
     volume, mask, record = store.files(case)
     fp = store.record(case).get("fingerprint", {})
     if not (store.kept and volume.exists() and fp.get("how") == how):
-        for f in (record, volume, mask): f.unlink(missing_ok=True)
+        for f in (record, volume, mask):
+            f.unlink(missing_ok=True)
         return
-    shelf, tmp = store.shelf(case, fp), store.kept/f".{case}"
-    shutil.rmtree(tmp, ignore_errors=True); shutil.rmtree(shelf, ignore_errors=True)
+    shelf, tmp = store.shelf(case, fp), store.kept / f".{case}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    shutil.rmtree(shelf, ignore_errors=True)
     tmp.mkdir(parents=True)
     for f in (record, volume, mask):
-        if f.exists(): shutil.move(f, tmp/f.name)
+        if f.exists():
+            shutil.move(f, tmp / f.name)
     tmp.rename(shelf)
 
-def take_back(store:Store, case, fp)->bool: # was there any?
+
+def take_back(store: Store, case, fp) -> bool:  # was there any?
     "Put back what was made of a case by the same data in the same way"
-    if not store.kept or not (shelf := store.shelf(case, fp)).exists(): return False
-    tmp = store.kept/f".back-{case}"
+    if not store.kept or not (shelf := store.shelf(case, fp)).exists():
+        return False
+    tmp = store.kept / f".back-{case}"
     shutil.rmtree(tmp, ignore_errors=True)
     shelf.rename(tmp)
     for f in store.files(case):
-        if (tmp/f.name).exists(): shutil.move(tmp/f.name, f)
+        if (tmp / f.name).exists():
+            shutil.move(tmp / f.name, f)
     tmp.rmdir()
     return True
 
 # %% ../../nbs/2_data/22_cohort.ipynb #0f46e522
-def _there(store, row, fp)->Made|None: # whole, and made from this
+def _there(store, row, fp) -> Made | None:  # whole, and made from this
     volume, mask, _ = store.files(row["case"])
     old = store.record(row["case"])
-    if old.get("fingerprint") != fp or "spacing" not in old or not volume.exists() or (row["organ_map"] and not mask.exists()): return None
+    if (
+        old.get("fingerprint") != fp
+        or "spacing" not in old
+        or not volume.exists()
+        or (row["organ_map"] and not mask.exists())
+    ):
+        return None
     return Made(row["case"], warnings=tuple(old["warnings"]), voxels=old["voxels"])
 
-def make_one(row:dict, store:Store, how:dict, organs, source=Source(), opener=None)->Made:
+
+def make_one(row: dict, store: Store, how: dict, organs, source=Source(), opener=None) -> Made:
     "Standard volume and organ map of one case, unless both are there with this fingerprint"
     case, (volume, mask, record) = row["case"], store.files(row["case"])
-    fp = fingerprint(how=how, source=repr(source), image=sketch(row["image"]), mask=sketch(row["organ_map"]))
-    if made := _there(store, row, fp): return made
+    fp = fingerprint(
+        how=how, source=repr(source), image=sketch(row["image"]), mask=sketch(row["organ_map"])
+    )
+    if made := _there(store, row, fp):
+        return made
     was = store.record(case)
     old = was.get("fingerprint")
-    if old: put_aside(store, case, fp["how"])
-    if take_back(store, case, fp) and (made := _there(store, row, fp)): return made
-    try: std, organ_map, found, spacing = standardise(row, how, organs, source, opener)
-    except MemoryError: raise
-    except Exception as e: return Made(case, error=f"{type(e).__name__}: {e}")
-    record.unlink(missing_ok=True) # from here until the last line nothing vouches for what lies there
-    if organ_map is not None: write(organ_map, std.affine, mask)
+    if old:
+        put_aside(store, case, fp["how"])
+    if take_back(store, case, fp) and (made := _there(store, row, fp)):
+        return made
+    try:
+        std, organ_map, found, spacing = standardise(row, how, organs, source, opener)
+    except MemoryError:
+        raise
+    except Exception as e:
+        return Made(case, error=f"{type(e).__name__}: {e}")
+    record.unlink(
+        missing_ok=True
+    )  # from here until the last line nothing vouches for what lies there
+    if organ_map is not None:
+        write(organ_map, std.affine, mask)
     write(std.hu, std.affine, volume)
-    why = difference(old, fp) or (None if "spacing" in was else "their records do not say the spacing of their files") if old else None
-    made = Made(case, why, warnings=tuple(map(str, found)), voxels=hashlib.sha256(std.hu.tobytes()).hexdigest()[:16])
-    write_json(dict(fingerprint=fp, warnings=made.warnings, voxels=made.voxels, spacing=spacing), record)
+    why = (
+        difference(old, fp)
+        or (None if "spacing" in was else "their records do not say the spacing of their files")
+        if old
+        else None
+    )
+    made = Made(
+        case,
+        why,
+        warnings=tuple(map(str, found)),
+        voxels=hashlib.sha256(std.hu.tobytes()).hexdigest()[:16],
+    )
+    write_json(
+        dict(fingerprint=fp, warnings=made.warnings, voxels=made.voxels, spacing=spacing), record
+    )
     return made
 
 # %% ../../nbs/2_data/22_cohort.ipynb #60504e33
 def prepare(
-    table:pd.DataFrame, # of an adapter's `read`
-    out:Path, # folder of standard volumes
-    organs_out:Path, # folder of organ maps
-    how:dict, # spacing, hu, groups, code: what the volumes are made by
-    organs=None, # (path, shape, affine) -> organ map
-    jobs:int=1, # processes, of `asap.core.workers`
-    quarantine:Path|None=None, # CSV of the cases that were left out; warnings.csv and duplicates.csv lie beside it
-    bad:Quarantine|None=None, # those that the adapter left out already
-    source:Source=Source(), # what the owners declare
-    opener=None, # an adapter's own reader: path -> Volume
-    kept:Path|None=None, # folder for what other data made
-)->pd.DataFrame: # the cases that are whole; `image` and `organ_map` are the new files
+    table: pd.DataFrame,  # of an adapter's `read`
+    out: Path,  # folder of standard volumes
+    organs_out: Path,  # folder of organ maps
+    how: dict,  # spacing, hu, groups, code: what the volumes are made by
+    organs=None,  # (path, shape, affine) -> organ map
+    jobs: int = 1,  # processes, of `asap.core.workers`
+    quarantine: Path
+    | None = None,  # CSV of the cases that were left out; warnings.csv and duplicates.csv lie beside it
+    bad: Quarantine | None = None,  # those that the adapter left out already
+    source: Source = Source(),  # what the owners declare
+    opener=None,  # an adapter's own reader: path -> Volume
+    kept: Path | None = None,  # folder for what other data made
+) -> pd.DataFrame:  # the cases that are whole; `image` and `organ_map` are the new files
     "Make every case's standard volume and organ map; a broken case is left out by name"
     store = Store(Path(out), Path(organs_out), kept)
-    for d in (store.volumes, store.organs): d.mkdir(parents=True, exist_ok=True)
+    for d in (store.volumes, store.organs):
+        d.mkdir(parents=True, exist_ok=True)
     rows = table[["case", "image", "organ_map"]].to_dict("records")
     made = each(make_one, [(r, store, how, organs, source, opener) for r in rows], jobs, "volumes")
     bad = _report(made, Quarantine() if bad is None else bad, quarantine)
     kept = table[~table.case.isin({r["case"] for r in bad.rows})].reset_index(drop=True)
-    if not len(kept): raise ValueError(f"none of {len(table)} cases could be prepared; the first: {bad.rows[0]['reason']}")
+    if not len(kept):
+        raise ValueError(
+            f"none of {len(table)} cases could be prepared; the first: {bad.rows[0]['reason']}"
+        )
     _tidy(store, set(kept.case), fingerprint(how=how)["how"])
     twice = duplicates(kept, {m.case: m.voxels for m in made if m.voxels})
     _say_twice(store.volumes.name, twice)
-    if quarantine: write_csv(twice, Path(quarantine).with_name("duplicates.csv"))
-    return kept.assign(image=[str(store.files(c)[0]) for c in kept.case],
-                       organ_map=[str(store.files(c)[1]) if m else "" for c, m in zip(kept.case, kept.organ_map)])
+    if quarantine:
+        write_csv(twice, Path(quarantine).with_name("duplicates.csv"))
+    return kept.assign(
+        image=[str(store.files(c)[0]) for c in kept.case],
+        organ_map=[str(store.files(c)[1]) if m else "" for c, m in zip(kept.case, kept.organ_map)],
+    )
 
 # %% ../../nbs/2_data/22_cohort.ipynb #17fddbb1
-def _tidy(store, cases:set, how): # away with what an earlier table had and this one has not
+def _tidy(store, cases: set, how):  # away with what an earlier table had and this one has not
     names = {f.name.split(".")[0] for d in (store.volumes, store.organs) for f in visible(d, "*.*")}
-    for case in sorted(names-cases): put_aside(store, case, how)
-    for d in (store.kept.glob("*") if store.kept and store.kept.exists() else ()):
+    for case in sorted(names - cases):
+        put_aside(store, case, how)
+    for d in store.kept.glob("*") if store.kept and store.kept.exists() else ():
         record = next(iter(visible(d, "*.json")), None) if d.name[0] != "." else None
-        if record is None or read_json(record)["fingerprint"].get("how") != how: shutil.rmtree(d)
+        if record is None or read_json(record)["fingerprint"].get("how") != how:
+            shutil.rmtree(d)
 
-def _report(made:list, bad:Quarantine, path)->Quarantine: # says and writes what happened
-    remade, doubts = [m.why for m in made if m.why], [dict(case=m.case, warning=w) for m in made for w in m.warnings]
+
+def _report(made: list, bad: Quarantine, path) -> Quarantine:  # says and writes what happened
+    remade, doubts = (
+        [m.why for m in made if m.why],
+        [dict(case=m.case, warning=w) for m in made for w in m.warnings],
+    )
     for m in made:
-        if m.error: bad.add(m.case, m.error)
-    if remade: say(f"{len(remade)} volumes were made anew, because {remade[0]}")
-    if doubts: say(f"{len(doubts)} warnings, the first of {doubts[0]['case']}: {doubts[0]['warning']}")
-    if path: write_csv(pd.DataFrame(doubts, columns=["case", "warning"]), Path(path).with_name("warnings.csv"))
+        if m.error:
+            bad.add(m.case, m.error)
+    if remade:
+        say(f"{len(remade)} volumes were made anew, because {remade[0]}")
+    if doubts:
+        say(f"{len(doubts)} warnings, the first of {doubts[0]['case']}: {doubts[0]['warning']}")
+    if path:
+        write_csv(
+            pd.DataFrame(doubts, columns=["case", "warning"]), Path(path).with_name("warnings.csv")
+        )
     bad.path = path
     bad.save()
     return bad
 
 # %% ../../nbs/2_data/22_cohort.ipynb #fa1405da
-def path_columns(table)->list: # a column `..._maps` holds several, joined by ";"
+def path_columns(table) -> list:  # a column `..._maps` holds several, joined by ";"
     return [c for c in table if c == "image" or c.endswith(("_map", "_maps"))]
 
-def _each_path(table, change)->dict: # columns with every path changed
-    return {c: [";".join(change(p) if p else "" for p in str(ps or "").split(";")) for ps in table[c]] for c in path_columns(table)}
+
+def _each_path(table, change) -> dict:  # columns with every path changed
+    return {
+        c: [";".join(change(p) if p else "" for p in str(ps or "").split(";")) for ps in table[c]]
+        for c in path_columns(table)
+    }
+
 
 def save(table, questions, folder, name, root):
     "Write `<name>.parquet` and `<name>.questions.parquet`"
-    rel = lambda p: Path(p).relative_to(root).as_posix() if Path(p).is_relative_to(root) else p # a pointed-to folder lies elsewhere
-    write_parquet(check(table, name).assign(**_each_path(table, rel)), Path(folder)/f"{name}.parquet")
-    none = pd.DataFrame(columns=["case", "kind", "question", "answer"], dtype=str) # a data set without questions has an empty table
-    write_parquet(none if questions is None else questions, Path(folder)/f"{name}.questions.parquet")
+    rel = lambda p: (
+        Path(p).relative_to(root).as_posix() if Path(p).is_relative_to(root) else p
+    )  # a pointed-to folder lies elsewhere
+    write_parquet(
+        check(table, name).assign(**_each_path(table, rel)), Path(folder) / f"{name}.parquet"
+    )
+    none = pd.DataFrame(
+        columns=["case", "kind", "question", "answer"], dtype=str
+    )  # a data set without questions has an empty table
+    write_parquet(
+        none if questions is None else questions, Path(folder) / f"{name}.questions.parquet"
+    )
 
-def load(path, root)->pd.DataFrame: # with whole paths
+
+def load(path, root) -> pd.DataFrame:  # with whole paths
     "Read a cohort table"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: run `dvc repro prepare`")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro prepare`")
     t = check(pd.read_parquet(path), path.stem)
-    return t.assign(**_each_path(t, lambda p: str(Path(root)/p)))
+    return t.assign(**_each_path(t, lambda p: str(Path(root) / p)))
 
 # %% ../../nbs/2_data/22_cohort.ipynb #d85a75f1
 ACQUIRED = ["case", "slice_mm", "pixel_mm", "kernel", "contrast"]
 
+
 def take_out(
-    table:pd.DataFrame, # of an adapter's `read`
-    name:str, # of the cohort, for messages
-)->tuple: # the table without them; case, kernel (text or ""), contrast (1, 0 or NaN)
+    table: pd.DataFrame,  # of an adapter's `read`
+    name: str,  # of the cohort, for messages
+) -> tuple:  # the table without them; case, kernel (text or ""), contrast (1, 0 or NaN)
     "What an adapter knows of the acquisition, out of its table"
-    known = pd.DataFrame(dict(case=table.case, kernel=table.get("kernel", ""), contrast=table.get("contrast", np.nan)))
+    known = pd.DataFrame(
+        dict(
+            case=table.case, kernel=table.get("kernel", ""), contrast=table.get("contrast", np.nan)
+        )
+    )
     bad = known[known.contrast.notna() & ~known.contrast.isin([0, 1])]
-    if len(bad): raise ValueError(f"cohort {name}: `contrast` of case {bad.case.iloc[0]} is {bad.contrast.iloc[0]!r}, expected 0, 1 or empty")
-    known = known.assign(kernel=known.kernel.fillna("").astype(str).str.strip(), contrast=known.contrast.astype(float))
+    if len(bad):
+        raise ValueError(
+            f"cohort {name}: `contrast` of case {bad.case.iloc[0]} is {bad.contrast.iloc[0]!r}, expected 0, 1 or empty"
+        )
+    known = known.assign(
+        kernel=known.kernel.fillna("").astype(str).str.strip(),
+        contrast=known.contrast.astype(float),
+    )
     return table.drop(columns=["kernel", "contrast"], errors="ignore"), known
 
-def save_acquired(known, cases, store:Store, path): # `cases` that were kept, in their order
+
+def save_acquired(known, cases, store: Store, path):  # `cases` that were kept, in their order
     "Write `acquired.csv`: a row a case of the table"
-    mm = np.array([store.record(c)["spacing"] or [np.nan]*3 for c in cases])
+    mm = np.array([store.record(c)["spacing"] or [np.nan] * 3 for c in cases])
     t = known.set_index("case").loc[list(cases)].reset_index()
-    t = t.assign(slice_mm=mm[:, 2], pixel_mm=mm[:, :2].mean(1).round(4), contrast=t.contrast.astype("Int64"))
+    t = t.assign(
+        slice_mm=mm[:, 2], pixel_mm=mm[:, :2].mean(1).round(4), contrast=t.contrast.astype("Int64")
+    )
     write_csv(t[ACQUIRED], path)
 
+
 def acquired(
-    name:str, # of the cohort
-    root:Path, # the project's folder
-)->pd.DataFrame: # case, slice_mm, pixel_mm (mm or NaN), kernel (text or ""), contrast (1, 0 or NaN)
+    name: str,  # of the cohort
+    root: Path,  # the project's folder
+) -> (
+    pd.DataFrame
+):  # case, slice_mm, pixel_mm (mm or NaN), kernel (text or ""), contrast (1, 0 or NaN)
     "How each case of a cohort's table was acquired"
-    path = Path(root)/"build/cohorts"/name/"acquired.csv"
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: run `dvc repro prepare@{name}`")
+    path = Path(root) / "build/cohorts" / name / "acquired.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `dvc repro prepare@{name}`")
     numbers = ["slice_mm", "pixel_mm", "contrast"]
-    return pd.read_csv(path, dtype=dict(case=str, kernel=str) | dict.fromkeys(numbers, float), keep_default_na=False, na_values={c: [""] for c in numbers})
+    return pd.read_csv(
+        path,
+        dtype=dict(case=str, kernel=str) | dict.fromkeys(numbers, float),
+        keep_default_na=False,
+        na_values={c: [""] for c in numbers},
+    )
 
 # %% ../../nbs/2_data/22_cohort.ipynb #c20639d6
-def count(table, bad:int, twice)->dict:
+def count(table, bad: int, twice) -> dict:
     "A cohort in numbers"
-    return dict(cases=len(table), patients=int(table.patient.nunique()), scans=int(table.scan.nunique()), **{s: int((table.split == s).sum()) for s in SPLITS},
-                labels=len(label_columns(table)), reports=int(((table.findings != "") | (table.impression != "")).sum()), organ_maps=int((table.organ_map != "").sum()),
-                targets=int((table.target_map != "").sum()), left_out=bad, twice={k: int((twice.kind == k).sum()) for k in ("report", "volume")}, leaks=int(twice.leak.sum()))
+    return dict(
+        cases=len(table),
+        patients=int(table.patient.nunique()),
+        scans=int(table.scan.nunique()),
+        **{s: int((table.split == s).sum()) for s in SPLITS},
+        labels=len(label_columns(table)),
+        reports=int(((table.findings != "") | (table.impression != "")).sum()),
+        organ_maps=int((table.organ_map != "").sum()),
+        targets=int((table.target_map != "").sum()),
+        left_out=bad,
+        twice={k: int((twice.kind == k).sum()) for k in ("report", "volume")},
+        leaks=int(twice.leak.sum()),
+    )
 
-def read_raw(name, adapter, data, told:dict)->tuple: # table, Quarantine
+
+def read_raw(name, adapter, data, told: dict) -> tuple:  # table, Quarantine
     "A cohort as its adapter reads it, told what params.yaml says, split as its lists say where it names some"
     raw = place(name, data)
-    table, bad = adapter.read(raw, **{k: v for k, v in told.items() if k != "lists" and v is not None})
-    if told.get("lists"): table = check(listed(table, read_lists(raw/told["lists"]), bad, name), name)
+    table, bad = adapter.read(
+        raw, **{k: v for k, v in told.items() if k != "lists" and v is not None}
+    )
+    if told.get("lists"):
+        table = check(listed(table, read_lists(raw / told["lists"]), bad, name), name)
     return table, bad
 
 # %% ../../nbs/2_data/22_cohort.ipynb #7f7f3a68
-PHANTOMS = "PHANTOMS.txt" # lies in data/ where the built-in phantoms do
+PHANTOMS = "PHANTOMS.txt"  # lies in data/ where the built-in phantoms do
+
 
 def run(
-    name:str, # of the cohort
-    adapter, # its module
-    p, # params: study.seed, study.jobs, study.backend, volumes, cohort, anatomy, cohorts.<name>
-    root:Path, # the project's folder
-    organs, # (path, shape, affine) -> organ map
-    fill, # (table, folder of organ maps, quarantine) -> table, for cases that bring none
-    code:str="", # hash of what `organs` is made by
-)->dict: # what stands in status.json
+    name: str,  # of the cohort
+    adapter,  # its module
+    p,  # params: study.seed, study.jobs, study.backend, volumes, cohort, anatomy, cohorts.<name>
+    root: Path,  # the project's folder
+    organs,  # (path, shape, affine) -> organ map
+    fill,  # (table, folder of organ maps, quarantine) -> table, for cases that bring none
+    code: str = "",  # hash of what `organs` is made by
+) -> dict:  # what stands in status.json
     "Prepare one cohort; where it is not in data/, say so and go on"
-    here, data = root/"build/cohorts"/name, root/"data"
-    store = Store(root/"build/volumes"/name, root/"build/organs"/name, root/"build/kept"/name)
-    for d in (store.volumes, store.organs): d.mkdir(parents=True, exist_ok=True)
-    if not there(name, data): _mark_empty(store); return _absent(name, here)
+    here, data = root / "build/cohorts" / name, root / "data"
+    store = Store(
+        root / "build/volumes" / name, root / "build/organs" / name, root / "build/kept" / name
+    )
+    for d in (store.volumes, store.organs):
+        d.mkdir(parents=True, exist_ok=True)
+    if not there(name, data):
+        _mark_empty(store)
+        return _absent(name, here)
     table, bad = read_raw(name, adapter, data, p.cohorts[name].model_dump())
     table, known = take_out(table, name)
-    how = dict(spacing=p.volumes.spacing, hu=p.volumes.hu, groups=p.anatomy.groups.model_dump(), code=[code_hash("asap.data.volumes"), code])
+    how = dict(
+        spacing=p.volumes.spacing,
+        hu=p.volumes.hu,
+        groups=p.anatomy.groups.model_dump(),
+        code=[code_hash("asap.data.volumes"), code],
+    )
     with workers(p.study.backend):
-        table = prepare(table, store.volumes, store.organs, how, organs, p.study.jobs, here/"quarantine.csv", bad, adapter.SOURCE, getattr(adapter, "open_volume", None), store.kept)
-    if adapter.ORGANS: table = fill(table, out=store.organs, quarantine=here/"without_organs.csv")
-    if not (table.split == "val").any(): table = carve(table, p.cohort.val_share, p.study.seed)
-    asked = adapter.questions(place(name, data), table, {r["case"] for r in bad.rows}) if hasattr(adapter, "questions") else None
-    save(table, asked, here, name, root); _mark_empty(store)
-    save_acquired(known, table.case, store, here/"acquired.csv")
-    status = dict(cohort=name, there=True, phantoms=(data/name).is_dir() and (data/PHANTOMS).exists(), questions=0 if asked is None else len(asked),
-                  warnings=len(pd.read_csv(here/"warnings.csv")), **count(table, len(bad), pd.read_csv(here/"duplicates.csv")))
-    write_json(status, here/"status.json")
+        table = prepare(
+            table,
+            store.volumes,
+            store.organs,
+            how,
+            organs,
+            p.study.jobs,
+            here / "quarantine.csv",
+            bad,
+            adapter.SOURCE,
+            getattr(adapter, "open_volume", None),
+            store.kept,
+        )
+    if adapter.ORGANS:
+        table = fill(table, out=store.organs, quarantine=here / "without_organs.csv")
+    if not (table.split == "val").any():
+        table = carve(table, p.cohort.val_share, p.study.seed)
+    asked = (
+        adapter.questions(place(name, data), table, {r["case"] for r in bad.rows})
+        if hasattr(adapter, "questions")
+        else None
+    )
+    save(table, asked, here, name, root)
+    _mark_empty(store)
+    save_acquired(known, table.case, store, here / "acquired.csv")
+    status = dict(
+        cohort=name,
+        there=True,
+        phantoms=(data / name).is_dir() and (data / PHANTOMS).exists(),
+        questions=0 if asked is None else len(asked),
+        warnings=len(pd.read_csv(here / "warnings.csv")),
+        **count(table, len(bad), pd.read_csv(here / "duplicates.csv")),
+    )
+    write_json(status, here / "status.json")
     return status
 
-def _mark_empty(store): # so that DVC does not warn of a folder that is rightly empty
-    for d in (store.volumes, store.organs):
-        if visible(d): (d/".none").unlink(missing_ok=True)
-        else: (d/".none").touch()
 
-def _absent(name, here)->dict:
+def _mark_empty(store):  # so that DVC does not warn of a folder that is rightly empty
+    for d in (store.volumes, store.organs):
+        if visible(d):
+            (d / ".none").unlink(missing_ok=True)
+        else:
+            (d / ".none").touch()
+
+
+def _absent(name, here) -> dict:
     say(f"{name}: left out, because data/ has neither {name}/ nor {name}.path")
-    write_json(dict(cohort=name, there=False), here/"status.json")
+    write_json(dict(cohort=name, there=False), here / "status.json")
     return dict(cohort=name, there=False)
 
+
 def present(
-    names, # of cohorts
-    root:Path, # the project's folder
-)->list: # those that are there
+    names,  # of cohorts
+    root: Path,  # the project's folder
+) -> list:  # those that are there
     "Which of the study's cohorts were prepared; one that was not in data/ is left out"
-    return [n for n in names if read_json(root/"build/cohorts"/n/"status.json")["there"]]
+    return [n for n in names if read_json(root / "build/cohorts" / n / "status.json")["there"]]
 
 # %% ../../nbs/2_data/22_cohort.ipynb #85bdc33a
 def voxels(
-    name:str, # of a cohort
-    cases, # of its table
-    root:Path, # the project's folder
-)->list:
+    name: str,  # of a cohort
+    cases,  # of its table
+    root: Path,  # the project's folder
+) -> list:
     "Hash of each case's standard volume"
-    store = Store(root/"build/volumes"/name, root/"build/organs"/name)
+    store = Store(root / "build/volumes" / name, root / "build/organs" / name)
     return [store.record(c)["voxels"] for c in cases]
 
+
 def corpus(
-    names, # cohorts to learn from
-    root:Path, # the project's folder
-)->pd.DataFrame: # their tables in one, paths relative to the project; `cohort`, `phantoms`; `voxels`, `organs`: hashes; `mean_hu`, `mean_organ`: of a volume and of its organ map's classes
+    names,  # cohorts to learn from
+    root: Path,  # the project's folder
+) -> pd.DataFrame:  # their tables in one, paths relative to the project; `cohort`, `phantoms`; `voxels`, `organs`: hashes; `mean_hu`, `mean_organ`: of a volume and of its organ map's classes
     "One table of the cohorts that are there; `ValueError` where none is"
     have = present(names, root)
-    if not have: raise ValueError(f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name one that is there in params.yaml")
+    if not have:
+        raise ValueError(
+            f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name one that is there in params.yaml"
+        )
     tables = []
     for n in have:
-        t = pd.read_parquet(root/f"build/cohorts/{n}/{n}.parquet")
-        mean = lambda paths, of: [float(np.asanyarray(nib.load(root/f).dataobj).mean()) if f else np.nan for f in progress(paths, label=f"{n}, {of}")]
-        tables.append(t.assign(cohort=n, phantoms=read_json(root/"build/cohorts"/n/"status.json")["phantoms"], voxels=voxels(n, t.case, root), organs=[file_hash(root/m)[:16] if m else "" for m in t.organ_map],
-                               mean_hu=mean(t.image, "intensities"), mean_organ=mean(t.organ_map, "organs")))
+        t = pd.read_parquet(root / f"build/cohorts/{n}/{n}.parquet")
+        mean = lambda paths, of: [
+            float(np.asanyarray(nib.load(root / f).dataobj).mean()) if f else np.nan
+            for f in progress(paths, label=f"{n}, {of}")
+        ]
+        tables.append(
+            t.assign(
+                cohort=n,
+                phantoms=read_json(root / "build/cohorts" / n / "status.json")["phantoms"],
+                voxels=voxels(n, t.case, root),
+                organs=[file_hash(root / m)[:16] if m else "" for m in t.organ_map],
+                mean_hu=mean(t.image, "intensities"),
+                mean_organ=mean(t.organ_map, "organs"),
+            )
+        )
     t = pd.concat(tables, ignore_index=True)
-    if not (t.split == "train").any(): raise ValueError(f"no train case in {have}: pre-training needs some; name another cohort in pretrain.cohorts")
-    for c in ("case", "scan", "patient"): t[c] = t.cohort+":"+t[c] if len(have) > 1 else t[c] # names of two hospitals may agree
+    if not (t.split == "train").any():
+        raise ValueError(
+            f"no train case in {have}: pre-training needs some; name another cohort in pretrain.cohorts"
+        )
+    for c in ("case", "scan", "patient"):
+        t[c] = t.cohort + ":" + t[c] if len(have) > 1 else t[c]  # names of two hospitals may agree
     return t
 
-def digest(table)->dict: # of `corpus`: hash of what is no voxel; `mean_hu`, `mean_organ` of at most 32 equal parts
+
+def digest(
+    table,
+) -> (
+    dict
+):  # of `corpus`: hash of what is no voxel; `mean_hu`, `mean_organ` of at most 32 equal parts
     "What a corpus is, whatever processor has made it"
     said = table.drop(columns=["voxels", "organs", "mean_hu", "mean_organ"]).to_csv(index=False)
-    parts = lambda c: [round(float(m.mean()), 6) for m in np.array_split(table[c].fillna(-1).to_numpy(), min(32, len(table)))]
-    return dict(corpus=hashlib.sha256(said.encode()).hexdigest()[:16], mean_hu=parts("mean_hu"), mean_organ=parts("mean_organ")) # -1: no map
+    parts = lambda c: [
+        round(float(m.mean()), 6)
+        for m in np.array_split(table[c].fillna(-1).to_numpy(), min(32, len(table)))
+    ]
+    return dict(
+        corpus=hashlib.sha256(said.encode()).hexdigest()[:16],
+        mean_hu=parts("mean_hu"),
+        mean_organ=parts("mean_organ"),
+    )  # -1: no map

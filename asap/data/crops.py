@@ -12,55 +12,71 @@ from .volumes import cut
 
 # %% ../../nbs/2_data/23_crops.ipynb #790e2a08
 def to_unit(
-    hu:np.ndarray, # Hounsfield units
-    lo:float=-1000, # mapped to -1
-    hi:float=1000, # mapped to 1
-)->np.ndarray: # float32 in [-1, 1]
+    hu: np.ndarray,  # Hounsfield units
+    lo: float = -1000,  # mapped to -1
+    hi: float = 1000,  # mapped to 1
+) -> np.ndarray:  # float32 in [-1, 1]
     "Clip to a window and scale"
     x = np.clip(hu, lo, hi).astype(np.float32)
-    x -= np.float32((lo+hi)/2); x /= np.float32((hi-lo)/2)
+    x -= np.float32((lo + hi) / 2)
+    x /= np.float32((hi - lo) / 2)
     return x
 
 # %% ../../nbs/2_data/23_crops.ipynb #1d6604b6
-def lung_box(organs, lungs=(1, 2, 3, 4, 5))->tuple|None: # start, stop (voxels), or None without lungs
+def lung_box(
+    organs, lungs=(1, 2, 3, 4, 5)
+) -> tuple | None:  # start, stop (voxels), or None without lungs
     "The box around the lung lobes of an organ map"
     m = np.isin(organs, lungs)
-    if not m.any(): return None
+    if not m.any():
+        return None
     spans = [np.flatnonzero(m.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    return np.array([s[0] for s in spans]), np.array([s[-1]+1 for s in spans])
+    return np.array([s[0] for s in spans]), np.array([s[-1] + 1 for s in spans])
+
 
 def sample(
-    r:np.random.Generator,
-    shape, # of the volume
-    size, # of the crop
-    box=None, # start, stop that must stay inside
-    scale=(0.9, 1.0), # the box's side against `size`, stretched to `size` afterwards
-    jitter:float=0.05, # of the place, as a share of the size
-)->dict: # start, side
+    r: np.random.Generator,
+    shape,  # of the volume
+    size,  # of the crop
+    box=None,  # start, stop that must stay inside
+    scale=(0.9, 1.0),  # the box's side against `size`, stretched to `size` afterwards
+    jitter: float = 0.05,  # of the place, as a share of the size
+) -> dict:  # start, side
     "Draw where to look"
     shape, size = np.array(shape), np.array(size)
-    side = np.rint(size*r.uniform(*scale)).astype(int)
-    if box is not None: side = np.clip(np.maximum(side, box[1]-box[0]), None, size)
-    middle = (shape-side)/2+r.uniform(-1, 1, 3)*jitter*size
-    if box is not None: # the start may lie anywhere between "the box ends here" and "the box begins here"
-        lo, hi = box[1]-side, box[0]
+    side = np.rint(size * r.uniform(*scale)).astype(int)
+    if box is not None:
+        side = np.clip(np.maximum(side, box[1] - box[0]), None, size)
+    middle = (shape - side) / 2 + r.uniform(-1, 1, 3) * jitter * size
+    if (
+        box is not None
+    ):  # the start may lie anywhere between "the box ends here" and "the box begins here"
+        lo, hi = box[1] - side, box[0]
         middle = np.clip(middle, np.minimum(lo, hi), np.maximum(lo, hi))
     return dict(start=np.rint(middle).astype(int), side=side)
 
-def centre(shape, size)->dict: # as `sample`
+
+def centre(shape, size) -> dict:  # as `sample`
     "The middle of a volume, as it is"
-    return dict(start=np.rint((np.array(shape)-np.array(size))/2).astype(int), side=np.array(size))
+    return dict(
+        start=np.rint((np.array(shape) - np.array(size)) / 2).astype(int), side=np.array(size)
+    )
+
 
 def apply(
-    data:np.ndarray, # volume or organ map; a memory map is read only where needed
-    how:dict, # of `sample` or `centre`
-    size, # of the crop
-    fill, # outside the volume
-    order:int=1, # 1 linear, 0 nearest
-)->np.ndarray: # shape `size`, the data's type
+    data: np.ndarray,  # volume or organ map; a memory map is read only where needed
+    how: dict,  # of `sample` or `centre`
+    size,  # of the crop
+    fill,  # outside the volume
+    order: int = 1,  # 1 linear, 0 nearest
+) -> np.ndarray:  # shape `size`, the data's type
     "Read the box and stretch it to the model's size"
     box = cut(data, how["start"], how["side"], fill)
-    if tuple(how["side"]) == tuple(size): return box
+    if tuple(how["side"]) == tuple(size):
+        return box
     from scipy.ndimage import affine_transform
-    k = np.array(how["side"])/np.array(size)
-    return affine_transform(box, k, (k-1)/2, tuple(size), order=order, mode="nearest", output=box.dtype)
+
+    k = np.array(how["side"]) / np.array(size)
+    return affine_transform(
+        box, k, (k - 1) / 2, tuple(size), order=order, mode="nearest", output=box.dtype
+    )

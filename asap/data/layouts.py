@@ -19,124 +19,201 @@ from .cohort import carve, check
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00006
 @cache
 def caution(
-    name:str, # of the cohort
-    text:str, # what is unverified, a sentence; "" where there is nothing
+    name: str,  # of the cohort
+    text: str,  # what is unverified, a sentence; "" where there is nothing
 ):
     "Say once a process what was not checked against the owners' files"
-    if text: say(f"{name}: {text}")
+    if text:
+        say(f"{name}: {text}")
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00009
 def row(
-    case:str, # names files, so it has no dots
-    image, # path of the volume
-    split:str, # train, val or test
-    patient:str="", # "" where the owners name none: the case
-    scan:str="", # "" where a scan has one volume: the case
-    **more, # target_map, findings, ..., labels, the owners' flags; a column of which nothing is said is empty
-)->dict:
+    case: str,  # names files, so it has no dots
+    image,  # path of the volume
+    split: str,  # train, val or test
+    patient: str = "",  # "" where the owners name none: the case
+    scan: str = "",  # "" where a scan has one volume: the case
+    **more,  # target_map, findings, ..., labels, the owners' flags; a column of which nothing is said is empty
+) -> dict:
     "A row of a cohort table"
-    said = dict(case=case, scan=scan or case, patient=patient or case, image=str(image), organ_map="", target_map="", findings="", impression="", split=split, time_days=None, event=None)
+    said = dict(
+        case=case,
+        scan=scan or case,
+        patient=patient or case,
+        image=str(image),
+        organ_map="",
+        target_map="",
+        findings="",
+        impression="",
+        split=split,
+        time_days=None,
+        event=None,
+    )
     return said | {k: str(v) if k.endswith(("_map", "_maps")) else v for k, v in more.items()}
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0000c
 def table(
     path,
-    need=(), # columns
-    what:str="the cohort's table", # what it is, for the message
-)->pd.DataFrame: # text everywhere, "" where empty
+    need=(),  # columns
+    what: str = "the cohort's table",  # what it is, for the message
+) -> pd.DataFrame:  # text everywhere, "" where empty
     "Read a CSV; what is missing, broken or cut off is named"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected {what} there; put it there")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected {what} there; put it there")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f: text = f.read()
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            text = f.read()
         head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except (csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): fetch or export it again") from None
+    except (csv.Error, ValueError) as e:
+        raise ValueError(
+            f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): fetch or export it again"
+        ) from None
     other = next((s for s in ";\t|" if len(head) == 1 and s in head[0]), None)
-    if other: raise ValueError(f"{path}: {other!r} stands between the columns, expected commas: export it again with commas".replace("'", "`"))
+    if other:
+        raise ValueError(
+            f"{path}: {other!r} stands between the columns, expected commas: export it again with commas".replace(
+                "'", "`"
+            )
+        )
     lost = [c for c in need if c not in head]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}, expected {what}")
+    if lost:
+        raise ValueError(
+            f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}, expected {what}"
+        )
     for n, r in enumerate(rows, 2):
-        if len(r) not in (0, len(head)): raise ValueError(f"{path}: row {n} has {len(r)} fields, expected {len(head)}: the file is cut off or a comma stands unquoted")
-    if not text.endswith(("\n", "\r")): raise ValueError(f"{path} ends in the middle of a line: the file is cut off; if it is whole, end its last line")
+        if len(r) not in (0, len(head)):
+            raise ValueError(
+                f"{path}: row {n} has {len(r)} fields, expected {len(head)}: the file is cut off or a comma stands unquoted"
+            )
+    if not text.endswith(("\n", "\r")):
+        raise ValueError(
+            f"{path} ends in the middle of a line: the file is cut off; if it is whole, end its last line"
+        )
     return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00011
-def _list(f)->dict: # what a dataset.json says, `training` checked
-    try: told = json.loads(f.read_bytes())
-    except ValueError as e: raise ValueError(f"{f} is not valid JSON ({e}): fetch it again") from None
+def _list(f) -> dict:  # what a dataset.json says, `training` checked
+    try:
+        told = json.loads(f.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{f} is not valid JSON ({e}): fetch it again") from None
     pairs = told.get("training") if isinstance(told, dict) else None
-    if not isinstance(pairs, list) or not pairs: raise ValueError(f"{f}: no list `training`, expected one of {{image, label}}: is this a decathlon's list?")
+    if not isinstance(pairs, list) or not pairs:
+        raise ValueError(
+            f"{f}: no list `training`, expected one of {{image, label}}: is this a decathlon's list?"
+        )
     odd = [p for p in pairs if not _pair(p)]
-    if odd: raise ValueError(f"{f}: no list `training` of pairs: {odd[0]!r} in it, expected {{image, label}}")
+    if odd:
+        raise ValueError(
+            f"{f}: no list `training` of pairs: {odd[0]!r} in it, expected {{image, label}}"
+        )
     return dict(told, file=f)
 
-def _pair(p)->bool: return isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("image", "label"))
+
+def _pair(p) -> bool:
+    return isinstance(p, dict) and all(isinstance(p.get(k), str) for k in ("image", "label"))
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00012
-SPELLED = {"esophagus": "oesophagus"} # American in some lists
+SPELLED = {"esophagus": "oesophagus"}  # American in some lists
 
-def _named(told, targets): # labels called otherwise are another task's
+
+def _named(told, targets):  # labels called otherwise are another task's
     labels = told.get("labels") if isinstance(told.get("labels"), dict) else {}
     for value, name in targets.items():
         given = labels.get(str(value))
-        if SPELLED.get(str(given).lower(), str(given).lower()) != name: raise ValueError(f"{told['file']}: label {value} is {given!r}, expected '{name}': is this another task's list?")
+        if SPELLED.get(str(given).lower(), str(given).lower()) != name:
+            raise ValueError(
+                f"{told['file']}: label {value} is {given!r}, expected '{name}': is this another task's list?"
+            )
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00013
 def decathlon(
-    path, # folder that holds dataset.json or several dataset*.json, or one such file
-    targets:dict|None=None, # {1: "cancer"}: what the list must call its labels, in lower case; None: not looked at
-)->list: # (image, label) paths
+    path,  # folder that holds dataset.json or several dataset*.json, or one such file
+    targets: dict
+    | None = None,  # {1: "cancer"}: what the list must call its labels, in lower case; None: not looked at
+) -> list:  # (image, label) paths
     "Every image with a label that the list names, once"
     path = Path(path)
     files = [path] if path.is_file() else visible(path, "dataset*.json")
-    if not files: raise FileNotFoundError(f"{path/'dataset.json'} is missing: expected a decathlon's list beside imagesTr and labelsTr; fetch it again")
+    if not files:
+        raise FileNotFoundError(
+            f"{path / 'dataset.json'} is missing: expected a decathlon's list beside imagesTr and labelsTr; fetch it again"
+        )
     told = max(map(_list, files), key=lambda t: len(t["training"]))
     _named(told, targets or {})
-    parts = [told[k] for k in ("training", "validation", "testing", "test") if isinstance(told.get(k), list)]
+    parts = [
+        told[k]
+        for k in ("training", "validation", "testing", "test")
+        if isinstance(told.get(k), list)
+    ]
     pairs = [(p["image"], p["label"]) for part in parts for p in part if _pair(p)]
-    return [(told["file"].parent/image, told["file"].parent/label) for image, label in dict.fromkeys(pairs)]
+    return [
+        (told["file"].parent / image, told["file"].parent / label)
+        for image, label in dict.fromkeys(pairs)
+    ]
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00015
 def index(
-    d, # folder
-    training:list, # of {image, label}
-    test:list, # of images
-    labels:dict, # value as text -> name
-    name:str, # of the task
+    d,  # folder
+    training: list,  # of {image, label}
+    test: list,  # of images
+    labels: dict,  # value as text -> name
+    name: str,  # of the task
 ):
     "Write a decathlon's dataset.json"
-    write_json(dict(name=name, description="phantoms", tensorImageSize="3D", modality={"0": "CT"}, labels=labels,
-                    numTraining=len(training), numTest=len(test), training=training, test=test), d/"dataset.json")
+    write_json(
+        dict(
+            name=name,
+            description="phantoms",
+            tensorImageSize="3D",
+            modality={"0": "CT"},
+            labels=labels,
+            numTraining=len(training),
+            numTest=len(test),
+            training=training,
+            test=test,
+        ),
+        d / "dataset.json",
+    )
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0001a
-def _target(image, label, patient_of)->dict:
+def _target(image, label, patient_of) -> dict:
     case = image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_ct")
     return row(case, image, "train", patient=patient_of(case), target_map=label)
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0001b
 def pairs_table(
-    pairs:list, # (image, label) paths
-    share:float, # of the patients that are test
-    name:str, # of the cohort
-    patient_of=str, # case -> patient
-)->tuple: # cohort table, Quarantine
+    pairs: list,  # (image, label) paths
+    share: float,  # of the patients that are test
+    name: str,  # of the cohort
+    patient_of=str,  # case -> patient
+) -> tuple:  # cohort table, Quarantine
     "A table of images with targets; test is carved before what is missing is left out by name"
     rows, bad = [_target(i, l, patient_of) for i, l in pairs], Quarantine()
     t = carve(check(pd.DataFrame(rows), name), share, seed=0, into="test")
     for r in rows:
         lost = [r[k] for k in ("image", "target_map") if not Path(r[k]).exists()]
-        if lost: bad.add(r["case"], f"{lost[0]} is missing: fetch it again")
+        if lost:
+            bad.add(r["case"], f"{lost[0]} is missing: fetch it again")
     t = t[~t.case.isin({r["case"] for r in bad.rows})].reset_index(drop=True)
-    if not len(t): raise ValueError(f"cohort {name}: none of {len(rows)} cases has image and label; the first: {bad.rows[0]['reason']}")
+    if not len(t):
+        raise ValueError(
+            f"cohort {name}: none of {len(rows)} cases has image and label; the first: {bad.rows[0]['reason']}"
+        )
     return t, bad
 
 # %% ../../nbs/2_data/25_layouts.ipynb #0476e4be
 def sides(
-    mask:np.ndarray, # with two lungs
-    affine, # RAS+ mm
-    left:int, right:int, # values they shall have
-)->np.ndarray:
+    mask: np.ndarray,  # with two lungs
+    affine,  # RAS+ mm
+    left: int,
+    right: int,  # values they shall have
+) -> np.ndarray:
     "Name two lungs by where they lie: the left one is farther along the patient's left"
-    x = [np.argwhere(mask[::2, ::2, ::2] == v)@affine[0, :3] for v in (left, right)] # along left to right; every other voxel is enough
-    if not all(map(len, x)) or x[0].mean() < x[1].mean(): return mask
+    x = [
+        np.argwhere(mask[::2, ::2, ::2] == v) @ affine[0, :3] for v in (left, right)
+    ]  # along left to right; every other voxel is enough
+    if not all(map(len, x)) or x[0].mean() < x[1].mean():
+        return mask
     return np.where(mask == left, right, np.where(mask == right, left, mask)).astype(mask.dtype)

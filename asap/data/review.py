@@ -22,88 +22,143 @@ from .volumes import Volume, open_nifti, read, values
 from ..phantom.body import planes
 
 # %% ../../nbs/2_data/26_review.ipynb #6b7cb368
-def names()->list: # "acdc", "btcv", ...
+def names() -> list:  # "acdc", "btcv", ...
     "The data sets that there are"
-    return sorted(Cohorts.model_fields) # masks that lie beside a data set have a page too, and are none
+    return sorted(
+        Cohorts.model_fields
+    )  # masks that lie beside a data set have a page too, and are none
 
-def adapter_of(name:str):
+
+def adapter_of(name: str):
     "The module of a data set"
-    if name not in names(): raise ValueError(f"no cohort `{name}`: there are {', '.join(names())}")
+    if name not in names():
+        raise ValueError(f"no cohort `{name}`: there are {', '.join(names())}")
     return importlib.import_module(f"asap.data.cohorts.{name}")
 
+
 def options(
-    name:str, # of a data set
-    p, # params
-)->dict: # for its `read`
+    name: str,  # of a data set
+    p,  # params
+) -> dict:  # for its `read`
     "The row `cohorts.<name>` of the params, without `lists` and without what is null"
-    return {k: v for k, v in getattr(p.cohorts, name).model_dump().items() if k != "lists" and v is not None}
+    return {
+        k: v
+        for k, v in getattr(p.cohorts, name).model_dump().items()
+        if k != "lists" and v is not None
+    }
 
 # %% ../../nbs/2_data/26_review.ipynb #ae06d975
-RULES = dict(finite="values that are no numbers", size="too small", hounsfield="no Hounsfield units", spacing="spacing not believable", slices="slices missing or repeated",
-             orientation="orientation wrong or not given", **{"field of view": "no chest"})
-KINDS = [ # kind, words of the sentence, what to do
+RULES = dict(
+    finite="values that are no numbers",
+    size="too small",
+    hounsfield="no Hounsfield units",
+    spacing="spacing not believable",
+    slices="slices missing or repeated",
+    orientation="orientation wrong or not given",
+    **{"field of view": "no chest"},
+)
+KINDS = [  # kind, words of the sentence, what to do
     ("patient in two splits", r"^patient `.*` is in |patient is in the ", "split by patient"),
     ("name there twice", r"is there \d+ times", "give each volume a name of its own"),
-    ("no row in the tables", r"^no (row|report in|labels in|slope)|is asked about|is in the lists", "add its row, or take the file away"),
+    (
+        "no row in the tables",
+        r"^no (row|report in|labels in|slope)|is asked about|is in the lists",
+        "add its row, or take the file away",
+    ),
     ("no report", r"^no report", "fill in the report, or take the row out"),
     ("unknown split", r"^split `", "correct the column"),
     ("name with other signs", r"expected letters", "rename it, here and wherever it is used"),
     ("label or time", r"expected (0, 1|0 or 1|a number of days)", "correct the table"),
     ("no permission", r"Permission denied", "let your account read the file"),
     ("path out of the folder", r"leads out of", "copy or link the file into it"),
-    ("file missing", r"is missing|missing or empty|^no (image|scan)", "correct its path in the table, or fetch it"),
+    (
+        "file missing",
+        r"is missing|missing or empty|^no (image|scan)",
+        "correct its path in the table, or fetch it",
+    ),
     ("file broken", r"truncated|broken|cannot be (read|decoded)|cut off", "fetch it again"),
-    ("no Hounsfield units", r"not Hounsfield|declared as 8-bit", "give the CT itself, not pictures of it"),
-    ("not one volume", r"three axes|a picture, not|values a |frames in one file|one slice|no position|is no format|no DICOM image", "give the one series or file that is the CT"),
+    (
+        "no Hounsfield units",
+        r"not Hounsfield|declared as 8-bit",
+        "give the CT itself, not pictures of it",
+    ),
+    (
+        "not one volume",
+        r"three axes|a picture, not|values a |frames in one file|one slice|no position|is no format|no DICOM image",
+        "give the one series or file that is the CT",
+    ),
 ]
 
-def sort(reason:str)->tuple: # kind, reason, what to do
+
+def sort(reason: str) -> tuple:  # kind, reason, what to do
     "The kind of a refusal by the words of its sentence"
     reason = re.sub(r"^(ValueError|FileNotFoundError|OSError): ", "", reason)
-    kind, do = next(((k, do) for k, words, do in KINDS if re.search(words, reason)), ("other", "see the reason"))
+    kind, do = next(
+        ((k, do) for k, words, do in KINDS if re.search(words, reason)), ("other", "see the reason")
+    )
     return kind, reason.removesuffix(f": {do}"), do
 
-def errors(found:list)->tuple|None: # kind, reason, what to do; None where there is no error
+
+def errors(found: list) -> tuple | None:  # kind, reason, what to do; None where there is no error
     "The refusal by what the checks found"
     bad = [f for f in found if f.level == "error"]
     join = lambda parts: "; also: ".join(dict.fromkeys(parts))
-    return (RULES[bad[0].rule], join(f"{f.found}, expected {f.expected}" for f in bad), join(f.do for f in bad)) if bad else None
+    return (
+        (
+            RULES[bad[0].rule],
+            join(f"{f.found}, expected {f.expected}" for f in bad),
+            join(f.do for f in bad),
+        )
+        if bad
+        else None
+    )
 
 # %% ../../nbs/2_data/26_review.ipynb #e8ae4ce9
 @dataclass
 class Looked:
     "What the files of a case say"
-    case:str
-    refused:tuple|None = None # kind, reason, what to do
-    warnings:tuple = () # (rule, warning, what to do)
-    facts:dict = field(default_factory=dict) # shape, spacing, axes, format, content
-    picture:bytes = b"" # JPEG
 
-def content(v:Volume)->str: # 16 hexadecimal digits
+    case: str
+    refused: tuple | None = None  # kind, reason, what to do
+    warnings: tuple = ()  # (rule, warning, what to do)
+    facts: dict = field(default_factory=dict)  # shape, spacing, axes, format, content
+    picture: bytes = b""  # JPEG
+
+
+def content(v: Volume) -> str:  # 16 hexadecimal digits
     "Hash of the voxels, whatever the format and the order of the axes"
     hu = v.ras().hu
     h = hashlib.blake2b(repr(hu.shape).encode(), digest_size=8)
-    for k in range(hu.shape[2]): h.update(np.rint(hu[:, :, k]).astype(np.int16).tobytes())
+    for k in range(hu.shape[2]):
+        h.update(np.rint(hu[:, :, k]).astype(np.int16).tobytes())
     return h.hexdigest()
 
-def _heard(text)->list: # warnings, out of what `say` said
-    return [("series", line.split(": ", 1)[1], "is this the series that the report is about?") for line in text.splitlines() if " series; read " in line]
+
+def _heard(text) -> list:  # warnings, out of what `say` said
+    return [
+        ("series", line.split(": ", 1)[1], "is this the series that the report is about?")
+        for line in text.splitlines()
+        if " series; read " in line
+    ]
 
 # %% ../../nbs/2_data/26_review.ipynb #a91dce57
 def picture(
-    v:Volume,
-    box:tuple=(110, 100), # pixels that a plane may fill
-)->bytes: # JPEG
+    v: Volume,
+    box: tuple = (110, 100),  # pixels that a plane may fill
+) -> bytes:  # JPEG
     "Coronal, sagittal and axial plane through the middle, small"
     from PIL import Image
+
     v, (lo, hi) = v.ras(), (-500, 600) if v.facts.get("intensity") == "mr" else (-1000, 400)
-    out, data = Image.new("L", (3*box[0], box[1])), io.BytesIO()
+    out, data = Image.new("L", (3 * box[0], box[1])), io.BytesIO()
     for i, (img, aspect) in enumerate(planes(np.asarray(v.hu), v.spacing)):
-        grey = (np.clip((img.astype(np.float32)-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
-        wide, high = img.shape[1], img.shape[0]*aspect
-        scale = min(box[0]/wide, box[1]/high)
-        tile = Image.fromarray(grey).resize((max(1, round(wide*scale)), max(1, round(high*scale))), Image.Resampling.BILINEAR)
-        out.paste(tile, (i*box[0]+(box[0]-tile.width)//2, (box[1]-tile.height)//2))
+        grey = (np.clip((img.astype(np.float32) - lo) / (hi - lo), 0, 1) * 255).astype(np.uint8)
+        wide, high = img.shape[1], img.shape[0] * aspect
+        scale = min(box[0] / wide, box[1] / high)
+        tile = Image.fromarray(grey).resize(
+            (max(1, round(wide * scale)), max(1, round(high * scale))), Image.Resampling.BILINEAR
+        )
+        out.paste(tile, (i * box[0] + (box[0] - tile.width) // 2, (box[1] - tile.height) // 2))
     out.save(data, "JPEG", quality=70)
     return data.getvalue()
 
@@ -111,34 +166,53 @@ def picture(
 def _organs(row, adapter, v):
     check_organs(row["organ_map"], v)
     path = Path(row["organ_map"])
-    for f in visible(path, "*.nii*") if path.is_dir() else [path]: values(open_nifti(f), f)
+    for f in visible(path, "*.nii*") if path.is_dir() else [path]:
+        values(open_nifti(f), f)
+
 
 def _target(row, adapter, v):
     path = row["target_map"]
-    if hasattr(adapter, "target"): data, affine = adapter.target(path)
-    else: data, affine = (m := read(path)).hu, m.affine
+    if hasattr(adapter, "target"):
+        data, affine = adapter.target(path)
+    else:
+        data, affine = (m := read(path)).hu, m.affine
     checks.check_mask(data.shape, affine, v, path)
 
-MAPS = [("organ map", "organ_map", _organs, "give the map of this very image, or leave it empty"),
-        ("target map", "target_map", _target, "give the target of this very image, or take the case out")]
 
-def maps(row:dict, adapter, v:Volume)->tuple|None: # kind, reason, what to do
+MAPS = [
+    ("organ map", "organ_map", _organs, "give the map of this very image, or leave it empty"),
+    (
+        "target map",
+        "target_map",
+        _target,
+        "give the target of this very image, or take the case out",
+    ),
+]
+
+
+def maps(row: dict, adapter, v: Volume) -> tuple | None:  # kind, reason, what to do
     "The refusal by a map that cannot be read or does not lie on its image"
     for kind, column, on, do in MAPS:
-        if not row[column] or (kind == "target map" and not adapter.TARGETS): continue
-        try: on(row, adapter, v)
+        if not row[column] or (kind == "target map" and not adapter.TARGETS):
+            continue
+        try:
+            on(row, adapter, v)
         except (ValueError, OSError) as e:
-            Quarantine().add(row["case"], e) # raises again what is the machine's fault
+            Quarantine().add(row["case"], e)  # raises again what is the machine's fault
             why, reason, repair = sort(str(e))
-            return kind, reason.removesuffix(": is it of another scan?"), repair if why in ("file broken", "file missing", "no permission") else do
+            return (
+                kind,
+                reason.removesuffix(": is it of another scan?"),
+                repair if why in ("file broken", "file missing", "no permission") else do,
+            )
 
 # %% ../../nbs/2_data/26_review.ipynb #a69a8edf
 def look(
-    row:dict, # case, image, organ_map, target_map
-    name:str, # of the data set
-    stored:bool=False, # the adapter's open_volume reads it
-    pictured:bool=False,
-)->Looked:
+    row: dict,  # case, image, organ_map, target_map
+    name: str,  # of the data set
+    stored: bool = False,  # the adapter's open_volume reads it
+    pictured: bool = False,
+) -> Looked:
     "Read a case and say whether it can be used"
     adapter, out, heard = adapter_of(name), Looked(row["case"]), io.StringIO()
     try:
@@ -147,101 +221,209 @@ def look(
             v = adapter.open_volume(row["image"]) if stored else read(row["image"], adapter.SOURCE)
         found = checks.check(v)
         out.refused = errors(found) or maps(row, adapter, v)
-    except MemoryError: raise
+    except MemoryError:
+        raise
     except Exception as e:
-        bad = Quarantine(); bad.add(row["case"], e) # as above
+        bad = Quarantine()
+        bad.add(row["case"], e)  # as above
         out.refused = sort(bad.rows[0]["reason"])
         return out
-    out.warnings = (*_heard(heard.getvalue()), *((f.rule, f"{f.found}, expected {f.expected}", f.do) for f in found if f.level == "warning"))
-    out.facts = dict(shape=v.hu.shape, spacing=tuple(round(s, 3) for s in v.spacing), axes=v.axes, format=v.facts["format"], content="" if out.refused else content(v))
-    if pictured and not out.refused: out.picture = picture(v)
+    out.warnings = (
+        *_heard(heard.getvalue()),
+        *(
+            (f.rule, f"{f.found}, expected {f.expected}", f.do)
+            for f in found
+            if f.level == "warning"
+        ),
+    )
+    out.facts = dict(
+        shape=v.hu.shape,
+        spacing=tuple(round(s, 3) for s in v.spacing),
+        axes=v.axes,
+        format=v.facts["format"],
+        content="" if out.refused else content(v),
+    )
+    if pictured and not out.refused:
+        out.picture = picture(v)
     return out
 
 # %% ../../nbs/2_data/26_review.ipynb #a09d7420
 @dataclass
 class Review:
     "What is usable of a data set"
-    name:str # of the cohort
-    table:pd.DataFrame # the usable cases: the cohort's columns, and what their files say
-    refused:pd.DataFrame # case, kind, reason, do
-    warnings:pd.DataFrame # case, rule, warning, do; of usable cases
-    pictures:dict # case -> JPEG
 
-def _table(name, root, told)->tuple: # the adapter's table; without a row where no case is whole
-    try: return adapter_of(name).read(root, **told)
+    name: str  # of the cohort
+    table: pd.DataFrame  # the usable cases: the cohort's columns, and what their files say
+    refused: pd.DataFrame  # case, kind, reason, do
+    warnings: pd.DataFrame  # case, rule, warning, do; of usable cases
+    pictures: dict  # case -> JPEG
+
+
+def _table(name, root, told) -> tuple:  # the adapter's table; without a row where no case is whole
+    try:
+        return adapter_of(name).read(root, **told)
     except ValueError as e:
-        if not len(getattr(e, "bad", ())): raise
+        if not len(getattr(e, "bad", ())):
+            raise
         return pd.DataFrame(columns=COLUMNS), e.bad
 
-def _frame(rows, columns)->pd.DataFrame: return pd.DataFrame(rows, columns=columns, dtype=object)
+
+def _frame(rows, columns) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 # %% ../../nbs/2_data/26_review.ipynb #6d51235c
 def review(
-    root, # the data set's folder, in its owners' layout; only read
-    name:str="own", # of the cohort
-    told:dict|None=None, # options of its `read`
-    jobs:int=2, # processes
-    pictures:int=24, # at most
-)->Review:
+    root,  # the data set's folder, in its owners' layout; only read
+    name: str = "own",  # of the cohort
+    told: dict | None = None,  # options of its `read`
+    jobs: int = 2,  # processes
+    pictures: int = 24,  # at most
+) -> Review:
     "Read the table, look at every case, sort what is usable from what is not"
     root = Path(root).absolute()
     table, bad = _table(name, root, told or {})
-    chosen = set(np.linspace(0, len(table)-1, min(len(table), 2*pictures)).astype(int).tolist()) # some of them may be refused
+    chosen = set(
+        np.linspace(0, len(table) - 1, min(len(table), 2 * pictures)).astype(int).tolist()
+    )  # some of them may be refused
     cases = table[["case", "image", "organ_map", "target_map"]].to_dict("records")
-    looked = each(look, [(r, name, "slope" in table, i in chosen) for i, r in enumerate(cases)], jobs, "check")
+    looked = each(
+        look, [(r, name, "slope" in table, i in chosen) for i, r in enumerate(cases)], jobs, "check"
+    )
     short = lambda text: text.replace(f"{root}/", "")
-    refused = [(r["case"], *map(short, sort(r["reason"]))) for r in bad.rows]+[(x.case, *map(short, x.refused)) for x in looked if x.refused]
+    refused = [(r["case"], *map(short, sort(r["reason"]))) for r in bad.rows] + [
+        (x.case, *map(short, x.refused)) for x in looked if x.refused
+    ]
     good = [x for x in looked if not x.refused]
     usable = table[np.array([not x.refused for x in looked], bool)].reset_index(drop=True)
-    usable = pd.concat([usable, _frame([x.facts for x in good], ["shape", "spacing", "axes", "format", "content"])], axis=1)
+    usable = pd.concat(
+        [
+            usable,
+            _frame([x.facts for x in good], ["shape", "spacing", "axes", "format", "content"]),
+        ],
+        axis=1,
+    )
     doubts = [(x.case, rule, short(w), do) for x in good for rule, w, do in x.warnings]
     shown = [x for x in good if x.picture][:pictures]
-    return Review(name, usable, _frame(refused, ["case", "kind", "reason", "do"]), _frame(doubts, ["case", "rule", "warning", "do"]), {x.case: x.picture for x in shown})
+    return Review(
+        name,
+        usable,
+        _frame(refused, ["case", "kind", "reason", "do"]),
+        _frame(doubts, ["case", "rule", "warning", "do"]),
+        {x.case: x.picture for x in shown},
+    )
 
 # %% ../../nbs/2_data/26_review.ipynb #cb053047
-def twice(r:Review)->pd.DataFrame: # what, cases, patients, splits; the worst first
+def twice(r: Review) -> pd.DataFrame:  # what, cases, patients, splits; the worst first
     "Usable scans with the same voxels or the same report"
-    found, table = duplicates(r.table, dict(zip(r.table.case, r.table.content))), r.table.set_index("case")
-    pairs = [(kind, table.loc[[twin, *d.case]]) for (kind, twin), d in found.groupby(["kind", "twin"])]
-    rows = [dict(what=f"the same {kind}", cases=list(g.index), patients=g.patient.nunique(), splits=[s for s in SPLITS if s in set(g.split)]) for kind, g in pairs]
-    return _frame(sorted(rows, key=lambda x: (x["what"] == "the same report", -len(x["splits"]))), ["what", "cases", "patients", "splits"])
+    found, table = (
+        duplicates(r.table, dict(zip(r.table.case, r.table.content))),
+        r.table.set_index("case"),
+    )
+    pairs = [
+        (kind, table.loc[[twin, *d.case]]) for (kind, twin), d in found.groupby(["kind", "twin"])
+    ]
+    rows = [
+        dict(
+            what=f"the same {kind}",
+            cases=list(g.index),
+            patients=g.patient.nunique(),
+            splits=[s for s in SPLITS if s in set(g.split)],
+        )
+        for kind, g in pairs
+    ]
+    return _frame(
+        sorted(rows, key=lambda x: (x["what"] == "the same report", -len(x["splits"]))),
+        ["what", "cases", "patients", "splits"],
+    )
 
 # %% ../../nbs/2_data/26_review.ipynb #01343dc3
-def splits(r:Review)->pd.DataFrame: # split, cases, scans, patients
+def splits(r: Review) -> pd.DataFrame:  # split, cases, scans, patients
     "How many of what on each side"
-    g = r.table.groupby("split")[["case", "scan", "patient"]].nunique().reindex([s for s in SPLITS if s in set(r.table.split)])
+    g = (
+        r.table.groupby("split")[["case", "scan", "patient"]]
+        .nunique()
+        .reindex([s for s in SPLITS if s in set(r.table.split)])
+    )
     return g.reset_index().rename(columns=dict(case="cases", scan="scans", patient="patients"))
 
-def labels(r:Review)->pd.DataFrame: # label, positive, negative, unknown
+
+def labels(r: Review) -> pd.DataFrame:  # label, positive, negative, unknown
     "Of the usable cases"
     count = lambda c, v: int((pd.to_numeric(r.table[c]) == v).sum())
-    return _frame([(c.removeprefix("label:"), count(c, 1), count(c, 0), int(r.table[c].isna().sum())) for c in label_columns(r.table)], ["label", "positive", "negative", "unknown"])
+    return _frame(
+        [
+            (c.removeprefix("label:"), count(c, 1), count(c, 0), int(r.table[c].isna().sum()))
+            for c in label_columns(r.table)
+        ],
+        ["label", "positive", "negative", "unknown"],
+    )
 
-def kinds(r:Review)->dict: # kind -> cases
+
+def kinds(r: Review) -> dict:  # kind -> cases
     "Refusals by their kind, the commonest first"
     return r.refused.kind.value_counts().to_dict()
 
-def counts(r:Review)->dict: # what -> how many
+
+def counts(r: Review) -> dict:  # what -> how many
     "The headline"
     t = r.table
-    report = (t.findings.astype(str)+t.impression.astype(str)).str.strip() != ""
-    return dict(usable=len(t), refused=len(r.refused), patients=t.patient.nunique(), scans=t.scan.nunique(), report=int(report.sum()),
-                organs=int((t.organ_map != "").sum()), targets=int((t.target_map != "").sum()), outcomes=int(t.time_days.notna().sum()), warnings=r.warnings.case.nunique())
+    report = (t.findings.astype(str) + t.impression.astype(str)).str.strip() != ""
+    return dict(
+        usable=len(t),
+        refused=len(r.refused),
+        patients=t.patient.nunique(),
+        scans=t.scan.nunique(),
+        report=int(report.sum()),
+        organs=int((t.organ_map != "").sum()),
+        targets=int((t.target_map != "").sum()),
+        outcomes=int(t.time_days.notna().sum()),
+        warnings=r.warnings.case.nunique(),
+    )
 
 # %% ../../nbs/2_data/26_review.ipynb #ba60b759
-def lines(r:Review)->list: # for a terminal
+def lines(r: Review) -> list:  # for a terminal
     "A line a case that is not plainly fine, then the summary"
-    n, many, facts = counts(r), lambda n, what: f"{n} {what}{'' if n == 1 else 's'}", r.table.set_index("case")
+    n, many, facts = (
+        counts(r),
+        lambda n, what: f"{n} {what}{'' if n == 1 else 's'}",
+        r.table.set_index("case"),
+    )
     out = [f"REFUSED  {x.case}: {x.reason}: {x.do}" for x in r.refused.itertuples()]
     for case, g in r.warnings.groupby("case", sort=False):
         f = facts.loc[case]
-        out.append(f"warning  {case}: {f.format} {'x'.join(map(str, f['shape']))}, {'x'.join(f'{s:.3g}' for s in f.spacing)} mm, {f['axes']}; "+"; ".join(f"{x.warning}: {x.do}" for x in g.itertuples()))
-    out += [f"warning  {', '.join(x.cases)}: {x.what} ({' and '.join(x.splits)})" for x in twice(r).itertuples()]
-    out += [f"usable   {n['usable']} of {many(n['usable']+n['refused'], 'case')}: {many(n['scans'], 'scan')} of {many(n['patients'], 'patient')}"]
-    out += [f"         {x.split}: {many(x.cases, 'case')} of {many(x.patients, 'patient')}" for x in splits(r).itertuples()]
-    out += [f"         {n['report']} with a report, {n['organs']} with an organ map"+(f", {n['targets']} with a target" if n["targets"] else "")+(f", {n['outcomes']} with a time" if n["outcomes"] else "")]
-    if len(labels(r)): out.append("labels   "+", ".join(f"{x.label} {x.positive} of {x.positive+x.negative}" for x in labels(r).itertuples()))
-    return out+[f"refused  {many(n['refused'], 'case')}"+(": " if n["refused"] else "")+", ".join(f"{v} {k}" for k, v in kinds(r).items())]
+        out.append(
+            f"warning  {case}: {f.format} {'x'.join(map(str, f['shape']))}, {'x'.join(f'{s:.3g}' for s in f.spacing)} mm, {f['axes']}; "
+            + "; ".join(f"{x.warning}: {x.do}" for x in g.itertuples())
+        )
+    out += [
+        f"warning  {', '.join(x.cases)}: {x.what} ({' and '.join(x.splits)})"
+        for x in twice(r).itertuples()
+    ]
+    out += [
+        f"usable   {n['usable']} of {many(n['usable'] + n['refused'], 'case')}: {many(n['scans'], 'scan')} of {many(n['patients'], 'patient')}"
+    ]
+    out += [
+        f"         {x.split}: {many(x.cases, 'case')} of {many(x.patients, 'patient')}"
+        for x in splits(r).itertuples()
+    ]
+    out += [
+        f"         {n['report']} with a report, {n['organs']} with an organ map"
+        + (f", {n['targets']} with a target" if n["targets"] else "")
+        + (f", {n['outcomes']} with a time" if n["outcomes"] else "")
+    ]
+    if len(labels(r)):
+        out.append(
+            "labels   "
+            + ", ".join(
+                f"{x.label} {x.positive} of {x.positive + x.negative}"
+                for x in labels(r).itertuples()
+            )
+        )
+    return out + [
+        f"refused  {many(n['refused'], 'case')}"
+        + (": " if n["refused"] else "")
+        + ", ".join(f"{v} {k}" for k, v in kinds(r).items())
+    ]
 
 # %% ../../nbs/2_data/26_review.ipynb #ec38975f
 STYLE = """
@@ -282,31 +464,71 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta n
 TABLE = """<div class="wide"><table class="{{ wide }}"><thead><tr>{% for c in t %}<th{% if c in right %} class="n"{% endif %}>{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for r in t.itertuples(index=False) %}<tr>{% for c, v in zip(t, r) %}<td{% if c in right %} class="n"{% elif c == "case" %} class="keep"{% endif %}>{{ v }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>"""
 
-def _table_html(env, t, right=(), wide="")->str:
+
+def _table_html(env, t, right=(), wide="") -> str:
     return env.from_string(TABLE).render(t=t, right=right, wide=wide, zip=zip)
 
-def _listed(r)->pd.DataFrame: # the usable cases, as a person reads them
+
+def _listed(r) -> pd.DataFrame:  # the usable cases, as a person reads them
     t, doubts = r.table, r.warnings.groupby("case").rule.agg(lambda x: ", ".join(dict.fromkeys(x)))
     words = [len(f"{f} {i}".split()) or "" for f, i in zip(t.findings, t.impression)]
-    return pd.DataFrame(dict(case=t.case, split=t.split, voxels=[" x ".join(map(str, s)) for s in t["shape"]], mm=[" x ".join(f"{x:.3g}" for x in s) for s in t.spacing],
-                             format=t.format, report=words, organs=["yes" if m else "no" for m in t.organ_map], warnings=[doubts.get(c, "") for c in t.case])).rename(
-                             columns=dict(mm="spacing, mm", report="words of report", organs="organ map"))
+    return pd.DataFrame(
+        dict(
+            case=t.case,
+            split=t.split,
+            voxels=[" x ".join(map(str, s)) for s in t["shape"]],
+            mm=[" x ".join(f"{x:.3g}" for x in s) for s in t.spacing],
+            format=t.format,
+            report=words,
+            organs=["yes" if m else "no" for m in t.organ_map],
+            warnings=[doubts.get(c, "") for c in t.case],
+        )
+    ).rename(columns=dict(mm="spacing, mm", report="words of report", organs="organ map"))
 
-def _cards(n)->list: # figure, what, tone
+
+def _cards(n) -> list:  # figure, what, tone
     some = [(n["targets"], "with a target", ""), (n["outcomes"], "with a time", "")]
-    return [(n["usable"], "usable cases", "good"), (n["refused"], "refused", "bad" if n["refused"] else ""), (n["warnings"], "with a warning", "doubt" if n["warnings"] else ""), (n["patients"], "patients", ""),
-            (n["scans"], "scans", ""), (n["report"], "with a report", ""), (n["organs"], "with an organ map", ""), *(s for s in some if s[0])]
+    return [
+        (n["usable"], "usable cases", "good"),
+        (n["refused"], "refused", "bad" if n["refused"] else ""),
+        (n["warnings"], "with a warning", "doubt" if n["warnings"] else ""),
+        (n["patients"], "patients", ""),
+        (n["scans"], "scans", ""),
+        (n["report"], "with a report", ""),
+        (n["organs"], "with an organ map", ""),
+        *(s for s in some if s[0]),
+    ]
 
 # %% ../../nbs/2_data/26_review.ipynb #23b83e1e
-def page(r:Review)->str: # HTML
+def page(r: Review) -> str:  # HTML
     "One page that opens from disk; nothing is fetched"
     from jinja2 import Environment
-    env, n, twins, numbers = Environment(autoescape=True), counts(r), twice(r), ("cases", "scans", "patients", "positive", "negative", "unknown", "words of report")
+
+    env, n, twins, numbers = (
+        Environment(autoescape=True),
+        counts(r),
+        twice(r),
+        ("cases", "scans", "patients", "positive", "negative", "unknown", "words of report"),
+    )
     show = lambda t, wide="": _table_html(env, t, numbers, wide)
-    pairs = twins.assign(cases=[", ".join(c) for c in twins.cases], splits=[" and ".join(s) for s in twins.splits])
+    pairs = twins.assign(
+        cases=[", ".join(c) for c in twins.cases], splits=[" and ".join(s) for s in twins.splits]
+    )
     side = dict(zip(r.table.case, r.table.split))
     return env.from_string(TEMPLATE).render(
-        name=r.name, style=STYLE, n=n, cards=_cards(n), split=show(splits(r)), refused=[(k, r.refused[r.refused.kind == k].to_dict("records")) for k in kinds(r)],
-        kind=show(pd.DataFrame(dict(refused=kinds(r).keys(), cases=kinds(r).values()))) if n["refused"] else "",
-        warnings=show(r.warnings.drop(columns="rule").rename(columns={"do": "what to do"}), "full"), twins=twins, pairs=_table_html(env, pairs, ("patients",)),
-        labels=show(labels(r)) if len(labels(r)) else "", usable=show(_listed(r), "full"), looks=[(c, side[c], base64.b64encode(d).decode()) for c, d in r.pictures.items()])
+        name=r.name,
+        style=STYLE,
+        n=n,
+        cards=_cards(n),
+        split=show(splits(r)),
+        refused=[(k, r.refused[r.refused.kind == k].to_dict("records")) for k in kinds(r)],
+        kind=show(pd.DataFrame(dict(refused=kinds(r).keys(), cases=kinds(r).values())))
+        if n["refused"]
+        else "",
+        warnings=show(r.warnings.drop(columns="rule").rename(columns={"do": "what to do"}), "full"),
+        twins=twins,
+        pairs=_table_html(env, pairs, ("patients",)),
+        labels=show(labels(r)) if len(labels(r)) else "",
+        usable=show(_listed(r), "full"),
+        looks=[(c, side[c], base64.b64encode(d).decode()) for c, d in r.pictures.items()],
+    )

@@ -15,31 +15,63 @@ from ..core import code_hash, difference, fingerprint, read_json, say, write_jso
 from .cohort import PHANTOMS, contents
 
 # %% ../../nbs/2_data/27_synthesize.ipynb #44158ebd
-DRAWN = ["asap.data.volumes", "asap.data.layouts", "asap.phantom.body", "asap.phantom.abnormalities", "asap.phantom.words"] # what every miniature is drawn by
-BESIDE = ["radgenome", "rex_grounding_ct"] # tables and masks for the volumes of CT-RATE's tree, which must be there; drawn with it where it is drawn
+DRAWN = [
+    "asap.data.volumes",
+    "asap.data.layouts",
+    "asap.phantom.body",
+    "asap.phantom.abnormalities",
+    "asap.phantom.words",
+]  # what every miniature is drawn by
+BESIDE = [
+    "radgenome",
+    "rex_grounding_ct",
+]  # tables and masks for the volumes of CT-RATE's tree, which must be there; drawn with it where it is drawn
+
 
 def make(
-    name:str, # of the data set
-    out:Path, # folder of all of them
-    records:Path, # folder of what each was made by
-    patients, # train, test
-    seed, jobs:int, how:dict, # size, spacing, recon_share
-    beside:dict|None=None, # name -> patients of those to draw while each chest is there
-    drawn:dict|None=None, # what was drawn of this one while another's chests were there; gets what is drawn of `beside`
-)->bool: # was it drawn?
+    name: str,  # of the data set
+    out: Path,  # folder of all of them
+    records: Path,  # folder of what each was made by
+    patients,  # train, test
+    seed,
+    jobs: int,
+    how: dict,  # size, spacing, recon_share
+    beside: dict | None = None,  # name -> patients of those to draw while each chest is there
+    drawn: dict
+    | None = None,  # what was drawn of this one while another's chests were there; gets what is drawn of `beside`
+) -> bool:  # was it drawn?
     "Draw one data set, unless it is there as it was made"
-    adapter, record = import_module(f"asap.data.cohorts.{name}"), records/f"{name}.json"
-    fp = fingerprint(seed=seed, patients=patients, how=how, code=code_hash(*DRAWN, *(["asap.data.cohorts.ct_rate"] if name in BESIDE else []), adapter.__name__))
+    adapter, record = import_module(f"asap.data.cohorts.{name}"), records / f"{name}.json"
+    fp = fingerprint(
+        seed=seed,
+        patients=patients,
+        how=how,
+        code=code_hash(
+            *DRAWN, *(["asap.data.cohorts.ct_rate"] if name in BESIDE else []), adapter.__name__
+        ),
+    )
     old = read_json(record) if record.exists() else {}
-    if old.get("fingerprint") == fp and old["contents"] == contents(out/name): return False
-    if old: say(f"{name}: drawn anew, because {difference(old['fingerprint'], fp) or 'its files are not what was written'}")
+    if old.get("fingerprint") == fp and old["contents"] == contents(out / name):
+        return False
+    if old:
+        say(
+            f"{name}: drawn anew, because {difference(old['fingerprint'], fp) or 'its files are not what was written'}"
+        )
     drawn = {} if drawn is None else drawn
-    for n in {name, *(beside or {})}-{*drawn}: (records/f"{n}.json").unlink(missing_ok=True); shutil.rmtree(out/n, ignore_errors=True)
-    along = [partial(import_module(f"asap.data.cohorts.{n}").along, root=out/n, patients=p) for n, p in (beside or {}).items()]
+    for n in {name, *(beside or {})} - {*drawn}:
+        (records / f"{n}.json").unlink(missing_ok=True)
+        shutil.rmtree(out / n, ignore_errors=True)
+    along = [
+        partial(import_module(f"asap.data.cohorts.{n}").along, root=out / n, patients=p)
+        for n, p in (beside or {}).items()
+    ]
     more = dict(also=along) if beside else dict(drawn=drawn[name]) if name in drawn else {}
-    got = adapter.write(out/name, seed, *patients, jobs=jobs, **how, **more)
-    drawn |= {n: {split: [row[k] for row in rows] for split, rows in got.items()} for k, n in enumerate(beside or {})}
-    write_json(dict(fingerprint=fp, contents=contents(out/name)), record)
+    got = adapter.write(out / name, seed, *patients, jobs=jobs, **how, **more)
+    drawn |= {
+        n: {split: [row[k] for row in rows] for split, rows in got.items()}
+        for k, n in enumerate(beside or {})
+    }
+    write_json(dict(fingerprint=fp, contents=contents(out / name)), record)
     return True
 
 # %% ../../nbs/2_data/27_synthesize.ipynb #1e4d6c4b
@@ -47,18 +79,32 @@ NOTE = """The data sets in this folder are phantoms, drawn by a program from a s
 Each is written in the layout in which the owners of the real one publish theirs.
 """
 
+
 def run(
-    patients:dict, # name of the data set -> [train, test]
-    out:Path, # folder to hold them
-    records:Path, # folder of what each was made by
-    seed, jobs:int, how:dict, # size, spacing, recon_share
-)->list: # those that were drawn
+    patients: dict,  # name of the data set -> [train, test]
+    out: Path,  # folder to hold them
+    records: Path,  # folder of what each was made by
+    seed,
+    jobs: int,
+    how: dict,  # size, spacing, recon_share
+) -> list:  # those that were drawn
     "Draw every data set that is asked for; away with others"
-    asked = {**patients, **({"rex_grounding_ct": patients["ct_rate"]} if "ct_rate" in patients else {})}
-    for d in (out.iterdir() if out.exists() else ()):
-        if d.is_dir() and d.name not in asked: shutil.rmtree(d); (records/f"{d.name}.json").unlink(missing_ok=True)
+    asked = {
+        **patients,
+        **({"rex_grounding_ct": patients["ct_rate"]} if "ct_rate" in patients else {}),
+    }
+    for d in out.iterdir() if out.exists() else ():
+        if d.is_dir() and d.name not in asked:
+            shutil.rmtree(d)
+            (records / f"{d.name}.json").unlink(missing_ok=True)
     names, drawn = sorted(asked, key=lambda n: n in BESIDE), {}
     beside = {n: asked[n] for n in BESIDE if n in asked and "ct_rate" in asked}
-    made = [n for n in names if make(n, out, records, asked[n], seed, jobs, how, beside if n == "ct_rate" else None, drawn)]
-    write_text(NOTE, out/PHANTOMS)
+    made = [
+        n
+        for n in names
+        if make(
+            n, out, records, asked[n], seed, jobs, how, beside if n == "ct_rate" else None, drawn
+        )
+    ]
+    write_text(NOTE, out / PHANTOMS)
     return made

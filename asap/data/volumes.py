@@ -20,326 +20,555 @@ from ..core import atomic, say, visible
 @dataclass
 class Volume:
     "Hounsfield units with the affine that says where each voxel lies (RAS+ millimetres)"
-    hu:np.ndarray # (W,H,D)
-    affine:np.ndarray # 4x4, voxel -> mm
-    facts:dict = field(default_factory=dict, repr=False) # what else the file said
+
+    hu: np.ndarray  # (W,H,D)
+    affine: np.ndarray  # 4x4, voxel -> mm
+    facts: dict = field(default_factory=dict, repr=False)  # what else the file said
+
     @property
-    def spacing(self)->tuple: # mm along each axis
-        return tuple(float(s) for s in np.sqrt((self.affine[:3, :3]**2).sum(0)))
+    def spacing(self) -> tuple:  # mm along each axis
+        return tuple(float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(0)))
+
     @property
-    def axes(self)->str: # such as "LPS": where each array axis points, to the nearest
+    def axes(self) -> str:  # such as "LPS": where each array axis points, to the nearest
         return "".join(nib.aff2axcodes(self.affine))
-    def ras(self)->"Volume": # the same voxels
+
+    def ras(self) -> "Volume":  # the same voxels
         "Axes turned and swapped to the nearest RAS, nothing resampled"
         turn = nib.io_orientation(self.affine)
-        return Volume(nib.apply_orientation(self.hu, turn), self.affine@nib.orientations.inv_ornt_aff(turn, self.hu.shape), self.facts)
+        return Volume(
+            nib.apply_orientation(self.hu, turn),
+            self.affine @ nib.orientations.inv_ornt_aff(turn, self.hu.shape),
+            self.facts,
+        )
+
     def show(self, at=None, lo=-1000, hi=400):
         "Three planes, as a radiologist looks at them"
         import matplotlib.pyplot as plt
         from asap.phantom.body import planes
+
         fig, axes = plt.subplots(1, 3, figsize=(9, 3))
         v = self.ras()
         for ax, (img, aspect) in zip(axes, planes(np.asarray(v.hu), v.spacing, at)):
-            ax.imshow(img, cmap="gray", vmin=lo, vmax=hi, aspect=aspect); ax.axis("off")
+            ax.imshow(img, cmap="gray", vmin=lo, vmax=hi, aspect=aspect)
+            ax.axis("off")
         return fig
 
 # %% ../../nbs/2_data/20_volumes.ipynb #dea8bfd5
 @dataclass(frozen=True)
 class Source:
     "What the owners of a data set say of its files"
-    intensity:str|tuple = "hu" # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
-    spacing:tuple|None = None # assumed, mm along each array axis; None: the file must say it
-    axes:str = "LPS" # where each array axis points, for files that do not say (npz without affine, pictures)
-    chest:bool = True # False: an abdomen, a heart; lungs are not expected
 
-def placed(shape, spacing, axes:str="LPS")->np.ndarray: # 4x4
+    intensity: str | tuple = (
+        "hu"  # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
+    )
+    spacing: tuple | None = None  # assumed, mm along each array axis; None: the file must say it
+    axes: str = "LPS"  # where each array axis points, for files that do not say (npz without affine, pictures)
+    chest: bool = True  # False: an abdomen, a heart; lungs are not expected
+
+
+def placed(shape, spacing, axes: str = "LPS") -> np.ndarray:  # 4x4
     "An affine for an array of which only spacing and directions are known; its middle is at 0"
     a = np.eye(4)
     for i, (s, letter) in enumerate(zip(spacing, axes)):
         row = next(r for r, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
-        a[:3, i] = 0; a[row, i] = s if letter in "RAS" else -s
-    a[:3, 3] = -a[:3, :3]@((np.array(shape)-1)/2)
+        a[:3, i] = 0
+        a[row, i] = s if letter in "RAS" else -s
+    a[:3, 3] = -a[:3, :3] @ ((np.array(shape) - 1) / 2)
     return a
 
-def to_hu(values:np.ndarray, intensity)->np.ndarray: # int16 or float32
+
+def to_hu(values: np.ndarray, intensity) -> np.ndarray:  # int16 or float32
     "Declared intensities on the scale of Hounsfield units: a window backwards, MR as 200 times its z-score over the foreground"
-    if intensity == "hu": return values
+    if intensity == "hu":
+        return values
     v = values.astype(np.float32)
     if intensity == "mr":
-        front = v[v > v.mean()*0.1] if (v > v.mean()*0.1).any() else v
-        return np.clip(200*(v-front.mean())/max(float(front.std()), 1e-6), -1000, 1000)
+        front = v[v > v.mean() * 0.1] if (v > v.mean() * 0.1).any() else v
+        return np.clip(200 * (v - front.mean()) / max(float(front.std()), 1e-6), -1000, 1000)
     _, lo, hi = intensity
-    if v.min() < 0 or v.max() > 255: raise ValueError(f"values {v.min():g} to {v.max():g}, declared as 8-bit pictures of a window: expected 0 to 255")
-    return lo+v*np.float32((hi-lo)/255)
+    if v.min() < 0 or v.max() > 255:
+        raise ValueError(
+            f"values {v.min():g} to {v.max():g}, declared as 8-bit pictures of a window: expected 0 to 255"
+        )
+    return lo + v * np.float32((hi - lo) / 255)
 
 # %% ../../nbs/2_data/20_volumes.ipynb #b36f1f73
-def open_nifti(path)->nib.Nifti1Image:
+def open_nifti(path) -> nib.Nifti1Image:
     "Open a NIfTI file; what is missing, empty or broken is named"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing")
-    try: return nib.load(path)
-    except PermissionError: raise
-    except Exception as e: raise ValueError(f"{path} cannot be read as NIfTI ({type(e).__name__}: {e}): fetch or convert it again") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return nib.load(path)
+    except PermissionError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{path} cannot be read as NIfTI ({type(e).__name__}: {e}): fetch or convert it again"
+        ) from None
 
-def small(data:np.ndarray)->np.ndarray: # int16 where nothing is lost, else float32
+
+def small(data: np.ndarray) -> np.ndarray:  # int16 where nothing is lost, else float32
     "The type that volumes are handled in"
-    if data.dtype == np.int16: return data
-    if data.dtype.kind in "iu" and data.size and -32768 <= data.min() and data.max() <= 32767: return data.astype(np.int16)
+    if data.dtype == np.int16:
+        return data
+    if data.dtype.kind in "iu" and data.size and -32768 <= data.min() and data.max() <= 32767:
+        return data.astype(np.int16)
     return data.astype(np.float32)
 
-def values(img, path)->np.ndarray: # int16 where nothing is lost, else float32
+
+def values(img, path) -> np.ndarray:  # int16 where nothing is lost, else float32
     "The voxels of an image; a truncated file is named"
-    if img.get_data_dtype().fields: raise ValueError(f"{path}: RGB voxels, expected one value a voxel: this is a picture, not a CT")
-    try: data = np.asanyarray(img.dataobj)
+    if img.get_data_dtype().fields:
+        raise ValueError(
+            f"{path}: RGB voxels, expected one value a voxel: this is a picture, not a CT"
+        )
+    try:
+        data = np.asanyarray(img.dataobj)
     except (OSError, EOFError, ValueError, zlib.error) as e:
-        raise ValueError(f"{path} is truncated or broken ({type(e).__name__}: {e}): fetch it again") from None
+        raise ValueError(
+            f"{path} is truncated or broken ({type(e).__name__}: {e}): fetch it again"
+        ) from None
     return small(data[..., 0] if data.ndim == 4 and data.shape[3] == 1 else data)
 
-def said(affine)->bool: # does the file say where its voxels lie, or is this the identity that libraries put where nothing is known?
+
+def said(
+    affine,
+) -> bool:  # does the file say where its voxels lie, or is this the identity that libraries put where nothing is known?
     "Is an affine more than ones and zeros?"
     return not np.array_equal(np.abs(affine), np.eye(4))
+
 
 def _nifti(path, source):
     img = open_nifti(path)
     head, zooms = img.header, tuple(float(z) for z in img.header.get_zooms()[:3])
     oriented = bool(head["qform_code"] or head["sform_code"])
-    return values(img, path), np.asarray(img.affine, float), dict(format="NIfTI", oriented=oriented, spaced=said(img.affine), zooms=zooms)
+    return (
+        values(img, path),
+        np.asarray(img.affine, float),
+        dict(format="NIfTI", oriented=oriented, spaced=said(img.affine), zooms=zooms),
+    )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #716d12d7
-LPS = np.diag([-1., -1, 1, 1]) # between ITK's and DICOM's axes and nibabel's
+LPS = np.diag([-1.0, -1, 1, 1])  # between ITK's and DICOM's axes and nibabel's
+
 
 def _itk(path, source):
     import SimpleITK as sitk
+
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try: img = sitk.ReadImage(str(path))
+    try:
+        img = sitk.ReadImage(str(path))
     except RuntimeError as e:
-        raise ValueError(f"{path} is truncated or broken ({str(e).strip().splitlines()[-1]}): fetch it again") from None
+        raise ValueError(
+            f"{path} is truncated or broken ({str(e).strip().splitlines()[-1]}): fetch it again"
+        ) from None
     if img.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{path}: {img.GetNumberOfComponentsPerPixel()} values a voxel (RGB?), expected one: this is a picture, not a CT")
+        raise ValueError(
+            f"{path}: {img.GetNumberOfComponentsPerPixel()} values a voxel (RGB?), expected one: this is a picture, not a CT"
+        )
     data, n = sitk.GetArrayFromImage(img), img.GetDimension()
     affine = np.eye(4)
     if n == 3:
-        affine[:3, :3] = np.reshape(img.GetDirection(), (3, 3))*img.GetSpacing(); affine[:3, 3] = img.GetOrigin()
-    return small(data.transpose(range(n)[::-1])), LPS@affine, dict(format=path.suffix[1:].upper(), oriented=True, spaced=said(affine))
+        affine[:3, :3] = np.reshape(img.GetDirection(), (3, 3)) * img.GetSpacing()
+        affine[:3, 3] = img.GetOrigin()
+    return (
+        small(data.transpose(range(n)[::-1])),
+        LPS @ affine,
+        dict(format=path.suffix[1:].upper(), oriented=True, spaced=said(affine)),
+    )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #a97dfccc
 def _npz(path, source):
     try:
         with np.load(path, allow_pickle=False) as z:
-            names = [n for n in dict.fromkeys(["hu", "ct", *z.files]) if n in z.files and n not in ("affine", "spacing")]
-            if not names: raise ValueError(f"no array in it; there are {z.files}")
-            data, given = z[names[0]], {k: np.asarray(z[k], float) for k in ("affine", "spacing") if k in z.files}
+            names = [
+                n
+                for n in dict.fromkeys(["hu", "ct", *z.files])
+                if n in z.files and n not in ("affine", "spacing")
+            ]
+            if not names:
+                raise ValueError(f"no array in it; there are {z.files}")
+            data, given = (
+                z[names[0]],
+                {k: np.asarray(z[k], float) for k in ("affine", "spacing") if k in z.files},
+            )
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        if isinstance(e, PermissionError): raise
-        raise ValueError(f"{path} cannot be read as NPZ ({type(e).__name__}: {e}): fetch it again") from None
+        if isinstance(e, PermissionError):
+            raise
+        raise ValueError(
+            f"{path} cannot be read as NPZ ({type(e).__name__}: {e}): fetch it again"
+        ) from None
     spacing = given.get("spacing", source.spacing)
-    affine = given["affine"] if "affine" in given else placed(data.shape, (1, 1, 1) if spacing is None else spacing, source.axes)
-    return small(data), affine, dict(format="NPZ", oriented=True, spaced="affine" in given or spacing is not None)
+    affine = (
+        given["affine"]
+        if "affine" in given
+        else placed(data.shape, (1, 1, 1) if spacing is None else spacing, source.axes)
+    )
+    return (
+        small(data),
+        affine,
+        dict(format="NPZ", oriented=True, spaced="affine" in given or spacing is not None),
+    )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #d10e9d9f
-TAGS = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "ImagePositionPatient", "ImageOrientationPatient",
-        "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "SamplesPerPixel"]
+TAGS = [
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "SeriesDescription",
+    "Modality",
+    "ImageType",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "SamplesPerPixel",
+]
 
-def headers(folder)->dict: # key of a series -> list of (file, header)
+
+def headers(folder) -> dict:  # key of a series -> list of (file, header)
     "The image headers of a DICOM folder, by series, orientation and size"
     import pydicom
+
     found = {}
     for f in (p for p in visible(folder) if p.is_file()):
-        try: h = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS)
-        except pydicom.errors.InvalidDicomError: continue
-        except EOFError: raise ValueError(f"{f} is truncated: fetch it again") from None
-        if "Rows" not in h: continue # a report, a presentation state
+        try:
+            h = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=TAGS)
+        except pydicom.errors.InvalidDicomError:
+            continue
+        except EOFError:
+            raise ValueError(f"{f} is truncated: fetch it again") from None
+        if "Rows" not in h:
+            continue  # a report, a presentation state
         place = tuple(round(float(v), 3) for v in h.get("ImageOrientationPatient") or ())
-        found.setdefault((str(h.get("SeriesInstanceUID", "")), place, h.Rows, h.Columns), []).append((f, h))
+        found.setdefault(
+            (str(h.get("SeriesInstanceUID", "")), place, h.Rows, h.Columns), []
+        ).append((f, h))
     return found
 
-def _rank(slices)->tuple: # the smaller the better
+
+def _rank(slices) -> tuple:  # the smaller the better
     h = slices[0][1]
     scout = "LOCALIZER" in [str(t).upper() for t in h.get("ImageType") or ()]
-    return h.get("Modality") != "CT", scout, -len(slices), int(h.get("SeriesNumber") or 0), str(h.get("SeriesInstanceUID", ""))
+    return (
+        h.get("Modality") != "CT",
+        scout,
+        -len(slices),
+        int(h.get("SeriesNumber") or 0),
+        str(h.get("SeriesInstanceUID", "")),
+    )
 
-def _name(slices)->str:
+
+def _name(slices) -> str:
     h = slices[0][1]
     return f"series {h.get('SeriesNumber') or '?'} ({h.get('Modality') or 'no modality'}, {len(slices)} slices)"
 
-def choose_series(found:dict, folder)->list: # (file, header) of one series
+
+def choose_series(found: dict, folder) -> list:  # (file, header) of one series
     "One series by the rule; says which where there were several"
     groups = sorted(found.values(), key=_rank)
-    if not groups: raise ValueError(f"{folder}: no DICOM image in it")
-    if len(groups) > 1: say(f"{Path(folder).name}: {len(groups)} series; read {_name(groups[0])}, left {', '.join(map(_name, groups[1:]))}")
+    if not groups:
+        raise ValueError(f"{folder}: no DICOM image in it")
+    if len(groups) > 1:
+        say(
+            f"{Path(folder).name}: {len(groups)} series; read {_name(groups[0])}, left {', '.join(map(_name, groups[1:]))}"
+        )
     return groups[0]
 
 # %% ../../nbs/2_data/20_volumes.ipynb #02df4338
-def _geometry(slices, folder)->tuple: # sorted slices, affine, positions along the normal
+def _geometry(slices, folder) -> tuple:  # sorted slices, affine, positions along the normal
     first = slices[0][1]
     for f, h in slices:
         if "ImagePositionPatient" not in h or len(h.get("ImageOrientationPatient") or ()) != 6:
-            raise ValueError(f"{f}: no position or orientation of the slice, expected both: export the series again")
+            raise ValueError(
+                f"{f}: no position or orientation of the slice, expected both: export the series again"
+            )
     x, y = np.reshape([float(v) for v in first.ImageOrientationPatient], (2, 3))
     at = lambda h: np.array([float(v) for v in h.ImagePositionPatient])
-    slices = sorted(slices, key=lambda s: float(at(s[1])@np.cross(x, y)))
-    if len(slices) < 2: raise ValueError(f"{folder}: one slice, expected a series of at least 2")
-    spacing = [float(v) for v in first.get("PixelSpacing") or (1, 1)] # between rows, between columns
+    slices = sorted(slices, key=lambda s: float(at(s[1]) @ np.cross(x, y)))
+    if len(slices) < 2:
+        raise ValueError(f"{folder}: one slice, expected a series of at least 2")
+    spacing = [
+        float(v) for v in first.get("PixelSpacing") or (1, 1)
+    ]  # between rows, between columns
     a, b = at(slices[0][1]), at(slices[-1][1])
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = x*spacing[1], y*spacing[0], (b-a)/(len(slices)-1), a
-    return slices, affine, [round(float(at(h)@np.cross(x, y)), 3) for _, h in slices]
+    affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = (
+        x * spacing[1],
+        y * spacing[0],
+        (b - a) / (len(slices) - 1),
+        a,
+    )
+    return slices, affine, [round(float(at(h) @ np.cross(x, y)), 3) for _, h in slices]
 
-def _pixels(f, h)->np.ndarray: # (columns, rows), scaled
+
+def _pixels(f, h) -> np.ndarray:  # (columns, rows), scaled
     import pydicom
-    try: v = pydicom.dcmread(f).pixel_array.T
-    except Exception as e: raise ValueError(f"{f}: the pixels cannot be decoded ({type(e).__name__}: {e}): fetch it again, or decompress it with gdcmconv --raw") from None
+
+    try:
+        v = pydicom.dcmread(f).pixel_array.T
+    except Exception as e:
+        raise ValueError(
+            f"{f}: the pixels cannot be decoded ({type(e).__name__}: {e}): fetch it again, or decompress it with gdcmconv --raw"
+        ) from None
     slope, shift = float(h.get("RescaleSlope") or 1), float(h.get("RescaleIntercept") or 0)
-    v = v*np.float32(slope)+np.float32(shift)
-    return v.astype(np.int16) if slope == round(slope) and shift == round(shift) and abs(v).max(initial=0) < 32767 else v
+    v = v * np.float32(slope) + np.float32(shift)
+    return (
+        v.astype(np.int16)
+        if slope == round(slope) and shift == round(shift) and abs(v).max(initial=0) < 32767
+        else v
+    )
+
 
 def _dicom(path, source):
     folder = path if path.is_dir() else path.parent
     slices = choose_series(headers(folder), folder)
     h = slices[0][1]
-    if int(h.get("NumberOfFrames") or 1) > 1: raise ValueError(f"{slices[0][0]}: {h.NumberOfFrames} frames in one file (enhanced DICOM), expected one slice a file: convert it with dcm2niix")
-    if int(h.get("SamplesPerPixel") or 1) != 1: raise ValueError(f"{slices[0][0]}: {h.SamplesPerPixel} values a pixel, expected one: this is a picture, not a CT")
+    if int(h.get("NumberOfFrames") or 1) > 1:
+        raise ValueError(
+            f"{slices[0][0]}: {h.NumberOfFrames} frames in one file (enhanced DICOM), expected one slice a file: convert it with dcm2niix"
+        )
+    if int(h.get("SamplesPerPixel") or 1) != 1:
+        raise ValueError(
+            f"{slices[0][0]}: {h.SamplesPerPixel} values a pixel, expected one: this is a picture, not a CT"
+        )
     slices, affine, positions = _geometry(slices, folder)
     data = np.stack([_pixels(f, h) for f, h in slices], 2)
-    facts = dict(format="DICOM", oriented=True, spaced="PixelSpacing" in h, modality=str(h.get("Modality", "")), positions=positions,
-                 rescaled=all("RescaleIntercept" in s for _, s in slices))
-    return data, LPS@affine, facts
+    facts = dict(
+        format="DICOM",
+        oriented=True,
+        spaced="PixelSpacing" in h,
+        modality=str(h.get("Modality", "")),
+        positions=positions,
+        rescaled=all("RescaleIntercept" in s for _, s in slices),
+    )
+    return data, LPS @ affine, facts
 
 # %% ../../nbs/2_data/20_volumes.ipynb #6d4cd4b3
 PICTURES = (".png", ".jpg", ".jpeg")
 
-def _grey(f)->np.ndarray: # (columns, rows)
+
+def _grey(f) -> np.ndarray:  # (columns, rows)
     from PIL import Image, UnidentifiedImageError
-    try: v = np.asarray(Image.open(f))
+
+    try:
+        v = np.asarray(Image.open(f))
     except (OSError, UnidentifiedImageError, SyntaxError) as e:
-        if isinstance(e, PermissionError): raise
-        raise ValueError(f"{f} is truncated or no picture ({type(e).__name__}: {e}): fetch it again") from None
+        if isinstance(e, PermissionError):
+            raise
+        raise ValueError(
+            f"{f} is truncated or no picture ({type(e).__name__}: {e}): fetch it again"
+        ) from None
     if v.ndim == 3:
-        if (v[..., :3] != v[..., :1]).any(): raise ValueError(f"{f}: a colour picture, expected grey: this is no CT slice")
+        if (v[..., :3] != v[..., :1]).any():
+            raise ValueError(f"{f}: a colour picture, expected grey: this is no CT slice")
         v = v[..., 0]
     return v.T
+
 
 def _pictures(folder, source):
     number = lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
     files = sorted((f for f in visible(folder) if f.suffix.lower() in PICTURES), key=number)
     slices = [_grey(f) for f in files]
     sizes = {s.shape for s in slices}
-    if len(sizes) > 1: raise ValueError(f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: are these slices of one scan?")
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: are these slices of one scan?"
+        )
     data = np.stack(slices, 2)
     affine = placed(data.shape, source.spacing or (1, 1, 1), source.axes)
     return data, affine, dict(format="pictures", oriented=True, spaced=source.spacing is not None)
 
 # %% ../../nbs/2_data/20_volumes.ipynb #cf2fcdf3
-SUFFIXES = {".nii": _nifti, ".nii.gz": _nifti, ".nrrd": _itk, ".nhdr": _itk, ".mha": _itk, ".mhd": _itk, ".npz": _npz, ".dcm": _dicom, ".ima": _dicom}
+SUFFIXES = {
+    ".nii": _nifti,
+    ".nii.gz": _nifti,
+    ".nrrd": _itk,
+    ".nhdr": _itk,
+    ".mha": _itk,
+    ".mhd": _itk,
+    ".npz": _npz,
+    ".dcm": _dicom,
+    ".ima": _dicom,
+}
 
-def suffix(path)->str: # ".nii.gz", lower case
+
+def suffix(path) -> str:  # ".nii.gz", lower case
     "The part of a name that says the format"
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
 
-def _reader(path:Path):
+
+def _reader(path: Path):
     if path.is_dir():
         names = [f for f in visible(path) if f.is_file()]
         return _pictures if any(f.suffix.lower() in PICTURES for f in names) else _dicom
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing")
-    if suffix(path) in SUFFIXES: return SUFFIXES[suffix(path)]
-    raise ValueError(f"{path}: `{suffix(path) or path.name}` is no format that is read here; expected {', '.join(SUFFIXES)}, a DICOM folder or a folder of pictures")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    if suffix(path) in SUFFIXES:
+        return SUFFIXES[suffix(path)]
+    raise ValueError(
+        f"{path}: `{suffix(path) or path.name}` is no format that is read here; expected {', '.join(SUFFIXES)}, a DICOM folder or a folder of pictures"
+    )
+
 
 def read(
-    path, # a file, a DICOM folder or a folder of pictures
-    source:Source=Source(), # what is declared of it
-)->Volume: # in the file's own orientation and spacing
+    path,  # a file, a DICOM folder or a folder of pictures
+    source: Source = Source(),  # what is declared of it
+) -> Volume:  # in the file's own orientation and spacing
     "Read a volume of any known format; `ValueError` names what is broken or not a volume"
     path = Path(path)
     data, affine, facts = _reader(path)(path, source)
-    if data.ndim != 3: raise ValueError(f"{path}: shape {data.shape}, expected three axes: give one volume, not {'a picture' if data.ndim < 3 else 'a series of volumes'}")
+    if data.ndim != 3:
+        raise ValueError(
+            f"{path}: shape {data.shape}, expected three axes: give one volume, not {'a picture' if data.ndim < 3 else 'a series of volumes'}"
+        )
     if source.spacing is not None and not facts["spaced"]:
-        affine = affine.copy(); affine[:3, :3] *= np.array(source.spacing)/np.sqrt((affine[:3, :3]**2).sum(0))
+        affine = affine.copy()
+        affine[:3, :3] *= np.array(source.spacing) / np.sqrt((affine[:3, :3] ** 2).sum(0))
         facts["spaced"] = True
-    return Volume(to_hu(data, source.intensity), affine, dict(facts, path=str(path), intensity=source.intensity, chest=source.chest, raw=(float(np.nanmin(data)), float(np.nanmax(data)))))
+    return Volume(
+        to_hu(data, source.intensity),
+        affine,
+        dict(
+            facts,
+            path=str(path),
+            intensity=source.intensity,
+            chest=source.chest,
+            raw=(float(np.nanmin(data)), float(np.nanmax(data))),
+        ),
+    )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #ab6a8de4
 def write(
-    data:np.ndarray, # int16 HU or uint8 labels
-    affine:np.ndarray, # 4x4
-    path, # .nii to be read by crops, .nii.gz to be small
+    data: np.ndarray,  # int16 HU or uint8 labels
+    affine: np.ndarray,  # 4x4
+    path,  # .nii to be read by crops, .nii.gz to be small
 ):
     "Write a NIfTI with a fixed header, so that the same voxels are the same bytes; whole or not at all"
     img = nib.Nifti1Image(data, affine)
-    img.header.set_xyzt_units("mm"); img.set_sform(affine, 1); img.set_qform(affine, 1)
-    with atomic(path) as tmp: tmp.write_bytes(gzip.compress(img.to_bytes(), 3, mtime=0) if str(path).endswith(".gz") else img.to_bytes())
+    img.header.set_xyzt_units("mm")
+    img.set_sform(affine, 1)
+    img.set_qform(affine, 1)
+    with atomic(path) as tmp:
+        tmp.write_bytes(
+            gzip.compress(img.to_bytes(), 3, mtime=0)
+            if str(path).endswith(".gz")
+            else img.to_bytes()
+        )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #387a3c53
-def grid(shape, affine, spacing)->tuple: # shape, affine of the standard grid
+def grid(shape, affine, spacing) -> tuple:  # shape, affine of the standard grid
     "The axis-aligned RAS grid of `spacing` that covers a volume"
-    corners = np.stack(np.meshgrid(*[(-0.5, n-0.5) for n in shape], indexing="ij"), -1).reshape(-1, 3)
-    world = corners@affine[:3, :3].T+affine[:3, 3]
+    corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij"), -1).reshape(
+        -1, 3
+    )
+    world = corners @ affine[:3, :3].T + affine[:3, 3]
     lo, hi, s = world.min(0), world.max(0), np.asarray(spacing, float)
-    size = np.maximum(np.rint((hi-lo)/s).astype(int), 1)
-    new = np.diag([*s, 1.])
-    new[:3, 3] = (lo+hi)/2-(size-1)/2*s
+    size = np.maximum(np.rint((hi - lo) / s).astype(int), 1)
+    new = np.diag([*s, 1.0])
+    new[:3, 3] = (lo + hi) / 2 - (size - 1) / 2 * s
     return tuple(int(n) for n in size), new
 
 # %% ../../nbs/2_data/20_volumes.ipynb #91cb9c1a
-def _taps(n:int, m:int, scale, start)->tuple: # lower voxel, weight of the upper one, inside
-    x = start+scale*np.arange(m)
-    lo = np.clip(np.floor(x), 0, max(n-2, 0)).astype(int)
-    return lo, np.clip(x-lo, 0, 1).astype(np.float32), (x >= -0.5-1e-6) & (x <= n-0.5+1e-6)
+def _taps(n: int, m: int, scale, start) -> tuple:  # lower voxel, weight of the upper one, inside
+    x = start + scale * np.arange(m)
+    lo = np.clip(np.floor(x), 0, max(n - 2, 0)).astype(int)
+    return lo, np.clip(x - lo, 0, 1).astype(np.float32), (x >= -0.5 - 1e-6) & (x <= n - 0.5 + 1e-6)
 
-def _linear(data, scale, start, shape, clip)->np.ndarray: # float32
+
+def _linear(data, scale, start, shape, clip) -> np.ndarray:  # float32
     out = np.empty(shape, np.float32, order="F")
-    (ix, wx, _), (iy, wy, _), (iz, wz, _) = (_taps(*a) for a in zip(data.shape, shape, scale, start))
-    step = [min(1, n-1) for n in data.shape]
-    mix = lambda a, b, w: a+(b-a)*w
-    part = lambda k: np.asarray(data[:, :, k] if clip is None else np.clip(data[:, :, k], *clip), np.float32)
+    (ix, wx, _), (iy, wy, _), (iz, wz, _) = (
+        _taps(*a) for a in zip(data.shape, shape, scale, start)
+    )
+    step = [min(1, n - 1) for n in data.shape]
+    mix = lambda a, b, w: a + (b - a) * w
+    part = lambda k: np.asarray(
+        data[:, :, k] if clip is None else np.clip(data[:, :, k], *clip), np.float32
+    )
     for k, (lo, w) in enumerate(zip(iz, wz)):
-        plane = part(lo) if w == 0 else part(lo+step[2]) if w == 1 else mix(part(lo), part(lo+step[2]), w)
-        plane = mix(plane[:, iy], plane[:, iy+step[1]], wy)
-        out[:, :, k] = mix(plane[ix], plane[ix+step[0]], wx[:, None])
+        plane = (
+            part(lo)
+            if w == 0
+            else part(lo + step[2])
+            if w == 1
+            else mix(part(lo), part(lo + step[2]), w)
+        )
+        plane = mix(plane[:, iy], plane[:, iy + step[1]], wy)
+        out[:, :, k] = mix(plane[ix], plane[ix + step[0]], wx[:, None])
     return out
 
-def _aligned(m)->tuple|None: # order of the source's axes, scale, start; None where the grids are oblique to each other
-    rows = np.abs(m[:3, :3]).argmax(0) # along which source axis each wanted axis runs
+
+def _aligned(
+    m,
+) -> (
+    tuple | None
+):  # order of the source's axes, scale, start; None where the grids are oblique to each other
+    rows = np.abs(m[:3, :3]).argmax(0)  # along which source axis each wanted axis runs
     big = np.abs(m[rows, range(3)])
-    rest = np.abs(m[:3, :3]).sum(0)-big
-    if len(set(rows)) < 3 or (rest > 1e-4*big).any(): return None
+    rest = np.abs(m[:3, :3]).sum(0) - big
+    if len(set(rows)) < 3 or (rest > 1e-4 * big).any():
+        return None
     return rows, m[rows, range(3)], m[rows, 3]
 
 # %% ../../nbs/2_data/20_volumes.ipynb #7cf8c154
 def resample(
-    data:np.ndarray, # (W,H,D)
-    affine:np.ndarray, # of the data
-    shape, # wanted
-    new:np.ndarray, # wanted affine
-    order:int=1, # 1 linear for HU, 0 nearest for labels
-    fill:float=-1000, # outside the data
-    clip=None, # lo, hi before interpolation
-)->np.ndarray: # (W,H,D) of the wanted shape; float32 when linear, else the data's type
+    data: np.ndarray,  # (W,H,D)
+    affine: np.ndarray,  # of the data
+    shape,  # wanted
+    new: np.ndarray,  # wanted affine
+    order: int = 1,  # 1 linear for HU, 0 nearest for labels
+    fill: float = -1000,  # outside the data
+    clip=None,  # lo, hi before interpolation
+) -> np.ndarray:  # (W,H,D) of the wanted shape; float32 when linear, else the data's type
     "Values of a volume at the voxels of another grid"
-    m = np.linalg.inv(affine)@new
+    m = np.linalg.inv(affine) @ new
     how = _aligned(m)
-    if how is None: return _oblique(data, m, shape, order, fill, clip)
+    if how is None:
+        return _oblique(data, m, shape, order, fill, clip)
     rows, scale, start = how
-    data, taps = data.transpose(rows), [_taps(*a) for a in zip(np.array(data.shape)[rows], shape, scale, start)]
-    if order: out = _linear(data, scale, start, shape, clip)
-    else: out = data[np.ix_(*[np.minimum(lo+(w > 0.5), n-1) for n, (lo, w, _) in zip(data.shape, taps)])]
+    data, taps = (
+        data.transpose(rows),
+        [_taps(*a) for a in zip(np.array(data.shape)[rows], shape, scale, start)],
+    )
+    if order:
+        out = _linear(data, scale, start, shape, clip)
+    else:
+        out = data[
+            np.ix_(*[np.minimum(lo + (w > 0.5), n - 1) for n, (lo, w, _) in zip(data.shape, taps)])
+        ]
     for axis, (_, _, inside) in enumerate(taps):
-        if not inside.all(): out[tuple(slice(None) if a != axis else ~inside for a in range(3))] = fill
+        if not inside.all():
+            out[tuple(slice(None) if a != axis else ~inside for a in range(3))] = fill
     return out
 
-def _oblique(data, m, shape, order, fill, clip)->np.ndarray:
+
+def _oblique(data, m, shape, order, fill, clip) -> np.ndarray:
     from scipy.ndimage import affine_transform
-    if order: data = np.asarray(data if clip is None else np.clip(data, *clip), np.float32)
-    out = affine_transform(data, m[:3, :3], m[:3, 3], tuple(shape), order=order, mode="nearest", output=data.dtype)
-    x = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)@m[:3, :3].T.astype(np.float32)+m[:3, 3].astype(np.float32)
-    out[((x < -0.5) | (x > np.array(data.shape)-0.5)).any(-1)] = fill
+
+    if order:
+        data = np.asarray(data if clip is None else np.clip(data, *clip), np.float32)
+    out = affine_transform(
+        data, m[:3, :3], m[:3, 3], tuple(shape), order=order, mode="nearest", output=data.dtype
+    )
+    x = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32) @ m[
+        :3, :3
+    ].T.astype(np.float32) + m[:3, 3].astype(np.float32)
+    out[((x < -0.5) | (x > np.array(data.shape) - 0.5)).any(-1)] = fill
     return out
+
 
 def standard(
-    v:Volume,
-    spacing, # mm
-    hu=(-1000, 1000), # clip
-)->Volume: # int16, RAS
+    v: Volume,
+    spacing,  # mm
+    hu=(-1000, 1000),  # clip
+) -> Volume:  # int16, RAS
     "RAS, the study's spacing, clipped"
     shape, new = grid(v.hu.shape, v.affine, spacing)
     out = resample(v.hu, v.affine, shape, new, fill=hu[0], clip=hu)
@@ -347,20 +576,25 @@ def standard(
 
 # %% ../../nbs/2_data/20_volumes.ipynb #342d91c5
 def crop(
-    path, # uncompressed .nii
-    start, # voxel, may be negative
-    size, # voxels
-    fill=-1000, # where the crop leaves the volume
-)->np.ndarray: # (size), the file's type
+    path,  # uncompressed .nii
+    start,  # voxel, may be negative
+    size,  # voxels
+    fill=-1000,  # where the crop leaves the volume
+) -> np.ndarray:  # (size), the file's type
     "Read a box out of a standard volume through a memory map"
     data = np.asanyarray(nib.load(path, mmap="r").dataobj)
     return cut(data, start, size, fill)
 
-def cut(data, start, size, fill)->np.ndarray:
+
+def cut(data, start, size, fill) -> np.ndarray:
     "A box of an array, padded where it leaves it"
-    a = [max(s, 0) for s in start]; b = [min(s+n, m) for s, n, m in zip(start, size, data.shape)]
-    if all(y-x == n for x, y, n in zip(a, b, size)): return np.array(data[tuple(slice(x, y) for x, y in zip(a, b))], order="K")
+    a = [max(s, 0) for s in start]
+    b = [min(s + n, m) for s, n, m in zip(start, size, data.shape)]
+    if all(y - x == n for x, y, n in zip(a, b, size)):
+        return np.array(data[tuple(slice(x, y) for x, y in zip(a, b))], order="K")
     out = np.full(size, fill, data.dtype)
     if all(x < y for x, y in zip(a, b)):
-        out[tuple(slice(x-s, y-s) for x, y, s in zip(a, b, start))] = data[tuple(slice(x, y) for x, y in zip(a, b))]
+        out[tuple(slice(x - s, y - s) for x, y, s in zip(a, b, start))] = data[
+            tuple(slice(x, y) for x, y in zip(a, b))
+        ]
     return out

@@ -16,118 +16,211 @@ from ..train import gathered, mean
 
 # %% ../../nbs/5_model/52_align.ipynb #54d6aba9
 def rank_weights(
-    sim, # (...,V) similarities
-    k, # (...) patches wanted
-    soft:float, # width of the border, in ranks; 0: hard
-    most:int|None=None, # no k is above this; saves looking at ranks that get nothing
-)->torch.Tensor: # (...,V) weights, in patch order
+    sim,  # (...,V) similarities
+    k,  # (...) patches wanted
+    soft: float,  # width of the border, in ranks; 0: hard
+    most: int | None = None,  # no k is above this; saves looking at ranks that get nothing
+) -> torch.Tensor:  # (...,V) weights, in patch order
     "1 for the k best patches and 0 for others, soft around the border"
-    n = sim.shape[-1] if most is None else min(sim.shape[-1], most+int(6*soft)+1)
+    n = sim.shape[-1] if most is None else min(sim.shape[-1], most + int(6 * soft) + 1)
     best = sim.detach().topk(n, -1).indices
     rank = torch.arange(n, device=sim.device)
-    w = (rank < k[..., None].round().clamp(min=1)).float() if soft == 0 else torch.sigmoid((k[..., None]-rank-0.5)/soft)
+    w = (
+        (rank < k[..., None].round().clamp(min=1)).float()
+        if soft == 0
+        else torch.sigmoid((k[..., None] - rank - 0.5) / soft)
+    )
     return torch.zeros(sim.shape, dtype=w.dtype, device=sim.device).scatter(-1, best, w)
 
-def pool(x, weights)->torch.Tensor: # (...,V,C), (...,S,V) -> (...,S,C), unit norm
+
+def pool(x, weights) -> torch.Tensor:  # (...,V,C), (...,S,V) -> (...,S,C), unit norm
     "Weighted mean of patches for each sentence"
-    return F.normalize((weights/weights.sum(-1, keepdim=True).clamp(min=1e-6))@x, dim=-1)
+    return F.normalize((weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)) @ x, dim=-1)
 
 # %% ../../nbs/5_model/52_align.ipynb #58c4a423
-def info_nce(logits, allowed, rows)->torch.Tensor: # (..,M,M), (..,M,M) bool, (..,M) bool -> scalar
+def info_nce(
+    logits, allowed, rows
+) -> torch.Tensor:  # (..,M,M), (..,M,M) bool, (..,M) bool -> scalar
     "Mean cross-entropy of the diagonal, over rows that count and columns that are allowed, both ways"
-    eye, out = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device), 0.
+    eye, out = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device), 0.0
     for l, a in ((logits, allowed), (logits.transpose(-1, -2), allowed.transpose(-1, -2))):
         l = l.float().masked_fill(~(a | eye), -torch.inf)
-        out = out+mean((l.logsumexp(-1)-l.diagonal(dim1=-2, dim2=-1)).masked_fill(~rows, 0.).sum(), rows.sum())
-    return out/2
+        out = out + mean(
+            (l.logsumexp(-1) - l.diagonal(dim1=-2, dim2=-1)).masked_fill(~rows, 0.0).sum(),
+            rows.sum(),
+        )
+    return out / 2
+
 
 def within(
-    region, # (B,S,C) unit norm
-    text, # (B,S,C) unit norm
-    frozen, # (B,S,C') unit norm, to see who says the same
-    real, # (B,S) bool, False for padding
-    scale, # 1/temperature
-    duplicate:float=0.95,
-)->torch.Tensor: # scalar
+    region,  # (B,S,C) unit norm
+    text,  # (B,S,C) unit norm
+    frozen,  # (B,S,C') unit norm, to see who says the same
+    real,  # (B,S) bool, False for padding
+    scale,  # 1/temperature
+    duplicate: float = 0.95,
+) -> torch.Tensor:  # scalar
     "Contrast of sentences and regions within each report"
-    differ = frozen@frozen.transpose(1, 2) < duplicate
-    return info_nce(region@text.transpose(1, 2)*scale, differ & real[:, None] & real[:, :, None], real)
+    differ = frozen @ frozen.transpose(1, 2) < duplicate
+    return info_nce(
+        region @ text.transpose(1, 2) * scale, differ & real[:, None] & real[:, :, None], real
+    )
+
 
 def across(
-    patches, # one or more of (B,V,C), unit norm: the first is where sentences look, all are pooled
-    text, # (B,S,C) unit norm
-    k, # (B,S) patches wanted
-    frozen, real, scale, duplicate, # as `within`
-    soft, most, # as `rank_weights`
-)->torch.Tensor: # scalar
+    patches,  # one or more of (B,V,C), unit norm: the first is where sentences look, all are pooled
+    text,  # (B,S,C) unit norm
+    k,  # (B,S) patches wanted
+    frozen,
+    real,
+    scale,
+    duplicate,  # as `within`
+    soft,
+    most,  # as `rank_weights`
+) -> torch.Tensor:  # scalar
     "Every sentence in every image: in its own it finds itself best, and its image answers it best"
-    patches, (text, k, frozen, real) = [gathered(x) for x in patches], map(gathered, (text, k, frozen, real))
+    patches, (text, k, frozen, real) = (
+        [gathered(x) for x in patches],
+        map(gathered, (text, k, frozen, real)),
+    )
     t, f, owner = text[real], frozen[real], real.nonzero()[:, 0]
-    weights = rank_weights(t@patches[0].transpose(1, 2), k[real].expand(len(patches[0]), -1), soft, most)
-    same = f@f.T >= duplicate
-    own = F.one_hot(owner, len(weights)).bool() # (M,B)
-    says = torch.zeros(own.shape, device=t.device).index_add(1, owner, same.float()) > 0 # image b's report says what sentence m says
-    twin = (same | (owner[:, None] == owner)) & ~torch.eye(len(t), dtype=torch.bool, device=t.device)
-    total = 0.
+    weights = rank_weights(
+        t @ patches[0].transpose(1, 2), k[real].expand(len(patches[0]), -1), soft, most
+    )
+    same = f @ f.T >= duplicate
+    own = F.one_hot(owner, len(weights)).bool()  # (M,B)
+    says = (
+        torch.zeros(own.shape, device=t.device).index_add(1, owner, same.float()) > 0
+    )  # image b's report says what sentence m says
+    twin = (same | (owner[:, None] == owner)) & ~torch.eye(
+        len(t), dtype=torch.bool, device=t.device
+    )
+    total = 0.0
     for x in patches:
-        score = torch.einsum("bmc,mc->mb", pool(x, weights), t)*scale
+        score = torch.einsum("bmc,mc->mb", pool(x, weights), t) * scale
         mine = score[own]
-        images = score.masked_fill(says & ~own, -torch.inf).logsumexp(1)-mine
-        sentences = score[:, owner].T.masked_fill(twin, -torch.inf).logsumexp(1)-mine # row m: the image of m, asked for every sentence
-        total = total+(images.mean()+sentences.mean())/2
-    return total/len(patches)
+        images = score.masked_fill(says & ~own, -torch.inf).logsumexp(1) - mine
+        sentences = (
+            score[:, owner].T.masked_fill(twin, -torch.inf).logsumexp(1) - mine
+        )  # row m: the image of m, asked for every sentence
+        total = total + (images.mean() + sentences.mean()) / 2
+    return total / len(patches)
 
 # %% ../../nbs/5_model/52_align.ipynb #91c1c13d
-def padded(region, text, real, scale)->torch.Tensor: # as `within`
+def padded(region, text, real, scale) -> torch.Tensor:  # as `within`
     "The contrast within each report, with padding among the negatives"
-    return info_nce(region@text.transpose(1, 2)*scale, torch.ones_like(real[:, None] & real[:, :, None]), real)
+    return info_nce(
+        region @ text.transpose(1, 2) * scale,
+        torch.ones_like(real[:, None] & real[:, :, None]),
+        real,
+    )
 
-def released_k(logit)->torch.Tensor: # (B,S) -> (B,S), 16, 32 or 64
+
+def released_k(logit) -> torch.Tensor:  # (B,S) -> (B,S), 16, 32 or 64
     "The number of patches as the released code sets it: no gradient"
-    return 2.**(3*torch.sigmoid(logit)+4).int()
+    return 2.0 ** (3 * torch.sigmoid(logit) + 4).int()
 
 # %% ../../nbs/5_model/52_align.ipynb #622880f7
 class Align(nn.Module):
     "Image and text into one space, each sentence's share of patches, its region"
-    def __init__(self, dim:int, text_dim:int, shared:int,
-        max_share:float, # of the patches seen, that a sentence may ask for
-        temperature:float,
-        k:str="adaptive", # adaptive, fixed or released
-        within:float=1., # weight of the contrast within a report, where the one across reports has 1
-        start_share:float|None=None, # that a sentence asks for before anything is learnt, and always where k is fixed; half of max_share when None
-        local:bool=False): # look for sentences in patches as they are embedded, before attention
+
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int,
+        shared: int,
+        max_share: float,  # of the patches seen, that a sentence may ask for
+        temperature: float,
+        k: str = "adaptive",  # adaptive, fixed or released
+        within: float = 1.0,  # weight of the contrast within a report, where the one across reports has 1
+        start_share: float
+        | None = None,  # that a sentence asks for before anything is learnt, and always where k is fixed; half of max_share when None
+        local: bool = False,
+    ):  # look for sentences in patches as they are embedded, before attention
         super().__init__()
-        mlp = lambda d: nn.Sequential(nn.Linear(d, shared), nn.GELU(), nn.LayerNorm(shared, eps=1e-6), nn.Linear(shared, shared))
+        mlp = lambda d: nn.Sequential(
+            nn.Linear(d, shared),
+            nn.GELU(),
+            nn.LayerNorm(shared, eps=1e-6),
+            nn.Linear(shared, shared),
+        )
         self.image, self.text, self.share = mlp(dim), mlp(text_dim), nn.Linear(text_dim, 1)
         self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), *mlp(dim)) if local else None
         self.apply(start)
         self.max_share, self.kind, self.within = max_share, k, within
-        s = (start_share or max_share/2)/max_share
-        if not s < 1: raise ValueError(f"pretrain.start_share is {start_share}, expected less than pretrain.max_share {max_share}: a sentence cannot start above the most that it may ask for")
-        self.offset = math.log(s/(1-s))
-        self.log_scale = nn.Parameter(torch.tensor(1/temperature).log())
+        s = (start_share or max_share / 2) / max_share
+        if not s < 1:
+            raise ValueError(
+                f"pretrain.start_share is {start_share}, expected less than pretrain.max_share {max_share}: a sentence cannot start above the most that it may ask for"
+            )
+        self.offset = math.log(s / (1 - s))
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
     @property
-    def scale(self): return self.log_scale.clamp(max=4.6052).exp() # at most 100, as in CLIP
-    def most(self, seen:int)->float: return max(1., self.max_share*seen)
-    def k(self, frozen, seen:int)->torch.Tensor: # (B,S,C') -> (B,S), in patches
+    def scale(self):
+        return self.log_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+
+    def most(self, seen: int) -> float:
+        return max(1.0, self.max_share * seen)
+
+    def k(self, frozen, seen: int) -> torch.Tensor:  # (B,S,C') -> (B,S), in patches
         "How many of `seen` patches each sentence needs: 1 up to max_share of them"
         logit = self.share(frozen)[..., 0].float()
-        if self.kind == "released": return released_k(logit).clamp(max=seen)
-        return 1+(self.most(seen)-1)*torch.sigmoid(4*(logit if self.kind == "adaptive" else torch.zeros_like(logit))+self.offset)
-    def soft(self, seen:int)->float: return 0. if self.kind == "released" else max(0.5, 0.05*self.most(seen))
-    def forward(self, x, frozen, first=None, hard:bool=False)->dict: # (B,V,C) tokens, (B,S,C'), (B,V,C) patches before attention, where `local`
+        if self.kind == "released":
+            return released_k(logit).clamp(max=seen)
+        return 1 + (self.most(seen) - 1) * torch.sigmoid(
+            4 * (logit if self.kind == "adaptive" else torch.zeros_like(logit)) + self.offset
+        )
+
+    def soft(self, seen: int) -> float:
+        return 0.0 if self.kind == "released" else max(0.5, 0.05 * self.most(seen))
+
+    def forward(
+        self, x, frozen, first=None, hard: bool = False
+    ) -> dict:  # (B,V,C) tokens, (B,S,C'), (B,V,C) patches before attention, where `local`
         "Similarity (B,S,V), weights (B,S,V), k (B,S), region and text (B,S,shared), patches: (B,V,shared) where sentences look, then of tokens where that is not the same"
         unit = lambda y: F.normalize(y.float(), dim=-1)
-        t, patches = unit(self.text(frozen)), [*([unit(self.local(first))] if self.local else []), unit(self.image(x))]
-        sim, k, seen = t@patches[0].transpose(1, 2), self.k(frozen, x.shape[1]), x.shape[1]
-        w = rank_weights(sim, k, 0. if hard else self.soft(seen))
+        t, patches = (
+            unit(self.text(frozen)),
+            [*([unit(self.local(first))] if self.local else []), unit(self.image(x))],
+        )
+        sim, k, seen = t @ patches[0].transpose(1, 2), self.k(frozen, x.shape[1]), x.shape[1]
+        w = rank_weights(sim, k, 0.0 if hard else self.soft(seen))
         return dict(sim=sim, weights=w, k=k, region=pool(patches[-1], w), text=t, patches=patches)
-    def loss(self, out, frozen, real, duplicate:float=0.95, within_only:bool=False, padding:bool=False)->torch.Tensor: # `out` of forward; scalar
+
+    def loss(
+        self,
+        out,
+        frozen,
+        real,
+        duplicate: float = 0.95,
+        within_only: bool = False,
+        padding: bool = False,
+    ) -> torch.Tensor:  # `out` of forward; scalar
         "Both contrasts; the switches are the released code's"
         seen, n = out["sim"].shape[-1], len(out["patches"])
-        near = (lambda r: padded(r, out["text"], real, self.scale)) if padding else (lambda r: within(r, out["text"], frozen, real, self.scale, duplicate))
-        inner = sum(near(pool(x, out["weights"])) for x in out["patches"])/n if within_only or self.within else 0.
-        if within_only: return inner
-        most = seen if self.kind == "released" else int(self.most(seen))+1
-        outer = across(out["patches"], out["text"], out["k"], frozen, real, self.scale, duplicate, self.soft(seen) or 0.5, most)
-        return (self.within*inner+outer)/(self.within+1)
+        near = (
+            (lambda r: padded(r, out["text"], real, self.scale))
+            if padding
+            else (lambda r: within(r, out["text"], frozen, real, self.scale, duplicate))
+        )
+        inner = (
+            sum(near(pool(x, out["weights"])) for x in out["patches"]) / n
+            if within_only or self.within
+            else 0.0
+        )
+        if within_only:
+            return inner
+        most = seen if self.kind == "released" else int(self.most(seen)) + 1
+        outer = across(
+            out["patches"],
+            out["text"],
+            out["k"],
+            frozen,
+            real,
+            self.scale,
+            duplicate,
+            self.soft(seen) or 0.5,
+            most,
+        )
+        return (self.within * inner + outer) / (self.within + 1)

@@ -15,21 +15,27 @@ from ..train import mean
 # %% ../../nbs/5_model/51_anatomy.ipynb #93d82e80
 class OrganHead(nn.Module):
     "Logits of background and organ groups for each patch"
-    def __init__(self, dim:int, n:int): # decoder width, number of groups
+
+    def __init__(self, dim: int, n: int):  # decoder width, number of groups
         super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n+1)).apply(start)
-    def forward(self, x): return self.net(x) # (B,N,C) -> (B,N,n+1)
+        self.net = nn.Sequential(
+            nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, n + 1)
+        ).apply(start)
+
+    def forward(self, x):
+        return self.net(x)  # (B,N,C) -> (B,N,n+1)
+
 
 def soft_ce(
-    logits, # (B,N,C)
-    shares, # (B,N,C), known rows sum to 1
-    known, # (B,N) bool
-)->torch.Tensor: # scalar; 0 where nothing is known
+    logits,  # (B,N,C)
+    shares,  # (B,N,C), known rows sum to 1
+    known,  # (B,N) bool
+) -> torch.Tensor:  # scalar; 0 where nothing is known
     "Cross-entropy between soft labels and predictions over known patches"
-    return mean((-(shares*F.log_softmax(logits.float(), -1)).sum(-1)*known).sum(), known.sum())
+    return mean((-(shares * F.log_softmax(logits.float(), -1)).sum(-1) * known).sum(), known.sum())
 
 # %% ../../nbs/5_model/51_anatomy.ipynb #58f30656
-def separate_bce(logits, shares, known)->torch.Tensor: # as `soft_ce`
+def separate_bce(logits, shares, known) -> torch.Tensor:  # as `soft_ce`
     "Nine binary cross-entropies on shares, as in the released code"
     per = F.binary_cross_entropy_with_logits(logits.float(), shares, reduction="none").mean(-1)
-    return mean((per*known).sum(), known.sum())
+    return mean((per * known).sum(), known.sum())

@@ -20,68 +20,142 @@ from ..train import gathered, mean
 # %% ../../nbs/5_model/54_asap.ipynb #96bceec9
 class Decoder(nn.Module):
     "Fills in the patches that were not seen: organ shares after two blocks, voxels at the end"
-    def __init__(self, vit:ViT3D, dim:int, depth:int, heads:int, n_organs:int):
+
+    def __init__(self, vit: ViT3D, dim: int, depth: int, heads: int, n_organs: int):
         super().__init__()
         self.embed, self.mask = nn.Linear(vit.dim, dim), nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos", positions(vit.grid, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.organs = OrganHead(dim, n_organs)
         self.norm, self.voxels = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, prod(vit.patch))
-        self.apply(start); nn.init.normal_(self.mask, std=0.02)
-        for b in self.blocks: b.silence()
-    def forward(self, latent, keep, wanted=None, organs=True)->tuple: # (B,1+V,C), (B,V), (B,W) -> (B,N,n+1) or None, (B,W,voxels) or None
+        self.apply(start)
+        nn.init.normal_(self.mask, std=0.02)
+        for b in self.blocks:
+            b.silence()
+
+    def forward(
+        self, latent, keep, wanted=None, organs=True
+    ) -> tuple:  # (B,1+V,C), (B,V), (B,W) -> (B,N,n+1) or None, (B,W,voxels) or None
         "Organ shares of all patches, and the voxels of those in `wanted`"
         x = self.embed(latent)
-        full = self.mask.to(x.dtype).expand(len(x), len(self.pos), -1).scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
-        x = torch.cat([x[:, :1], full+self.pos], 1)
-        for b in self.blocks[:2]: x = b(x)
+        full = (
+            self.mask.to(x.dtype)
+            .expand(len(x), len(self.pos), -1)
+            .scatter(1, keep[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
+        )
+        x = torch.cat([x[:, :1], full + self.pos], 1)
+        for b in self.blocks[:2]:
+            x = b(x)
         shares = self.organs(x[:, 1:]) if organs else None
-        if wanted is None: return shares, None
-        wanted = wanted+1 # after the class token
-        for b in self.blocks[2:-1]: x = b(x)
-        x = self.blocks[-1](x, wanted=wanted) if len(self.blocks) > 2 else take(x, wanted) # the last block works for those that are asked alone
+        if wanted is None:
+            return shares, None
+        wanted = wanted + 1  # after the class token
+        for b in self.blocks[2:-1]:
+            x = b(x)
+        x = (
+            self.blocks[-1](x, wanted=wanted) if len(self.blocks) > 2 else take(x, wanted)
+        )  # the last block works for those that are asked alone
         return shares, self.voxels(self.norm(x))
 
 # %% ../../nbs/5_model/54_asap.ipynb #c7e2d61c
 def voxel_loss(
-    guess, # (B,W,voxels) of the hidden patches
-    target, # (B,W,voxels)
-    norm:bool=False, # each target patch to mean 0, variance 1
-)->torch.Tensor: # scalar
+    guess,  # (B,W,voxels) of the hidden patches
+    target,  # (B,W,voxels)
+    norm: bool = False,  # each target patch to mean 0, variance 1
+) -> torch.Tensor:  # scalar
     "Mean squared error"
-    if norm: target = (target-target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True)+1e-6)**0.5
+    if norm:
+        target = (target - target.mean(-1, keepdim=True)) / (
+            target.var(-1, keepdim=True) + 1e-6
+        ) ** 0.5
     return mean(F.mse_loss(guess.float(), target, reduction="sum"), target.numel())
 
 # %% ../../nbs/5_model/54_asap.ipynb #0c98a0db
 class ASAP(nn.Module):
     "Encoder, decoder, alignment, fusion; `config` is all that is needed to build it again"
-    def __init__(self, config:dict): # size, patch, model, pretrain, arm, n_organs, text_dim, vocab
+
+    def __init__(
+        self, config: dict
+    ):  # size, patch, model, pretrain, arm, n_organs, text_dim, vocab
         super().__init__()
         self.config, m, p, arm = config, config["model"], config["pretrain"], config["arm"]
-        self.arm, self.visible, self.duplicate, self.norm_patch = arm, p["visible"], p["duplicate"], p["norm_patch"]
-        self.vit = ViT3D(config["size"], config["patch"], m["dim"], m["depth"], m["heads"], m["stem"])
-        self.decoder = Decoder(self.vit, m["decoder_dim"], m["decoder_depth"], m["decoder_heads"], config["n_organs"])
-        self.align = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], arm["k"], p["within"], p["start_share"], m["local"])
-        self.fuse = Fuse(m["dim"], config["text_dim"], m["shared_dim"], m["words_depth"], m["words_heads"], config["vocab"], m["words_ratio"],
-                         arm["bias"], arm["prefix"], arm["global"], self.has("padding"))
+        self.arm, self.visible, self.duplicate, self.norm_patch = (
+            arm,
+            p["visible"],
+            p["duplicate"],
+            p["norm_patch"],
+        )
+        self.vit = ViT3D(
+            config["size"], config["patch"], m["dim"], m["depth"], m["heads"], m["stem"]
+        )
+        self.decoder = Decoder(
+            self.vit, m["decoder_dim"], m["decoder_depth"], m["decoder_heads"], config["n_organs"]
+        )
+        self.align = Align(
+            m["dim"],
+            config["text_dim"],
+            m["shared_dim"],
+            p["max_share"],
+            p["temperature"],
+            arm["k"],
+            p["within"],
+            p["start_share"],
+            m["local"],
+        )
+        self.fuse = Fuse(
+            m["dim"],
+            config["text_dim"],
+            m["shared_dim"],
+            m["words_depth"],
+            m["words_heads"],
+            config["vocab"],
+            m["words_ratio"],
+            arm["bias"],
+            arm["prefix"],
+            arm["global"],
+            self.has("padding"),
+        )
         self.freeze()
-    def matrices(self)->list:
+
+    def matrices(self) -> list:
         "What stands between two hidden layers: the weights that Muon turns, were it asked to"
-        ends = ("fuse.vocab", "align.share", "decoder.voxels", "vit.embed" if isinstance(self.vit.embed, nn.Linear) else "-")
-        return [q for name, q in self.named_parameters() if q.ndim == 2 and not name.startswith(ends)]
-    def has(self, fault:str)->bool: return fault in self.arm["faults"]
+        ends = (
+            "fuse.vocab",
+            "align.share",
+            "decoder.voxels",
+            "vit.embed" if isinstance(self.vit.embed, nn.Linear) else "-",
+        )
+        return [
+            q for name, q in self.named_parameters() if q.ndim == 2 and not name.startswith(ends)
+        ]
+
+    def has(self, fault: str) -> bool:
+        return fault in self.arm["faults"]
+
     def freeze(self):
         "No gradient for what the arm does not use"
         a = self.arm
         region = a["align"] and a["contrast"] == "region" or a["words"] and a["prefix"]
-        used = {"align": a["align"] or a["words"] and (a["bias"] or a["prefix"]), "fuse": a["words"], "decoder": a["voxels"] or a["organs"],
-                "decoder.organs": a["organs"], "decoder.voxels": a["voxels"], "decoder.norm": a["voxels"], "align.log_scale": a["align"],
-                "align.local": region or a["words"] and a["bias"],
-                "align.share": region and a["k"] == "adaptive", "fuse.beta": a["bias"], "fuse.prefix": a["prefix"], "fuse.mean": a["global"],
-                "vit": a["voxels"] or a["organs"] or a["align"] or a["words"]}
+        used = {
+            "align": a["align"] or a["words"] and (a["bias"] or a["prefix"]),
+            "fuse": a["words"],
+            "decoder": a["voxels"] or a["organs"],
+            "decoder.organs": a["organs"],
+            "decoder.voxels": a["voxels"],
+            "decoder.norm": a["voxels"],
+            "align.log_scale": a["align"],
+            "align.local": region or a["words"] and a["bias"],
+            "align.share": region and a["k"] == "adaptive",
+            "fuse.beta": a["bias"],
+            "fuse.prefix": a["prefix"],
+            "fuse.mean": a["global"],
+            "vit": a["voxels"] or a["organs"] or a["align"] or a["words"],
+        }
         used |= {f"decoder.blocks.{i}": a["voxels"] for i in range(2, len(self.decoder.blocks))}
-        for name, q in self.named_parameters(): q.requires_grad_(all(used[k] for k in used if name == k or name.startswith(k+".")))
-    def forward(self, b:dict)->tuple: # scalar, dict of the parts
+        for name, q in self.named_parameters():
+            q.requires_grad_(all(used[k] for k in used if name == k or name.startswith(k + ".")))
+
+    def forward(self, b: dict) -> tuple:  # scalar, dict of the parts
         "The weighted sum of the arm's losses for one batch"
         arm, losses, extra = self.arm, {}, {}
         patches = patchify(b["image"], self.vit.patch)
@@ -89,32 +163,78 @@ class ASAP(nn.Module):
         first = self.vit.embedded(patches, keep)
         latent = self.vit.mixed(first)
         if arm["voxels"] or arm["organs"]:
-            shares, voxels = self.decoder(latent, keep, rest if arm["voxels"] else None, bool(arm["organs"]))
-            if arm["voxels"]: losses["voxels"] = voxel_loss(voxels, take(patches, rest), self.norm_patch)*(rest.shape[1]/patches.shape[1] if self.has("all_voxels") else 1)
-            if arm["organs"]: losses["organs"] = (separate_bce if self.has("separate_bce") else soft_ce)(shares, b["shares"], b["known"])
+            shares, voxels = self.decoder(
+                latent, keep, rest if arm["voxels"] else None, bool(arm["organs"])
+            )
+            if arm["voxels"]:
+                losses["voxels"] = voxel_loss(voxels, take(patches, rest), self.norm_patch) * (
+                    rest.shape[1] / patches.shape[1] if self.has("all_voxels") else 1
+                )
+            if arm["organs"]:
+                losses["organs"] = (separate_bce if self.has("separate_bce") else soft_ce)(
+                    shares, b["shares"], b["known"]
+                )
         if arm["align"] or arm["words"]:
             aligned = dict(self.align(latent[:, 1:], b["sentences"], first[:, 1:]), real=b["real"])
-            if arm["align"]: losses["align"] = self.contrast(aligned, b)
-            extra["k"] = aligned["k"][b["real"]].mean()/keep.shape[1]
+            if arm["align"]:
+                losses["align"] = self.contrast(aligned, b)
+            extra["k"] = aligned["k"][b["real"]].mean() / keep.shape[1]
         if arm["words"]:
             x = self.fuse(b["words"], b["pad"], latent, b["of"], aligned)
-            losses["words"], extra["words_found"] = words_loss(self.fuse, x, b["ids"] if self.has("all_words") else b["labels"])
-        if "cut" in b: extra["cut"] = b["cut"].mean()
-        total = sum(arm[k]*v for k, v in losses.items())
+            losses["words"], extra["words_found"] = words_loss(
+                self.fuse, x, b["ids"] if self.has("all_words") else b["labels"]
+            )
+        if "cut" in b:
+            extra["cut"] = b["cut"].mean()
+        total = sum(arm[k] * v for k, v in losses.items())
         return total, {k: v.detach() for k, v in (losses | extra).items()}
-    def contrast(self, aligned, b)->torch.Tensor:
+
+    def contrast(self, aligned, b) -> torch.Tensor:
         "Regions with sentences, or whole images with whole reports, as the arm says"
         if self.arm["contrast"] == "region":
-            return self.align.loss(aligned, b["sentences"], b["real"], self.duplicate, self.has("within_only"), self.has("padding"))
+            return self.align.loss(
+                aligned,
+                b["sentences"],
+                b["real"],
+                self.duplicate,
+                self.has("within_only"),
+                self.has("padding"),
+            )
         real = b["real"][..., None].float()
-        image, text = (gathered(F.normalize(t, dim=-1)) for t in (aligned["patches"][-1].mean(1, keepdim=True), (aligned["text"]*real).sum(1, keepdim=True)))
+        image, text = (
+            gathered(F.normalize(t, dim=-1))
+            for t in (
+                aligned["patches"][-1].mean(1, keepdim=True),
+                (aligned["text"] * real).sum(1, keepdim=True),
+            )
+        )
         every = torch.ones(len(image), len(image), dtype=torch.bool, device=image.device)
-        return info_nce(image[:, 0]@text[:, 0].T*self.align.scale, every, every[0])
+        return info_nce(image[:, 0] @ text[:, 0].T * self.align.scale, every, every[0])
 
 # %% ../../nbs/5_model/54_asap.ipynb #e04fb5f3
-def config(p, arm:dict, text_dim:int, vocab:int)->dict: # plain JSON
+def config(p, arm: dict, text_dim: int, vocab: int) -> dict:  # plain JSON
     "What a model of this study and arm is built from; `p` has the sections volumes, model, pretrain, anatomy"
-    dump = lambda x: x if isinstance(x, dict) else x.model_dump(by_alias=True) if hasattr(x, "model_config") else x.model_dump()
-    model, kept = dump(p.model), ("visible", "max_share", "temperature", "start_share", "duplicate", "norm_patch", "within")
-    return dict(size=list(p.volumes.size), spacing=list(p.volumes.spacing), hu=list(p.volumes.hu), patch=list(model["patch"]), model=model, arm=dump(arm),
-                n_organs=len(dump(p.anatomy.groups)), organs=list(dump(p.anatomy.groups)), pretrain={k: dump(p.pretrain)[k] for k in kept}, text_dim=text_dim, vocab=vocab)
+    dump = lambda x: (
+        x
+        if isinstance(x, dict)
+        else x.model_dump(by_alias=True)
+        if hasattr(x, "model_config")
+        else x.model_dump()
+    )
+    model, kept = (
+        dump(p.model),
+        ("visible", "max_share", "temperature", "start_share", "duplicate", "norm_patch", "within"),
+    )
+    return dict(
+        size=list(p.volumes.size),
+        spacing=list(p.volumes.spacing),
+        hu=list(p.volumes.hu),
+        patch=list(model["patch"]),
+        model=model,
+        arm=dump(arm),
+        n_organs=len(dump(p.anatomy.groups)),
+        organs=list(dump(p.anatomy.groups)),
+        pretrain={k: dump(p.pretrain)[k] for k in kept},
+        text_dim=text_dim,
+        vocab=vocab,
+    )

@@ -13,49 +13,90 @@ from .vit import Attention, Block, start
 from ..train import mean
 
 # %% ../../nbs/5_model/53_fuse.ipynb #4e472b9d
-def word_bias(sim, of)->torch.Tensor: # (B,S,V), (B,L) -> (B,L,V)
+def word_bias(sim, of) -> torch.Tensor:  # (B,S,V), (B,L) -> (B,L,V)
     "Each word's row of its sentence; 0 for words of no sentence"
     rows = sim.gather(1, of.clamp(min=0)[..., None].expand(-1, -1, sim.shape[-1]))
-    return rows*(of >= 0)[..., None]
+    return rows * (of >= 0)[..., None]
+
 
 class Fuse(nn.Module):
     "One fusion layer and a BERT over words"
-    def __init__(self, dim:int, text_dim:int, shared:int, depth:int, heads:int, vocab:int, ratio:float=4, bias=True, prefix=True, global_=True, padding=False):
+
+    def __init__(
+        self,
+        dim: int,
+        text_dim: int,
+        shared: int,
+        depth: int,
+        heads: int,
+        vocab: int,
+        ratio: float = 4,
+        bias=True,
+        prefix=True,
+        global_=True,
+        padding=False,
+    ):
         super().__init__()
         self.use, self.padding = dict(bias=bias, prefix=prefix, global_=global_), padding
-        self.words, self.prefix, self.mean = nn.Linear(text_dim, text_dim), nn.Linear(shared, dim), nn.Linear(dim, text_dim)
+        self.words, self.prefix, self.mean = (
+            nn.Linear(text_dim, text_dim),
+            nn.Linear(shared, dim),
+            nn.Linear(dim, text_dim),
+        )
         self.norm1, self.own = nn.LayerNorm(text_dim, eps=1e-6), Attention(text_dim, heads)
         self.norm2, self.look = nn.LayerNorm(text_dim, eps=1e-6), Attention(text_dim, heads, dim)
-        self.beta = nn.Parameter(torch.tensor(1.))
+        self.beta = nn.Parameter(torch.tensor(1.0))
         self.blocks = nn.ModuleList(Block(text_dim, heads, ratio) for _ in range(depth))
         self.norm, self.vocab = nn.LayerNorm(text_dim, eps=1e-6), nn.Linear(text_dim, vocab)
         self.apply(start)
-        for b in self.blocks: b.silence()
-    def region(self, aligned)->torch.Tensor: # (B,1,shared)
+        for b in self.blocks:
+            b.silence()
+
+    def region(self, aligned) -> torch.Tensor:  # (B,1,shared)
         "Mean of the grounded regions of the sentences that are there; as released: of the padding too, and a fifth of it"
-        if self.padding: return 0.2*aligned["region"].mean(1, keepdim=True)
+        if self.padding:
+            return 0.2 * aligned["region"].mean(1, keepdim=True)
         real = aligned["real"][..., None].to(aligned["region"].dtype)
-        return (aligned["region"]*real).sum(1, keepdim=True)/real.sum(1, keepdim=True).clamp(min=1)
-    def context(self, image, of, aligned)->tuple: # (B,V,C), (B,L) -> (B,V or 1+V,C), bias (B,1,L,V or 1+V) or None
+        return (aligned["region"] * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(
+            min=1
+        )
+
+    def context(
+        self, image, of, aligned
+    ) -> tuple:  # (B,V,C), (B,L) -> (B,V or 1+V,C), bias (B,1,L,V or 1+V) or None
         "What words look at, and how much of it is said beforehand"
-        bias = self.beta*word_bias(aligned["sim"], of) if self.use["bias"] else None
-        if not self.use["prefix"]: return image, None if bias is None else bias[:, None].to(image.dtype)
-        if bias is not None: bias = F.pad(bias, (1, 0))[:, None].to(image.dtype)
+        bias = self.beta * word_bias(aligned["sim"], of) if self.use["bias"] else None
+        if not self.use["prefix"]:
+            return image, None if bias is None else bias[:, None].to(image.dtype)
+        if bias is not None:
+            bias = F.pad(bias, (1, 0))[:, None].to(image.dtype)
         return torch.cat([self.prefix(self.region(aligned).to(image.dtype)), image], 1), bias
-    def forward(self, words, pad, image, of, aligned)->torch.Tensor: # (B,L,Ct), (B,L) bool, (B,1+V,C), (B,L) -> (B,L,Ct)
+
+    def forward(
+        self, words, pad, image, of, aligned
+    ) -> torch.Tensor:  # (B,L,Ct), (B,L) bool, (B,1+V,C), (B,L) -> (B,L,Ct)
         "Words that have looked at the image; `aligned` is what `Align` returns, with `real`"
         x, image = self.words(words), image[:, 1:]
-        away = torch.zeros(pad.shape, device=x.device, dtype=x.dtype).masked_fill(pad, -1e4)[:, None, None] if pad.any() else None
+        away = (
+            torch.zeros(pad.shape, device=x.device, dtype=x.dtype).masked_fill(pad, -1e4)[
+                :, None, None
+            ]
+            if pad.any()
+            else None
+        )
         context, bias = self.context(image, of, aligned)
-        x = x+self.own(self.norm1(x), bias=away)
-        x = x+self.look(self.norm2(x), context, bias)
-        if self.use["global_"]: x = x+self.mean(image.mean(1, keepdim=True))
-        for b in self.blocks: x = b(x, away)
+        x = x + self.own(self.norm1(x), bias=away)
+        x = x + self.look(self.norm2(x), context, bias)
+        if self.use["global_"]:
+            x = x + self.mean(image.mean(1, keepdim=True))
+        for b in self.blocks:
+            x = b(x, away)
         return self.norm(x)
 
-def words_loss(fuse, x, labels)->tuple: # scalar, share of hidden words found
+
+def words_loss(fuse, x, labels) -> tuple:  # scalar, share of hidden words found
     "Cross-entropy at the hidden real words, and nowhere else"
     asked = labels >= 0
     logits, labels = fuse.vocab(x[asked]).float(), labels[asked]
     loss = mean(F.cross_entropy(logits, labels, reduction="sum"), asked.sum())
-    return loss, (logits.detach().argmax(-1) == labels).float().sum()/asked.sum().clamp(min=1)
+    return loss, (logits.detach().argmax(-1) == labels).float().sum() / asked.sum().clamp(min=1)

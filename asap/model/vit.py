@@ -14,189 +14,294 @@ from einops import rearrange
 from torch import nn
 
 # %% ../../nbs/5_model/50_vit.ipynb #93d09397
-def patchify(x, patch)->torch.Tensor: # (B,1,H,W,D) -> (B,N,voxels)
+def patchify(x, patch) -> torch.Tensor:  # (B,1,H,W,D) -> (B,N,voxels)
     "A volume as rows of voxels, one a patch"
-    return rearrange(x, "b 1 (h p) (w q) (d r) -> b (h w d) (p q r)", p=patch[0], q=patch[1], r=patch[2])
+    return rearrange(
+        x, "b 1 (h p) (w q) (d r) -> b (h w d) (p q r)", p=patch[0], q=patch[1], r=patch[2]
+    )
 
-def unpatchify(x, size, patch)->torch.Tensor: # (B,N,voxels) -> (B,1,H,W,D)
+
+def unpatchify(x, size, patch) -> torch.Tensor:  # (B,N,voxels) -> (B,1,H,W,D)
     "Back again"
-    h, w, d = (s//p for s, p in zip(size, patch))
-    return rearrange(x, "b (h w d) (p q r) -> b 1 (h p) (w q) (d r)", h=h, w=w, d=d, p=patch[0], q=patch[1], r=patch[2])
+    h, w, d = (s // p for s, p in zip(size, patch))
+    return rearrange(
+        x,
+        "b (h w d) (p q r) -> b 1 (h p) (w q) (d r)",
+        h=h,
+        w=w,
+        d=d,
+        p=patch[0],
+        q=patch[1],
+        r=patch[2],
+    )
 
 # %% ../../nbs/5_model/50_vit.ipynb #94f068b8
-def positions(grid, dim:int)->torch.Tensor: # (N,dim)
+def positions(grid, dim: int) -> torch.Tensor:  # (N,dim)
     "Sine-cosine table of a 3-D grid; each axis has a third of the channels"
-    per = dim//6
-    wave = 1/10000**(torch.arange(per)/per)
+    per = dim // 6
+    wave = 1 / 10000 ** (torch.arange(per) / per)
     axes = torch.meshgrid(*[torch.arange(n).float() for n in grid], indexing="ij")
-    table = torch.cat([f(a.flatten()[:, None]*wave) for a in axes for f in (torch.sin, torch.cos)], 1)
-    return F.pad(table, (0, dim-table.shape[1]))
+    table = torch.cat(
+        [f(a.flatten()[:, None] * wave) for a in axes for f in (torch.sin, torch.cos)], 1
+    )
+    return F.pad(table, (0, dim - table.shape[1]))
 
 # %% ../../nbs/5_model/50_vit.ipynb #4e0c923d
-def _weights(q, k): # (G,N,c), (G,M,c) -> (G,N,M)
-    return (q*q.shape[-1]**-0.5@k.transpose(-1, -2)).softmax(-1)
+def _weights(q, k):  # (G,N,c), (G,M,c) -> (G,N,M)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+
 
 class _Tiles(torch.autograd.Function):
     "Attention a few heads at a time; weights are made again in the backward pass"
+
     @staticmethod
-    def forward(ctx, q, k, v, step): # (G,N,c), (G,M,c), (G,M,c), heads at a time
+    def forward(ctx, q, k, v, step):  # (G,N,c), (G,M,c), (G,M,c), heads at a time
         ctx.save_for_backward(q, k, v)
         ctx.step = step
-        return torch.cat([_weights(*part)@v_ for *part, v_ in zip(*(t.split(step) for t in (q, k, v)))])
+        return torch.cat(
+            [_weights(*part) @ v_ for *part, v_ in zip(*(t.split(step) for t in (q, k, v)))]
+        )
+
     @staticmethod
     def backward(ctx, g):
         out = []
         for q, k, v, g_ in zip(*(t.split(ctx.step) for t in (*ctx.saved_tensors, g))):
             w = _weights(q, k)
-            s = torch.ops.aten._softmax_backward_data(g_@v.transpose(-1, -2), w, -1, w.dtype)*q.shape[-1]**-0.5
-            out.append((s@k, s.transpose(-1, -2)@q, w.transpose(-1, -2)@g_))
+            s = (
+                torch.ops.aten._softmax_backward_data(g_ @ v.transpose(-1, -2), w, -1, w.dtype)
+                * q.shape[-1] ** -0.5
+            )
+            out.append((s @ k, s.transpose(-1, -2) @ q, w.transpose(-1, -2) @ g_))
         return *map(torch.cat, zip(*out)), None
 
-SCORES = 2**22 # at most so many at a time, 8 MB in bf16
+
+SCORES = 2**22  # at most so many at a time, 8 MB in bf16
+
 
 def attend(
-    q, k, v, # (B,h,N,c), (B,h,M,c), (B,h,M,c)
-    bias=None, # added to the scores, broadcastable to (B,h,N,M)
-)->torch.Tensor: # (B,h,N,c)
+    q,
+    k,
+    v,  # (B,h,N,c), (B,h,M,c), (B,h,M,c)
+    bias=None,  # added to the scores, broadcastable to (B,h,N,M)
+) -> torch.Tensor:  # (B,h,N,c)
     "Scaled dot-product attention by the fastest way that this device and precision have"
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    n = q.shape[-2]*k.shape[-2]
-    if bias is not None or q.shape[0]*q.shape[1]*n <= SCORES:
-        score = q*q.shape[-1]**-0.5@k.transpose(-1, -2)
-        return (score if bias is None else score+bias).softmax(-1)@v
-    return _Tiles.apply(*(t.flatten(0, 1) for t in (q, k, v)), max(1, SCORES//n)).view_as(q)
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    n = q.shape[-2] * k.shape[-2]
+    if bias is not None or q.shape[0] * q.shape[1] * n <= SCORES:
+        score = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        return (score if bias is None else score + bias).softmax(-1) @ v
+    return _Tiles.apply(*(t.flatten(0, 1) for t in (q, k, v)), max(1, SCORES // n)).view_as(q)
 
 # %% ../../nbs/5_model/50_vit.ipynb #67b90337
 class Attention(nn.Module):
     "Multi-head attention of `x` to itself or to `context`, with an additive bias if there is one"
+
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(context_dim or dim, 2*dim), nn.Linear(dim, dim)
-    def forward(self, x, context=None, bias=None): # (B,L,C), (B,M,C'), (B,1,L,M)
+        self.q, self.kv, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(context_dim or dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
+
+    def forward(self, x, context=None, bias=None):  # (B,L,C), (B,M,C'), (B,1,L,M)
         split = lambda t: rearrange(t, "b n (h c) -> b h n c", h=self.heads)
         k, v = self.kv(x if context is None else context).chunk(2, -1)
         y = attend(split(self.q(x)), split(k), split(v), bias)
         return self.out(rearrange(y, "b h n c -> b n (h c)"))
 
+
 class Block(nn.Module):
     "Pre-norm transformer block"
-    def __init__(self, dim, heads, ratio=4.):
+
+    def __init__(self, dim, heads, ratio=4.0):
         super().__init__()
-        wide = int(ratio*dim)
+        wide = int(ratio * dim)
         self.norm1, self.attend = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim, eps=1e-6),
+            nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim)),
+        )
+
     def silence(self):
         "Start as the identity: a block adds nothing until it has learnt to"
-        for last in (self.attend.out, self.mlp[2]): nn.init.zeros_(last.weight)
-    def forward(self, x, bias=None, wanted=None): # (B,N,C), added to the attention's scores, (B,W) tokens that are asked for -> (B,N,C) or (B,W,C)
-        seen = self.norm1(x)
-        x = x+self.attend(seen, bias=bias) if wanted is None else take(x, wanted)+self.attend(take(seen, wanted), seen, bias)
-        return x+self.mlp(self.norm2(x))
+        for last in (self.attend.out, self.mlp[2]):
+            nn.init.zeros_(last.weight)
 
-def start(m): # as in MAE
+    def forward(
+        self, x, bias=None, wanted=None
+    ):  # (B,N,C), added to the attention's scores, (B,W) tokens that are asked for -> (B,N,C) or (B,W,C)
+        seen = self.norm1(x)
+        x = (
+            x + self.attend(seen, bias=bias)
+            if wanted is None
+            else take(x, wanted) + self.attend(take(seen, wanted), seen, bias)
+        )
+        return x + self.mlp(self.norm2(x))
+
+
+def start(m):  # as in MAE
     "Xavier for linear layers, ones and zeros for norms"
     if isinstance(m, nn.Linear):
         nn.init.xavier_uniform_(m.weight)
-        if m.bias is not None: nn.init.zeros_(m.bias)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
 
 # %% ../../nbs/5_model/50_vit.ipynb #4608a713
-def _total(x)->torch.Tensor: # (P,C,n) -> (C,n)
+def _total(x) -> torch.Tensor:  # (P,C,n) -> (C,n)
     "Sum as a product: bf16 is not copied to fp32 for it"
-    return (x.new_ones(1, len(x))@x.flatten(1)).view(x.shape[1:])
+    return (x.new_ones(1, len(x)) @ x.flatten(1)).view(x.shape[1:])
+
 
 class _Pool(torch.autograd.Function):
     "Mean and maximum over the first axis; the largest, where several are, share its gradient as in `amax`"
+
     @staticmethod
-    def forward(ctx, x): # (P,C,n) -> (2C,n)
+    def forward(ctx, x):  # (P,C,n) -> (2C,n)
         most = x.amax(0)
         ctx.save_for_backward(x, most)
-        return torch.cat([_total(x)/len(x), most])
+        return torch.cat([_total(x) / len(x), most])
+
     @staticmethod
     def backward(ctx, g):
         (x, most), (mean, largest) = ctx.saved_tensors, g.chunk(2)
-        here = torch.eq(x, most, out=torch.empty_like(x)) # a truth value for each would have to be copied to the type of x
-        return torch.addcmul(mean/len(x), here, largest/_total(here))
+        here = torch.eq(
+            x, most, out=torch.empty_like(x)
+        )  # a truth value for each would have to be copied to the type of x
+        return torch.addcmul(mean / len(x), here, largest / _total(here))
+
 
 class Stem(nn.Module):
     "Small templates slid over each patch by itself; their mean and maximum make its token"
-    def __init__(self,
-        patch, # voxels
-        dim:int,
-        kernel, # voxels of a template
+
+    def __init__(
+        self,
+        patch,  # voxels
+        dim: int,
+        kernel,  # voxels of a template
         stride,
-        widths): # templates, and what is made of them
+        widths,
+    ):  # templates, and what is made of them
         super().__init__()
-        if any(k > p for k, p in zip(kernel, patch)): raise ValueError(f"model.stem.kernel {tuple(kernel)} is larger than model.patch {tuple(patch)}")
+        if any(k > p for k, p in zip(kernel, patch)):
+            raise ValueError(
+                f"model.stem.kernel {tuple(kernel)} is larger than model.patch {tuple(patch)}"
+            )
         self.patch, self.kernel, self.stride = tuple(patch), tuple(kernel), tuple(stride)
-        self.register_buffer("mean", torch.zeros(prod(kernel))); self.register_buffer("white", torch.eye(prod(kernel)))
-        self.first, self.second, self.out = nn.Linear(prod(kernel), widths[0]), nn.Linear(*widths), nn.Linear(2*widths[1], dim)
+        self.register_buffer("mean", torch.zeros(prod(kernel)))
+        self.register_buffer("white", torch.eye(prod(kernel)))
+        self.first, self.second, self.out = (
+            nn.Linear(prod(kernel), widths[0]),
+            nn.Linear(*widths),
+            nn.Linear(2 * widths[1], dim),
+        )
         at = torch.arange(prod(patch)).view(self.patch)
-        for axis, (k, s) in enumerate(zip(kernel, stride)): at = at.unfold(axis, k, s)
-        self.register_buffer("at", at.flatten(3).flatten(0, 2), persistent=False) # (places, voxels of a template): which voxels of a patch
+        for axis, (k, s) in enumerate(zip(kernel, stride)):
+            at = at.unfold(axis, k, s)
+        self.register_buffer(
+            "at", at.flatten(3).flatten(0, 2), persistent=False
+        )  # (places, voxels of a template): which voxels of a patch
+
     @torch.no_grad()
-    def fit(self, patches, ridge:float=0.01): # (B,N,voxels)
+    def fit(self, patches, ridge: float = 0.01):  # (B,N,voxels)
         "Decorrelate the windows of such patches; `ridge`, of the mean variance, keeps noise small"
         x = patches[..., self.at].flatten(0, 2).double()
         value, vector = torch.linalg.eigh(torch.cov(x.T))
-        self.mean.copy_(x.mean(0)); self.white.copy_(vector/(value+ridge*value.mean())**0.5@vector.T)
-    def templates(self)->tuple: # (templates, voxels of a template), (templates,)
+        self.mean.copy_(x.mean(0))
+        self.white.copy_(vector / (value + ridge * value.mean()) ** 0.5 @ vector.T)
+
+    def templates(self) -> tuple:  # (templates, voxels of a template), (templates,)
         "Weights and biases for windows as they are, not decorrelated"
-        with torch.autocast(self.white.device.type, enabled=False): w = self.first.weight@self.white
-        return w, self.first.bias-w@self.mean
-    def forward(self, patches)->torch.Tensor: # (B,N,voxels) -> (B,N,C)
+        with torch.autocast(self.white.device.type, enabled=False):
+            w = self.first.weight @ self.white
+        return w, self.first.bias - w @ self.mean
+
+    def forward(self, patches) -> torch.Tensor:  # (B,N,voxels) -> (B,N,C)
         kind = patches.device.type
-        if torch.is_autocast_enabled(kind): patches = patches.to(torch.get_autocast_dtype(kind)) # before each voxel is there many times
-        x = patches.flatten(0, 1).T.contiguous()[self.at] # (places, voxels of a template, B*N): whole rows are copied
+        if torch.is_autocast_enabled(kind):
+            patches = patches.to(
+                torch.get_autocast_dtype(kind)
+            )  # before each voxel is there many times
+        x = patches.flatten(0, 1).T.contiguous()[
+            self.at
+        ]  # (places, voxels of a template, B*N): whole rows are copied
         for w, b in (self.templates(), (self.second.weight, self.second.bias)):
-            x = F.gelu(torch.baddbmm(b[:, None].to(x.dtype), w.to(x.dtype).expand(len(x), -1, -1), x))
+            x = F.gelu(
+                torch.baddbmm(b[:, None].to(x.dtype), w.to(x.dtype).expand(len(x), -1, -1), x)
+            )
         return self.out(_Pool.apply(x).T).unflatten(0, patches.shape[:2])
 
 # %% ../../nbs/5_model/50_vit.ipynb #b8fa1349
 class ViT3D(nn.Module):
     "A 3-D vision transformer; `tokens` is what tasks use, `see` what pre-training uses"
-    def __init__(self,
-        size, # voxels of the input (H,W,D)
-        patch, # voxels of a patch
-        dim:int, depth:int, heads:int,
-        stem=None): # kernel, stride and widths of a `Stem`; None: the paper's matrix
+
+    def __init__(
+        self,
+        size,  # voxels of the input (H,W,D)
+        patch,  # voxels of a patch
+        dim: int,
+        depth: int,
+        heads: int,
+        stem=None,
+    ):  # kernel, stride and widths of a `Stem`; None: the paper's matrix
         super().__init__()
-        if any(s % p for s, p in zip(size, patch)): raise ValueError(f"size {tuple(size)} is not a whole number of patches {tuple(patch)}")
+        if any(s % p for s, p in zip(size, patch)):
+            raise ValueError(f"size {tuple(size)} is not a whole number of patches {tuple(patch)}")
         self.size, self.patch, self.dim = tuple(size), tuple(patch), dim
-        self.grid = tuple(s//p for s, p in zip(size, patch))
+        self.grid = tuple(s // p for s, p in zip(size, patch))
         self.embed = Stem(patch, dim, **stem) if stem else nn.Linear(prod(patch), dim)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos", positions(self.grid, dim))
-        self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim, eps=1e-6)
-        self.apply(start); nn.init.normal_(self.cls, std=0.02)
-        for b in self.blocks: b.silence()
-    def embedded(self, patches, keep=None)->torch.Tensor: # (B,N,voxels), (B,V) -> (B,1+V,C)
+        self.blocks, self.norm = (
+            nn.ModuleList(Block(dim, heads) for _ in range(depth)),
+            nn.LayerNorm(dim, eps=1e-6),
+        )
+        self.apply(start)
+        nn.init.normal_(self.cls, std=0.02)
+        for b in self.blocks:
+            b.silence()
+
+    def embedded(self, patches, keep=None) -> torch.Tensor:  # (B,N,voxels), (B,V) -> (B,1+V,C)
         "Patches in `keep`, or all, before any has seen another; the class token is first"
         pos = self.pos[None].expand(len(patches), -1, -1)
-        if keep is not None: patches, pos = take(patches, keep), take(pos, keep)
-        return torch.cat([self.cls.expand(len(patches), -1, -1), self.embed(patches)+pos], 1)
-    def mixed(self, x, norm=True)->torch.Tensor: # (B,1+V,C) of `embedded` -> (B,1+V,C)
+        if keep is not None:
+            patches, pos = take(patches, keep), take(pos, keep)
+        return torch.cat([self.cls.expand(len(patches), -1, -1), self.embed(patches) + pos], 1)
+
+    def mixed(self, x, norm=True) -> torch.Tensor:  # (B,1+V,C) of `embedded` -> (B,1+V,C)
         "Tokens, after all blocks"
-        for b in self.blocks: x = b(x)
+        for b in self.blocks:
+            x = b(x)
         return self.norm(x) if norm else x
-    def see(self, patches, keep=None, norm=True)->torch.Tensor: # (B,N,voxels), (B,V) -> (B,1+V,C)
+
+    def see(
+        self, patches, keep=None, norm=True
+    ) -> torch.Tensor:  # (B,N,voxels), (B,V) -> (B,1+V,C)
         "Tokens of the patches in `keep`, or of all"
         return self.mixed(self.embedded(patches, keep), norm)
-    def tokens(self, x, norm=True)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,1+N,C)
+
+    def tokens(self, x, norm=True) -> torch.Tensor:  # (B,1,H,W,D) in [-1,1] -> (B,1+N,C)
         "All tokens of a volume, class token first; `norm=False` before the last norm, which is what probes use"
-        if x.shape[1:] != (1, *self.size): raise ValueError(f"input of shape {tuple(x.shape)}, expected (B, 1, {', '.join(map(str, self.size))})")
+        if x.shape[1:] != (1, *self.size):
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}, expected (B, 1, {', '.join(map(str, self.size))})"
+            )
         return self.see(patchify(x, self.patch), norm=norm)
+
     forward = tokens
 
 # %% ../../nbs/5_model/50_vit.ipynb #06a29f74
 def choose(
-    order, # (B,N) int64, each row a permutation of the patches
-    share:float, # of the patches
-)->tuple: # (B,V) seen and (B,N-V) hidden, each sorted
+    order,  # (B,N) int64, each row a permutation of the patches
+    share: float,  # of the patches
+) -> tuple:  # (B,V) seen and (B,N-V) hidden, each sorted
     "Seen and hidden patches; at least one is seen"
-    n = max(1, round(share*order.shape[1]))
+    n = max(1, round(share * order.shape[1]))
     return order[:, :n].sort(1).values, order[:, n:].sort(1).values
 
-def take(x, index)->torch.Tensor: # (B,N,C), (B,V) -> (B,V,C)
+
+def take(x, index) -> torch.Tensor:  # (B,N,C), (B,V) -> (B,V,C)
     "Rows of each sample"
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -13,374 +13,639 @@ import numpy as np
 from scipy.ndimage import find_objects, gaussian_filter
 
 from ..core import rng
-from .body import LABELS, Body, aorta, ball, body, heart_at, heart_radii, texture, traits, tube
+from asap.phantom.body import (
+    LABELS,
+    Body,
+    aorta,
+    ball,
+    body,
+    heart_at,
+    heart_radii,
+    texture,
+    traits,
+    tube,
+)
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #ddaf4a0e
-ABNORMALITIES = ["Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
-    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule",
-    "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern", "Peribronchial thickening",
-    "Consolidation", "Bronchiectasis", "Interlobular septal thickening"] # CT-RATE's names, in CT-RATE's order
+ABNORMALITIES = [
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+]  # CT-RATE's names, in CT-RATE's order
+
 
 @dataclass
 class Finding:
     "One abnormality of one chest"
-    name:str
-    side:str # "left", "right", "both sides" or ""
-    place:str # where, in a radiologist's words
-    size_mm:float # largest extent of one lesion, or thickness of a layer
-    severity:float # 0..1
-    mask:np.ndarray # bool, voxels that it changed
-    count:int = 1
+
+    name: str
+    side: str  # "left", "right", "both sides" or ""
+    place: str  # where, in a radiologist's words
+    size_mm: float  # largest extent of one lesion, or thickness of a layer
+    severity: float  # 0..1
+    mask: np.ndarray  # bool, voxels that it changed
+    count: int = 1
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #cec77859
 @dataclass(frozen=True)
 class Shift:
     "How the scans of one hospital differ from those of another"
-    spacing:tuple = (1., 1., 1.) # factor on the spacing of the study's phantoms
-    noise:float = 1. # factor on the scanner's noise
-    blur:float = 0. # voxels added to the kernel's
-    contrast:float = 0.5 # share of scans with contrast medium
-    odds:dict = field(default_factory=dict) # abnormality -> added log-odds
+
+    spacing: tuple = (1.0, 1.0, 1.0)  # factor on the spacing of the study's phantoms
+    noise: float = 1.0  # factor on the scanner's noise
+    blur: float = 0.0  # voxels added to the kernel's
+    contrast: float = 0.5  # share of scans with contrast medium
+    odds: dict = field(default_factory=dict)  # abnormality -> added log-odds
+
 
 SAME = Shift()
 
-ODDS = { # name: (log-odds, {abnormality drawn before: what it adds})
-    "Cardiomegaly": (-1.1, {}), "Pericardial effusion": (-1.5, {"Cardiomegaly": 1.0}), "Pleural effusion": (-1.2, {"Cardiomegaly": 0.7}),
-    "Consolidation": (-1.2, {"Pleural effusion": 0.8}), "Atelectasis": (-1.1, {"Pleural effusion": 0.7}), "Lung opacity": (-1.0, {"Consolidation": 0.6}),
-    "Lymphadenopathy": (-1.1, {"Consolidation": 0.4}), "Emphysema": (-1.1, {}), "Lung nodule": (-0.7, {"Emphysema": 0.3}),
-    "Pulmonary fibrotic sequela": (-1.1, {"Emphysema": 0.3}), "Bronchiectasis": (-1.2, {"Pulmonary fibrotic sequela": 0.5}),
-    "Peribronchial thickening": (-1.2, {"Bronchiectasis": 0.6}), "Mosaic attenuation pattern": (-1.3, {"Bronchiectasis": 0.3}),
-    "Interlobular septal thickening": (-1.4, {"Pleural effusion": 0.6}), "Arterial wall calcification": (-1.0, {}),
-    "Coronary artery wall calcification": (-1.2, {"Arterial wall calcification": 1.1}), "Hiatal hernia": (-1.4, {}), "Medical material": (-1.3, {"Cardiomegaly": 0.5})}
+ODDS = {  # name: (log-odds, {abnormality drawn before: what it adds})
+    "Cardiomegaly": (-1.1, {}),
+    "Pericardial effusion": (-1.5, {"Cardiomegaly": 1.0}),
+    "Pleural effusion": (-1.2, {"Cardiomegaly": 0.7}),
+    "Consolidation": (-1.2, {"Pleural effusion": 0.8}),
+    "Atelectasis": (-1.1, {"Pleural effusion": 0.7}),
+    "Lung opacity": (-1.0, {"Consolidation": 0.6}),
+    "Lymphadenopathy": (-1.1, {"Consolidation": 0.4}),
+    "Emphysema": (-1.1, {}),
+    "Lung nodule": (-0.7, {"Emphysema": 0.3}),
+    "Pulmonary fibrotic sequela": (-1.1, {"Emphysema": 0.3}),
+    "Bronchiectasis": (-1.2, {"Pulmonary fibrotic sequela": 0.5}),
+    "Peribronchial thickening": (-1.2, {"Bronchiectasis": 0.6}),
+    "Mosaic attenuation pattern": (-1.3, {"Bronchiectasis": 0.3}),
+    "Interlobular septal thickening": (-1.4, {"Pleural effusion": 0.6}),
+    "Arterial wall calcification": (-1.0, {}),
+    "Coronary artery wall calcification": (-1.2, {"Arterial wall calcification": 1.1}),
+    "Hiatal hernia": (-1.4, {}),
+    "Medical material": (-1.3, {"Cardiomegaly": 0.5}),
+}
 
-def draw_present(seed, age:int=60, shift:Shift=SAME)->list[str]: # names, in CT-RATE's order
+
+def draw_present(
+    seed, age: int = 60, shift: Shift = SAME
+) -> list[str]:  # names, in CT-RATE's order
     "Which abnormalities a patient has"
     r, have = rng("present", seed), set()
     for name, (base, pull) in ODDS.items():
-        old = 0.03*(age-60) if "calcification" in name else 0.
-        logit = base+shift.odds.get(name, 0.)+old+sum(v for k, v in pull.items() if k in have)
-        if r.random() < 1/(1+np.exp(-logit)): have.add(name)
+        old = 0.03 * (age - 60) if "calcification" in name else 0.0
+        logit = (
+            base + shift.odds.get(name, 0.0) + old + sum(v for k, v in pull.items() if k in have)
+        )
+        if r.random() < 1 / (1 + np.exp(-logit)):
+            have.add(name)
     return [n for n in ABNORMALITIES if n in have]
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #1e5a2d1d
 PAINTERS = {}
+
+
 def _painter(name):
-    def keep(f): PAINTERS[name] = f; return f
+    def keep(f):
+        PAINTERS[name] = f
+        return f
+
     return keep
 
-def _blend(b:Body, share, hu): # share 0..1 of the new value, any broadcastable shape
-    b.hu += np.clip(share, 0, 1)*(hu-b.hu)
 
-def _edge(d, width=0.3): # 1 inside (d < 1), 0 outside, soft
-    return np.clip((1+width-d)/(2*width), 0, 1)
+def _blend(b: Body, share, hu):  # share 0..1 of the new value, any broadcastable shape
+    b.hu += np.clip(share, 0, 1) * (hu - b.hu)
 
-def _where(b, r, lobes=None)->tuple: # body point, lobe
+
+def _edge(d, width=0.3):  # 1 inside (d < 1), 0 outside, soft
+    return np.clip((1 + width - d) / (2 * width), 0, 1)
+
+
+def _where(b, r, lobes=None) -> tuple:  # body point, lobe
     "A random point inside a lobe, away from its border"
     lobe = r.choice(lobes or [k for k in LABELS if k.startswith("lung")])
     mask = b.labels == LABELS[lobe]
-    box = tuple(slice(max(0, s.start-6), s.stop+6) for s in find_objects(mask.view(np.uint8))[0]) # the filter reaches 6 voxels
+    box = tuple(
+        slice(max(0, s.start - 6), s.stop + 6) for s in find_objects(mask.view(np.uint8))[0]
+    )  # the filter reaches 6 voxels
     inside = gaussian_filter(mask[box].astype(np.float32), 1.5)
-    ok = np.argwhere(inside > 0.8*inside.max())
-    i, j, k = ok[r.integers(len(ok))]+[s.start for s in box]
+    ok = np.argwhere(inside > 0.8 * inside.max())
+    i, j, k = ok[r.integers(len(ok))] + [s.start for s in box]
     return (b.frame.x[i, j, 0], b.frame.y[i, j, 0], b.frame.z[0, 0, k]), str(lobe)
 
-def lobe_words(lobe)->tuple: # side, place
+
+def lobe_words(lobe) -> tuple:  # side, place
     "lung_upper_lobe_left -> left, left upper lobe"
     _, part, _, side = lobe.split("_")
     return side, f"{side} {part} lobe"
 
-def _sides(places)->str:
+
+def _sides(places) -> str:
     s = {p.split()[0] for p in places}
     return "both sides" if len(s) > 1 else s.pop()
 
-def _list(places)->str: # "a", "a and b", "a, b and c"; each once
+
+def _list(places) -> str:  # "a", "a and b", "a, b and c"; each once
     p = list(dict.fromkeys(places))
-    return p[0] if len(p) == 1 else ", ".join(p[:-1])+" and "+p[-1]
+    return p[0] if len(p) == 1 else ", ".join(p[:-1]) + " and " + p[-1]
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #e3ff4f27
 @_painter("Cardiomegaly")
-def _cardiomegaly(b, r, sev): # the body was drawn with the large heart
+def _cardiomegaly(b, r, sev):  # the body was drawn with the large heart
     at, radii = heart_at(b.traits), heart_radii(b.traits, heart_factor(b.seed, sev))
-    return dict(side="", place="heart", size_mm=2*float(radii[0])*b.traits["scale"], mask=ball(b.frame, at, radii) < 1)
+    return dict(
+        side="",
+        place="heart",
+        size_mm=2 * float(radii[0]) * b.traits["scale"],
+        mask=ball(b.frame, at, radii) < 1,
+    )
+
 
 @_painter("Pericardial effusion")
 def _pericardial(b, r, sev):
-    at, radii = heart_at(b.traits), heart_radii(b.traits, b.factor)+5
-    thick = 12+10*sev
-    fluid = (ball(b.frame, at, radii+thick) < 1) & (ball(b.frame, at, radii) >= 1) & (b.frame.z > -100) & ~np.isin(b.labels, [LABELS["aorta"], LABELS["trachea"], LABELS["liver"]])
+    at, radii = heart_at(b.traits), heart_radii(b.traits, b.factor) + 5
+    thick = 12 + 10 * sev
+    fluid = (
+        (ball(b.frame, at, radii + thick) < 1)
+        & (ball(b.frame, at, radii) >= 1)
+        & (b.frame.z > -100)
+        & ~np.isin(b.labels, [LABELS["aorta"], LABELS["trachea"], LABELS["liver"]])
+    )
     fluid &= b.hu < b.traits["bone"]
-    _blend(b, fluid.astype(np.float32), 8.)
-    return dict(side="", place="pericardial sac", size_mm=thick*b.traits["scale"], mask=fluid)
+    _blend(b, fluid.astype(np.float32), 8.0)
+    return dict(side="", place="pericardial sac", size_mm=thick * b.traits["scale"], mask=fluid)
 
-def heart_factor(seed, sev)->float: # size of an enlarged heart against a normal one
+
+def heart_factor(seed, sev) -> float:  # size of an enlarged heart against a normal one
     "1.25 to 1.42"
-    return 1.25+0.17*sev
+    return 1.25 + 0.17 * sev
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #a344aafa
-def _plaques(b, r, points, mm, hu=880): # bright lumps
+def _plaques(b, r, points, mm, hu=880):  # bright lumps
     share = np.zeros(b.hu.shape, np.float32)
-    for p in points: share = np.maximum(share, _edge(ball(b.frame, p, np.float32([mm, mm, mm*1.1])/2)))
+    for p in points:
+        share = np.maximum(share, _edge(ball(b.frame, p, np.float32([mm, mm, mm * 1.1]) / 2)))
     _blend(b, share, hu)
     return share > 0.4
 
+
 @_painter("Arterial wall calcification")
 def _arterial(b, r, sev):
-    n, k = int(6+5*sev), b.traits["aorta"]
+    n, k = int(6 + 5 * sev), b.traits["aorta"]
     points = []
     for _ in range(n):
-        a, on = r.uniform(0, 2*np.pi), r.random()
-        if on < 0.6: points.append((-17+12.5*k*np.cos(a), -46+12.5*k*np.sin(a), r.uniform(-100, 40)))
-        else: points.append((r.uniform(-22, 8), r.uniform(-36, 12), 42+12*k*r.choice([-1, 1])))
+        a, on = r.uniform(0, 2 * np.pi), r.random()
+        if on < 0.6:
+            points.append(
+                (-17 + 12.5 * k * np.cos(a), -46 + 12.5 * k * np.sin(a), r.uniform(-100, 40))
+            )
+        else:
+            points.append((r.uniform(-22, 8), r.uniform(-36, 12), 42 + 12 * k * r.choice([-1, 1])))
     mm = r.uniform(17, 22)
-    return dict(side="", place="aorta", size_mm=mm*b.traits["scale"], count=n, mask=_plaques(b, r, points, mm))
+    return dict(
+        side="",
+        place="aorta",
+        size_mm=mm * b.traits["scale"],
+        count=n,
+        mask=_plaques(b, r, points, mm),
+    )
+
 
 @_painter("Coronary artery wall calcification")
 def _coronary(b, r, sev):
     at, radii = heart_at(b.traits), heart_radii(b.traits, b.factor)
-    n, mm, points = int(6+4*sev), r.uniform(17, 21), []
-    for i in range(n): # along the groove in front, from the base of the heart down and to the left
+    n, mm, points = int(6 + 4 * sev), r.uniform(17, 21), []
+    for i in range(n):  # along the groove in front, from the base of the heart down and to the left
         a, down = np.deg2rad(r.uniform(40, 120)), r.uniform(-0.5, 0.7)
-        ring = np.sqrt(1-down**2)
-        points.append(at+radii*np.float32([ring*np.cos(a), ring*np.sin(a), down]))
-    return dict(side="", place="coronary arteries", size_mm=mm*b.traits["scale"], count=n, mask=_plaques(b, r, points, mm, 860))
+        ring = np.sqrt(1 - down**2)
+        points.append(at + radii * np.float32([ring * np.cos(a), ring * np.sin(a), down]))
+    return dict(
+        side="",
+        place="coronary arteries",
+        size_mm=mm * b.traits["scale"],
+        count=n,
+        mask=_plaques(b, r, points, mm, 860),
+    )
+
 
 @_painter("Medical material")
 def _material(b, r, sev):
     s = int(r.choice([-1, 1]))
-    start = (s*r.uniform(55, 80), 96, r.uniform(45, 75))
-    box = np.maximum(np.maximum(np.abs(b.frame.x-start[0])/22, np.abs(b.frame.y-start[1])/9), np.abs(b.frame.z-start[2])/20)
+    start = (s * r.uniform(55, 80), 96, r.uniform(45, 75))
+    box = np.maximum(
+        np.maximum(np.abs(b.frame.x - start[0]) / 22, np.abs(b.frame.y - start[1]) / 9),
+        np.abs(b.frame.z - start[2]) / 20,
+    )
     at = heart_at(b.traits)
-    lead = np.minimum(tube(b.frame, start, (12, 12, 62), 4.5), tube(b.frame, (12, 12, 62), (6, 8, float(at[2])), 4.5))
+    lead = np.minimum(
+        tube(b.frame, start, (12, 12, 62), 4.5),
+        tube(b.frame, (12, 12, 62), (6, 8, float(at[2])), 4.5),
+    )
     mask = (box < 1) | (lead < 1)
     b.hu[mask] = 1800
     side = "right" if s > 0 else "left"
-    return dict(side=side, place=f"{side} chest wall", size_mm=44*b.traits["scale"], mask=mask)
+    return dict(side=side, place=f"{side} chest wall", size_mm=44 * b.traits["scale"], mask=mask)
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #f27f70aa
 @_painter("Hiatal hernia")
 def _hernia(b, r, sev):
-    mm = 44+26*sev
-    at, radii = (-8+r.uniform(-6, 6), -40, -78), np.float32([mm, mm*0.8, mm])/2
+    mm = 44 + 26 * sev
+    at, radii = (-8 + r.uniform(-6, 6), -40, -78), np.float32([mm, mm * 0.8, mm]) / 2
     d = ball(b.frame, at, radii)
     mask = (d < 1) & (b.labels != LABELS["aorta"]) & (b.hu < 200)
-    _blend(b, mask.astype(np.float32), 30.)
-    gas = (ball(b.frame, at, radii*0.72) < 1) & mask & (b.frame.y > at[1]-4)
+    _blend(b, mask.astype(np.float32), 30.0)
+    gas = (ball(b.frame, at, radii * 0.72) < 1) & mask & (b.frame.y > at[1] - 4)
     b.hu[gas] = -930
-    return dict(side="", place="behind the heart", size_mm=mm*b.traits["scale"], mask=mask)
+    return dict(side="", place="behind the heart", size_mm=mm * b.traits["scale"], mask=mask)
+
 
 @_painter("Lymphadenopathy")
 def _nodes(b, r, sev):
-    n, mm, places = int(4+3*sev), r.uniform(26, 34), []
+    n, mm, places = int(4 + 3 * sev), r.uniform(26, 34), []
     share = np.zeros(b.hu.shape, np.float32)
-    spots = {"right paratracheal": (24, -6, 62), "left paratracheal": (-26, -2, 70), "prevascular": (-6, 44, 40), "subcarinal": (0, -22, 2),
-             "right hilar": (34, -14, 4), "left hilar": (-36, -14, 10)}
+    spots = {
+        "right paratracheal": (24, -6, 62),
+        "left paratracheal": (-26, -2, 70),
+        "prevascular": (-6, 44, 40),
+        "subcarinal": (0, -22, 2),
+        "right hilar": (34, -14, 4),
+        "left hilar": (-36, -14, 10),
+    }
     for name in r.permutation(list(spots))[:n]:
-        p = np.float32(spots[name])+r.uniform(-5, 5, 3)
-        share = np.maximum(share, _edge(ball(b.frame, p, np.float32([mm*0.9, mm*0.8, mm*1.15])/2)))
+        p = np.float32(spots[name]) + r.uniform(-5, 5, 3)
+        share = np.maximum(
+            share, _edge(ball(b.frame, p, np.float32([mm * 0.9, mm * 0.8, mm * 1.15]) / 2))
+        )
         places.append(str(name))
     keep = ~np.isin(b.labels, [LABELS["aorta"], LABELS["trachea"], LABELS["heart"]]) & (b.hu < 150)
     share *= keep
-    _blend(b, share, 60.)
-    return dict(side="", place=f"{_list(places)} stations", size_mm=mm*b.traits["scale"], count=len(places), mask=share > 0.5)
+    _blend(b, share, 60.0)
+    return dict(
+        side="",
+        place=f"{_list(places)} stations",
+        size_mm=mm * b.traits["scale"],
+        count=len(places),
+        mask=share > 0.5,
+    )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #959aea75
-def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False): # balls of `mm` in the lungs
+def _lumps(b, r, n, mm, hu, lobes=None, edge=0.3, add=False):  # balls of `mm` in the lungs
     share, places = np.zeros(b.hu.shape, np.float32), []
     for _ in range(n):
         p, lobe = _where(b, r, lobes)
-        radii = np.float32([mm, mm, mm])/2*r.uniform(0.85, 1.15)
+        radii = np.float32([mm, mm, mm]) / 2 * r.uniform(0.85, 1.15)
         share = np.maximum(share, _edge(ball(b.frame, p, radii), edge))
         places.append(lobe_words(lobe)[1])
-    share = share*b.lung
-    if add: b.hu += share*hu
-    else: _blend(b, share, hu)
-    return dict(side=_sides(places), place=_list(places), size_mm=mm*b.traits["scale"], count=n, mask=share > 0.4)
+    share = share * b.lung
+    if add:
+        b.hu += share * hu
+    else:
+        _blend(b, share, hu)
+    return dict(
+        side=_sides(places),
+        place=_list(places),
+        size_mm=mm * b.traits["scale"],
+        count=n,
+        mask=share > 0.4,
+    )
+
 
 @_painter("Lung nodule")
-def _nodule(b, r, sev): return _lumps(b, r, int(4+4*r.random()), 25+5*sev, 110.)
+def _nodule(b, r, sev):
+    return _lumps(b, r, int(4 + 4 * r.random()), 25 + 5 * sev, 110.0)
+
 
 @_painter("Consolidation")
 def _consolidation(b, r, sev):
-    out = _lumps(b, r, 1+int(2.5*r.random()), 70+22*sev, 35., edge=0.2)
-    bronchogram = out["mask"] & (texture(("bronchogram", b.seed), b.hu.shape, b.frame.spacing, 8) > 1.3)
+    out = _lumps(b, r, 1 + int(2.5 * r.random()), 70 + 22 * sev, 35.0, edge=0.2)
+    bronchogram = out["mask"] & (
+        texture(("bronchogram", b.seed), b.hu.shape, b.frame.spacing, 8) > 1.3
+    )
     b.hu[bronchogram] = -700
     return out
 
+
 @_painter("Lung opacity")
 def _opacity(b, r, sev):
-    return _lumps(b, r, 2+int(3*r.random()), 72+20*sev, r.uniform(240, 350), edge=0.6, add=True)
+    return _lumps(
+        b, r, 2 + int(3 * r.random()), 72 + 20 * sev, r.uniform(240, 350), edge=0.6, add=True
+    )
+
 
 @_painter("Emphysema")
 def _emphysema(b, r, sev):
-    high = np.clip((b.frame.z+40)/60, 0.15, 1)
-    holes = np.clip(texture(("emphysema", b.seed), b.hu.shape, b.frame.spacing, 26)*1.6+0.5*sev-0.1, 0, 1)*high*b.lung
-    _blend(b, holes, -985.)
-    return dict(side="both sides", place="upper lobes", size_mm=26*b.traits["scale"], mask=holes > 0.5)
+    high = np.clip((b.frame.z + 40) / 60, 0.15, 1)
+    holes = (
+        np.clip(
+            texture(("emphysema", b.seed), b.hu.shape, b.frame.spacing, 26) * 1.6 + 0.5 * sev - 0.1,
+            0,
+            1,
+        )
+        * high
+        * b.lung
+    )
+    _blend(b, holes, -985.0)
+    return dict(
+        side="both sides", place="upper lobes", size_mm=26 * b.traits["scale"], mask=holes > 0.5
+    )
+
 
 @_painter("Mosaic attenuation pattern")
 def _mosaic(b, r, sev):
     patch = (texture(("mosaic", b.seed), b.hu.shape, b.frame.spacing, 46) > 0.1) & b.lung
-    b.hu += np.where(patch, 110+60*sev, np.where(b.lung, -40., 0)).astype(np.float32)
-    return dict(side="both sides", place="both lungs", size_mm=46*b.traits["scale"], mask=patch)
+    b.hu += np.where(patch, 110 + 60 * sev, np.where(b.lung, -40.0, 0)).astype(np.float32)
+    return dict(side="both sides", place="both lungs", size_mm=46 * b.traits["scale"], mask=patch)
+
 
 @_painter("Atelectasis")
-def _atelectasis(b, r, sev): # plates across the base
-    n, places, share = 2+int(2*r.random()), [], np.zeros(b.hu.shape, np.float32)
+def _atelectasis(b, r, sev):  # plates across the base
+    n, places, share = 2 + int(2 * r.random()), [], np.zeros(b.hu.shape, np.float32)
     for i in range(n):
-        p, lobe = _where(b, r, ["lung_lower_lobe_left", "lung_lower_lobe_right", "lung_middle_lobe_right"])
+        p, lobe = _where(
+            b, r, ["lung_lower_lobe_left", "lung_lower_lobe_right", "lung_middle_lobe_right"]
+        )
         tilt = r.uniform(-0.35, 0.35, 2)
-        plate = np.abs(b.frame.z-p[2]-tilt[0]*(b.frame.x-p[0])-tilt[1]*(b.frame.y-p[1]))/(6.5+4*sev)
-        far = ((b.frame.x-p[0])**2+(b.frame.y-p[1])**2)/46**2
-        share = np.maximum(share, _edge(np.maximum(plate, far))*(b.labels == LABELS[lobe]))
+        plate = np.abs(
+            b.frame.z - p[2] - tilt[0] * (b.frame.x - p[0]) - tilt[1] * (b.frame.y - p[1])
+        ) / (6.5 + 4 * sev)
+        far = ((b.frame.x - p[0]) ** 2 + (b.frame.y - p[1]) ** 2) / 46**2
+        share = np.maximum(share, _edge(np.maximum(plate, far)) * (b.labels == LABELS[lobe]))
         places.append(lobe_words(lobe)[1])
-    _blend(b, share, 25.)
-    return dict(side=_sides(places), place=_list(places), size_mm=(13+8*sev)*b.traits["scale"], count=n, mask=share > 0.4)
+    _blend(b, share, 25.0)
+    return dict(
+        side=_sides(places),
+        place=_list(places),
+        size_mm=(13 + 8 * sev) * b.traits["scale"],
+        count=n,
+        mask=share > 0.4,
+    )
+
 
 @_painter("Pulmonary fibrotic sequela")
-def _fibrosis(b, r, sev): # strands that run together in an apex, and a cap
+def _fibrosis(b, r, sev):  # strands that run together in an apex, and a cap
     side = r.choice(["left", "right", "both sides"])
     share = np.zeros(b.hu.shape, np.float32)
     for s, sign in (("right", 1), ("left", -1)):
-        if side not in (s, "both sides"): continue
-        at = np.float32([sign*68, r.uniform(-25, 15), r.uniform(70, 88)])
-        near = np.clip(1.6-ball(b.frame, at, np.float32([46, 60, 48])), 0, 1)
+        if side not in (s, "both sides"):
+            continue
+        at = np.float32([sign * 68, r.uniform(-25, 15), r.uniform(70, 88)])
+        near = np.clip(1.6 - ball(b.frame, at, np.float32([46, 60, 48])), 0, 1)
         strands = np.zeros(b.hu.shape, np.float32)
         for _ in range(6):
-            v = r.normal(size=3); v /= np.linalg.norm(v)
-            strands = np.maximum(strands, _edge(np.abs((b.frame.x-at[0])*v[0]+(b.frame.y-at[1])*v[1]+(b.frame.z-at[2])*v[2])/(4.5+2*sev)))
-        share = np.maximum(share, strands*near*b.side[s])
-    _blend(b, share, -60.)
+            v = r.normal(size=3)
+            v /= np.linalg.norm(v)
+            strands = np.maximum(
+                strands,
+                _edge(
+                    np.abs(
+                        (b.frame.x - at[0]) * v[0]
+                        + (b.frame.y - at[1]) * v[1]
+                        + (b.frame.z - at[2]) * v[2]
+                    )
+                    / (4.5 + 2 * sev)
+                ),
+            )
+        share = np.maximum(share, strands * near * b.side[s])
+    _blend(b, share, -60.0)
     place = "both upper lobes" if side == "both sides" else f"{side} upper lobe"
-    return dict(side=str(side), place=place, size_mm=60*b.traits["scale"], mask=share > 0.4)
+    return dict(side=str(side), place=place, size_mm=60 * b.traits["scale"], mask=share > 0.4)
+
 
 @_painter("Interlobular septal thickening")
-def _septa(b, r, sev): # a net of lines under the pleura
+def _septa(b, r, sev):  # a net of lines under the pleura
     net = np.zeros(b.hu.shape, np.float32)
-    for axis, step in ((b.frame.x+0.3*b.frame.y, 24.), (b.frame.y-0.25*b.frame.x, 24.), (b.frame.z+0.2*b.frame.x, 28.)):
-        net = np.maximum(net, _edge(np.abs((axis/step) % 1-0.5)*step/(3.2+1.2*sev)))
-    deep = gaussian_filter(b.lung.astype(np.float32), [14/s for s in b.frame.spacing])
-    share = net*b.lung*np.clip((1.02-deep)*3, 0, 1)*np.clip((60-b.frame.z)/60, 0.15, 1)
-    b.hu += share*r.uniform(330, 520)
-    return dict(side="both sides", place="both lower zones", size_mm=24*b.traits["scale"], mask=share > 0.4)
+    for axis, step in (
+        (b.frame.x + 0.3 * b.frame.y, 24.0),
+        (b.frame.y - 0.25 * b.frame.x, 24.0),
+        (b.frame.z + 0.2 * b.frame.x, 28.0),
+    ):
+        net = np.maximum(net, _edge(np.abs((axis / step) % 1 - 0.5) * step / (3.2 + 1.2 * sev)))
+    deep = gaussian_filter(b.lung.astype(np.float32), [14 / s for s in b.frame.spacing])
+    share = (
+        net * b.lung * np.clip((1.02 - deep) * 3, 0, 1) * np.clip((60 - b.frame.z) / 60, 0.15, 1)
+    )
+    b.hu += share * r.uniform(330, 520)
+    return dict(
+        side="both sides",
+        place="both lower zones",
+        size_mm=24 * b.traits["scale"],
+        mask=share > 0.4,
+    )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #5136bf0d
-def _branches(b, r, lobes, n, length, lumen, wall, hu_wall): # airways that leave the hilum
-    near, places = np.full(b.hu.shape, np.inf, np.float32), [] # squared distance from the closest, in mm
+def _branches(b, r, lobes, n, length, lumen, wall, hu_wall):  # airways that leave the hilum
+    near, places = (
+        np.full(b.hu.shape, np.inf, np.float32),
+        [],
+    )  # squared distance from the closest, in mm
     for _ in range(n):
         lobe = str(r.choice(lobes))
         side, place = lobe_words(lobe)
         p, _ = _where(b, r, [lobe])
         hilum = np.float32([40 if side == "right" else -44, -16, -4])
-        d = np.float32(p)-hilum; far = np.linalg.norm(d); d /= far
-        a = hilum+d*max(far-length/2, 4); c = a+d*length
+        d = np.float32(p) - hilum
+        far = np.linalg.norm(d)
+        d /= far
+        a = hilum + d * max(far - length / 2, 4)
+        c = a + d * length
         near = np.minimum(near, tube(b.frame, a, c, 1))
         places.append(place)
-    mask = (near < (lumen+wall)**2) & b.lung
+    mask = (near < (lumen + wall) ** 2) & b.lung
     b.hu[mask] = hu_wall
     b.hu[(near < lumen**2) & b.lung] = -985
-    return dict(side=_sides(places), place=_list(places), size_mm=2*(lumen+wall)*b.traits["scale"], count=n, mask=mask)
+    return dict(
+        side=_sides(places),
+        place=_list(places),
+        size_mm=2 * (lumen + wall) * b.traits["scale"],
+        count=n,
+        mask=mask,
+    )
+
 
 @_painter("Bronchiectasis")
-def _bronchiectasis(b, r, sev): # wide airways far out, in the lower lobes
+def _bronchiectasis(b, r, sev):  # wide airways far out, in the lower lobes
     side = r.choice(["left", "right", "both sides"])
-    lobes = [k for k in LABELS if k.startswith("lung_lower") and (side == "both sides" or k.endswith(side))]
-    return _branches(b, r, lobes, 7, 44, 9+2*sev, 5.5, 20.)
+    lobes = [
+        k
+        for k in LABELS
+        if k.startswith("lung_lower") and (side == "both sides" or k.endswith(side))
+    ]
+    return _branches(b, r, lobes, 7, 44, 9 + 2 * sev, 5.5, 20.0)
+
 
 @_painter("Peribronchial thickening")
-def _peribronchial(b, r, sev): # thick walls around the central airways
-    near = np.full(b.hu.shape, np.inf, np.float32) # squared distance from the closest axis, in mm
-    ends = [(44, 12, 30), (-46, 12, 36), (50, -30, -38), (-52, -30, -34), (46, 22, -16), (-50, 24, -8)]
+def _peribronchial(b, r, sev):  # thick walls around the central airways
+    near = np.full(b.hu.shape, np.inf, np.float32)  # squared distance from the closest axis, in mm
+    ends = [
+        (44, 12, 30),
+        (-46, 12, 36),
+        (50, -30, -38),
+        (-52, -30, -34),
+        (46, 22, -16),
+        (-50, 24, -8),
+    ]
     for e in ends:
         start = np.float32([36 if e[0] > 0 else -40, -15, -2])
-        near = np.minimum(near, tube(b.frame, start, np.float32(e)*1.25, 1))
-    mask = (near < (11+3*sev)**2) & b.lung
-    b.hu[mask] = -60.
+        near = np.minimum(near, tube(b.frame, start, np.float32(e) * 1.25, 1))
+    mask = (near < (11 + 3 * sev) ** 2) & b.lung
+    b.hu[mask] = -60.0
     b.hu[(near < 4.5**2) & b.lung] = -950
-    return dict(side="both sides", place="central airways of both lungs", size_mm=2*(11+3*sev)*b.traits["scale"], mask=mask)
+    return dict(
+        side="both sides",
+        place="central airways of both lungs",
+        size_mm=2 * (11 + 3 * sev) * b.traits["scale"],
+        mask=mask,
+    )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #0c415381
 @_painter("Pleural effusion")
-def _pleural(b, r, sev): # a pool at the back of the lung, higher behind than in front
+def _pleural(b, r, sev):  # a pool at the back of the lung, higher behind than in front
     side = r.choice(["left", "right", "both sides"])
-    level = -52+34*sev+r.uniform(-5, 5)
-    pool = b.frame.y < level-0.35*np.clip(b.frame.z+20, -80, 120)
+    level = -52 + 34 * sev + r.uniform(-5, 5)
+    pool = b.frame.y < level - 0.35 * np.clip(b.frame.z + 20, -80, 120)
     mask = pool & (b.lung if side == "both sides" else b.side[side])
-    _blend(b, mask.astype(np.float32), 8.)
-    thick = max(float(level+88), 12.)
-    return dict(side=str(side), place="pleural space on "+("both sides" if side == "both sides" else f"the {side}"), size_mm=thick*b.traits["scale"], mask=mask)
+    _blend(b, mask.astype(np.float32), 8.0)
+    thick = max(float(level + 88), 12.0)
+    return dict(
+        side=str(side),
+        place="pleural space on " + ("both sides" if side == "both sides" else f"the {side}"),
+        size_mm=thick * b.traits["scale"],
+        mask=mask,
+    )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #6547287d
-ORDER = ["Mosaic attenuation pattern", "Emphysema", "Lung opacity", "Interlobular septal thickening", "Pulmonary fibrotic sequela", "Consolidation",
-         "Atelectasis", "Bronchiectasis", "Peribronchial thickening", "Lung nodule", "Cardiomegaly", "Pericardial effusion", "Lymphadenopathy",
-         "Hiatal hernia", "Pleural effusion", "Arterial wall calcification", "Coronary artery wall calcification", "Medical material"]
+ORDER = [
+    "Mosaic attenuation pattern",
+    "Emphysema",
+    "Lung opacity",
+    "Interlobular septal thickening",
+    "Pulmonary fibrotic sequela",
+    "Consolidation",
+    "Atelectasis",
+    "Bronchiectasis",
+    "Peribronchial thickening",
+    "Lung nodule",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Lymphadenopathy",
+    "Hiatal hernia",
+    "Pleural effusion",
+    "Arterial wall calcification",
+    "Coronary artery wall calcification",
+    "Medical material",
+]
+
 
 @dataclass
 class Chest:
     "A phantom: what the scanner saw, and what is in it"
-    hu:np.ndarray # int16 (W,H,D), RAS
-    labels:np.ndarray # uint8, TotalSegmentator's `total` ids
-    findings:list
-    affine:np.ndarray
-    spacing:tuple
-    traits:dict
-    clean:np.ndarray = None # float32, before the scanner
-    def has(self, name)->bool: return any(f.name == name for f in self.findings)
-    def find(self, name)->Finding: return next(f for f in self.findings if f.name == name)
 
-STEP = 8 # HU between the values that a scan can have
+    hu: np.ndarray  # int16 (W,H,D), RAS
+    labels: np.ndarray  # uint8, TotalSegmentator's `total` ids
+    findings: list
+    affine: np.ndarray
+    spacing: tuple
+    traits: dict
+    clean: np.ndarray = None  # float32, before the scanner
 
-def scanner(clean, seed, spacing, recon:int=0, shift:Shift=SAME)->np.ndarray: # int16
+    def has(self, name) -> bool:
+        return any(f.name == name for f in self.findings)
+
+    def find(self, name) -> Finding:
+        return next(f for f in self.findings if f.name == name)
+
+
+STEP = 8  # HU between the values that a scan can have
+
+
+def scanner(clean, seed, spacing, recon: int = 0, shift: Shift = SAME) -> np.ndarray:  # int16
     "Blur of the kernel and noise of the dose: a property of patient and reconstruction"
     r = rng("scanner", seed, recon)
-    blur, sigma = r.uniform(0, 0.75)+shift.blur, r.uniform(10, 38)*shift.noise
+    blur, sigma = r.uniform(0, 0.75) + shift.blur, r.uniform(10, 38) * shift.noise
     noise = r.standard_normal(clean.shape, dtype=np.float32)
     noise = gaussian_filter(noise, [blur, blur, 0.3])
-    seen = gaussian_filter(clean, [blur*0.7, blur*0.7, 0.25])+noise*(sigma/noise.std())
-    return np.clip(np.rint(seen/STEP)*STEP, -1024, 3064).astype(np.int16)
+    seen = gaussian_filter(clean, [blur * 0.7, blur * 0.7, 0.25]) + noise * (sigma / noise.std())
+    return np.clip(np.rint(seen / STEP) * STEP, -1024, 3064).astype(np.int16)
+
 
 def chest(
-    seed, # anything that names a patient
-    size=(96, 96, 48), # voxels
-    spacing=(3.5, 3.5, 7.), # mm
-    present=None, # exactly these; drawn by `draw_present` when None
-    without=(), # leave these out: the twin
-    only=None, # shorthand for present=[only]
-    shift:Shift=SAME, # of the hospital
-)->Chest:
+    seed,  # anything that names a patient
+    size=(96, 96, 48),  # voxels
+    spacing=(3.5, 3.5, 7.0),  # mm
+    present=None,  # exactly these; drawn by `draw_present` when None
+    without=(),  # leave these out: the twin
+    only=None,  # shorthand for present=[only]
+    shift: Shift = SAME,  # of the hospital
+) -> Chest:
     "Draw a patient with findings and scan it"
     wanted = [only] if only else present
     for name in [*(wanted or []), *without]:
-        if name not in ABNORMALITIES: raise ValueError(f"`{name}` is none of the 18 abnormalities: {', '.join(ABNORMALITIES)}")
+        if name not in ABNORMALITIES:
+            raise ValueError(
+                f"`{name}` is none of the 18 abnormalities: {', '.join(ABNORMALITIES)}"
+            )
     age = traits(seed)["age"]
-    have = [n for n in (draw_present(seed, age, shift) if wanted is None else wanted) if n not in without]
+    have = [
+        n
+        for n in (draw_present(seed, age, shift) if wanted is None else wanted)
+        if n not in without
+    ]
     severity = {n: float(rng("severity", seed, n).beta(1.6, 1.4)) for n in ABNORMALITIES}
-    factor = heart_factor(seed, severity["Cardiomegaly"]) if "Cardiomegaly" in have else 1.
+    factor = heart_factor(seed, severity["Cardiomegaly"]) if "Cardiomegaly" in have else 1.0
     b = body(seed, size, spacing, factor, shift.contrast)
     findings = []
     for name in ORDER:
-        if name in have: findings.append(Finding(name=name, severity=severity[name], **PAINTERS[name](b, rng("paint", seed, name), severity[name])))
+        if name in have:
+            findings.append(
+                Finding(
+                    name=name,
+                    severity=severity[name],
+                    **PAINTERS[name](b, rng("paint", seed, name), severity[name]),
+                )
+            )
     findings.sort(key=lambda f: ABNORMALITIES.index(f.name))
-    return Chest(scanner(b.hu, seed, spacing, shift=shift), b.labels, findings, b.affine, tuple(spacing), b.traits, b.hu)
+    return Chest(
+        scanner(b.hu, seed, spacing, shift=shift),
+        b.labels,
+        findings,
+        b.affine,
+        tuple(spacing),
+        b.traits,
+        b.hu,
+    )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #a1061d71
-def pair(name, seed, **kw)->tuple: # with, without, mask
+def pair(name, seed, **kw) -> tuple:  # with, without, mask
     "A chest that has `name` alone, its twin, and the mask of what changed"
     a, b = chest(seed, only=name, **kw), chest(seed, present=[], **kw)
     return a, b, a.findings[0].mask
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #faee65c6
-def read_region(hu, mask)->list: # mean, standard deviation, share above -300 HU and above 300 HU
+def read_region(hu, mask) -> list:  # mean, standard deviation, share above -300 HU and above 300 HU
     "What a simple reader sees in a region"
     v = hu[mask].astype(np.float32)
     return [v.mean(), v.std(), (v > -300).mean(), (v > 300).mean()]
 
-def twin_auc(name, seeds, **kw)->float: # best of the four readings, each in its better direction
+
+def twin_auc(name, seeds, **kw) -> float:  # best of the four readings, each in its better direction
     "How well a simple reader of the region tells a chest from its twin"
     from sklearn.metrics import roc_auc_score
+
     with_, without = [], []
     for s in seeds:
         a, b, m = pair(name, s, **kw)
-        with_.append(read_region(a.hu, m)); without.append(read_region(b.hu, m))
-    y = [1]*len(with_)+[0]*len(without)
-    aucs = [roc_auc_score(y, column) for column in np.array(with_+without).T]
-    return max(max(a, 1-a) for a in aucs)
+        with_.append(read_region(a.hu, m))
+        without.append(read_region(b.hu, m))
+    y = [1] * len(with_) + [0] * len(without)
+    aucs = [roc_auc_score(y, column) for column in np.array(with_ + without).T]
+    return max(max(a, 1 - a) for a in aucs)

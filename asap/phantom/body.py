@@ -15,185 +15,289 @@ from scipy.ndimage import gaussian_filter
 from ..core import rng
 
 # %% ../../nbs/1_phantom/10_body.ipynb #c2ddfe84
-VERSION = "2" # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
+VERSION = "2"  # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
 
-LABELS = dict(lung_upper_lobe_left=10, lung_lower_lobe_left=11, lung_upper_lobe_right=12, lung_middle_lobe_right=13,
-              lung_lower_lobe_right=14, esophagus=15, trachea=16, heart=51, aorta=52, liver=5) # TotalSegmentator's `total` classes
+LABELS = dict(
+    lung_upper_lobe_left=10,
+    lung_lower_lobe_left=11,
+    lung_upper_lobe_right=12,
+    lung_middle_lobe_right=13,
+    lung_lower_lobe_right=14,
+    esophagus=15,
+    trachea=16,
+    heart=51,
+    aorta=52,
+    liver=5,
+)  # TotalSegmentator's `total` classes
+
 
 def traits(
-    seed, # anything that names a patient, such as (1, "train", 7)
-    contrast:float=0.5, # share of scans with contrast medium
-)->dict: # what this body is and how it lies
+    seed,  # anything that names a patient, such as (1, "train", 7)
+    contrast: float = 0.5,  # share of scans with contrast medium
+) -> dict:  # what this body is and how it lies
     "Draw a patient: build, pose, densities, contrast"
     r = rng("body", seed)
     u = r.uniform
     contrast = r.random() < contrast
     return dict(
-        scale=u(0.84, 1.08), wide=u(0.92, 1.06), deep=u(0.9, 1.12), tall=u(0.88, 1.12), shift=[u(-18, 18), u(-18, 18), u(-32, 32)], turn=u(-8, 8),
-        fat=u(6, 26), age=int(r.integers(25, 90)), sex=str(r.choice(["M", "F"])),
-        lung=u(-890, -790), slope=u(10, 110), vessels=u(80, 320), muscle=u(45, 65), adipose=u(-115, -85), blood=u(130, 260) if contrast else u(35, 50),
-        liver=u(45, 65)+(u(25, 50) if contrast else 0), bone=u(220, 640), contrast=bool(contrast),
-        dome=[u(0, 26), u(0, 26)], heart=u(0.9, 1.04), heart_at=[u(-6, 6), u(-6, 6), u(-8, 8)], aorta=u(0.9, 1.25), stomach=u(0, 1))
+        scale=u(0.84, 1.08),
+        wide=u(0.92, 1.06),
+        deep=u(0.9, 1.12),
+        tall=u(0.88, 1.12),
+        shift=[u(-18, 18), u(-18, 18), u(-32, 32)],
+        turn=u(-8, 8),
+        fat=u(6, 26),
+        age=int(r.integers(25, 90)),
+        sex=str(r.choice(["M", "F"])),
+        lung=u(-890, -790),
+        slope=u(10, 110),
+        vessels=u(80, 320),
+        muscle=u(45, 65),
+        adipose=u(-115, -85),
+        blood=u(130, 260) if contrast else u(35, 50),
+        liver=u(45, 65) + (u(25, 50) if contrast else 0),
+        bone=u(220, 640),
+        contrast=bool(contrast),
+        dome=[u(0, 26), u(0, 26)],
+        heart=u(0.9, 1.04),
+        heart_at=[u(-6, 6), u(-6, 6), u(-8, 8)],
+        aorta=u(0.9, 1.25),
+        stomach=u(0, 1),
+    )
 
 # %% ../../nbs/1_phantom/10_body.ipynb #5c9d8af5
 @dataclass
 class Frame:
     "Body coordinates of a grid's voxels: x, y of shape (W,H,1), z of shape (1,1,D), in millimetres of a standard body"
-    x:np.ndarray
-    y:np.ndarray
-    z:np.ndarray
-    spacing:tuple
+
+    x: np.ndarray
+    y: np.ndarray
+    z: np.ndarray
+    spacing: tuple
+
 
 def frame(
-    t:dict, # traits
-    size, # voxels
-    spacing, # mm
-)->Frame:
+    t: dict,  # traits
+    size,  # voxels
+    spacing,  # mm
+) -> Frame:
     "The grid seen from inside the body"
-    X, Y, Z = ((np.arange(n, dtype=np.float32)-(n-1)/2)*s for n, s in zip(size, spacing))
-    X, Y, Z = (a-d for a, d in zip((X, Y, Z), t["shift"]))
+    X, Y, Z = ((np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(size, spacing))
+    X, Y, Z = (a - d for a, d in zip((X, Y, Z), t["shift"]))
     c, s = np.cos(np.deg2rad(t["turn"])), np.sin(np.deg2rad(t["turn"]))
-    x, y = (c*X[:, None]+s*Y[None])/(t["scale"]*t["wide"]), (-s*X[:, None]+c*Y[None])/(t["scale"]*t["deep"])
-    return Frame(x[..., None].astype(np.float32), y[..., None].astype(np.float32), (Z/(t["scale"]*t["tall"]))[None, None].astype(np.float32), tuple(spacing))
+    x, y = (
+        (c * X[:, None] + s * Y[None]) / (t["scale"] * t["wide"]),
+        (-s * X[:, None] + c * Y[None]) / (t["scale"] * t["deep"]),
+    )
+    return Frame(
+        x[..., None].astype(np.float32),
+        y[..., None].astype(np.float32),
+        (Z / (t["scale"] * t["tall"]))[None, None].astype(np.float32),
+        tuple(spacing),
+    )
 
-def ball(f, at, radii)->np.ndarray: # < 1 inside
+
+def ball(f, at, radii) -> np.ndarray:  # < 1 inside
     "Squared distance from `at` in units of `radii`"
-    return ((f.x-at[0])/radii[0])**2+((f.y-at[1])/radii[1])**2+((f.z-at[2])/radii[2])**2
+    return (
+        ((f.x - at[0]) / radii[0]) ** 2
+        + ((f.y - at[1]) / radii[1]) ** 2
+        + ((f.z - at[2]) / radii[2]) ** 2
+    )
 
-def tube(f, a, b, radius)->np.ndarray: # < 1 inside
+
+def tube(f, a, b, radius) -> np.ndarray:  # < 1 inside
     "Squared distance from the line a-b in units of `radius`"
     a, b = np.float32(a), np.float32(b)
-    d = b-a
-    p = [f.x-a[0], f.y-a[1], f.z-a[2]]
-    along = np.clip((p[0]*d[0]+p[1]*d[1]+p[2]*d[2])/float(d@d), 0, 1)
-    return ((p[0]-along*d[0])**2+(p[1]-along*d[1])**2+(p[2]-along*d[2])**2)/radius**2
+    d = b - a
+    p = [f.x - a[0], f.y - a[1], f.z - a[2]]
+    along = np.clip((p[0] * d[0] + p[1] * d[1] + p[2] * d[2]) / float(d @ d), 0, 1)
+    return (
+        (p[0] - along * d[0]) ** 2 + (p[1] - along * d[1]) ** 2 + (p[2] - along * d[2]) ** 2
+    ) / radius**2
 
 # %% ../../nbs/1_phantom/10_body.ipynb #52db35b2
-def lungs(f:Frame, t:dict)->dict: # masks by TotalSegmentator's names
+def lungs(f: Frame, t: dict) -> dict:  # masks by TotalSegmentator's names
     "Five lobes"
     out = {}
-    for side, sign, dome in (("right", 1, t["dome"][0]+12), ("left", -1, t["dome"][1])):
-        r2 = ((f.x-sign*68)/54)**2+((f.y+4)/84)**2
-        floor = -112+dome+34*(1-np.minimum(r2, 1.))
-        top = 128*np.sqrt(np.maximum(1-np.minimum(r2, 1.)**1.5, 0))
-        lung = (r2 < 1) & (f.z > floor) & (f.z < top) & (sign*f.x > 12)
-        oblique = f.z > -18-0.8*(f.y+4)
-        if side == "left": out |= {"lung_upper_lobe_left": lung & oblique, "lung_lower_lobe_left": lung & ~oblique}
+    for side, sign, dome in (("right", 1, t["dome"][0] + 12), ("left", -1, t["dome"][1])):
+        r2 = ((f.x - sign * 68) / 54) ** 2 + ((f.y + 4) / 84) ** 2
+        floor = -112 + dome + 34 * (1 - np.minimum(r2, 1.0))
+        top = 128 * np.sqrt(np.maximum(1 - np.minimum(r2, 1.0) ** 1.5, 0))
+        lung = (r2 < 1) & (f.z > floor) & (f.z < top) & (sign * f.x > 12)
+        oblique = f.z > -18 - 0.8 * (f.y + 4)
+        if side == "left":
+            out |= {"lung_upper_lobe_left": lung & oblique, "lung_lower_lobe_left": lung & ~oblique}
         else:
             middle = oblique & (f.z < 8) & (f.y > -30)
-            out |= {"lung_upper_lobe_right": lung & oblique & ~middle, "lung_middle_lobe_right": lung & middle, "lung_lower_lobe_right": lung & ~oblique}
+            out |= {
+                "lung_upper_lobe_right": lung & oblique & ~middle,
+                "lung_middle_lobe_right": lung & middle,
+                "lung_lower_lobe_right": lung & ~oblique,
+            }
     return out
 
 # %% ../../nbs/1_phantom/10_body.ipynb #cfb01c3c
-def heart_at(t): return np.float32([-18, 14, -46])+np.float32(t["heart_at"]) # centre
-def heart_radii(t, k=1.): return np.float32([52, 42, 44])*t["heart"]*k
+def heart_at(t):
+    return np.float32([-18, 14, -46]) + np.float32(t["heart_at"])  # centre
 
-def aorta(f:Frame, t:dict)->np.ndarray: # bool
+
+def heart_radii(t, k=1.0):
+    return np.float32([52, 42, 44]) * t["heart"] * k
+
+
+def aorta(f: Frame, t: dict) -> np.ndarray:  # bool
     "Ascending part, arch and descending part"
     k = t["aorta"]
-    up, arch, down = tube(f, (9, 18, -22), (9, 12, 34), 14*k), tube(f, (7, 10, 38), (-20, -36, 44), 13*k), tube(f, (-22, -42, 46), (-12, -52, -150), 12*k)
+    up, arch, down = (
+        tube(f, (9, 18, -22), (9, 12, 34), 14 * k),
+        tube(f, (7, 10, 38), (-20, -36, 44), 13 * k),
+        tube(f, (-22, -42, 46), (-12, -52, -150), 12 * k),
+    )
     return np.minimum(np.minimum(up, arch), down) < 1
 
+
 CARINA = (0, -12, 26)
-def airways(f:Frame)->np.ndarray: # squared distance in units of the lumen's radius; < 1 is air
+
+
+def airways(f: Frame) -> np.ndarray:  # squared distance in units of the lumen's radius; < 1 is air
     "Trachea and main bronchi"
     left, right = tube(f, CARINA, (-42, -16, -4), 6.5), tube(f, CARINA, (38, -16, -6), 7)
     return np.minimum(np.minimum(left, right), tube(f, (0, -6, 170), CARINA, 8.5))
 
-def oesophagus(f:Frame)->np.ndarray: # bool
+
+def oesophagus(f: Frame) -> np.ndarray:  # bool
     "From the neck to the diaphragm"
     return tube(f, (-4, -30, 170), (-6, -34, -110), 8) < 1
 
 # %% ../../nbs/1_phantom/10_body.ipynb #639dc257
-def bones(f:Frame)->np.ndarray: # relative density 0..1.3
+def bones(f: Frame) -> np.ndarray:  # relative density 0..1.3
     "Ribs on the chest wall, spine with discs, sternum"
-    shell = (f.x/132)**2+((f.y+2)/100)**2
-    slant = f.z-0.45*f.y+0.1*np.abs(f.x)
-    rib = (np.abs(shell-1) < 0.055) & (np.cos(slant*(2*np.pi/27)) > 0.35) & (f.z > -120) & (f.z < 135) & (np.abs(f.x) > 24)
-    body = (f.x**2+(f.y+84)**2 < 19**2)*np.where(np.cos(f.z*(2*np.pi/26)) > -0.75, 1., 0.35)
-    arch = (np.abs(f.x) < 26) & (np.abs(f.y+112) < 9) & (np.cos(f.z*(2*np.pi/26)) > 0.2)
-    sternum = (np.abs(f.x) < 17) & (np.abs(f.y-93) < 6) & (np.abs(f.z-20) < 75)
-    return np.maximum(np.maximum(rib*1.35, body*0.7), np.maximum(arch*1.2, sternum*0.8))
+    shell = (f.x / 132) ** 2 + ((f.y + 2) / 100) ** 2
+    slant = f.z - 0.45 * f.y + 0.1 * np.abs(f.x)
+    rib = (
+        (np.abs(shell - 1) < 0.055)
+        & (np.cos(slant * (2 * np.pi / 27)) > 0.35)
+        & (f.z > -120)
+        & (f.z < 135)
+        & (np.abs(f.x) > 24)
+    )
+    body = (f.x**2 + (f.y + 84) ** 2 < 19**2) * np.where(
+        np.cos(f.z * (2 * np.pi / 26)) > -0.75, 1.0, 0.35
+    )
+    arch = (np.abs(f.x) < 26) & (np.abs(f.y + 112) < 9) & (np.cos(f.z * (2 * np.pi / 26)) > 0.2)
+    sternum = (np.abs(f.x) < 17) & (np.abs(f.y - 93) < 6) & (np.abs(f.z - 20) < 75)
+    return np.maximum(np.maximum(rib * 1.35, body * 0.7), np.maximum(arch * 1.2, sternum * 0.8))
 
 # %% ../../nbs/1_phantom/10_body.ipynb #404ed3d3
 @dataclass
 class Body:
     "A drawn chest, before abnormalities and before the scanner"
-    hu:np.ndarray # float32 (W,H,D), RAS
-    labels:np.ndarray # uint8, TotalSegmentator's `total` ids
-    frame:Frame
-    traits:dict
-    affine:np.ndarray
-    lung:np.ndarray = field(repr=False) # bool
-    side:dict = field(repr=False) # "left", "right" -> bool
-    seed:object # that names the patient
-    factor:float # size of the heart against this patient's normal one
 
-def texture(keys, size, spacing, mm)->np.ndarray: # float32, zero mean, unit variance, shape `size`
+    hu: np.ndarray  # float32 (W,H,D), RAS
+    labels: np.ndarray  # uint8, TotalSegmentator's `total` ids
+    frame: Frame
+    traits: dict
+    affine: np.ndarray
+    lung: np.ndarray = field(repr=False)  # bool
+    side: dict = field(repr=False)  # "left", "right" -> bool
+    seed: object  # that names the patient
+    factor: float  # size of the heart against this patient's normal one
+
+
+def texture(
+    keys, size, spacing, mm
+) -> np.ndarray:  # float32, zero mean, unit variance, shape `size`
     "Smooth noise with structures of about `mm`"
-    n = rng("texture", *keys).standard_normal(tuple(-(-s//2) for s in size), dtype=np.float32)
-    n = gaussian_filter(n, [mm/(2*s)/2 for s in spacing], mode="wrap")
-    n = n.repeat(2, 0).repeat(2, 1).repeat(2, 2)[:size[0], :size[1], :size[2]]
-    return (n-n.mean())/n.std()
+    n = rng("texture", *keys).standard_normal(tuple(-(-s // 2) for s in size), dtype=np.float32)
+    n = gaussian_filter(n, [mm / (2 * s) / 2 for s in spacing], mode="wrap")
+    n = n.repeat(2, 0).repeat(2, 1).repeat(2, 2)[: size[0], : size[1], : size[2]]
+    return (n - n.mean()) / n.std()
 
-def soft(f:Frame, t:dict)->tuple: # HU of air, fat, muscle, mediastinum; chest cavity
+
+def soft(f: Frame, t: dict) -> tuple:  # HU of air, fat, muscle, mediastinum; chest cavity
     "Body outline with skin and fat, chest wall, fat between the lungs"
-    outline = (np.abs(f.x)/(150+t["fat"]))**2.4+(np.abs(f.y)/(112+t["fat"]))**2.4
-    inner = (np.abs(f.x)/148)**2.4+(np.abs(f.y+2)/110)**2.4
-    cavity = (f.x/124)**2+((f.y+2)/92)**2 < 1
-    hu = np.where(outline < 1, np.where(inner < 1, t["muscle"], t["adipose"]), -1000).astype(np.float32)
-    hu = np.where(cavity, t["adipose"]+10, hu)
+    outline = (np.abs(f.x) / (150 + t["fat"])) ** 2.4 + (np.abs(f.y) / (112 + t["fat"])) ** 2.4
+    inner = (np.abs(f.x) / 148) ** 2.4 + (np.abs(f.y + 2) / 110) ** 2.4
+    cavity = (f.x / 124) ** 2 + ((f.y + 2) / 92) ** 2 < 1
+    hu = np.where(outline < 1, np.where(inner < 1, t["muscle"], t["adipose"]), -1000).astype(
+        np.float32
+    )
+    hu = np.where(cavity, t["adipose"] + 10, hu)
     return np.broadcast_to(hu, np.broadcast_shapes(hu.shape, f.z.shape)).astype(np.float32), cavity
 
+
 def body(
-    seed, # anything that names a patient
-    size=(96, 96, 48), # voxels
-    spacing=(3.5, 3.5, 7.), # mm
-    heart_factor:float=1., # 1.3 for an enlarged heart
-    contrast:float=0.5, # share of scans with contrast medium
-)->Body:
+    seed,  # anything that names a patient
+    size=(96, 96, 48),  # voxels
+    spacing=(3.5, 3.5, 7.0),  # mm
+    heart_factor: float = 1.0,  # 1.3 for an enlarged heart
+    contrast: float = 0.5,  # share of scans with contrast medium
+) -> Body:
     "Draw a chest"
     t = traits(seed, contrast)
     f = frame(t, size, spacing)
     hu, cavity = soft(f, t)
     labels = np.zeros(size, np.uint8)
     below = cavity & (f.z < -70)
-    hu[np.broadcast_to(below, size)] = t["muscle"]-10
+    hu[np.broadcast_to(below, size)] = t["muscle"] - 10
     liver = below & (ball(f, (52, 6, -128), (95, 92, 82)) < 1)
-    hu[liver] = t["liver"]; labels[liver] = LABELS["liver"]
+    hu[liver] = t["liver"]
+    labels[liver] = LABELS["liver"]
     stomach = below & (ball(f, (-70, 20, -128), (44, 46, 42)) < 1)
-    hu[stomach] = np.where((f.y > 20+20*t["stomach"]) & stomach, -900, 25)[stomach]
+    hu[stomach] = np.where((f.y > 20 + 20 * t["stomach"]) & stomach, -900, 25)[stomach]
     lobes = lungs(f, t)
-    for name, mask in lobes.items(): labels[mask] = LABELS[name]
+    for name, mask in lobes.items():
+        labels[mask] = LABELS[name]
     lung = (labels >= 10) & (labels <= 14)
-    gravity = t["slope"]*np.clip(-f.y/80, -1, 1)
-    hu[lung] = (t["lung"]+gravity+t["vessels"]*np.maximum(texture(("vessels", seed), size, spacing, 9)-1.2, 0))[lung]
+    gravity = t["slope"] * np.clip(-f.y / 80, -1, 1)
+    hu[lung] = (
+        t["lung"]
+        + gravity
+        + t["vessels"] * np.maximum(texture(("vessels", seed), size, spacing, 9) - 1.2, 0)
+    )[lung]
     at, radii = heart_at(t), heart_radii(t, heart_factor)
-    rim = ball(f, at, radii+5) < 1
-    hu[rim] = t["adipose"]+20
+    rim = ball(f, at, radii + 5) < 1
+    hu[rim] = t["adipose"] + 20
     labels[rim] = 0
     heart = ball(f, at, radii) < 1
-    hu[heart] = t["muscle"]+10
-    hu[ball(f, at, radii-10) < 1] = t["blood"]
+    hu[heart] = t["muscle"] + 10
+    hu[ball(f, at, radii - 10) < 1] = t["blood"]
     labels[heart] = LABELS["heart"]
     vessel = aorta(f, t)
-    hu[vessel] = t["blood"]; labels[vessel] = LABELS["aorta"]
+    hu[vessel] = t["blood"]
+    labels[vessel] = LABELS["aorta"]
     gullet = oesophagus(f)
-    hu[gullet] = 35; labels[gullet] = LABELS["esophagus"]
+    hu[gullet] = 35
+    labels[gullet] = LABELS["esophagus"]
     air = airways(f)
     hu[(air < 1.7) & (air >= 1)] = 20
-    hu[air < 1] = -990; labels[air < 1] = LABELS["trachea"]
+    hu[air < 1] = -990
+    labels[air < 1] = LABELS["trachea"]
     dense = bones(f)
-    hu = np.where(dense > 0, np.maximum(hu, t["bone"]*dense), hu).astype(np.float32)
+    hu = np.where(dense > 0, np.maximum(hu, t["bone"] * dense), hu).astype(np.float32)
     labels[dense > 0] = 0
     lung = (labels >= 10) & (labels <= 14)
     x = np.broadcast_to(f.x > 0, size)
-    affine = np.diag([*spacing, 1.]); affine[:3, 3] = [-(n-1)/2*s for n, s in zip(size, spacing)]
-    return Body(hu, labels, f, t, affine, lung, dict(right=lung & x, left=lung & ~x), seed, heart_factor)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(size, spacing)]
+    return Body(
+        hu, labels, f, t, affine, lung, dict(right=lung & x, left=lung & ~x), seed, heart_factor
+    )
 
 # %% ../../nbs/1_phantom/10_body.ipynb #a0e2a4a3
-def planes(volume, spacing, at=None)->list: # coronal, sagittal, axial slices as seen by a radiologist
+def planes(
+    volume, spacing, at=None
+) -> list:  # coronal, sagittal, axial slices as seen by a radiologist
     "Three planes through `at` (voxel), patient's right on the left of the picture"
-    at = at or [n//2 for n in volume.shape]
-    cor, sag, axi = volume[::-1, at[1], :].T[::-1], volume[at[0], ::-1, :].T[::-1], volume[::-1, :, at[2]].T[::-1]
-    return [(cor, spacing[2]/spacing[0]), (sag, spacing[2]/spacing[1]), (axi, spacing[1]/spacing[0])]
+    at = at or [n // 2 for n in volume.shape]
+    cor, sag, axi = (
+        volume[::-1, at[1], :].T[::-1],
+        volume[at[0], ::-1, :].T[::-1],
+        volume[::-1, :, at[2]].T[::-1],
+    )
+    return [
+        (cor, spacing[2] / spacing[0]),
+        (sag, spacing[2] / spacing[1]),
+        (axi, spacing[1] / spacing[0]),
+    ]

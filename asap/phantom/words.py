@@ -17,173 +17,454 @@ from .abnormalities import ABNORMALITIES, SAME, Chest, Shift, chest, scanner
 
 # %% ../../nbs/1_phantom/12_words.ipynb #a53feac4
 PRESENT = {
- "Medical material": ["A {side} chest wall device with its lead in the right heart is seen.", "There is a pacemaker in the {side} chest wall.", "A cardiac device is implanted in the {side} pectoral region.", "Medical device on the {side}, lead ending in the heart."],
- "Arterial wall calcification": ["There are {degree} calcified plaques in the wall of the aorta.", "Calcific atheroma of the aorta is {degree}.", "The aortic wall shows {degree} calcification, plaques up to {size} mm.", "Wall calcifications are seen along the aorta, {degree}."],
- "Cardiomegaly": ["The heart is enlarged, {size} mm across.", "There is cardiomegaly, {degree}.", "Heart size is increased; its transverse diameter is {size} mm.", "The cardiac silhouette is {degree}ly enlarged."],
- "Pericardial effusion": ["There is a pericardial effusion of {size} mm.", "Fluid in the pericardial sac measures {size} mm in thickness.", "A {degree} pericardial effusion surrounds the heart.", "Pericardial fluid is present, {degree}, {size} mm."],
- "Coronary artery wall calcification": ["The coronary arteries are calcified, {degree}.", "There are {degree} coronary artery calcifications.", "Calcified plaques are seen in the coronary arteries.", "Coronary wall calcification is {degree}, with {count} plaques."],
- "Hiatal hernia": ["A hiatal hernia of {size} mm lies behind the heart.", "There is a {degree} hiatal hernia.", "Part of the stomach is herniated through the hiatus, {size} mm.", "Retrocardiac sac with an air level, hiatal hernia, {size} mm."],
- "Lymphadenopathy": ["There are enlarged lymph nodes up to {size} mm at {where}.", "Lymphadenopathy is seen at {where}.", "Mediastinal nodes are enlarged, the largest {size} mm, at {where}.", "Enlarged nodes of {size} mm at {where}."],
- "Emphysema": ["There is {degree} centrilobular emphysema in the upper lobes.", "Emphysematous changes are {degree} and upper zone predominant.", "Areas of emphysema are seen in both upper lobes.", "{Degree} emphysema of both lungs is present."],
- "Atelectasis": ["Plate-like atelectasis is seen in the {where}.", "There is band atelectasis in the {where}, {size} mm thick.", "Linear atelectasis in the {where}.", "Subsegmental collapse in the {where} is {degree}."],
- "Lung nodule": ["There are {count} nodules up to {size} mm in the {where}.", "Pulmonary nodules in the {where}, the largest {size} mm.", "Solid nodules of {size} mm are seen in the {where}.", "Nodules, {count} in number and up to {size} mm, lie in the {where}."],
- "Lung opacity": ["Ground-glass opacities are seen in the {where}.", "There is ground-glass density in the {where}, {size} mm.", "Hazy opacity in the {where}, {degree}.", "Areas of ground glass of {size} mm in the {where}."],
- "Pulmonary fibrotic sequela": ["Fibrotic bands with scarring are seen in the {where}.", "There are fibrotic sequelae in the {where}.", "Apical scarring in the {where}, {degree}.", "Sequela fibrosis with retraction in the {where}."],
- "Pleural effusion": ["There is a pleural effusion on {sides}, {size} mm thick.", "Pleural fluid of {size} mm is seen on {sides}.", "A {degree} pleural effusion is present on {sides}.", "Effusion in the pleural space on {sides} measures {size} mm."],
- "Mosaic attenuation pattern": ["A mosaic attenuation pattern is seen in both lungs.", "There is {degree} mosaic attenuation of the lung parenchyma.", "Both lungs show patchy mosaic density.", "Lung density is heterogeneous with mosaic attenuation, {degree}."],
- "Peribronchial thickening": ["Peribronchial thickening is seen around the central airways.", "The bronchial walls are thickened, {degree}.", "There is {degree} thickening of the walls of the central bronchi.", "Bronchial wall thickening at both hila."],
- "Consolidation": ["There is consolidation in the {where}, {size} mm.", "Consolidation with air bronchograms is seen in the {where}.", "Dense airspace consolidation of {size} mm in the {where}.", "The {where} shows {degree} consolidation."],
- "Bronchiectasis": ["There is bronchiectasis in the {where}.", "Dilated bronchi are seen in the {where}, {degree}.", "Bronchiectatic changes with wide airways in the {where}.", "Cylindrical bronchiectasis in the {where}."],
- "Interlobular septal thickening": ["Interlobular septa are thickened in both lower zones.", "There is {degree} interlobular septal thickening.", "Septal lines are seen at the bases of both lungs.", "Smooth thickening of the interlobular septa, {degree}."]}
+    "Medical material": [
+        "A {side} chest wall device with its lead in the right heart is seen.",
+        "There is a pacemaker in the {side} chest wall.",
+        "A cardiac device is implanted in the {side} pectoral region.",
+        "Medical device on the {side}, lead ending in the heart.",
+    ],
+    "Arterial wall calcification": [
+        "There are {degree} calcified plaques in the wall of the aorta.",
+        "Calcific atheroma of the aorta is {degree}.",
+        "The aortic wall shows {degree} calcification, plaques up to {size} mm.",
+        "Wall calcifications are seen along the aorta, {degree}.",
+    ],
+    "Cardiomegaly": [
+        "The heart is enlarged, {size} mm across.",
+        "There is cardiomegaly, {degree}.",
+        "Heart size is increased; its transverse diameter is {size} mm.",
+        "The cardiac silhouette is {degree}ly enlarged.",
+    ],
+    "Pericardial effusion": [
+        "There is a pericardial effusion of {size} mm.",
+        "Fluid in the pericardial sac measures {size} mm in thickness.",
+        "A {degree} pericardial effusion surrounds the heart.",
+        "Pericardial fluid is present, {degree}, {size} mm.",
+    ],
+    "Coronary artery wall calcification": [
+        "The coronary arteries are calcified, {degree}.",
+        "There are {degree} coronary artery calcifications.",
+        "Calcified plaques are seen in the coronary arteries.",
+        "Coronary wall calcification is {degree}, with {count} plaques.",
+    ],
+    "Hiatal hernia": [
+        "A hiatal hernia of {size} mm lies behind the heart.",
+        "There is a {degree} hiatal hernia.",
+        "Part of the stomach is herniated through the hiatus, {size} mm.",
+        "Retrocardiac sac with an air level, hiatal hernia, {size} mm.",
+    ],
+    "Lymphadenopathy": [
+        "There are enlarged lymph nodes up to {size} mm at {where}.",
+        "Lymphadenopathy is seen at {where}.",
+        "Mediastinal nodes are enlarged, the largest {size} mm, at {where}.",
+        "Enlarged nodes of {size} mm at {where}.",
+    ],
+    "Emphysema": [
+        "There is {degree} centrilobular emphysema in the upper lobes.",
+        "Emphysematous changes are {degree} and upper zone predominant.",
+        "Areas of emphysema are seen in both upper lobes.",
+        "{Degree} emphysema of both lungs is present.",
+    ],
+    "Atelectasis": [
+        "Plate-like atelectasis is seen in the {where}.",
+        "There is band atelectasis in the {where}, {size} mm thick.",
+        "Linear atelectasis in the {where}.",
+        "Subsegmental collapse in the {where} is {degree}.",
+    ],
+    "Lung nodule": [
+        "There are {count} nodules up to {size} mm in the {where}.",
+        "Pulmonary nodules in the {where}, the largest {size} mm.",
+        "Solid nodules of {size} mm are seen in the {where}.",
+        "Nodules, {count} in number and up to {size} mm, lie in the {where}.",
+    ],
+    "Lung opacity": [
+        "Ground-glass opacities are seen in the {where}.",
+        "There is ground-glass density in the {where}, {size} mm.",
+        "Hazy opacity in the {where}, {degree}.",
+        "Areas of ground glass of {size} mm in the {where}.",
+    ],
+    "Pulmonary fibrotic sequela": [
+        "Fibrotic bands with scarring are seen in the {where}.",
+        "There are fibrotic sequelae in the {where}.",
+        "Apical scarring in the {where}, {degree}.",
+        "Sequela fibrosis with retraction in the {where}.",
+    ],
+    "Pleural effusion": [
+        "There is a pleural effusion on {sides}, {size} mm thick.",
+        "Pleural fluid of {size} mm is seen on {sides}.",
+        "A {degree} pleural effusion is present on {sides}.",
+        "Effusion in the pleural space on {sides} measures {size} mm.",
+    ],
+    "Mosaic attenuation pattern": [
+        "A mosaic attenuation pattern is seen in both lungs.",
+        "There is {degree} mosaic attenuation of the lung parenchyma.",
+        "Both lungs show patchy mosaic density.",
+        "Lung density is heterogeneous with mosaic attenuation, {degree}.",
+    ],
+    "Peribronchial thickening": [
+        "Peribronchial thickening is seen around the central airways.",
+        "The bronchial walls are thickened, {degree}.",
+        "There is {degree} thickening of the walls of the central bronchi.",
+        "Bronchial wall thickening at both hila.",
+    ],
+    "Consolidation": [
+        "There is consolidation in the {where}, {size} mm.",
+        "Consolidation with air bronchograms is seen in the {where}.",
+        "Dense airspace consolidation of {size} mm in the {where}.",
+        "The {where} shows {degree} consolidation.",
+    ],
+    "Bronchiectasis": [
+        "There is bronchiectasis in the {where}.",
+        "Dilated bronchi are seen in the {where}, {degree}.",
+        "Bronchiectatic changes with wide airways in the {where}.",
+        "Cylindrical bronchiectasis in the {where}.",
+    ],
+    "Interlobular septal thickening": [
+        "Interlobular septa are thickened in both lower zones.",
+        "There is {degree} interlobular septal thickening.",
+        "Septal lines are seen at the bases of both lungs.",
+        "Smooth thickening of the interlobular septa, {degree}.",
+    ],
+}
 
 ABSENT = {
- "Medical material": ["No device is seen in the chest wall.", "There is no pacemaker.", "No medical material is present.", "No implanted device."],
- "Cardiomegaly": ["Heart size is normal.", "The heart is not enlarged.", "Cardiac size is within normal limits.", "There is no cardiomegaly."],
- "Pericardial effusion": ["There is no pericardial effusion.", "No pericardial fluid is seen.", "The pericardial sac is free of fluid.", "Pericardial effusion is not observed."],
- "Pleural effusion": ["There is no pleural effusion.", "No pleural fluid is seen.", "Both pleural spaces are free of fluid.", "Pleural effusion is not observed."],
- "Lymphadenopathy": ["No enlarged lymph nodes are seen.", "There is no lymphadenopathy.", "Mediastinal nodes are not enlarged.", "No pathologically enlarged nodes in the mediastinum."],
- "Lung nodule": ["No nodule is seen in either lung.", "There are no pulmonary nodules.", "Neither lung shows a nodule.", "No nodular lesion is observed."],
- "Consolidation": ["There is no consolidation.", "No airspace consolidation is seen.", "Neither lung shows consolidation.", "Consolidation is not observed."],
- "Hiatal hernia": ["There is no hiatal hernia.", "No hiatal hernia is seen.", "The hiatus is normal.", "Hiatal hernia is not observed."],
- "Emphysema": ["There is no emphysema.", "No emphysematous change is seen.", "The lungs are free of emphysema.", "Emphysema is not observed."],
- "Bronchiectasis": ["There is no bronchiectasis.", "No dilated bronchi are seen.", "Bronchial calibre is normal.", "Bronchiectasis is not observed."]}
+    "Medical material": [
+        "No device is seen in the chest wall.",
+        "There is no pacemaker.",
+        "No medical material is present.",
+        "No implanted device.",
+    ],
+    "Cardiomegaly": [
+        "Heart size is normal.",
+        "The heart is not enlarged.",
+        "Cardiac size is within normal limits.",
+        "There is no cardiomegaly.",
+    ],
+    "Pericardial effusion": [
+        "There is no pericardial effusion.",
+        "No pericardial fluid is seen.",
+        "The pericardial sac is free of fluid.",
+        "Pericardial effusion is not observed.",
+    ],
+    "Pleural effusion": [
+        "There is no pleural effusion.",
+        "No pleural fluid is seen.",
+        "Both pleural spaces are free of fluid.",
+        "Pleural effusion is not observed.",
+    ],
+    "Lymphadenopathy": [
+        "No enlarged lymph nodes are seen.",
+        "There is no lymphadenopathy.",
+        "Mediastinal nodes are not enlarged.",
+        "No pathologically enlarged nodes in the mediastinum.",
+    ],
+    "Lung nodule": [
+        "No nodule is seen in either lung.",
+        "There are no pulmonary nodules.",
+        "Neither lung shows a nodule.",
+        "No nodular lesion is observed.",
+    ],
+    "Consolidation": [
+        "There is no consolidation.",
+        "No airspace consolidation is seen.",
+        "Neither lung shows consolidation.",
+        "Consolidation is not observed.",
+    ],
+    "Hiatal hernia": [
+        "There is no hiatal hernia.",
+        "No hiatal hernia is seen.",
+        "The hiatus is normal.",
+        "Hiatal hernia is not observed.",
+    ],
+    "Emphysema": [
+        "There is no emphysema.",
+        "No emphysematous change is seen.",
+        "The lungs are free of emphysema.",
+        "Emphysema is not observed.",
+    ],
+    "Bronchiectasis": [
+        "There is no bronchiectasis.",
+        "No dilated bronchi are seen.",
+        "Bronchial calibre is normal.",
+        "Bronchiectasis is not observed.",
+    ],
+}
 
 NORMAL = {
- "trachea": ["The trachea and main bronchi are open.", "Trachea and both main bronchi are patent.", "The central airways are clear.", "No obstruction is seen in the trachea."],
- "aorta": ["The aorta is normal in calibre.", "The diameter of the aorta is normal.", "Thoracic aorta has a normal calibre.", "The aortic diameter is within normal limits."],
- "oesophagus": ["The oesophagus is unremarkable.", "Oesophageal wall thickness is normal.", "No thickening of the oesophagus is seen.", "The oesophagus has a normal course."],
- "liver": ["The liver in the field of view is unremarkable.", "Visible parts of the liver are normal.", "The upper abdomen shows no abnormality.", "No lesion is seen in the visible liver."],
- "bones": ["No destructive lesion is seen in the bones.", "Bone structures are intact.", "The vertebrae and ribs are unremarkable.", "No bone lesion is observed."]}
+    "trachea": [
+        "The trachea and main bronchi are open.",
+        "Trachea and both main bronchi are patent.",
+        "The central airways are clear.",
+        "No obstruction is seen in the trachea.",
+    ],
+    "aorta": [
+        "The aorta is normal in calibre.",
+        "The diameter of the aorta is normal.",
+        "Thoracic aorta has a normal calibre.",
+        "The aortic diameter is within normal limits.",
+    ],
+    "oesophagus": [
+        "The oesophagus is unremarkable.",
+        "Oesophageal wall thickness is normal.",
+        "No thickening of the oesophagus is seen.",
+        "The oesophagus has a normal course.",
+    ],
+    "liver": [
+        "The liver in the field of view is unremarkable.",
+        "Visible parts of the liver are normal.",
+        "The upper abdomen shows no abnormality.",
+        "No lesion is seen in the visible liver.",
+    ],
+    "bones": [
+        "No destructive lesion is seen in the bones.",
+        "Bone structures are intact.",
+        "The vertebrae and ribs are unremarkable.",
+        "No bone lesion is observed.",
+    ],
+}
 
 # %% ../../nbs/1_phantom/12_words.ipynb #dd145c2d
-def degree(severity:float)->str: # word
+def degree(severity: float) -> str:  # word
     "mild, moderate, severe"
     return "mild" if severity < 0.35 else "moderate" if severity < 0.7 else "severe"
 
-def sentence(f, r)->str: # `f`: a Finding
+
+def sentence(f, r) -> str:  # `f`: a Finding
     "One sentence that says what is there"
     d = degree(f.severity)
     sides = "both sides" if f.side == "both sides" else f"the {f.side}"
-    return str(r.choice(PRESENT[f.name])).format(where=f.place, side=f.side, sides=sides, size=round(f.size_mm), degree=d, Degree=d.capitalize(), count=f.count)
+    return str(r.choice(PRESENT[f.name])).format(
+        where=f.place,
+        side=f.side,
+        sides=sides,
+        size=round(f.size_mm),
+        degree=d,
+        Degree=d.capitalize(),
+        count=f.count,
+    )
+
 
 @dataclass
 class Report:
     "What the radiologist wrote"
-    findings:str
-    impression:str
+
+    findings: str
+    impression: str
+
 
 def report(
-    c:Chest,
-    seed, # the same seed writes the same words
-)->Report:
+    c: Chest,
+    seed,  # the same seed writes the same words
+) -> Report:
     "Every present abnormality, two to four absences, three stock sentences, in varying order; then an impression"
     r = rng("report", seed)
     lines = [sentence(f, r) for f in c.findings]
     absent = [n for n in ABSENT if not c.has(n)]
-    lines += [str(r.choice(ABSENT[n])) for n in r.permutation(absent)[:r.integers(2, 5)]]
-    normal = [n for n in NORMAL if not (n == "aorta" and c.has("Arterial wall calcification")) and not (n == "oesophagus" and c.has("Hiatal hernia"))]
+    lines += [str(r.choice(ABSENT[n])) for n in r.permutation(absent)[: r.integers(2, 5)]]
+    normal = [
+        n
+        for n in NORMAL
+        if not (n == "aorta" and c.has("Arterial wall calcification"))
+        and not (n == "oesophagus" and c.has("Hiatal hernia"))
+    ]
     lines += [str(r.choice(NORMAL[n])) for n in r.permutation(normal)[:3]]
     lines = [lines[i] for i in r.permutation(len(lines))]
     worst = sorted(c.findings, key=lambda f: -f.severity)[:4]
-    impression = ", ".join(f.name.lower() for f in worst).capitalize()+"." if worst else str(r.choice(["No significant finding.", "Normal chest CT.", "No acute abnormality.", "Unremarkable examination."]))
+    impression = (
+        ", ".join(f.name.lower() for f in worst).capitalize() + "."
+        if worst
+        else str(
+            r.choice(
+                [
+                    "No significant finding.",
+                    "Normal chest CT.",
+                    "No acute abnormality.",
+                    "Unremarkable examination.",
+                ]
+            )
+        )
+    )
     return Report(" ".join(lines), impression)
 
 # %% ../../nbs/1_phantom/12_words.ipynb #2af29559
 ASK = {
- "abnormality": ["What abnormality is seen in the {where}?", "Which finding is present in the {where}?", "What is wrong in the {where}?", "Name the abnormality of the {where}."],
- "presence": ["Is there {name}?", "Is {name} present?", "Does this chest CT show {name}?", "Can {name} be seen?"],
- "location": ["Where is the {name}?", "In which place is the {name}?", "Where is {name} located?", "What is the location of the {name}?"],
- "size": ["How large is the {name}?", "What is the size of the {name} in mm?", "How many millimetres does the {name} measure?", "Give the size of the {name}."],
- "disorder": ["Which disorders does this scan show?", "What does this chest CT show?", "List the abnormalities.", "Which findings are present?"]}
+    "abnormality": [
+        "What abnormality is seen in the {where}?",
+        "Which finding is present in the {where}?",
+        "What is wrong in the {where}?",
+        "Name the abnormality of the {where}.",
+    ],
+    "presence": [
+        "Is there {name}?",
+        "Is {name} present?",
+        "Does this chest CT show {name}?",
+        "Can {name} be seen?",
+    ],
+    "location": [
+        "Where is the {name}?",
+        "In which place is the {name}?",
+        "Where is {name} located?",
+        "What is the location of the {name}?",
+    ],
+    "size": [
+        "How large is the {name}?",
+        "What is the size of the {name} in mm?",
+        "How many millimetres does the {name} measure?",
+        "Give the size of the {name}.",
+    ],
+    "disorder": [
+        "Which disorders does this scan show?",
+        "What does this chest CT show?",
+        "List the abnormalities.",
+        "Which findings are present?",
+    ],
+}
 
-def questions(c:Chest, seed)->list[dict]: # kind, question, answer
+
+def questions(c: Chest, seed) -> list[dict]:  # kind, question, answer
     "Questions of five kinds with their answers"
     r, out = rng("questions", seed), []
-    def ask(kind, answer, **k): out.append(dict(kind=kind, question=str(r.choice(ASK[kind])).format(**k), answer=answer))
+
+    def ask(kind, answer, **k):
+        out.append(dict(kind=kind, question=str(r.choice(ASK[kind])).format(**k), answer=answer))
+
     for f in c.findings:
-        ask("abnormality", "/".join(sorted(g.name.lower() for g in c.findings if g.place == f.place)), where=f.place)
+        ask(
+            "abnormality",
+            "/".join(sorted(g.name.lower() for g in c.findings if g.place == f.place)),
+            where=f.place,
+        )
         ask("location", f.place, name=f.name.lower())
         ask("size", f"{round(f.size_mm)} mm", name=f.name.lower())
     absent = [n for n in ABNORMALITIES if not c.has(n)]
-    for n in [f.name for f in c.findings]+[str(n) for n in r.permutation(absent)[:max(len(c.findings), 1)]]: ask("presence", "yes" if c.has(n) else "no", name=n.lower())
+    for n in [f.name for f in c.findings] + [
+        str(n) for n in r.permutation(absent)[: max(len(c.findings), 1)]
+    ]:
+        ask("presence", "yes" if c.has(n) else "no", name=n.lower())
     ask("disorder", "/".join(f.name.lower() for f in c.findings) or "no findings")
     return out
 
 # %% ../../nbs/1_phantom/12_words.ipynb #c37b0631
-HAZARD = {"Cardiomegaly": 0.5, "Pleural effusion": 0.6, "Consolidation": 0.6, "Emphysema": 0.4, "Lymphadenopathy": 0.5, "Pericardial effusion": 0.4,
-          "Lung nodule": 0.3, "Interlobular septal thickening": 0.4, "Pulmonary fibrotic sequela": 0.3}
+HAZARD = {
+    "Cardiomegaly": 0.5,
+    "Pleural effusion": 0.6,
+    "Consolidation": 0.6,
+    "Emphysema": 0.4,
+    "Lymphadenopathy": 0.5,
+    "Pericardial effusion": 0.4,
+    "Lung nodule": 0.3,
+    "Interlobular septal thickening": 0.4,
+    "Pulmonary fibrotic sequela": 0.3,
+}
 
-def outcome(c:Chest, seed)->dict: # severity 0..1, time_days, event
+
+def outcome(c: Chest, seed) -> dict:  # severity 0..1, time_days, event
     "Severity, survival time and whether it was observed"
     r = rng("outcome", seed)
-    risk = sum(HAZARD.get(f.name, 0.1)*(0.5+f.severity) for f in c.findings)+0.03*(c.traits["age"]-60)
-    time, end = r.exponential(1500*np.exp(-risk)), r.uniform(120, 1500)
-    return dict(severity=float(1/(1+np.exp(1.6-risk))), time_days=int(np.ceil(min(time, end))), event=int(time <= end))
+    risk = sum(HAZARD.get(f.name, 0.1) * (0.5 + f.severity) for f in c.findings) + 0.03 * (
+        c.traits["age"] - 60
+    )
+    time, end = r.exponential(1500 * np.exp(-risk)), r.uniform(120, 1500)
+    return dict(
+        severity=float(1 / (1 + np.exp(1.6 - risk))),
+        time_days=int(np.ceil(min(time, end))),
+        event=int(time <= end),
+    )
 
 # %% ../../nbs/1_phantom/12_words.ipynb #b6cba4ee
 @dataclass
 class Recon:
     "One reconstruction, as a scanner would save it"
-    hu:np.ndarray # int16 (W,H,D), RAS
-    labels:np.ndarray # uint8, TotalSegmentator's `total` ids
-    affine:np.ndarray
-    kernel:str
+
+    hu: np.ndarray  # int16 (W,H,D), RAS
+    labels: np.ndarray  # uint8, TotalSegmentator's `total` ids
+    affine: np.ndarray
+    kernel: str
+
 
 @dataclass
 class Case:
     "One scan of one patient with all that is known of it"
-    name:str # such as train_1
-    age:int
-    sex:str
-    contrast:bool
-    recons:list
-    report:Report
-    labels:dict # abnormality -> 0 or 1
-    findings:list
-    questions:list
-    outcome:dict
-    masks:dict = field(default_factory=dict) # abnormality -> bool on the first reconstruction's grid
-    chest:Chest|None = None # as drawn
-    def union(self, names)->np.ndarray: # uint8; of those that are there
+
+    name: str  # such as train_1
+    age: int
+    sex: str
+    contrast: bool
+    recons: list
+    report: Report
+    labels: dict  # abnormality -> 0 or 1
+    findings: list
+    questions: list
+    outcome: dict
+    masks: dict = field(
+        default_factory=dict
+    )  # abnormality -> bool on the first reconstruction's grid
+    chest: Chest | None = None  # as drawn
+
+    def union(self, names) -> np.ndarray:  # uint8; of those that are there
         return np.any([self.masks[n] for n in names if n in self.masks], axis=0).astype(np.uint8)
 
-def spacing_of(seed, recon, spacing)->tuple: # mm, rounded to a hundredth
+
+def spacing_of(seed, recon, spacing) -> tuple:  # mm, rounded to a hundredth
     "A reconstruction's own spacing, near the study's"
     k = rng("spacing", seed, recon).uniform([0.92, 0.9], [1.06, 1.1])
-    return tuple(round(float(s*f), 2) for s, f in zip(spacing, (k[0], k[0], k[1])))
+    return tuple(round(float(s * f), 2) for s, f in zip(spacing, (k[0], k[0], k[1])))
 
-def regrid(c:Chest, spacing)->tuple: # clean float32, labels uint8, affine
+
+def regrid(c: Chest, spacing) -> tuple:  # clean float32, labels uint8, affine
     "The drawn chest on a grid of other spacing about the same centre"
-    k = np.array(spacing)/np.array(c.spacing)
-    shape = tuple(int(round(n/f)) for n, f in zip(c.hu.shape, k))
-    start = (np.array(c.hu.shape)-1)/2-k*(np.array(shape)-1)/2
+    k = np.array(spacing) / np.array(c.spacing)
+    shape = tuple(int(round(n / f)) for n, f in zip(c.hu.shape, k))
+    start = (np.array(c.hu.shape) - 1) / 2 - k * (np.array(shape) - 1) / 2
     clean = affine_transform(c.clean, k, start, shape, order=1, mode="nearest")
     labels = affine_transform(c.labels, k, start, shape, order=0, mode="nearest")
-    affine = np.diag([*spacing, 1.]); affine[:3, 3] = -(np.array(shape)-1)/2*np.array(spacing)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -(np.array(shape) - 1) / 2 * np.array(spacing)
     return clean, labels, affine
 
-def mask_on(c:Chest, mask, r:Recon)->np.ndarray: # bool
+
+def mask_on(c: Chest, mask, r: Recon) -> np.ndarray:  # bool
     "A lesion's mask on a reconstruction's grid"
-    m = np.linalg.inv(c.affine)@r.affine
-    return affine_transform(mask.astype(np.uint8), m.diagonal()[:3], m[:3, 3], r.hu.shape, order=0, mode="constant") > 0
+    m = np.linalg.inv(c.affine) @ r.affine
+    return (
+        affine_transform(
+            mask.astype(np.uint8), m.diagonal()[:3], m[:3, 3], r.hu.shape, order=0, mode="constant"
+        )
+        > 0
+    )
+
 
 def case(
-    seed:int, # of the study
-    split:str, # "train" or "valid"
-    index:int, # of the patient, from 1
-    size=(96, 96, 48), # of the study's grid
-    spacing=(3.5, 3.5, 7.), # mm
-    recon_share:float=0.2, # scans with a second reconstruction
-    shift:Shift=SAME, # of the hospital
-    masks=(), # abnormalities whose masks are wanted
-)->Case:
+    seed: int,  # of the study
+    split: str,  # "train" or "valid"
+    index: int,  # of the patient, from 1
+    size=(96, 96, 48),  # of the study's grid
+    spacing=(3.5, 3.5, 7.0),  # mm
+    recon_share: float = 0.2,  # scans with a second reconstruction
+    shift: Shift = SAME,  # of the hospital
+    masks=(),  # abnormalities whose masks are wanted
+) -> Case:
     "Draw one patient of a cohort"
     key, recons = (seed, split, index), []
     c = chest(key, size, spacing, shift=shift)
-    for n in range(1+(rng("recons", key).random() < recon_share)):
+    for n in range(1 + (rng("recons", key).random() < recon_share)):
         own = spacing_of(key, n, np.multiply(spacing, shift.spacing))
         clean, labels, affine = regrid(c, own)
-        recons.append(Recon(scanner(clean, key, own, n, shift), labels, affine, ["standard", "sharp"][n]))
+        recons.append(
+            Recon(scanner(clean, key, own, n, shift), labels, affine, ["standard", "sharp"][n])
+        )
     found = {f.name: mask_on(c, f.mask, recons[0]) for f in c.findings if f.name in masks}
-    return Case(f"{split}_{index}", c.traits["age"], c.traits["sex"], c.traits["contrast"], recons, report(c, key),
-                {n: int(c.has(n)) for n in ABNORMALITIES}, c.findings, questions(c, key), outcome(c, key), found, c)
+    return Case(
+        f"{split}_{index}",
+        c.traits["age"],
+        c.traits["sex"],
+        c.traits["contrast"],
+        recons,
+        report(c, key),
+        {n: int(c.has(n)) for n in ABNORMALITIES},
+        c.findings,
+        questions(c, key),
+        outcome(c, key),
+        found,
+        c,
+    )

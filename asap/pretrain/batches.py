@@ -19,83 +19,162 @@ from ..text.sentences import join, split
 from ..text.tokens import encode, mask_words, pad
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #d9391297
-def _shift(t): # MONAI's shift of intensities, or None
-    if not t.shift or not t.shift_share: return None
+def _shift(t):  # MONAI's shift of intensities, or None
+    if not t.shift or not t.shift_share:
+        return None
     from monai.transforms import RandShiftIntensity
+
     return RandShiftIntensity(offsets=t.shift, prob=t.shift_share, channel_wise=False)
+
 
 DENIES = re.compile(r"\b(no|not|without|normal|free|unremarkable|within)\b", re.I)
 
-def named(sentences, groups)->list: # numbers of organ groups, from 1
+
+def named(sentences, groups) -> list:  # numbers of organ groups, from 1
     "Organ groups in which a report says that something is wrong"
     said = [s.lower() for s in sentences if not DENIES.search(s)]
-    return [n for n, g in enumerate(groups, 1) if any(part in s for s in said for part in g.lower().split(" and "))]
+    return [
+        n
+        for n, g in enumerate(groups, 1)
+        if any(part in s for s in said for part in g.lower().split(" and "))
+    ]
+
 
 class Pairs:
     "Image, organ shares and report of each case, by (draw, index)"
-    def __init__(self,
-        table, # cohort table with whole paths
-        p, # params with volumes, model, pretrain, anatomy
-        text, # asap.text.encoder.TextEncoder
+
+    def __init__(
+        self,
+        table,  # cohort table with whole paths
+        p,  # params with volumes, model, pretrain, anatomy
+        text,  # asap.text.encoder.TextEncoder
         seed,
-        augment:bool=True): # centre crops when False
-        self.rows, self.p, self.text, self.seed, self.augment = table.to_dict("records"), p, text, seed, augment
-        self.n, self.patches = len(list(p.anatomy.groups)), int(np.prod(np.array(p.volumes.size)//p.model.patch))
-        self.none = np.zeros((self.patches, self.n+1), np.float32), np.zeros(self.patches, bool) # a case without an organ map has no known patch
+        augment: bool = True,
+    ):  # centre crops when False
+        self.rows, self.p, self.text, self.seed, self.augment = (
+            table.to_dict("records"),
+            p,
+            text,
+            seed,
+            augment,
+        )
+        self.n, self.patches = (
+            len(list(p.anatomy.groups)),
+            int(np.prod(np.array(p.volumes.size) // p.model.patch)),
+        )
+        self.none = (
+            np.zeros((self.patches, self.n + 1), np.float32),
+            np.zeros(self.patches, bool),
+        )  # a case without an organ map has no known patch
         self.boxes, self.whole, self.shift = {}, {}, _shift(p.pretrain) if augment else None
-        self.sentences = [split(join(r["findings"], r["impression"])) or ["No report."] for r in self.rows]
+        self.sentences = [
+            split(join(r["findings"], r["impression"])) or ["No report."] for r in self.rows
+        ]
         self.coded = [encode(text.tokenizer, s, text.max_length) for s in self.sentences]
         self.named = [named(s, list(p.anatomy.groups)) for s in self.sentences]
-        self.lost = sum(c[2] > 0 for c in self.coded) # reports of which sentences did not fit
-    def __len__(self): return len(self.rows)
-    def organs(self, row)->np.ndarray|None:
+        self.lost = sum(c[2] > 0 for c in self.coded)  # reports of which sentences did not fit
+
+    def __len__(self):
+        return len(self.rows)
+
+    def organs(self, row) -> np.ndarray | None:
         "The organ map of a case, if it has one"
         return np.asanyarray(nib.load(row["organ_map"]).dataobj) if row["organ_map"] else None
-    def shares(self, organs, how)->tuple: # (N,n+1), (N,) known
+
+    def shares(self, organs, how) -> tuple:  # (N,n+1), (N,) known
         "Organ shares of the patches of a crop"
-        return self.none if organs is None else shares(apply(organs, how, self.p.volumes.size, 0, 0), self.p.model.patch, self.n)
-    def where(self, draw, i, shape, organs)->dict: # where to look
-        if not self.augment: return centre(shape, self.p.volumes.size)
-        if i not in self.boxes: self.boxes[i] = None if organs is None else lung_box(organs)
-        return sample(rng("crop", self.seed, draw, i), shape, self.p.volumes.size, self.boxes[i], scale=self.p.pretrain.scale)
-    def cut(self, i, organs, inside)->bool: # shares of the crop, (N,n+1)
+        return (
+            self.none
+            if organs is None
+            else shares(apply(organs, how, self.p.volumes.size, 0, 0), self.p.model.patch, self.n)
+        )
+
+    def where(self, draw, i, shape, organs) -> dict:  # where to look
+        if not self.augment:
+            return centre(shape, self.p.volumes.size)
+        if i not in self.boxes:
+            self.boxes[i] = None if organs is None else lung_box(organs)
+        return sample(
+            rng("crop", self.seed, draw, i),
+            shape,
+            self.p.volumes.size,
+            self.boxes[i],
+            scale=self.p.pretrain.scale,
+        )
+
+    def cut(self, i, organs, inside) -> bool:  # shares of the crop, (N,n+1)
         "Does the report name something wrong in an organ of which the crop has less than half?"
-        if organs is None or not self.named[i]: return False
-        if i not in self.whole: self.whole[i] = np.bincount(organs.ravel(), minlength=256)[1:self.n+1]
-        has = inside.sum(0)[1:]*np.prod(self.p.model.patch)
-        return any(has[k-1] < self.whole[i][k-1]/2 for k in self.named[i])
-    def look(self, x, draw, i)->np.ndarray: # the crop as the model sees it
-        if self.shift is None: return x
+        if organs is None or not self.named[i]:
+            return False
+        if i not in self.whole:
+            self.whole[i] = np.bincount(organs.ravel(), minlength=256)[1 : self.n + 1]
+        has = inside.sum(0)[1:] * np.prod(self.p.model.patch)
+        return any(has[k - 1] < self.whole[i][k - 1] / 2 for k in self.named[i])
+
+    def look(self, x, draw, i) -> np.ndarray:  # the crop as the model sees it
+        if self.shift is None:
+            return x
         self.shift.set_random_state(seed32("shift", self.seed, draw, i))
         return np.asarray(self.shift(x), np.float32)
-    def __getitem__(self, at)->dict:
+
+    def __getitem__(self, at) -> dict:
         draw, i = at
         row, size = self.rows[i], self.p.volumes.size
         volume, organs = np.asanyarray(nib.load(row["image"], mmap="r").dataobj), self.organs(row)
         how = self.where(draw, i, volume.shape, organs)
         lo, hi = self.p.volumes.hu
-        out = dict(image=self.look(to_unit(apply(volume, how, size, lo), lo, hi), draw, i), case=row["case"])
+        out = dict(
+            image=self.look(to_unit(apply(volume, how, size, lo), lo, hi), draw, i),
+            case=row["case"],
+        )
         out["shares"], out["known"] = self.shares(organs, how)
-        out |= dict(cut=self.cut(i, organs, out["shares"]), order=rng("patches", self.seed, draw, i).permutation(self.patches))
+        out |= dict(
+            cut=self.cut(i, organs, out["shares"]),
+            order=rng("patches", self.seed, draw, i).permutation(self.patches),
+        )
         ids, of, _ = self.coded[i]
-        return out | dict(ids=ids, of=of, sentences=self.sentences[i][:of.max()+1 if len(of) else 0], seed=seed32("words", self.seed, draw, i))
+        return out | dict(
+            ids=ids,
+            of=of,
+            sentences=self.sentences[i][: of.max() + 1 if len(of) else 0],
+            seed=seed32("words", self.seed, draw, i),
+        )
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #cea6354e
 def collate(
-    rows:list, # samples
-    text, # the frozen encoder
-    share:float, # of words hidden
-)->dict: # what the model's forward takes
+    rows: list,  # samples
+    text,  # the frozen encoder
+    share: float,  # of words hidden
+) -> dict:  # what the model's forward takes
     "A batch: padded, hidden words and sentence features from the frozen encoder"
     b = dict(image=torch.from_numpy(np.stack([r["image"] for r in rows]))[:, None])
     b |= {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in ("shares", "known", "order")}
     tok = text.tokenizer
-    ids, of = (torch.from_numpy(pad([r[k] for r in rows], v)) for k, v in (("ids", tok.pad_token_id), ("of", -1)))
-    hide = lambda k: mask_words(ids[k:k+1], of[k:k+1], share, tok.mask_token_id, torch.Generator().manual_seed(rows[k]["seed"]))
+    ids, of = (
+        torch.from_numpy(pad([r[k] for r in rows], v))
+        for k, v in (("ids", tok.pad_token_id), ("of", -1))
+    )
+    hide = lambda k: mask_words(
+        ids[k : k + 1],
+        of[k : k + 1],
+        share,
+        tok.mask_token_id,
+        torch.Generator().manual_seed(rows[k]["seed"]),
+    )
     masked, labels = map(torch.cat, zip(*map(hide, range(len(rows)))))
     most = max(len(r["sentences"]) for r in rows)
     real = torch.tensor([[s < len(r["sentences"]) for s in range(most)] for r in rows])
     features = text.sentences([s for r in rows for s in r["sentences"]])
     sentences = torch.zeros(len(rows), most, text.dim)
     sentences[real] = features
-    return b | dict(case=[r["case"] for r in rows], cut=torch.tensor([float(r["cut"]) for r in rows]), ids=ids, of=of, pad=ids == tok.pad_token_id, labels=labels, masked=masked, real=real, sentences=sentences)
+    return b | dict(
+        case=[r["case"] for r in rows],
+        cut=torch.tensor([float(r["cut"]) for r in rows]),
+        ids=ids,
+        of=of,
+        pad=ids == tok.pad_token_id,
+        labels=labels,
+        masked=masked,
+        real=real,
+        sentences=sentences,
+    )

@@ -27,320 +27,520 @@ from ..model.vit import ViT3D, positions
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #cb9510ab
 FILES = ["model.safetensors", "config.json", "card.md"]
 
+
 def keep(
-    state:dict, # name -> tensor
-    config:dict, # plain JSON: what the model is built from
-    card:str, # Markdown
-    folder, # made whole or not at all
-    fp:dict|None=None, # fingerprint, where the folder is taken up again
+    state: dict,  # name -> tensor
+    config: dict,  # plain JSON: what the model is built from
+    card: str,  # Markdown
+    folder,  # made whole or not at all
+    fp: dict | None = None,  # fingerprint, where the folder is taken up again
 ):
     "Write what any trained model of the study needs: model.safetensors, config.json, card.md"
     with atomic(folder) as tmp:
         tmp.mkdir()
-        with atomic(tmp/"model.safetensors") as f: save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, f) # tied weights are two tensors here
-        write_json(config, tmp/"config.json"); write_text(card, tmp/"card.md")
-        if fp is not None: write_json(fp, tmp/"fingerprint.json")
+        with atomic(tmp / "model.safetensors") as f:
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, f
+            )  # tied weights are two tensors here
+        write_json(config, tmp / "config.json")
+        write_text(card, tmp / "card.md")
+        if fp is not None:
+            write_json(fp, tmp / "fingerprint.json")
+
 
 def described(
-    folder, # of `keep`
-    again:str, # what to do where it is not whole
-)->dict:
+    folder,  # of `keep`
+    again: str,  # what to do where it is not whole
+) -> dict:
     "config.json of a folder that has its weights too"
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
-        if not (folder/name).exists(): raise FileNotFoundError(f"{folder/name} is missing: a checkpoint is a folder with config.json and model.safetensors: {again}")
-    return read_json(folder/"config.json")
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: a checkpoint is a folder with config.json and model.safetensors: {again}"
+            )
+    return read_json(folder / "config.json")
 
-def tensors(folder, again:str)->dict: # name -> tensor; as `described`
+
+def tensors(folder, again: str) -> dict:  # name -> tensor; as `described`
     "Weights of a folder"
-    file = Path(folder)/"model.safetensors"
-    try: return load_file(file)
-    except (SafetensorError, OSError) as e: raise ValueError(f"{file} is truncated or broken ({e}): {again}") from None
+    file = Path(folder) / "model.safetensors"
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file} is truncated or broken ({e}): {again}") from None
+
 
 def save(
-    model:ASAP,
-    folder, # made whole or not at all
-    card:str, # Markdown: what it was trained on, for how long, what it is not for
+    model: ASAP,
+    folder,  # made whole or not at all
+    card: str,  # Markdown: what it was trained on, for how long, what it is not for
 ):
     "Write a checkpoint folder"
     if (size := tuple(model.config["size"])) != model.vit.size:
-        raise ValueError(f"the encoder was resized to {model.vit.size}, its decoder and config.json are for {size}: "
-                         "resize what `load` gives, and save the model as it was")
+        raise ValueError(
+            f"the encoder was resized to {model.vit.size}, its decoder and config.json are for {size}: "
+            "resize what `load` gives, and save the model as it was"
+        )
     keep(model.state_dict(), model.config, card, folder)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #07d3951c
 def _strict(
-    found:dict, # name -> tensor
-    want:dict, # name -> tensor of the right shape and dtype
-    what, # file, or folder
-    todo:str, # what to do about it
+    found: dict,  # name -> tensor
+    want: dict,  # name -> tensor of the right shape and dtype
+    what,  # file, or folder
+    todo: str,  # what to do about it
 ):
     "Nothing missing, nothing unknown, shapes and dtypes as wanted, numbers finite; else `ValueError`"
-    missing, unknown = sorted(set(want)-set(found)), sorted(set(found)-set(want))
-    if missing or unknown: raise ValueError(f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, not known {unknown[:3]}: {todo}")
+    missing, unknown = sorted(set(want) - set(found)), sorted(set(found) - set(want))
+    if missing or unknown:
+        raise ValueError(
+            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, not known {unknown[:3]}: {todo}"
+        )
     for k, w in want.items():
         v, wrong = found[k], None
-        if (kind := getattr(v, "dtype", type(v).__name__)) != w.dtype: wrong = f"is {kind}, expected {w.dtype}"
-        elif v.shape != w.shape: wrong = f"has shape {tuple(v.shape)}, expected {tuple(w.shape)}"
-        elif n := int((~v.isfinite()).sum()): wrong = f"holds {n} of {v.numel()} numbers that are NaN or infinite, expected none"
-        if wrong: raise ValueError(f"{what}: `{k}` {wrong}: {todo}")
+        if (kind := getattr(v, "dtype", type(v).__name__)) != w.dtype:
+            wrong = f"is {kind}, expected {w.dtype}"
+        elif v.shape != w.shape:
+            wrong = f"has shape {tuple(v.shape)}, expected {tuple(w.shape)}"
+        elif n := int((~v.isfinite()).sum()):
+            wrong = f"holds {n} of {v.numel()} numbers that are NaN or infinite, expected none"
+        if wrong:
+            raise ValueError(f"{what}: `{k}` {wrong}: {todo}")
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #576f1a13
 def load_model(
-    folder, # of `save`
-)->"Model": # in eval mode
+    folder,  # of `save`
+) -> "Model":  # in eval mode
     "The whole model"
     folder, again = Path(folder), "make or fetch it again"
     config = described(folder, again)
-    try: model = Model(config)
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{folder/'config.json'} describes no model ({type(e).__name__}: {e}): make or fetch it again") from None
+    try:
+        model = Model(config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model ({type(e).__name__}: {e}): make or fetch it again"
+        ) from None
     weights = tensors(folder, again)
-    _strict(weights, model.state_dict(), folder/"model.safetensors", "config.json is of another model, or the code has changed since: make or fetch the folder again")
+    _strict(
+        weights,
+        model.state_dict(),
+        folder / "model.safetensors",
+        "config.json is of another model, or the code has changed since: make or fetch the folder again",
+    )
     model.load_state_dict(weights, strict=True)
-    if (folder/"card.md").exists(): model.card = (folder/"card.md").read_text(encoding="utf8")
+    if (folder / "card.md").exists():
+        model.card = (folder / "card.md").read_text(encoding="utf8")
     return model.eval()
 
-def models(arms, folder)->dict: # arm -> model in eval mode; `folder` holds <arm>/checkpoint and <arm>/metrics.json
+
+def models(
+    arms, folder
+) -> dict:  # arm -> model in eval mode; `folder` holds <arm>/checkpoint and <arm>/metrics.json
     "The arms that a sentence can be put to: those trained with an alignment"
-    trained = [a for a in arms if read_json(Path(folder)/a/"metrics.json")["steps"]]
-    found = {a: load_model(Path(folder)/a/"checkpoint") for a in trained}
+    trained = [a for a in arms if read_json(Path(folder) / a / "metrics.json")["steps"]]
+    found = {a: load_model(Path(folder) / a / "checkpoint") for a in trained}
     return {a: m for a, m in found.items() if m.config["arm"]["align"]}
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fb580cc1
 class Model(ASAP, ModelHubMixin):
     "`ASAP` with `from_pretrained`, `save_pretrained` and `push_to_hub`"
+
     card = "# ASAP\n\nA 3-D vision transformer for chest CT. What it was trained on was not said. For no clinical use.\n"
+
     @classmethod
-    def from_pretrained(cls,
-        name, # folder, or id on the Hugging Face hub
-        **where, # revision, token, cache_dir, force_download, local_files_only: as `huggingface_hub.snapshot_download` takes them
-    )->"Model": # in eval mode
+    def from_pretrained(
+        cls,
+        name,  # folder, or id on the Hugging Face hub
+        **where,  # revision, token, cache_dir, force_download, local_files_only: as `huggingface_hub.snapshot_download` takes them
+    ) -> "Model":  # in eval mode
         "The whole model; nothing that came with it is run"
-        if Path(name).is_dir(): return load_model(name)
-        try: return load_model(snapshot_download(str(name), allow_patterns=FILES, **where))
-        except HFValidationError: raise FileNotFoundError(f"{name} is no folder, and no hub's id either (`owner/name`): give one of the two") from None
-    def save_pretrained(self,
-        folder, # made whole or not at all
-        card:str|None=None, # Markdown; the one it came with when None
-        push_to_hub:bool=False, repo_id:str|None=None, # the folder's name when None
-        config=None, model_card_kwargs=None, # the mixin's; the model has its own config and card
-        **where): # as `push_to_hub` takes them
+        if Path(name).is_dir():
+            return load_model(name)
+        try:
+            return load_model(snapshot_download(str(name), allow_patterns=FILES, **where))
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"{name} is no folder, and no hub's id either (`owner/name`): give one of the two"
+            ) from None
+
+    def save_pretrained(
+        self,
+        folder,  # made whole or not at all
+        card: str | None = None,  # Markdown; the one it came with when None
+        push_to_hub: bool = False,
+        repo_id: str | None = None,  # the folder's name when None
+        config=None,
+        model_card_kwargs=None,  # the mixin's; the model has its own config and card
+        **where,
+    ):  # as `push_to_hub` takes them
         "Write a checkpoint folder, and push it if asked to"
         self.card = card or self.card
         save(self, folder, self.card)
-        if push_to_hub: return self.push_to_hub(repo_id or Path(folder).name, **where)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or Path(folder).name, **where)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a53af14e
-def _grid(pos)->tuple|None: # (N,C) -> patches along H, W, D
+def _grid(pos) -> tuple | None:  # (N,C) -> patches along H, W, D
     "The grid of a table of sines and cosines, None of any other table"
     (n, dim), near = pos.shape, 1e-4 if pos.dtype == torch.float32 else 1e-2
-    if not n or dim < 6: return None
+    if not n or dim < 6:
+        return None
     pos = pos.detach().float().cpu()
-    grid = tuple(n//int(((a-a[0]).abs().amax(1) < 1e-2).sum()) for a in pos[:, :dim//6*6].chunk(3, 1)) # rows at the first one's place along an axis
-    if prod(grid) == n and (pos-positions(grid, dim)).abs().max() < near: return grid
+    grid = tuple(
+        n // int(((a - a[0]).abs().amax(1) < 1e-2).sum())
+        for a in pos[:, : dim // 6 * 6].chunk(3, 1)
+    )  # rows at the first one's place along an axis
+    if prod(grid) == n and (pos - positions(grid, dim)).abs().max() < near:
+        return grid
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #7d8f0e93
 def resize(
-    encoder:ViT3D, # changed in place
-    size, # voxels (H,W,D), whole patches along each axis
-)->ViT3D: # the same
+    encoder: ViT3D,  # changed in place
+    size,  # voxels (H,W,D), whole patches along each axis
+) -> ViT3D:  # the same
     "Fit an encoder to volumes of another size"
     size, patch = tuple(size), encoder.patch
-    if size == encoder.size: return encoder
+    if size == encoder.size:
+        return encoder
     if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)):
-        raise ValueError(f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them")
-    grid = tuple(s//p for s, p in zip(size, patch))
-    if _grid(encoder.pos) == encoder.grid: pos, how = positions(grid, encoder.dim), "made anew from sines and cosines"
+        raise ValueError(
+            f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them"
+        )
+    grid = tuple(s // p for s, p in zip(size, patch))
+    if _grid(encoder.pos) == encoder.grid:
+        pos, how = positions(grid, encoder.dim), "made anew from sines and cosines"
     else:
         h, w, d = encoder.grid
         old = rearrange(encoder.pos.float(), "(h w d) c -> 1 c h w d", h=h, w=w, d=d)
-        pos, how = rearrange(F.interpolate(old, grid, mode="trilinear"), "1 c h w d -> (h w d) c"), "stretched by trilinear interpolation"
+        pos, how = (
+            rearrange(F.interpolate(old, grid, mode="trilinear"), "1 c h w d -> (h w d) c"),
+            "stretched by trilinear interpolation",
+        )
     say(f"position table of {_by(encoder.size)} voxels {how} for {_by(size)}")
     encoder.pos, encoder.size, encoder.grid = pos.to(encoder.pos), size, grid
     return encoder
 
-def _by(size)->str: return "x".join(f"{s:g}" for s in size)
+
+def _by(size) -> str:
+    return "x".join(f"{s:g}" for s in size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #9b2a3067
-RELEASED = dict(size=(224, 224, 112), spacing=(1.5, 1.5, 3.), window=(-1000, 1000))
-LEFT_OUT = ("mask_token", "decoder", "bert_", "finding_align_img_mlp", "align_text_mlp", "similarity_head", "regression_head") # how names begin that are no encoder's
+RELEASED = dict(size=(224, 224, 112), spacing=(1.5, 1.5, 3.0), window=(-1000, 1000))
+LEFT_OUT = (
+    "mask_token",
+    "decoder",
+    "bert_",
+    "finding_align_img_mlp",
+    "align_text_mlp",
+    "similarity_head",
+    "regression_head",
+)  # how names begin that are no encoder's
 _AGAIN = "fetch it again; of what is no part of an encoder, name the beginning in `leave_out`"
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #93b61514
 def _read(
-    path, # of `torch.save`, with the weights under `model`
-    leave_out=(), # how further names begin that are not wanted
-)->tuple: # name -> tensor, and a sentence that says what was left out
+    path,  # of `torch.save`, with the weights under `model`
+    leave_out=(),  # how further names begin that are not wanted
+) -> tuple:  # name -> tensor, and a sentence that says what was left out
     "Weights, without running code that is in the file"
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is missing: expected a file of weights")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a file of weights")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # not the optimiser's numbers
-    except (OSError, MemoryError): raise
-    except Exception as e: raise ValueError(f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch it again, from where it was published") from None
+            whole = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )  # not the optimiser's numbers
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch it again, from where it was published"
+        ) from None
     found = whole.get("model") if isinstance(whole, dict) else None
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise ValueError(f"{path} holds {list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a dict with weights under `model`: {_AGAIN}")
+        raise ValueError(
+            f"{path} holds {list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a dict with weights under `model`: {_AGAIN}"
+        )
     begins = (*LEFT_OUT, *([leave_out] if isinstance(leave_out, str) else leave_out))
     out = Counter(k.split(".")[0] for k in found if k.startswith(begins))
-    left = f"{out.total()} tensors left out" + (f": {', '.join(f'{n} of {k}' for k, n in sorted(out.items()))}" if out else "")
+    left = f"{out.total()} tensors left out" + (
+        f": {', '.join(f'{n} of {k}' for k, n in sorted(out.items()))}" if out else ""
+    )
     return {k: v for k, v in found.items() if not k.startswith(begins)}, left
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #26a9f974
-def _blocks(dim:int, depth:int)->dict: # name -> tensor without content
+def _blocks(dim: int, depth: int) -> dict:  # name -> tensor without content
     "What the file of a ViT holds of its blocks and its last norm"
-    out = dict(norm1=(dim,), norm2=(dim,)) | {"attn.qkv": (3*dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4*dim, dim), "mlp.fc2": (dim, 4*dim)}
-    layers = {f"blocks.{i}.{k}": s for i in range(depth) for k, s in out.items()} | dict(norm=(dim,))
-    return {f"{k}.{part}": torch.empty(s if part == "weight" else s[:1], device="meta") for k, s in layers.items() for part in ("weight", "bias")}
+    out = dict(norm1=(dim,), norm2=(dim,)) | {
+        "attn.qkv": (3 * dim, dim),
+        "attn.proj": (dim, dim),
+        "mlp.fc1": (4 * dim, dim),
+        "mlp.fc2": (dim, 4 * dim),
+    }
+    layers = {f"blocks.{i}.{k}": s for i in range(depth) for k, s in out.items()} | dict(
+        norm=(dim,)
+    )
+    return {
+        f"{k}.{part}": torch.empty(s if part == "weight" else s[:1], device="meta")
+        for k, s in layers.items()
+        for part in ("weight", "bias")
+    }
 
-def _encoder(dim:int, depth:int, patch, n:int)->dict: # name -> tensor without content
+
+def _encoder(dim: int, depth: int, patch, n: int) -> dict:  # name -> tensor without content
     "What the file of an encoder holds"
-    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1+n, dim), "patch_embed.proj.weight": (dim, 1, *patch), "patch_embed.proj.bias": (dim,)}
+    shapes = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 1 + n, dim),
+        "patch_embed.proj.weight": (dim, 1, *patch),
+        "patch_embed.proj.bias": (dim,),
+    }
     return {k: torch.empty(s, device="meta") for k, s in shapes.items()} | _blocks(dim, depth)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #0dd397a2
-def _sizes(found:dict)->tuple: # dim, depth, patch, patches
+def _sizes(found: dict) -> tuple:  # dim, depth, patch, patches
     "Read off the shapes; where one makes no sense the paper's stands, for the check to find"
     shape = lambda k, n: s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
-    dim = mode([v.numel() for k, v in found.items() if k.endswith(".bias") and isinstance(v, torch.Tensor)] or [768])
+    dim = mode(
+        [v.numel() for k, v in found.items() if k.endswith(".bias") and isinstance(v, torch.Tensor)]
+        or [768]
+    )
     depth = len({k.split(".")[1] for k in found if k.startswith("blocks.")}) or 12
-    return dim, depth, (shape("patch_embed.proj.weight", 5) or (0, 0, 16, 16, 8))[2:], (shape("pos_embed", 3) or (0, 2745))[1]-1
+    return (
+        dim,
+        depth,
+        (shape("patch_embed.proj.weight", 5) or (0, 0, 16, 16, 8))[2:],
+        (shape("pos_embed", 3) or (0, 2745))[1] - 1,
+    )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #8824ec29
-def _ours(found:dict)->dict: # by our names
+def _ours(found: dict) -> dict:  # by our names
     "Weights as `ViT3D` calls them"
-    names = {"attn.proj": "attend.out", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "patch_embed.proj": "embed"}
+    names = {
+        "attn.proj": "attend.out",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.2",
+        "patch_embed.proj": "embed",
+    }
     out = {}
     for k, v in found.items():
-        for theirs, our in names.items(): k = k.replace(theirs, our)
-        if "attn.qkv" in k: out[k.replace("attn.qkv", "attend.q")], out[k.replace("attn.qkv", "attend.kv")] = v.tensor_split([len(v)//3])
-        else: out[k] = v.flatten(1) if k == "embed.weight" else v
+        for theirs, our in names.items():
+            k = k.replace(theirs, our)
+        if "attn.qkv" in k:
+            out[k.replace("attn.qkv", "attend.q")], out[k.replace("attn.qkv", "attend.kv")] = (
+                v.tensor_split([len(v) // 3])
+            )
+        else:
+            out[k] = v.flatten(1) if k == "embed.weight" else v
     if "pos_embed" in out:
         pos = out.pop("pos_embed")
-        out |= dict(cls=out.pop("cls_token")+pos[:, :1], pos=pos[0, 1:])
+        out |= dict(cls=out.pop("cls_token") + pos[:, :1], pos=pos[0, 1:])
     return out
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c1466a92
-def _size(path, pos, patch, size)->tuple: # voxels that the file's table was made for
+def _size(path, pos, patch, size) -> tuple:  # voxels that the file's table was made for
     "From sines and cosines; else the paper's, or `size`, whichever has as many patches"
-    if grid := _grid(pos): return tuple(g*p for g, p in zip(grid, patch))
-    many = lambda s: prod(s)//prod(patch) if len(s) == 3 and not any(a % p for a, p in zip(s, patch)) else None
+    if grid := _grid(pos):
+        return tuple(g * p for g, p in zip(grid, patch))
+    many = lambda s: (
+        prod(s) // prod(patch) if len(s) == 3 and not any(a % p for a, p in zip(s, patch)) else None
+    )
     for s in (RELEASED["size"], tuple(size or ())):
-        if many(s) == len(pos): return s
+        if many(s) == len(pos):
+            return s
     s = size or RELEASED["size"]
-    raise ValueError(f"{path}: `pos_embed` has {len(pos)} patches of {_by(patch)} voxels, expected {many(s) or 'a whole number'} in {_by(s)}: "
-                     "say in `size` what it was trained at, and `resize` what comes out")
+    raise ValueError(
+        f"{path}: `pos_embed` has {len(pos)} patches of {_by(patch)} voxels, expected {many(s) or 'a whole number'} in {_by(s)}: "
+        "say in `size` what it was trained at, and `resize` what comes out"
+    )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a5c40789
-def _released(path, size, heads, leave_out)->ViT3D:
+def _released(path, size, heads, leave_out) -> ViT3D:
     "The encoder in a file of the paper's code"
     found, left = _read(path, leave_out)
     dim, depth, patch, n = _sizes(found)
     _strict(found, _encoder(dim, depth, patch, n), path, _AGAIN)
-    heads, ours = heads or dim//64, _ours(found)
-    if not heads or dim % heads: raise ValueError(f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in `heads`")
+    heads, ours = heads or dim // 64, _ours(found)
+    if not heads or dim % heads:
+        raise ValueError(
+            f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in `heads`"
+        )
     pos, trained = ours["pos"], _size(path, ours["pos"], patch, size)
     vit = ViT3D(trained, patch, dim, depth, heads)
     vit.load_state_dict(ours, strict=True)
-    say(f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of {_by(trained)}; {left}")
-    away = float((pos-positions(vit.grid, dim)).abs().max())
-    if not _grid(pos): say(f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} away) and is used as it is")
+    say(
+        f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of {_by(trained)}; {left}"
+    )
+    away = float((pos - positions(vit.grid, dim)).abs().max())
+    if not _grid(pos):
+        say(
+            f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} away) and is used as it is"
+        )
     vit.spacing, vit.window = RELEASED["spacing"], RELEASED["window"]
     return resize(vit, size or trained)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fa975214
 def load(
-    path, # checkpoint folder, or a file that the paper's code wrote
-    size=None, # voxels (H,W,D) that it is to take; what it was trained at when None
-    heads:int|None=None, # of a file; 64 channels each when None
-    leave_out=(), # of a file: how further names begin that are no part of the encoder
-)->ViT3D: # in eval mode
+    path,  # checkpoint folder, or a file that the paper's code wrote
+    size=None,  # voxels (H,W,D) that it is to take; what it was trained at when None
+    heads: int | None = None,  # of a file; 64 channels each when None
+    leave_out=(),  # of a file: how further names begin that are no part of the encoder
+) -> ViT3D:  # in eval mode
     "The encoder: `tokens(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first; `size`, `spacing`, `window` say what it takes"
-    if Path(path).is_file(): return _released(path, size, heads, leave_out).eval()
-    if not Path(path).exists(): raise FileNotFoundError(f"{path} is missing: expected a checkpoint folder, or a file that the paper's code wrote")
+    if Path(path).is_file():
+        return _released(path, size, heads, leave_out).eval()
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} is missing: expected a checkpoint folder, or a file that the paper's code wrote"
+        )
     model = load_model(path)
     model.vit.spacing, model.vit.window = tuple(model.config["spacing"]), tuple(model.config["hu"])
     return resize(model.vit, size or model.vit.size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #64f8b6da
 def from_mae2d(
-    vit:ViT3D, # changed in place; as deep and wide as the file's, with as many heads
-    path, # `torch.save` of an image MAE: `model` with blocks.*, norm.*
-    leave_out=(), # how further names begin that are no part of the blocks
-)->ViT3D: # the same
+    vit: ViT3D,  # changed in place; as deep and wide as the file's, with as many heads
+    path,  # `torch.save` of an image MAE: `model` with blocks.*, norm.*
+    leave_out=(),  # how further names begin that are no part of the blocks
+) -> ViT3D:  # the same
     "Blocks and last norm from an image model; the rest stays as it is"
-    found, left = _read(path, ("cls_token", "pos_embed", "patch_embed", *([leave_out] if isinstance(leave_out, str) else leave_out)))
+    found, left = _read(
+        path,
+        (
+            "cls_token",
+            "pos_embed",
+            "patch_embed",
+            *([leave_out] if isinstance(leave_out, str) else leave_out),
+        ),
+    )
     depth = len(vit.blocks)
-    _strict(found, _blocks(vit.dim, depth), path, f"take a ViT's file of {depth} blocks of width {vit.dim}, as this encoder has, or {_AGAIN}")
+    _strict(
+        found,
+        _blocks(vit.dim, depth),
+        path,
+        f"take a ViT's file of {depth} blocks of width {vit.dim}, as this encoder has, or {_AGAIN}",
+    )
     vit.load_state_dict(vit.state_dict() | _ours(found), strict=True)
     say(f"{Path(path).name}: {depth} blocks of width {vit.dim} and the last norm taken; {left}")
     return vit
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b57c52cc
-def licence()->str: # SPDX identifier
+def licence() -> str:  # SPDX identifier
     "Of the code, from settings.ini"
     settings = configparser.ConfigParser(interpolation=None)
-    settings.read(root()/"settings.ini", encoding="utf8")
+    settings.read(root() / "settings.ini", encoding="utf8")
     name = settings.get("DEFAULT", "license", fallback="not said")
     return {"apache2": "Apache-2.0"}.get(name, name)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c5dfc3d5
-def revision()->str|None: # commit, with `-dirty` where files differ from it
+def revision() -> str | None:  # commit, with `-dirty` where files differ from it
     "Of the project's folder; None outside git"
-    try: done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=root(), capture_output=True, text=True)
-    except FileNotFoundError: return None # no git here
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root(),
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None  # no git here
     return done.stdout.strip() or None
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #ee66ba00
+_ONCE = (
+    "Grounding: one training of this recipe. Other trainings of one recipe differ widely in where sentences point "
+    "(asap, pointing on four small lesions of phantoms: 0.374, 0.216, 0.126, 0.000, 0.000; an atlas by position: 0.241); "
+    "do not rely on a region that a sentence finds without measuring it."
+)
+
+
 def card(
-    arm:str,
-    config:dict, # of the model
-    metrics:dict, # steps; parameters, encoder and seconds where they are known
-    study:dict, # spacing, hu, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
-)->str: # Markdown
+    arm: str,
+    config: dict,  # of the model
+    metrics: dict,  # steps; parameters, encoder and seconds where they are known
+    study: dict,  # spacing, hu, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
+) -> str:  # Markdown
     "What this is, in words and counts, without a patient"
-    known, m = dict(pretrain=config["pretrain"], licence=licence()) | metrics | study, config["model"]
+    known, m = (
+        dict(pretrain=config["pretrain"], licence=licence()) | metrics | study,
+        config["model"],
+    )
     row = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
-    n = known["train"] if isinstance(known["train"], dict) else {", ".join(known["cohorts"]): known["train"]}
+    n = (
+        known["train"]
+        if isinstance(known["train"], dict)
+        else {", ".join(known["cohorts"]): known["train"]}
+    )
     took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
     how = f"Trained for {known['steps']} steps{took} on the train split: {', '.join(f'{v} volumes of {k}' for k, v in n.items())}; seed {known['seed']}"
-    lines = [f"Recipe: {row(config['arm'])}.", f"Numbers: {row(known['pretrain'])}.",
-             f"{how if known['steps'] else 'Not trained: weights as drawn, seed '+str(known['seed'])}.",
-             *(f"{name}: `{known[k]}`." for k, name in dict(data="Data, hash", revision="Code, revision").items() if known.get(k)),
-             f"{_origin(known['phantom'])} For no clinical use.", f"Licence of code and weights: {known['licence']}.",
-             "Load: `asap.pretrain.checkpoint.load(folder).tokens(x)`."]
-    count = "".join(f", {known[k]:,} {of}" for k, of in dict(encoder="parameters", parameters="with decoders and text side").items() if k in known)
+    lines = [
+        f"Recipe: {row(config['arm'])}.",
+        f"Numbers: {row(known['pretrain'])}.",
+        f"{how if known['steps'] else 'Not trained: weights as drawn, seed ' + str(known['seed'])}.",
+        *(
+            f"{name}: `{known[k]}`."
+            for k, name in dict(data="Data, hash", revision="Code, revision").items()
+            if known.get(k)
+        ),
+        f"{_origin(known['phantom'])} For no clinical use.",
+        *([_ONCE] if known["steps"] and config["arm"]["contrast"] == "region" else []),
+        f"Licence of code and weights: {known['licence']}.",
+        "Load: `asap.pretrain.checkpoint.load(folder).tokens(x)`.",
+    ]
+    count = "".join(
+        f", {known[k]:,} {of}"
+        for k, of in dict(encoder="parameters", parameters="with decoders and text side").items()
+        if k in known
+    )
     return f"""# Arm `{arm}`
 
-A 3-D vision transformer for chest CT: input {_by(config['size'])} voxels at {_by(study['spacing'])} mm, HU {_by(study['hu']).replace('x', ' to ')} mapped to [-1, 1], RAS; patches of {_by(config['patch'])} voxels; {m['depth']} blocks of width {m['dim']}, {m['heads']} heads{count}.
+A 3-D vision transformer for chest CT: input {_by(config["size"])} voxels at {_by(study["spacing"])} mm, HU {_by(study["hu"]).replace("x", " to ")} mapped to [-1, 1], RAS; patches of {_by(config["patch"])} voxels; {m["depth"]} blocks of width {m["dim"]}, {m["heads"]} heads{count}.
 
-"""+"".join(f"- {line}\n" for line in lines)
+""" + "".join(f"- {line}\n" for line in lines)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #d7d1a616
-def _origin(phantom)->str: # a phantom's version, or "none: real scans"
-    if str(phantom).startswith("none"): return "Real scans, of which counts alone stand here; their owners' terms hold for these weights too."
+def _origin(phantom) -> str:  # a phantom's version, or "none: real scans"
+    if str(phantom).startswith("none"):
+        return "Real scans, of which counts alone stand here; their owners' terms hold for these weights too."
     return f"Procedural phantoms, version {phantom}, drawn from the seed by this code and under its licence: these weights know no patient."
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #786d7004
-LIMIT = 8 # MB, of a folder in weights/
+LIMIT = 8  # MB, of a folder in weights/
+
 
 def ship(
-    name:str, # of an arm, or `text`
-    base=None, # the project's folder
-)->Path|None: # weights/<name>; None where nothing was trained here
+    name: str,  # of an arm, or `text`
+    base=None,  # the project's folder
+) -> Path | None:  # weights/<name>; None where nothing was trained here
     "Keep what the stage `pretrain@<name>` or `text` trained"
     base, text = Path(base or root()), name == "text"
-    run, stage = base/"runs"/("text" if text else f"pretrain/{name}"), "text" if text else f"pretrain@{name}"
-    made, minutes = base/"build/text" if text else run/"checkpoint", base/f"runs/minutes/{stage.replace('@', '-')}.json"
-    for f in (run/"metrics.json", made, minutes):
-        if not f.exists(): raise FileNotFoundError(f"{f} is missing: run `dvc repro {stage}` first")
-    if read_json(run/"metrics.json").get("weights") != "trained": return None
+    run, stage = (
+        base / "runs" / ("text" if text else f"pretrain/{name}"),
+        "text" if text else f"pretrain@{name}",
+    )
+    made, minutes = (
+        base / "build/text" if text else run / "checkpoint",
+        base / f"runs/minutes/{stage.replace('@', '-')}.json",
+    )
+    for f in (run / "metrics.json", made, minutes):
+        if not f.exists():
+            raise FileNotFoundError(f"{f} is missing: run `dvc repro {stage}` first")
+    if read_json(run / "metrics.json").get("weights") != "trained":
+        return None
     how = f"- Trained by the stage `{stage}` in {read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores; code at commit `{revision() or 'unknown'}`.\n"
-    with atomic(base/"weights"/name) as tmp:
+    with atomic(base / "weights" / name) as tmp:
         shutil.copytree(made, tmp)
-        for f in () if text else ("recipe.json", "log.csv", "watch.csv"): shutil.copy(run/f, tmp/f)
-        about = "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on the train split's reports. For no clinical use.\n\n" if text else (tmp/"card.md").read_text(encoding="utf8")
-        (tmp/"card.md").write_text(about+how, encoding="utf8")
-        for f in tmp.iterdir(): f.chmod(0o644)
-        if (size := sum(f.stat().st_size for f in tmp.iterdir())/1e6) > LIMIT: raise ValueError(f"weights/{name} would take {size:.1f} MB, expected at most {LIMIT}")
-    return base/"weights"/name
+        for f in () if text else ("recipe.json", "log.csv", "watch.csv"):
+            shutil.copy(run / f, tmp / f)
+        about = (
+            "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on the train split's reports. For no clinical use.\n\n"
+            if text
+            else (tmp / "card.md").read_text(encoding="utf8")
+        )
+        (tmp / "card.md").write_text(about + how, encoding="utf8")
+        for f in tmp.iterdir():
+            f.chmod(0o644)
+        if (size := sum(f.stat().st_size for f in tmp.iterdir()) / 1e6) > LIMIT:
+            raise ValueError(f"weights/{name} would take {size:.1f} MB, expected at most {LIMIT}")
+    return base / "weights" / name

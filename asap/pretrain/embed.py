@@ -24,11 +24,11 @@ from ..train import device, keep_memory, precision
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #56a64c16
 def image(
-    path, # of a standard volume
-    size, # voxels that the encoder takes
-    hu, # HU mapped to -1 and 1
-    spacing=None, # mm that the encoder takes; the file's own when None
-)->torch.Tensor: # (1,H,W,D) in [-1,1]
+    path,  # of a standard volume
+    size,  # voxels that the encoder takes
+    hu,  # HU mapped to -1 and 1
+    spacing=None,  # mm that the encoder takes; the file's own when None
+) -> torch.Tensor:  # (1,H,W,D) in [-1,1]
     "The centre of a standard volume as the model takes it"
     img = nib.load(path, mmap="r")
     v = np.asanyarray(img.dataobj)
@@ -36,77 +36,111 @@ def image(
         v = resample(v, img.affine, *grid(v.shape, img.affine, spacing), fill=hu[0])
     return torch.from_numpy(to_unit(apply(v, centre(v.shape, size), size, hu[0]), *hu))[None]
 
+
 class Images(torch.utils.data.Dataset):
     "Volumes as an encoder takes them"
+
     def __init__(self, paths, encoder, size, hu):
-        self.paths, of = list(paths), lambda name, other: tuple(getattr(encoder, name, None) or other or ()) or None
+        self.paths, of = (
+            list(paths),
+            lambda name, other: tuple(getattr(encoder, name, None) or other or ()) or None,
+        )
         self.size, self.hu, self.spacing = of("size", size), of("window", hu), of("spacing", None)
-    def __len__(self): return len(self.paths)
-    def __getitem__(self, i): return image(self.paths[i], self.size, self.hu, self.spacing)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return image(self.paths[i], self.size, self.hu, self.spacing)
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #8d0854d9
 @torch.no_grad()
 def tokens(
-    encoder, # an object with `tokens(x)`, or `tokens(x, norm=...)` where it can leave its last norm out
-    x, # (B,1,H,W,D)
-)->torch.Tensor: # (B,1+N,C) float32 on the CPU
+    encoder,  # an object with `tokens(x)`, or `tokens(x, norm=...)` where it can leave its last norm out
+    x,  # (B,1,H,W,D)
+) -> torch.Tensor:  # (B,1+N,C) float32 on the CPU
     "Tokens before the last norm; what is not (B,1+N,C) is an error that says what came"
     kw = dict(norm=False) if "norm" in inspect.signature(encoder.tokens).parameters else {}
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision() == "bf16"): t = encoder.tokens(x, **kw)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision() == "bf16"):
+        t = encoder.tokens(x, **kw)
     if not torch.is_tensor(t) or t.ndim != 3 or len(t) != len(x) or t.shape[1] < 2:
-        raise ValueError(f"{type(encoder).__name__}.tokens gave {tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of {tuple(x.shape)}, "
-                         "expected a tensor (B, 1+N, C): the class token, then at least one patch")
+        raise ValueError(
+            f"{type(encoder).__name__}.tokens gave {tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of {tuple(x.shape)}, "
+            "expected a tensor (B, 1+N, C): the class token, then at least one patch"
+        )
     return t.float().cpu()
 
+
 def in_turn(
-    one, # x -> anything
-    batches, # of x
-    threads:int=1, # of one core each
-): # yields in the order of the batches
+    one,  # x -> anything
+    batches,  # of x
+    threads: int = 1,  # of one core each
+):  # yields in the order of the batches
     "One batch a core: on a CPU several small batches at a time are done sooner than one that all cores share"
-    if threads == 1: yield from map(one, batches); return
+    if threads == 1:
+        yield from map(one, batches)
+        return
     n = torch.get_num_threads()
-    torch.set_num_threads(1) # here too: what waits for work between small sums takes a core from the others
+    torch.set_num_threads(
+        1
+    )  # here too: what waits for work between small sums takes a core from the others
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             waiting = deque()
             for x in batches:
                 waiting.append(pool.submit(one, x))
-                if len(waiting) > threads: yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-    finally: torch.set_num_threads(n)
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(n)
+
 
 def blocks(
-    encoder, # as `tokens`
-    paths, # of standard volumes
-    size, # voxels, where the encoder does not say its own
-    hu, # window mapped to [-1,1], likewise
-    start:int=0, # the first that is wanted
-    batch:int|None=None, # 2 on a CPU, where more leave its cache, else 16
-    label:str="embed",
-    workers:int=0, # processes that read
-): # yields place of the first, (b,1+N,C) float32
+    encoder,  # as `tokens`
+    paths,  # of standard volumes
+    size,  # voxels, where the encoder does not say its own
+    hu,  # window mapped to [-1,1], likewise
+    start: int = 0,  # the first that is wanted
+    batch: int | None = None,  # 2 on a CPU, where more leave its cache, else 16
+    label: str = "embed",
+    workers: int = 0,  # processes that read
+):  # yields place of the first, (b,1+N,C) float32
     "Tokens a batch at a time"
     data, where = Images(paths, encoder, size, hu), device()
-    if isinstance(encoder, torch.nn.Module): encoder.to(where).eval()
+    if isinstance(encoder, torch.nn.Module):
+        encoder.to(where).eval()
     keep_memory()
     cpu = where.type == "cpu"
     batch = batch or (2 if cpu else 16)
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, range(start, len(data))), batch, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(data, range(start, len(data))), batch, num_workers=workers
+    )
     bar = progress(total=len(data), label=label)
     bar.update(start)
-    for at, t in zip(range(start, len(data), batch), in_turn(lambda x: tokens(encoder, x.to(where)), loader, torch.get_num_threads() if cpu else 1)):
+    for at, t in zip(
+        range(start, len(data), batch),
+        in_turn(
+            lambda x: tokens(encoder, x.to(where)), loader, torch.get_num_threads() if cpu else 1
+        ),
+    ):
         bad = [Path(p).stem for p, row in zip(data.paths[at:], t) if not row.isfinite().all()]
-        if bad: raise ValueError(f"{label}: features of {', '.join(bad[:5])} are NaN or infinite: look at these volumes, or at the encoder")
+        if bad:
+            raise ValueError(
+                f"{label}: features of {', '.join(bad[:5])} are NaN or infinite: look at these volumes, or at the encoder"
+            )
         yield at, t
         bar.update(len(t))
     bar.close()
 
-def pooled(t)->np.ndarray: # (B,1+N,C) -> (B,C) float32
+
+def pooled(t) -> np.ndarray:  # (B,1+N,C) -> (B,C) float32
     "Mean of the patch tokens"
     return t[:, 1:].mean(1).numpy()
 
-def features(encoder, paths, size, hu, **kw)->np.ndarray: # (n,C) float32; as `blocks`
+
+def features(encoder, paths, size, hu, **kw) -> np.ndarray:  # (n,C) float32; as `blocks`
     "Mean of the patch tokens of each volume"
     return np.concatenate([pooled(t) for _, t in blocks(encoder, paths, size, hu, **kw)])
 
@@ -114,79 +148,128 @@ def features(encoder, paths, size, hu, **kw)->np.ndarray: # (n,C) float32; as `b
 def save(f, table, folder, name, fp=None):
     "`<name>.npy` beside `<name>.parquet`, row by row the same cases, and `<name>.json`, what made them"
     folder = Path(folder)
-    with atomic(folder/f"{name}.npy") as tmp:
-        if isinstance(f, Path): shutil.move(f, tmp)
+    with atomic(folder / f"{name}.npy") as tmp:
+        if isinstance(f, Path):
+            shutil.move(f, tmp)
         else:
-            with open(tmp, "wb") as h: np.save(h, f)
-    write_parquet(table[["case", "scan", "patient", "split"]].reset_index(drop=True), folder/f"{name}.parquet")
-    write_json(fp or {}, folder/f"{name}.json")
+            with open(tmp, "wb") as h:
+                np.save(h, f)
+    write_parquet(
+        table[["case", "scan", "patient", "split"]].reset_index(drop=True),
+        folder / f"{name}.parquet",
+    )
+    write_json(fp or {}, folder / f"{name}.json")
 
-def load(folder, name)->tuple: # features (n,C) or tokens (n,1+N,C), memory-mapped; index
+
+def load(folder, name) -> tuple:  # features (n,C) or tokens (n,1+N,C), memory-mapped; index
     "What `save` wrote; a missing, broken or wrong file is an error that says so"
-    path = Path(folder)/f"{name}.npy"
+    path = Path(folder) / f"{name}.npy"
     again = f"rerun `dvc repro -f -s embed@{path.parent.name}`"
     for f in (path, path.with_suffix(".parquet")):
-        if not f.exists(): raise FileNotFoundError(f"{f} is missing: {again}")
-    try: f, index = np.load(path, mmap_mode="r"), pd.read_parquet(path.with_suffix(".parquet"))
-    except (ValueError, OSError) as e: raise ValueError(f"{path} or the .parquet beside it cannot be read ({e}): {again}") from None
-    if len(f) != len(index): raise ValueError(f"{path} has {len(f)} rows, its index {len(index)}: {again}")
-    if f.ndim == 2 and (bad := index.case[~np.isfinite(f).all(1)].tolist()): raise ValueError(f"{path}: features of {len(bad)} cases are NaN or infinite, such as {bad[0]}: {again}")
+        if not f.exists():
+            raise FileNotFoundError(f"{f} is missing: {again}")
+    try:
+        f, index = np.load(path, mmap_mode="r"), pd.read_parquet(path.with_suffix(".parquet"))
+    except (ValueError, OSError) as e:
+        raise ValueError(
+            f"{path} or the .parquet beside it cannot be read ({e}): {again}"
+        ) from None
+    if len(f) != len(index):
+        raise ValueError(f"{path} has {len(f)} rows, its index {len(index)}: {again}")
+    if f.ndim == 2 and (bad := index.case[~np.isfinite(f).all(1)].tolist()):
+        raise ValueError(
+            f"{path}: features of {len(bad)} cases are NaN or infinite, such as {bad[0]}: {again}"
+        )
     return f, index
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embsame1
-def same_cases(index, table, arm:str, cohort:str, what:str="features"):
+def same_cases(index, table, arm: str, cohort: str, what: str = "features"):
     "Refuse what was made of other cases than a table's, or of them in another order"
-    if list(index.case) != list(table.case): raise ValueError(f"{what} of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`")
+    if list(index.case) != list(table.case):
+        raise ValueError(
+            f"{what} of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`"
+        )
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #026495d4
 def embed(
-    encoder, # as `tokens`
-    table, # cohort table with whole paths
-    folder, # gets <name>.npy, .parquet, .json
-    name:str, # of the cohort
-    size, hu, # as `blocks`
-    fp:dict, # fingerprint of encoder, cases, size and window
-    resume, # folder for what is half made
-    whole=None, # folder that gets all tokens too, as float16
-    every:int=64, # cases between two counts, about
-    **kw, # of `blocks`
+    encoder,  # as `tokens`
+    table,  # cohort table with whole paths
+    folder,  # gets <name>.npy, .parquet, .json
+    name: str,  # of the cohort
+    size,
+    hu,  # as `blocks`
+    fp: dict,  # fingerprint of encoder, cases, size and window
+    resume,  # folder for what is half made
+    whole=None,  # folder that gets all tokens too, as float16
+    every: int = 64,  # cases between two counts, about
+    **kw,  # of `blocks`
 ):
     "Features of one cohort, and all its tokens where they are wanted; resumable"
-    half, count = Path(resume)/name, Path(resume)/name/"rows.json"
+    half, count = Path(resume) / name, Path(resume) / name / "rows.json"
     fp = dict(fp, whole=whole is not None)
-    if not reusable(half, fp): write_json(fp, half/"fingerprint.json")
-    start, kinds = read_json(count)["rows"] if count.exists() else 0, ("half", "whole") if whole else ("half",)
-    out, held = {k: np.lib.format.open_memmap(half/f"{k}.npy", "r+") for k in kinds} if start else {}, start
+    if not reusable(half, fp):
+        write_json(fp, half / "fingerprint.json")
+    start, kinds = (
+        read_json(count)["rows"] if count.exists() else 0,
+        ("half", "whole") if whole else ("half",),
+    )
+    out, held = (
+        {k: np.lib.format.open_memmap(half / f"{k}.npy", "r+") for k in kinds} if start else {},
+        start,
+    )
     for at, t in blocks(encoder, table.image, size, hu, start, **kw):
-        if not out: out = {k: np.lib.format.open_memmap(half/f"{k}.npy", "w+", dtype, (len(table), *shape)) for k, dtype, shape in zip(kinds, (np.float32, np.float16), (t.shape[2:], t.shape[1:]))}
-        out["half"][at:(end := at+len(t))] = pooled(t)
-        if whole: out["whole"][at:end] = t.clamp(-65504, 65504)
-        if end-held >= every or end == len(table):
-            for o in out.values(): o.flush()
-            write_json(dict(rows=end), count); held = end
-    if whole: save(half/"whole.npy", table, whole, name, fp)
+        if not out:
+            out = {
+                k: np.lib.format.open_memmap(half / f"{k}.npy", "w+", dtype, (len(table), *shape))
+                for k, dtype, shape in zip(
+                    kinds, (np.float32, np.float16), (t.shape[2:], t.shape[1:])
+                )
+            }
+        out["half"][at : (end := at + len(t))] = pooled(t)
+        if whole:
+            out["whole"][at:end] = t.clamp(-65504, 65504)
+        if end - held >= every or end == len(table):
+            for o in out.values():
+                o.flush()
+            write_json(dict(rows=end), count)
+            held = end
+    if whole:
+        save(half / "whole.npy", table, whole, name, fp)
     save(out["half"], table, folder, name, fp)
     shutil.rmtree(half)
-    say(f"{name}: {' and '.join(f'{tuple(o.shape)} {o.dtype}, {o.nbytes/1e6:.1f} MB' for o in out.values())}")
+    say(
+        f"{name}: {' and '.join(f'{tuple(o.shape)} {o.dtype}, {o.nbytes / 1e6:.1f} MB' for o in out.values())}"
+    )
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #06bac5f2
 def bring(
-    spec:str, # "module:function"
-): # what the function gives
+    spec: str,  # "module:function"
+):  # what the function gives
     "An encoder from its factory"
     module, _, name = spec.partition(":")
-    try: made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e: raise ValueError(f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as asap.pretrain.embed:histogram") from None
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ValueError(
+            f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as asap.pretrain.embed:histogram"
+        ) from None
     encoder = made()
-    if not callable(getattr(encoder, "tokens", None)): raise ValueError(f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no tokens(x)")
+    if not callable(getattr(encoder, "tokens", None)):
+        raise ValueError(
+            f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no tokens(x)"
+        )
     return encoder
+
 
 class histogram:
     "How much of a volume has which HU: 64 bins of the whole as its one token. No encoder that a probe reads should lose to it"
+
     def tokens(self, x):
         flat = x.flatten(1).float()
         edges = torch.linspace(-1, 1, 65, device=x.device)
         place = torch.bucketize(flat, edges[1:-1])
-        count = torch.zeros(len(x), 64, device=x.device).scatter_add(1, place, torch.ones_like(flat))
-        share = (count/flat.shape[1]+1e-5).log()
+        count = torch.zeros(len(x), 64, device=x.device).scatter_add(
+            1, place, torch.ones_like(flat)
+        )
+        share = (count / flat.shape[1] + 1e-5).log()
         return torch.stack([share, share], 1)

@@ -15,7 +15,16 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from ..core import code_hash, difference as other_key, fingerprint, progress, read_json, rng, say, seed32
+from asap.core import (
+    code_hash,
+    difference as other_key,
+    fingerprint,
+    progress,
+    read_json,
+    rng,
+    say,
+    seed32,
+)
 from ..data.crops import centre
 from ..model.align import pool, rank_weights
 from ..model.asap import ASAP, config, voxel_loss
@@ -25,224 +34,454 @@ from .batches import Pairs, collate
 from ..train import device, fit
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #eb594655
-CODE = ["asap.model.vit", "asap.model.anatomy", "asap.model.align", "asap.model.fuse", "asap.model.asap", "asap.pretrain.batches", "asap.pretrain.pretrain", "asap.train"]
+CODE = [
+    "asap.model.vit",
+    "asap.model.anatomy",
+    "asap.model.align",
+    "asap.model.fuse",
+    "asap.model.asap",
+    "asap.pretrain.batches",
+    "asap.pretrain.pretrain",
+    "asap.train",
+]
 
-def build(p, arm, text, seed)->ASAP:
+
+def build(p, arm, text, seed) -> ASAP:
     "A model with weights that belong to the seed; every arm starts from the same ones"
     torch.manual_seed(seed32("model", seed))
     return ASAP(config(p, arm, text.dim, len(text.tokenizer)))
 
+
 def begin(
-    model:ASAP,
-    data, # `Pairs` of some train cases, centre crops
+    model: ASAP,
+    data,  # `Pairs` of some train cases, centre crops
 ):
     "Fit the stem's decorrelation to some images: no label, no report, the same for every arm"
-    if not isinstance(model.vit.embed, Stem): return
+    if not isinstance(model.vit.embed, Stem):
+        return
     some = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
     model.vit.embed.fit(patchify(torch.stack(some)[:, None], model.vit.patch)[:, ::5])
 
-def trains(arm)->bool: return any(arm[k] for k in ("voxels", "organs", "align", "words"))
 
-def read(b, text, words:bool, dropout:bool=False)->dict: # a batch of `collate`
+def trains(arm) -> bool:
+    return any(arm[k] for k in ("voxels", "organs", "align", "words"))
+
+
+def read(b, text, words: bool, dropout: bool = False) -> dict:  # a batch of `collate`
     "What the frozen encoder says of a batch's hidden report; with dropout, of its sentences too, anew each time"
-    if not dropout: return dict(b, words=text.tokens(b["masked"], b["of"])) if words else b
-    with text.in_training(): return dict(b, words=text.tokens(b["masked"], b["of"]), sentences=text.means(b["ids"], b["of"], b["real"].shape[1]))
+    if not dropout:
+        return dict(b, words=text.tokens(b["masked"], b["of"])) if words else b
+    with text.in_training():
+        return dict(
+            b,
+            words=text.tokens(b["masked"], b["of"]),
+            sentences=text.means(b["ids"], b["of"], b["real"].shape[1]),
+        )
+
 
 def train(
-    model:ASAP,
-    data:Pairs,
-    p, # params with pretrain
+    model: ASAP,
+    data: Pairs,
+    p,  # params with pretrain
     seed,
-    folder=None, # for resume state, log and what was watched
+    folder=None,  # for resume state, log and what was watched
     fp=None,
-    watch=None, # (model, step) -> dict
-    label:str="pretrain",
-)->pd.DataFrame: # the log
+    watch=None,  # (model, step) -> dict
+    label: str = "pretrain",
+) -> pd.DataFrame:  # the log
     "Fit one arm"
     text, t = data.text, p.pretrain
     text.to(device())
-    text.sentences(sorted({s for r in data.sentences for s in r})) # once, in one order: a feature's last bits depend on its batch, and a resumed run must find the same
-    words, dropout, factor = bool(model.arm["words"]), model.has("text_dropout"), model.arm.get("rate", 1)
-    def loss(m, b, step): return m(read(b, text, words, dropout))
-    return fit(model, loss, data, steps=t.steps, batch=t.batch, accumulate=t.accumulate, workers=t.workers, lr=t.lr*factor, matrices=model.matrices() if t.optimizer == "muon" else (), matrix_lr=t.matrix_lr*factor, warmup=t.warmup, weight_decay=t.weight_decay, clip=t.clip,
-               precision_=t.precision, seed=("pretrain", seed), folder=folder, fp=fp, save_every=t.save_every, watch=watch, watch_every=t.watch_every,
-               collate=lambda rows: collate(rows, text, t.word_mask), label=label)
+    text.sentences(
+        sorted({s for r in data.sentences for s in r})
+    )  # once, in one order: a feature's last bits depend on its batch, and a resumed run must find the same
+    words, dropout, factor = (
+        bool(model.arm["words"]),
+        model.has("text_dropout"),
+        model.arm.get("rate", 1),
+    )
+
+    def loss(m, b, step):
+        return m(read(b, text, words, dropout))
+
+    return fit(
+        model,
+        loss,
+        data,
+        steps=t.steps,
+        batch=t.batch,
+        accumulate=t.accumulate,
+        workers=t.workers,
+        lr=t.lr * factor,
+        matrices=model.matrices() if t.optimizer == "muon" else (),
+        matrix_lr=t.matrix_lr * factor,
+        warmup=t.warmup,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+        precision_=t.precision,
+        seed=("pretrain", seed),
+        folder=folder,
+        fp=fp,
+        save_every=t.save_every,
+        watch=watch,
+        watch_every=t.watch_every,
+        collate=lambda rows: collate(rows, text, t.word_mask),
+        label=label,
+    )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
-def place_guesses(data:Pairs)->dict: # "mean", "median" -> (N,n+1)
+def place_guesses(data: Pairs) -> dict:  # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
-    found = (data.shares(o, centre(o.shape, data.p.volumes.size)) for r in progress(data.rows, label="places") if (o := data.organs(r)) is not None)
+    found = (
+        data.shares(o, centre(o.shape, data.p.volumes.size))
+        for r in progress(data.rows, label="places")
+        if (o := data.organs(r)) is not None
+    )
     every = np.stack([shares for shares, known in found if known.all()] or [data.none[0]])
     return dict(mean=every.mean(0), median=np.median(every, 0))
 
-def share_errors(sample, guess, guesses)->dict: # mean absolute errors, with and without background, and per group
+
+def share_errors(
+    sample, guess, guesses
+) -> dict:  # mean absolute errors, with and without background, and per group
     "How far shares are from the truth, over known patches"
     truth, known = sample["shares"], sample["known"]
     out = {}
-    if not known.any(): return out # no organ map
+    if not known.any():
+        return out  # no organ map
     for name, g in (("model", guess), *guesses.items()):
-        error = np.abs(g-truth)[known]
+        error = np.abs(g - truth)[known]
         out |= {f"mae_{name}": error.mean(), f"mae_organs_{name}": error[:, 1:].mean()}
         out |= {f"group{c}_{name}": error[:, c].mean() for c in range(truth.shape[1])}
     return out
 
-def strangers(patients)->list: # for each case of a batch, one of another patient
+
+def strangers(patients) -> list:  # for each case of a batch, one of another patient
     "The next case that is another patient's, or the case itself where there is none"
     n = len(patients)
-    return [next(((i+k) % n for k in range(1, n) if patients[(i+k) % n] != patients[i]), i) for i in range(n)]
+    return [
+        next(((i + k) % n for k in range(1, n) if patients[(i + k) % n] != patients[i]), i)
+        for i in range(n)
+    ]
 
-def found_words(model, b, latent, aligned)->torch.Tensor: # (B,) share of the hidden words that are found
+
+def found_words(
+    model, b, latent, aligned
+) -> torch.Tensor:  # (B,) share of the hidden words that are found
     "Hidden words, guessed with these images"
     x, asked = model.fuse(b["words"], b["pad"], latent, b["of"], aligned), b["labels"] >= 0
     right = (model.fuse.vocab(x).argmax(-1) == b["labels"]) & asked
-    return right.sum(1)/asked.sum(1).clamp(min=1)
+    return right.sum(1) / asked.sum(1).clamp(min=1)
 
-def retrieved(aligned, real, k, duplicate, frozen)->tuple: # (B,) each
+
+def retrieved(aligned, real, k, duplicate, frozen) -> tuple:  # (B,) each
     "Share of a report's sentences that their region finds among the report's own, and that find their image among the batch's"
     mask = lambda s, other: s.masked_fill(other, -torch.inf)
     eye = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    other = ~real[:, None] | ((frozen@frozen.transpose(1, 2) >= duplicate) & ~eye)
-    within = mask(aligned["region"]@aligned["text"].transpose(1, 2), other).argmax(-1) == torch.arange(real.shape[1], device=real.device)
-    w = rank_weights(torch.einsum("bsc,avc->bsav", aligned["text"], aligned["patches"][0]), k[..., None].expand(-1, -1, len(real)), 0.)
-    score = (torch.einsum("bsav,avc->bsac", w/w.sum(-1, keepdim=True), aligned["patches"][-1])*aligned["text"][:, :, None]).sum(-1)
+    other = ~real[:, None] | ((frozen @ frozen.transpose(1, 2) >= duplicate) & ~eye)
+    within = mask(aligned["region"] @ aligned["text"].transpose(1, 2), other).argmax(
+        -1
+    ) == torch.arange(real.shape[1], device=real.device)
+    w = rank_weights(
+        torch.einsum("bsc,avc->bsav", aligned["text"], aligned["patches"][0]),
+        k[..., None].expand(-1, -1, len(real)),
+        0.0,
+    )
+    score = (
+        torch.einsum("bsav,avc->bsac", w / w.sum(-1, keepdim=True), aligned["patches"][-1])
+        * aligned["text"][:, :, None]
+    ).sum(-1)
     across = score.argmax(-1) == torch.arange(len(real), device=real.device)[:, None]
-    return tuple((x & real).sum(1)/real.sum(1).clamp(min=1) for x in (within, across))
+    return tuple((x & real).sum(1) / real.sum(1).clamp(min=1) for x in (within, across))
+
 
 @torch.no_grad()
 def evaluate(
-    model:ASAP,
-    data:Pairs, # held-out cases, centre crops
-    guesses:dict, # of `place_guesses`
-    visible:float,
-    word_mask:float,
-    batch:int=16,
-    label:str|None="held-out", # of the bar; None: no bar
-)->pd.DataFrame: # a row a case
+    model: ASAP,
+    data: Pairs,  # held-out cases, centre crops
+    guesses: dict,  # of `place_guesses`
+    visible: float,
+    word_mask: float,
+    batch: int = 16,
+    label: str | None = "held-out",  # of the bar; None: no bar
+) -> pd.DataFrame:  # a row a case
     "What a model makes of cases that it was not trained on; what its arm does not train is left empty"
     model.eval().to(device())
     data.text.to(device())
     rows, arm = [], model.arm
     starts = range(0, len(data), batch)
     for i in progress(starts, label=label) if label else starts:
-        samples = [data[(0, k)] for k in range(i, min(i+batch, len(data)))]
-        b = read({k: v.to(device()) if torch.is_tensor(v) else v for k, v in collate(samples, data.text, word_mask).items()}, data.text, bool(arm["words"]))
+        samples = [data[(0, k)] for k in range(i, min(i + batch, len(data)))]
+        b = read(
+            {
+                k: v.to(device()) if torch.is_tensor(v) else v
+                for k, v in collate(samples, data.text, word_mask).items()
+            },
+            data.text,
+            bool(arm["words"]),
+        )
         patches = patchify(b["image"], model.vit.patch)
         keep, rest = choose(b["order"], visible)
         first = model.vit.embedded(patches, keep)
         latent = model.vit.mixed(first)
-        out = [dict(case=s["case"], patient=data.rows[i+j].get("patient")) for j, s in enumerate(samples)]
+        out = [
+            dict(case=s["case"], patient=data.rows[i + j].get("patient"))
+            for j, s in enumerate(samples)
+        ]
         put = lambda name, values: [o.update({name: float(v)}) for o, v in zip(out, values)]
-        if arm["voxels"] or arm["organs"]: shares, voxels = model.decoder(latent, keep, rest)
-        if arm["voxels"]: put("voxels", (voxel_loss(g[None], t[None], model.norm_patch) for g, t in zip(voxels, take(patches, rest))))
-        if arm["organs"]: [o.update(share_errors(s, g, guesses)) for o, s, g in zip(out, samples, (shares.float().sigmoid() if model.has("separate_bce") else shares.float().softmax(-1)).cpu().numpy())]
-        aligned = dict(model.align(latent[:, 1:], b["sentences"], first[:, 1:], hard=True), real=b["real"])
+        if arm["voxels"] or arm["organs"]:
+            shares, voxels = model.decoder(latent, keep, rest)
+        if arm["voxels"]:
+            put(
+                "voxels",
+                (
+                    voxel_loss(g[None], t[None], model.norm_patch)
+                    for g, t in zip(voxels, take(patches, rest))
+                ),
+            )
+        if arm["organs"]:
+            [
+                o.update(share_errors(s, g, guesses))
+                for o, s, g in zip(
+                    out,
+                    samples,
+                    (
+                        shares.float().sigmoid()
+                        if model.has("separate_bce")
+                        else shares.float().softmax(-1)
+                    )
+                    .cpu()
+                    .numpy(),
+                )
+            ]
+        aligned = dict(
+            model.align(latent[:, 1:], b["sentences"], first[:, 1:], hard=True), real=b["real"]
+        )
         if arm["align"] and arm["contrast"] == "region":
-            within, across = retrieved(aligned, b["real"], aligned["k"], model.duplicate, b["sentences"])
-            put("within", within); put("across", across)
-            for q in (0.1, 0.5, 0.9): put(f"k{q:.0%}"[:-1], (k[r].quantile(q)/keep.shape[1] for k, r in zip(aligned["k"], b["real"])))
+            within, across = retrieved(
+                aligned, b["real"], aligned["k"], model.duplicate, b["sentences"]
+            )
+            put("within", within)
+            put("across", across)
+            for q in (0.1, 0.5, 0.9):
+                put(
+                    f"k{q:.0%}"[:-1],
+                    (k[r].quantile(q) / keep.shape[1] for k, r in zip(aligned["k"], b["real"])),
+                )
         if arm["words"]:
             other = torch.tensor(strangers([o["patient"] for o in out]), device=keep.device)
             put("words", found_words(model, b, latent, aligned))
-            put("words_stranger", found_words(model, b, latent[other], dict(model.align(latent[other, 1:], b["sentences"], first[other, 1:], hard=True), real=b["real"])))
+            put(
+                "words_stranger",
+                found_words(
+                    model,
+                    b,
+                    latent[other],
+                    dict(
+                        model.align(latent[other, 1:], b["sentences"], first[other, 1:], hard=True),
+                        real=b["real"],
+                    ),
+                ),
+            )
         rows += out
     return pd.DataFrame(rows)
 
-WATCHED = ["voxels", "mae_model", "mae_mean", "mae_median", "words", "words_stranger", "within", "across", "k10", "k50", "k90"]
 
-def watcher(data:Pairs, guesses, p): # (model, step) -> dict
+WATCHED = [
+    "voxels",
+    "mae_model",
+    "mae_mean",
+    "mae_median",
+    "words",
+    "words_stranger",
+    "within",
+    "across",
+    "k10",
+    "k50",
+    "k90",
+]
+
+
+def watcher(data: Pairs, guesses, p):  # (model, step) -> dict
     "The means of `evaluate` over some held-out cases, for `fit`"
+
     def watch(model, step):
         rows = evaluate(model, data, guesses, p.pretrain.visible, p.pretrain.word_mask, label=None)
         return {k: round(float(rows[k].mean()), 5) for k in WATCHED if k in rows}
+
     return watch
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #0a683b91
 def interval(
-    rows:pd.DataFrame, # of `evaluate`
-    column:str, # "mae" or "mae_organs"
-    n:int=2000,
+    rows: pd.DataFrame,  # of `evaluate`
+    column: str,  # "mae" or "mae_organs"
+    n: int = 2000,
     seed=0,
-)->dict: # the model's error, the best guess's, their difference with a 95 % interval by patient
+) -> dict:  # the model's error, the best guess's, their difference with a 95 % interval by patient
     "Model minus the best guess by place alone; an interval below 0 says that it saw something"
-    best = min(("mean", "median"), key=lambda k: rows.groupby("patient")[f"{column}_{k}"].mean().mean())
+    best = min(
+        ("mean", "median"), key=lambda k: rows.groupby("patient")[f"{column}_{k}"].mean().mean()
+    )
     d = difference(rows, f"{column}_model", f"{column}_{best}", n, seed)
-    return dict(model=d["a"], guess=d["b"], best=best, **{k: d[k] for k in ("difference", "lo", "hi", "patients")})
+    return dict(
+        model=d["a"],
+        guess=d["b"],
+        best=best,
+        **{k: d[k] for k in ("difference", "lo", "hi", "patients")},
+    )
 
-def difference(rows, a:str, b:str, n:int=2000, seed=0)->dict: # means of both, their difference with a 95 % interval by patient
+
+def difference(
+    rows, a: str, b: str, n: int = 2000, seed=0
+) -> dict:  # means of both, their difference with a 95 % interval by patient
     "Column a minus column b, patients drawn again"
     by = rows.groupby("patient")[[a, b]].mean().dropna()
-    d = (by[a]-by[b]).to_numpy()
+    d = (by[a] - by[b]).to_numpy()
     draws = d[rng("organs", seed).integers(len(d), size=(n, len(d)))].mean(1)
     lo, hi = np.percentile(draws, [2.5, 97.5])
-    return dict(a=float(by[a].mean()), b=float(by[b].mean()), difference=float(d.mean()), lo=float(lo), hi=float(hi), patients=len(d))
+    return dict(
+        a=float(by[a].mean()),
+        b=float(by[b].mean()),
+        difference=float(d.mean()),
+        lo=float(lo),
+        hi=float(hi),
+        patients=len(d),
+    )
+
 
 def run(
-    name:str, # of the arm
-    arm:dict, # its row
-    p, # params with study, volumes, model, pretrain, anatomy
-    table, # cohort table with whole paths
-    text, # frozen encoder
-    folder:Path, # where it can resume from
-    inputs:dict, # what goes in: `asap.data.cohort.digest`, and the text encoder's hash
-    shipped:Path|None=None, # a checkpoint folder with its recipe, taken where that fits
-)->tuple: # model, log, watched, rows, metrics
+    name: str,  # of the arm
+    arm: dict,  # its row
+    p,  # params with study, volumes, model, pretrain, anatomy
+    table,  # cohort table with whole paths
+    text,  # frozen encoder
+    folder: Path,  # where it can resume from
+    inputs: dict,  # what goes in: `asap.data.cohort.digest`, and the text encoder's hash
+    shipped: Path | None = None,  # a checkpoint folder with its recipe, taken where that fits
+) -> tuple:  # model, log, watched, rows, metrics
     "Train one arm, or take its shipped weights, and ask it what it learnt"
     seed = p.study.seed
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build(p, arm, text, seed)
     data = Pairs(parts["train"], p, text, seed)
-    if data.lost: say(f"{data.lost} of {len(data)} reports are longer than text.max_length {text.max_length}: their last sentences are left out")
-    nothing = pd.DataFrame(dict(step=[0], loss=[0.])), pd.DataFrame(dict(step=[0]))
+    if data.lost:
+        say(
+            f"{data.lost} of {len(data)} reports are longer than text.max_length {text.max_length}: their last sentences are left out"
+        )
+    nothing = pd.DataFrame(dict(step=[0], loss=[0.0])), pd.DataFrame(dict(step=[0]))
     plain = lambda rows: Pairs(rows, p, text, seed, augment=False)
     begin(model, plain(parts["train"].head(16)))
-    if not trains(arm): return model, *nothing, pd.DataFrame(columns=["case", "patient"]), dict(arm=name, steps=0, weights="none", recipe={}, **sizes(model))
+    if not trains(arm):
+        return (
+            model,
+            *nothing,
+            pd.DataFrame(columns=["case", "patient"]),
+            dict(arm=name, steps=0, weights="none", recipe={}, **sizes(model)),
+        )
     guesses = place_guesses(plain(parts["train"])) if arm["organs"] else {}
     fp = recipe(arm, p, inputs, seed)
-    if shipped and fits(shipped, fp): log, watched, how = *take_shipped(shipped, model), "shipped"
+    if shipped and fits(shipped, fp):
+        log, watched, how = *take_shipped(shipped, model), "shipped"
     else:
-        log = train(model, data, p, seed, folder, dict(fp, code=code_hash(*CODE)), watcher(plain(parts["val"].head(p.pretrain.watch_cases)), guesses, p), f"pretrain {name}")
-        watched, how = pd.read_csv(folder/"watch.csv"), "trained"
+        log = train(
+            model,
+            data,
+            p,
+            seed,
+            folder,
+            dict(fp, code=code_hash(*CODE)),
+            watcher(plain(parts["val"].head(p.pretrain.watch_cases)), guesses, p),
+            f"pretrain {name}",
+        )
+        watched, how = pd.read_csv(folder / "watch.csv"), "trained"
     rows = evaluate(model, plain(parts["test"]), guesses, p.pretrain.visible, p.pretrain.word_mask)
-    return model, log, watched, rows, dict(arm=name, steps=int(p.pretrain.steps), weights=how, recipe=fp, **learnt(rows), **sizes(model))
+    return (
+        model,
+        log,
+        watched,
+        rows,
+        dict(
+            arm=name,
+            steps=int(p.pretrain.steps),
+            weights=how,
+            recipe=fp,
+            **learnt(rows),
+            **sizes(model),
+        ),
+    )
 
-NEAR = dict(mean_hu=0.01, mean_organ=1e-4) # how far means of the same corpus, made on two machines, may be apart
-PASSING = ("weights", "save_every", "workers", "watch_every", "watch_cases", "precision") # change nothing of what is learnt, or only its last bits
 
-def recipe(arm, p, inputs, seed)->dict: # fingerprint
+NEAR = dict(
+    mean_hu=0.01, mean_organ=1e-4
+)  # how far means of the same corpus, made on two machines, may be apart
+PASSING = (
+    "weights",
+    "save_every",
+    "workers",
+    "watch_every",
+    "watch_cases",
+    "precision",
+)  # change nothing of what is learnt, or only its last bits
+
+
+def recipe(arm, p, inputs, seed) -> dict:  # fingerprint
     "What weights depend on, the code apart"
     dump = {k: getattr(p, k).model_dump() for k in ("model", "pretrain", "volumes")}
-    dump["pretrain"] = {k: v*arm.get("rate", 1) if k in ("lr", "matrix_lr") else v for k, v in dump["pretrain"].items() if k not in PASSING}
-    return fingerprint(arm={k: v for k, v in arm.items() if k != "rate"}, **dump, groups=p.anatomy.groups, inputs=inputs, seed=seed)
+    dump["pretrain"] = {
+        k: v * arm.get("rate", 1) if k in ("lr", "matrix_lr") else v
+        for k, v in dump["pretrain"].items()
+        if k not in PASSING
+    }
+    return fingerprint(
+        arm={k: v for k, v in arm.items() if k != "rate"},
+        **dump,
+        groups=p.anatomy.groups,
+        inputs=inputs,
+        seed=seed,
+    )
+
 
 def fits(
-    folder, # shipped weights
-    fp:dict, # of `recipe`
-)->bool:
+    folder,  # shipped weights
+    fp: dict,  # of `recipe`
+) -> bool:
     "Are there weights, and are they of this recipe? If not, a line says which key differs and that it will be trained"
     folder = Path(folder)
-    if not (folder/"recipe.json").exists(): return False
-    old, new = read_json(folder/"recipe.json"), fingerprint(**fp) # copies
+    if not (folder / "recipe.json").exists():
+        return False
+    old, new = read_json(folder / "recipe.json"), fingerprint(**fp)  # copies
     for k in NEAR.keys() & old["inputs"].keys() & new["inputs"].keys():
         a, b = old["inputs"][k], new["inputs"][k]
-        if len(a) == len(b) and all(abs(x-y) <= NEAR[k] for x, y in zip(a, b)): new["inputs"][k] = a
+        if len(a) == len(b) and all(abs(x - y) <= NEAR[k] for x, y in zip(a, b)):
+            new["inputs"][k] = a
     why = other_key(old, new)
-    if why: say(f"{folder.name}: the shipped weights are of another recipe ({why}), so it is trained")
+    if why:
+        say(f"{folder.name}: the shipped weights are of another recipe ({why}), so it is trained")
     return why is None
 
-def take_shipped(folder, model)->tuple: # log, watched
-    "Shipped weights into a model, with the log of their training"
-    file = Path(folder)/"model.safetensors"
-    try: model.load_state_dict(load_file(file), strict=True)
-    except Exception as e: raise ValueError(f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), or say pretrain.weights: none") from None
-    return tuple(pd.read_csv(Path(folder)/f"{k}.csv") for k in ("log", "watch"))
 
-def learnt(rows)->dict: # for metrics.json
+def take_shipped(folder, model) -> tuple:  # log, watched
+    "Shipped weights into a model, with the log of their training"
+    file = Path(folder) / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(file), strict=True)
+    except Exception as e:
+        raise ValueError(
+            f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), or say pretrain.weights: none"
+        ) from None
+    return tuple(pd.read_csv(Path(folder) / f"{k}.csv") for k in ("log", "watch"))
+
+
+def learnt(rows) -> dict:  # for metrics.json
     "What held-out cases say, with intervals by patient"
     out = {k: round(float(rows[k].mean()), 5) for k in ("voxels", "within", "across") if k in rows}
-    out["organs"] = {k: interval(rows, k) for k in ("mae", "mae_organs")} if "mae_model" in rows else {}
+    out["organs"] = (
+        {k: interval(rows, k) for k in ("mae", "mae_organs")} if "mae_model" in rows else {}
+    )
     out["words"] = difference(rows, "words", "words_stranger") if "words" in rows else {}
     return out
 
-def sizes(model)->dict: # parameters of the whole and of the encoder
+
+def sizes(model) -> dict:  # parameters of the whole and of the encoder
     count = lambda m: sum(q.numel() for q in m.parameters())
     return dict(parameters=count(model), encoder=count(model.vit))

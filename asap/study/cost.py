@@ -18,75 +18,171 @@ from ..core import asked
 @dataclass
 class Assumed:
     "What neither the params nor a measurement of ours says"
-    gpus:int = 4 # of the paper's recipe
-    peak:tuple = (("A100", 312.), ("H100", 989.)) # TFLOP/s in bf16, without sparsity, as the data sheets state
-    reached:tuple = (0.15, 0.4) # share of the peak that a step gets
-    view:tuple = (360., 360., 330.) # mm, of a chest CT, the mean of a cohort
-    map_share:float = 0.03 # size of a compressed organ map against one byte a voxel
-    states:int = 2 # states to resume from that are kept
-    gb:float = 1e9 # bytes
+
+    gpus: int = 4  # of the paper's recipe
+    peak: tuple = (
+        ("A100", 312.0),
+        ("H100", 989.0),
+    )  # TFLOP/s in bf16, without sparsity, as the data sheets state
+    reached: tuple = (0.15, 0.4)  # share of the peak that a step gets
+    view: tuple = (360.0, 360.0, 330.0)  # mm, of a chest CT, the mean of a cohort
+    map_share: float = 0.03  # size of a compressed organ map against one byte a voxel
+    states: int = 2  # states to resume from that are kept
+    gb: float = 1e9  # bytes
 
 # %% ../../nbs/8_study/85_cost.ipynb #co07volumes
-VOLUMES = dict(ct_rate=50_182, stoic=2_000, rad_chest_ct=3_630, luna16=888, inspect=23_247, cc_ccii=3_393, rspect=6_804, msd_lung=63, covid_19_20=199,
-               segthor=40, fumpe=33, btcv=30, acdc=200, rider=118, covid_ct_seg=10, ctrg=1_804, radgenome=3_564, own=0)
-TRAIN = 47_143 # of CT-RATE
+VOLUMES = dict(
+    ct_rate=50_182,
+    stoic=2_000,
+    rad_chest_ct=3_630,
+    luna16=888,
+    inspect=23_247,
+    cc_ccii=3_393,
+    rspect=6_804,
+    msd_lung=63,
+    covid_19_20=199,
+    segthor=40,
+    fumpe=33,
+    btcv=30,
+    acdc=200,
+    rider=118,
+    covid_ct_seg=10,
+    ctrg=1_804,
+    radgenome=3_564,
+    own=0,
+)
+TRAIN = 47_143  # of CT-RATE
 
 # %% ../../nbs/8_study/85_cost.ipynb #co09steps
-def steps(p, a:Assumed=Assumed())->dict: # params
+def steps(p, a: Assumed = Assumed()) -> dict:  # params
     "Volumes a step, volumes seen, passes through the train split"
-    each = p.pretrain.batch*p.pretrain.accumulate*a.gpus
-    return dict(steps=p.pretrain.steps, volumes_a_step=each, volumes_seen=each*p.pretrain.steps, epochs=round(each*p.pretrain.steps/TRAIN, 1))
+    each = p.pretrain.batch * p.pretrain.accumulate * a.gpus
+    return dict(
+        steps=p.pretrain.steps,
+        volumes_a_step=each,
+        volumes_seen=each * p.pretrain.steps,
+        epochs=round(each * p.pretrain.steps / TRAIN, 1),
+    )
 
 # %% ../../nbs/8_study/85_cost.ipynb #co12ops
-def block(n, d:int, ratio:float=4)->float:
+def block(n, d: int, ratio: float = 4) -> float:
     "Operations of a transformer block, forward"
-    return 2*n*(4*d*d+2*ratio*d*d)+4*n*n*d
+    return 2 * n * (4 * d * d + 2 * ratio * d * d) + 4 * n * n * d
 
-def patches(p)->int: return prod(s//q for s, q in zip(p.volumes.size, p.model.patch))
 
-def forward(p, arm, report:int=250, tokens:int=512)->dict: # params, a row of arms, word pieces of a report, and of its padded form -> GFLOP by part
+def patches(p) -> int:
+    return prod(s // q for s, q in zip(p.volumes.size, p.model.patch))
+
+
+def forward(
+    p, arm, report: int = 250, tokens: int = 512
+) -> (
+    dict
+):  # params, a row of arms, word pieces of a report, and of its padded form -> GFLOP by part
     "Operations of one volume in pre-training, forward"
     m, t, n, voxels = p.model, p.text, patches(p), prod(p.model.patch)
-    seen = round(n*p.pretrain.visible)+1
-    out = dict(encoder=2*seen*voxels*m.dim+m.depth*block(seen, m.dim))
-    if arm.voxels or arm.organs: out["decoder"] = (m.decoder_depth if arm.voxels else 2)*block(n+1, m.decoder_dim)+2*seen*m.dim*m.decoder_dim+2*(n+1-seen)*voxels*m.decoder_dim*bool(arm.voxels)
-    if arm.words: out["words"] = _words(m, t, seen, report, tokens, p.pretrain.word_mask)
-    if arm.align or arm.words: out["text, frozen"] = 2*t.depth*block(tokens, t.dim)
-    return {k: v/1e9 for k, v in out.items()}
+    seen = round(n * p.pretrain.visible) + 1
+    out = dict(encoder=2 * seen * voxels * m.dim + m.depth * block(seen, m.dim))
+    if arm.voxels or arm.organs:
+        out["decoder"] = (
+            (m.decoder_depth if arm.voxels else 2) * block(n + 1, m.decoder_dim)
+            + 2 * seen * m.dim * m.decoder_dim
+            + 2 * (n + 1 - seen) * voxels * m.decoder_dim * bool(arm.voxels)
+        )
+    if arm.words:
+        out["words"] = _words(m, t, seen, report, tokens, p.pretrain.word_mask)
+    if arm.align or arm.words:
+        out["text, frozen"] = 2 * t.depth * block(tokens, t.dim)
+    return {k: v / 1e9 for k, v in out.items()}
 
-def _words(m, t, seen, report, tokens, hidden)->float: # one layer that looks at itself and at the image, `words_depth` blocks, the vocabulary
-    looks = 2*tokens*(7*t.dim**2)+2*seen*2*m.dim*t.dim+4*tokens*t.dim*(tokens+seen)
-    return looks+m.words_depth*block(tokens, t.dim, m.words_ratio)+2*report*hidden*t.dim*t.vocab
 
-def step_cost(p, arm, **kw)->float: # GFLOP of one volume, forward and backward; 0 for an arm that learns nothing
+def _words(
+    m, t, seen, report, tokens, hidden
+) -> float:  # one layer that looks at itself and at the image, `words_depth` blocks, the vocabulary
+    looks = (
+        2 * tokens * (7 * t.dim**2)
+        + 2 * seen * 2 * m.dim * t.dim
+        + 4 * tokens * t.dim * (tokens + seen)
+    )
+    return (
+        looks
+        + m.words_depth * block(tokens, t.dim, m.words_ratio)
+        + 2 * report * hidden * t.dim * t.vocab
+    )
+
+
+def step_cost(
+    p, arm, **kw
+) -> float:  # GFLOP of one volume, forward and backward; 0 for an arm that learns nothing
     "Three times what learns, once what is frozen"
-    if not any((arm.voxels, arm.organs, arm.align, arm.words)): return 0.
-    return sum(v if "frozen" in k else 3*v for k, v in forward(p, arm, **kw).items())
+    if not any((arm.voxels, arm.organs, arm.align, arm.words)):
+        return 0.0
+    return sum(v if "frozen" in k else 3 * v for k, v in forward(p, arm, **kw).items())
 
 # %% ../../nbs/8_study/85_cost.ipynb #co19hours
-def embedding(p)->float: # GFLOP of one volume
+def embedding(p) -> float:  # GFLOP of one volume
     "All patches through the encoder"
     n = patches(p)
-    return (2*n*prod(p.model.patch)*p.model.dim+p.model.depth*block(n+1, p.model.dim))/1e9
+    return (
+        2 * n * prod(p.model.patch) * p.model.dim + p.model.depth * block(n + 1, p.model.dim)
+    ) / 1e9
 
-def hours(p, a:Assumed=Assumed())->pd.DataFrame: # what, exaflop, and hours of one GPU: fewest and most, by kind
+
+def hours(
+    p, a: Assumed = Assumed()
+) -> pd.DataFrame:  # what, exaflop, and hours of one GPU: fewest and most, by kind
     "Pre-training of every arm of the study, and its embedding"
     seen, there = steps(p, a)["volumes_seen"], sum(VOLUMES[c] for c in p.study.cohorts)
-    rows = {f"pretrain {n}": step_cost(p, p.arms[n])*seen for n in p.study.arms} | {f"embed {n}": embedding(p)*there for n in p.study.arms}
+    rows = {f"pretrain {n}": step_cost(p, p.arms[n]) * seen for n in p.study.arms} | {
+        f"embed {n}": embedding(p) * there for n in p.study.arms
+    }
     low, high = a.reached
-    return pd.DataFrame([dict(what=k, exaflop=v/1e9, **{f"{g} {w}": v/(t*1000*r)/3600 for g, t in a.peak for w, r in (("fewest", high), ("most", low))}) for k, v in rows.items()])
+    return pd.DataFrame(
+        [
+            dict(
+                what=k,
+                exaflop=v / 1e9,
+                **{
+                    f"{g} {w}": v / (t * 1000 * r) / 3600
+                    for g, t in a.peak
+                    for w, r in (("fewest", high), ("most", low))
+                },
+            )
+            for k, v in rows.items()
+        ]
+    )
 
 # %% ../../nbs/8_study/85_cost.ipynb #co23disk
-def disk(p, parameters:int, a:Assumed=Assumed())->pd.Series: # parameters of an arm -> GB
+def disk(p, parameters: int, a: Assumed = Assumed()) -> pd.Series:  # parameters of an arm -> GB
     "What a study at this scale leaves on a disk, the raw data not counted"
     count = lambda cohorts: sum(VOLUMES[c] for c in cohorts)
-    voxels, arms, n = prod(v/s for v, s in zip(a.view, p.volumes.spacing)), len(p.study.arms), patches(p)
+    voxels, arms, n = (
+        prod(v / s for v, s in zip(a.view, p.volumes.spacing)),
+        len(p.study.arms),
+        patches(p),
+    )
     tokens = count(set(asked(p.study.tasks, "report", "vqa")))
-    return pd.Series({"standard volumes": 2*voxels*count(p.study.cohorts), "organ maps": voxels*a.map_share*count(p.pretrain.cohorts), "features": 4*p.model.dim*count(p.study.cohorts)*arms,
-                      "all tokens": 2*(n+1)*p.model.dim*tokens*arms, "checkpoints": 4*parameters*arms, "states to resume from": 12*parameters*arms*a.states})/a.gb
+    return (
+        pd.Series(
+            {
+                "standard volumes": 2 * voxels * count(p.study.cohorts),
+                "organ maps": voxels * a.map_share * count(p.pretrain.cohorts),
+                "features": 4 * p.model.dim * count(p.study.cohorts) * arms,
+                "all tokens": 2 * (n + 1) * p.model.dim * tokens * arms,
+                "checkpoints": 4 * parameters * arms,
+                "states to resume from": 12 * parameters * arms * a.states,
+            }
+        )
+        / a.gb
+    )
 
 # %% ../../nbs/8_study/85_cost.ipynb #co26prepare
-def preparing(p, measured:dict)->dict: # of benchmarks/prepare.json
+def preparing(p, measured: dict) -> dict:  # of benchmarks/prepare.json
     "Hours of preparing every scan; crops a second from one process, against what training asks for"
     there = sum(VOLUMES[c] for c in p.study.cohorts)
-    return dict(scans=there, core_hours=round(there*measured["whole"]["ours"]/3600, 1), hours=round(there*measured["whole"]["ours"]/3600/p.study.jobs, 1), crops_a_second=round(p.pretrain.workers/measured["crop"]["ours"]))
+    return dict(
+        scans=there,
+        core_hours=round(there * measured["whole"]["ours"] / 3600, 1),
+        hours=round(there * measured["whole"]["ours"] / 3600 / p.study.jobs, 1),
+        crops_a_second=round(p.pretrain.workers / measured["crop"]["ours"]),
+    )

@@ -19,175 +19,328 @@ from ..core import atomic, write_csv
 def style():
     "Look of every figure"
     import matplotlib, seaborn as sns
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.05)
-    matplotlib.rcParams.update({"svg.hashsalt": "asap", "figure.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False})
 
-def keep(fig, data:pd.DataFrame|None, out, name):
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.05)
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "asap",
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+
+
+def keep(fig, data: pd.DataFrame | None, out, name):
     "Write a figure as PNG and SVG beside its CSV"
     import matplotlib.pyplot as plt
+
     for suffix, meta in (("png", dict(Software=None)), ("svg", dict(Date=None, Creator=None))):
-        with atomic(Path(out)/f"{name}.{suffix}") as tmp: fig.savefig(tmp, format=suffix, metadata=meta)
-    if data is not None: write_csv(data, Path(out)/f"{name}.csv")
+        with atomic(Path(out) / f"{name}.{suffix}") as tmp:
+            fig.savefig(tmp, format=suffix, metadata=meta)
+    if data is not None:
+        write_csv(data, Path(out) / f"{name}.csv")
     plt.close(fig)
 
 # %% ../../nbs/8_study/81_figures.ipynb #fb80aeb4
-def curves(logs:dict, out): # arm -> log of pre-training
+def curves(logs: dict, out):  # arm -> log of pre-training
     "Each loss over the steps"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     data = pd.concat([t.melt("step", var_name="part").assign(arm=a) for a, t in logs.items()])
-    parts = [p for p in ("loss", "voxels", "organs", "align", "words", "words_found", "k") if p in set(data.part)]
-    fig, axes = plt.subplots(2, -(-len(parts)//2), figsize=(2.6*-(-len(parts)//2), 4.2), squeeze=False)
+    parts = [
+        p
+        for p in ("loss", "voxels", "organs", "align", "words", "words_found", "k")
+        if p in set(data.part)
+    ]
+    fig, axes = plt.subplots(
+        2, -(-len(parts) // 2), figsize=(2.6 * -(-len(parts) // 2), 4.2), squeeze=False
+    )
     titles = dict(loss="sum", words_found="hidden words found", k="patches a sentence takes")
     for ax, part in zip(axes.flat, parts):
-        sns.lineplot(data[data.part == part], x="step", y="value", hue="arm", ax=ax, legend=part == parts[0], lw=1)
+        sns.lineplot(
+            data[data.part == part],
+            x="step",
+            y="value",
+            hue="arm",
+            ax=ax,
+            legend=part == parts[0],
+            lw=1,
+        )
         ax.set(title=titles.get(part, part), ylabel="")
-    for ax in axes.flat[len(parts):]: ax.axis("off")
+    for ax in axes.flat[len(parts) :]:
+        ax.axis("off")
     fig.tight_layout()
     keep(fig, data, out, "curves")
 
-def by_label(labels:pd.DataFrame, arms, ceiling, out): # of `tables.labels`, one task
+
+def by_label(labels: pd.DataFrame, arms, ceiling, out):  # of `tables.labels`, one task
     "AUC of each label: arms with intervals, the supervised CNN, a histogram"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     names = list(dict.fromkeys(labels.label))[::-1]
-    fig, ax = plt.subplots(figsize=(6.4, 0.34*len(names)+1.2))
-    _beside(ax, labels.rename(columns=dict(label="row", auc="value")), names, arms, sns.color_palette("colorblind"))
+    fig, ax = plt.subplots(figsize=(6.4, 0.34 * len(names) + 1.2))
+    _beside(
+        ax,
+        labels.rename(columns=dict(label="row", auc="value")),
+        names,
+        arms,
+        sns.color_palette("colorblind"),
+    )
     c = None if ceiling is None else ceiling.set_index("label").reindex(names)
-    for column, mark, name in (("cnn_auc", "D", "supervised CNN (ceiling)"), ("histogram_auc", "|", "HU histogram")) if c is not None else ():
+    for column, mark, name in (
+        (("cnn_auc", "D", "supervised CNN (ceiling)"), ("histogram_auc", "|", "HU histogram"))
+        if c is not None
+        else ()
+    ):
         ax.plot(c[column], np.arange(len(names)), mark, color="0.35", ms=5, mfc="none", label=name)
     ax.set(xlim=(0.3, 1.02), xlabel="AUC on test scans")
     ax.legend(loc="upper center", bbox_to_anchor=(0.35, -0.09), ncol=3, frameon=False)
     keep(fig, labels[labels.arm.isin(arms)], out, "labels")
 
-def _beside(ax, t, names, arms, colours, middle=0.5): # t: row, arm, value, lo, hi
+
+def _beside(ax, t, names, arms, colours, middle=0.5):  # t: row, arm, value, lo, hi
     y = pd.Series(np.arange(len(names)), index=names)
     for i, (a, colour) in enumerate(zip(arms, colours)):
         g = t[(t.arm == a) & t.row.isin(names)]
-        at = g.row.map(y)+0.7/max(len(arms), 3)*(i-(len(arms)-1)/2)
-        ax.hlines(at, g.lo, g.hi, color=colour, lw=1.2); ax.plot(g.value, at, "o", color=colour, ms=3.5, label=a)
+        at = g.row.map(y) + 0.7 / max(len(arms), 3) * (i - (len(arms) - 1) / 2)
+        ax.hlines(at, g.lo, g.hi, color=colour, lw=1.2)
+        ax.plot(g.value, at, "o", color=colour, ms=3.5, label=a)
     ax.axvline(middle, color="0.6", lw=0.8, ls=":")
-    ax.set(yticks=y.to_numpy()); ax.set_yticklabels(names)
+    ax.set(yticks=y.to_numpy())
+    ax.set_yticklabels(names)
 
-def by_task(figures:pd.DataFrame, arms, out): # of `tables.figures`
+
+def by_task(figures: pd.DataFrame, arms, out):  # of `tables.figures`
     "AUC of each task that has one, all labels given: arms with intervals"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     t = figures[(figures.metric == "auc") & (figures.fraction == 1) & figures.arm.isin(arms)]
     names = list(dict.fromkeys(t.task))[::-1]
-    fig, ax = plt.subplots(figsize=(6.4, 0.36*len(names)+1.2))
-    _beside(ax, t.rename(columns=dict(task="row")), names, arms, sns.color_palette("colorblind", len(arms)))
+    fig, ax = plt.subplots(figsize=(6.4, 0.36 * len(names) + 1.2))
+    _beside(
+        ax,
+        t.rename(columns=dict(task="row")),
+        names,
+        arms,
+        sns.color_palette("colorblind", len(arms)),
+    )
     ax.set(xlabel="AUC on test scans")
     ax.legend(loc="upper center", bbox_to_anchor=(0.35, -0.12), ncol=4, frameon=False)
     keep(fig, t, out, "tasks")
 
-def efficiency(t:pd.DataFrame, arms, ceiling, out): # of `tables.efficiency`, one task
+
+def efficiency(t: pd.DataFrame, arms, ceiling, out):  # of `tables.efficiency`, one task
     "Macro AUC against the number of labelled volumes"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     fig, ax = plt.subplots(figsize=(4.6, 3.2))
     for a, c in zip(arms, sns.color_palette("colorblind", len(arms))):
         g = t[t.arm == a].sort_values("labelled")
-        ax.errorbar(g.labelled, g.value, [g.value-g.lo, g.hi-g.value], fmt="o-", color=c, capsize=3, label=a, lw=1.2, ms=4)
-    if ceiling is not None: ax.axhline(ceiling.cnn_auc.mean(), color="0.35", ls="--", lw=1, label="supervised CNN, all labels")
-    ax.set(xscale="log", xlabel="labelled train volumes", ylabel="macro AUC"); ax.set_xticks(sorted(t.labelled.unique())); ax.get_xaxis().set_major_formatter("{x:.0f}"); ax.minorticks_off()
+        ax.errorbar(
+            g.labelled,
+            g.value,
+            [g.value - g.lo, g.hi - g.value],
+            fmt="o-",
+            color=c,
+            capsize=3,
+            label=a,
+            lw=1.2,
+            ms=4,
+        )
+    if ceiling is not None:
+        ax.axhline(
+            ceiling.cnn_auc.mean(), color="0.35", ls="--", lw=1, label="supervised CNN, all labels"
+        )
+    ax.set(xscale="log", xlabel="labelled train volumes", ylabel="macro AUC")
+    ax.set_xticks(sorted(t.labelled.unique()))
+    ax.get_xaxis().set_major_formatter("{x:.0f}")
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     keep(fig, t[t.arm.isin(arms)], out, "efficiency")
 
+
 def drawn(
-    draw, # axes -> None, such as `asap.tasks.prognosis.curves` of some predictions
-    data:pd.DataFrame, # what it draws
-    out, name,
-    size=(4.4, 3), # inches
+    draw,  # axes -> None, such as `asap.tasks.prognosis.curves` of some predictions
+    data: pd.DataFrame,  # what it draws
+    out,
+    name,
+    size=(4.4, 3),  # inches
 ):
     "A figure that a task's own page draws"
     import matplotlib.pyplot as plt
+
     style()
     fig, ax = plt.subplots(figsize=size)
     draw(ax)
     keep(fig, data, out, name)
 
-def organ_bars(rows:pd.DataFrame, names, visible:float, out): # heldout.csv of one arm, groups, share of patches that the model saw
+
+def organ_bars(
+    rows: pd.DataFrame, names, visible: float, out
+):  # heldout.csv of one arm, groups, share of patches that the model saw
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     every = ["background", *names]
-    data = pd.DataFrame([dict(organ=every[c], guess=m, error=rows[f"group{c}_{k}"].mean()) for c in range(len(every))
-                         for k, m in (("model", f"model, {visible:.0%} of patches seen"), ("mean", "mean share at the place"), ("median", "median share at the place"))])
+    data = pd.DataFrame(
+        [
+            dict(organ=every[c], guess=m, error=rows[f"group{c}_{k}"].mean())
+            for c in range(len(every))
+            for k, m in (
+                ("model", f"model, {visible:.0%} of patches seen"),
+                ("mean", "mean share at the place"),
+                ("median", "median share at the place"),
+            )
+        ]
+    )
     fig, ax = plt.subplots(figsize=(6.4, 2.8))
     sns.barplot(data, x="organ", y="error", hue="guess", ax=ax)
-    ax.set(xlabel="", ylabel="mean absolute error of the share"); ax.tick_params(axis="x", rotation=30); plt.setp(ax.get_xticklabels(), ha="right"); ax.legend(title="", frameon=False, fontsize=8)
+    ax.set(xlabel="", ylabel="mean absolute error of the share")
+    ax.tick_params(axis="x", rotation=30)
+    plt.setp(ax.get_xticklabels(), ha="right")
+    ax.legend(title="", frameon=False, fontsize=8)
     keep(fig, data, out, "organs")
 
-def gallery(volumes:list, texts:list, spacing, out): # standard volumes, a word on each
+
+def gallery(volumes: list, texts: list, spacing, out):  # standard volumes, a word on each
     "What went in: coronal and axial slices of phantoms"
     import matplotlib.pyplot as plt
     from asap.phantom.body import planes
+
     style()
-    fig, axes = plt.subplots(2, len(volumes), figsize=(2.1*len(volumes), 4.4))
+    fig, axes = plt.subplots(2, len(volumes), figsize=(2.1 * len(volumes), 4.4))
     for pair, v, text in zip(axes.T, volumes, texts):
         cor, _, axi = planes(v, spacing)
-        for ax, (img, aspect) in zip(pair, (cor, axi)): ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect); ax.axis("off")
+        for ax, (img, aspect) in zip(pair, (cor, axi)):
+            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+            ax.axis("off")
         pair[0].set_title(text, fontsize=7)
     fig.tight_layout(pad=0.4)
     keep(fig, None, out, "inputs")
 
 # %% ../../nbs/8_study/81_figures.ipynb #figstud2
-def radar(ranks:pd.DataFrame, arms, out): # of `tables.ranking`
+def radar(ranks: pd.DataFrame, arms, out):  # of `tables.ranking`
     "Each arm's figure in each of the 22 tasks"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     names = ranks.drop_duplicates("number").set_index("number").task
-    angle = pd.Series(np.linspace(0, 2*np.pi, len(names), endpoint=False), index=names.index)
+    angle = pd.Series(np.linspace(0, 2 * np.pi, len(names), endpoint=False), index=names.index)
     fig, ax = plt.subplots(figsize=(7, 6.4), subplot_kw=dict(projection="polar"))
-    ax.set_theta_offset(np.pi/2); ax.set_theta_direction(-1)
+    ax.set_theta_offset(np.pi / 2)
+    ax.set_theta_direction(-1)
     for a, colour, mark in zip(arms, sns.color_palette("colorblind", len(arms)), "osD^vPX*<>"):
         v = ranks[ranks.arm == a].set_index("number").value.reindex(names.index)
-        ax.plot([*angle, 2*np.pi], [*v, v.iloc[0]], mark+"-", color=colour, lw=1.2, ms=3.5, label=a)
-    ax.set_xticks(angle); ax.set_xticklabels([f"{n} {t.replace('_', ' ')}" for n, t in names.items()], fontsize=7)
-    for text, t in zip(ax.get_xticklabels(), angle): text.set_horizontalalignment("center" if abs(np.sin(t)) < 0.1 else "left" if np.sin(t) > 0 else "right")
-    ax.set_ylim(0, 1); ax.set_yticks([0.25, 0.5, 0.75]); ax.tick_params(axis="y", labelsize=7)
+        ax.plot(
+            [*angle, 2 * np.pi], [*v, v.iloc[0]], mark + "-", color=colour, lw=1.2, ms=3.5, label=a
+        )
+    ax.set_xticks(angle)
+    ax.set_xticklabels([f"{n} {t.replace('_', ' ')}" for n, t in names.items()], fontsize=7)
+    for text, t in zip(ax.get_xticklabels(), angle):
+        text.set_horizontalalignment(
+            "center" if abs(np.sin(t)) < 0.1 else "left" if np.sin(t) > 0 else "right"
+        )
+    ax.set_ylim(0, 1)
+    ax.set_yticks([0.25, 0.5, 0.75])
+    ax.tick_params(axis="y", labelsize=7)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4, frameon=False)
     keep(fig, ranks[ranks.arm.isin(arms)], out, "radar")
 
-def forest(against:pd.DataFrame, ranks:pd.DataFrame, others, out): # of `tables.against`, `tables.ranking`
+
+def forest(
+    against: pd.DataFrame, ranks: pd.DataFrame, others, out
+):  # of `tables.against`, `tables.ranking`
     "By how much one arm leads each other, task by task"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     told = ranks.drop_duplicates("number")[["number", "task", "metric", "fraction"]]
-    t = told.merge(against[against.against.isin(others)], on=["task", "metric", "fraction"]).rename(columns=dict(against="other"))
-    rows = [f"{r.number} {r.task.replace('_', ' ')}" for r in told.itertuples() if r.number in set(t.number)][::-1]
-    if not rows: return
-    fig, ax = plt.subplots(figsize=(6.4, 0.36*len(rows)+1.2))
-    data = t.assign(row=[f"{n} {k.replace('_', ' ')}" for n, k in zip(t.number, t.task)], value=t.difference)
-    _beside(ax, data.assign(arm=t.other), rows, others, sns.color_palette("colorblind", len(others)), middle=0)
+    t = told.merge(against[against.against.isin(others)], on=["task", "metric", "fraction"]).rename(
+        columns=dict(against="other")
+    )
+    rows = [
+        f"{r.number} {r.task.replace('_', ' ')}"
+        for r in told.itertuples()
+        if r.number in set(t.number)
+    ][::-1]
+    if not rows:
+        return
+    fig, ax = plt.subplots(figsize=(6.4, 0.36 * len(rows) + 1.2))
+    data = t.assign(
+        row=[f"{n} {k.replace('_', ' ')}" for n, k in zip(t.number, t.task)], value=t.difference
+    )
+    _beside(
+        ax,
+        data.assign(arm=t.other),
+        rows,
+        others,
+        sns.color_palette("colorblind", len(others)),
+        middle=0,
+    )
     ax.set(xlabel=f"{t.arm.iloc[0]} minus the other, each task by its own figure")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     keep(fig, t, out, "forest")
 
-def ablation(t:pd.DataFrame, out): # of `tables.ablation`
+
+def ablation(t: pd.DataFrame, out):  # of `tables.ablation`
     "What each piece is worth: the whole minus the whole without it"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     t = t[t.chief_minus.notna()]
-    if not len(t): return
+    if not len(t):
+        return
     what, arms = list(dict.fromkeys(t.what)), list(dict.fromkeys(t.arm))
-    fig, axes = plt.subplots(1, len(what), figsize=(1.2+1.5*len(what), 0.42*len(arms)+1.5), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1,
+        len(what),
+        figsize=(1.2 + 1.5 * len(what), 0.42 * len(arms) + 1.5),
+        sharey=True,
+        squeeze=False,
+    )
     for ax, w in zip(axes[0], what):
         g = t[t.what == w].set_index("arm").reindex(arms)
-        ax.barh(np.arange(len(arms)), g.chief_minus, color=sns.color_palette("colorblind", len(arms)), height=0.6, alpha=0.85)
-        ax.hlines(np.arange(len(arms)), g.minus_lo, g.minus_hi, color="0.2", lw=1.4); ax.axvline(0, color="0.4", lw=0.8)
-        ax.set_title("\n".join(textwrap.wrap(w.replace("_", " "), 16)), fontsize=8); ax.tick_params(axis="x", labelsize=7)
-    axes[0, 0].set(yticks=np.arange(len(arms))); axes[0, 0].set_yticklabels([a.split("_", 1)[-1].replace("_", " ") for a in arms]); axes[0, 0].invert_yaxis()
-    fig.supxlabel("the whole minus it", fontsize=9); fig.tight_layout()
+        ax.barh(
+            np.arange(len(arms)),
+            g.chief_minus,
+            color=sns.color_palette("colorblind", len(arms)),
+            height=0.6,
+            alpha=0.85,
+        )
+        ax.hlines(np.arange(len(arms)), g.minus_lo, g.minus_hi, color="0.2", lw=1.4)
+        ax.axvline(0, color="0.4", lw=0.8)
+        ax.set_title("\n".join(textwrap.wrap(w.replace("_", " "), 16)), fontsize=8)
+        ax.tick_params(axis="x", labelsize=7)
+    axes[0, 0].set(yticks=np.arange(len(arms)))
+    axes[0, 0].set_yticklabels([a.split("_", 1)[-1].replace("_", " ") for a in arms])
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("the whole minus it", fontsize=9)
+    fig.tight_layout()
     keep(fig, t, out, "ablation")
 
-def reliability(curves:dict, out): # arm -> table of `metrics.calibration`
+
+def reliability(curves: dict, out):  # arm -> table of `metrics.calibration`
     "Of the cases given a chance, how many have it?"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
     fig, ax = plt.subplots(figsize=(3.6, 3.4))
     ax.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls=":")
-    for (a, t), c in zip(curves.items(), sns.color_palette("colorblind", len(curves))): ax.plot(t.chance, t.share, "o-", color=c, ms=3, lw=1.1, label=a)
-    ax.set(xlabel="chance that was given", ylabel="share that has it", xlim=(0, 1), ylim=(0, 1), aspect="equal"); ax.legend(frameon=False, fontsize=8)
+    for (a, t), c in zip(curves.items(), sns.color_palette("colorblind", len(curves))):
+        ax.plot(t.chance, t.share, "o-", color=c, ms=3, lw=1.1, label=a)
+    ax.set(
+        xlabel="chance that was given",
+        ylabel="share that has it",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+    )
+    ax.legend(frameon=False, fontsize=8)
     keep(fig, pd.concat([t.assign(arm=a) for a, t in curves.items()]), out, "calibration")

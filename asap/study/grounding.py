@@ -19,7 +19,18 @@ import torch
 from einops import rearrange
 
 from ..anatomy.organs import UNKNOWN, overlay
-from ..core import Quarantine, chief, progress, read_json, rng, say, seed32, write_csv, write_json, write_parquet
+from asap.core import (
+    Quarantine,
+    chief,
+    progress,
+    read_json,
+    rng,
+    say,
+    seed32,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 from ..data.checks import body_mask
 from ..data.cohort import load as load_table, place, present
 from ..data.cohorts import rex_grounding_ct as lesions
@@ -36,96 +47,124 @@ from ..train import device
 
 # %% ../../nbs/8_study/82_grounding.ipynb #e65d76f2
 def cover(
-    mask, # (...,H,W,D)
-    patch, # voxels
-)->np.ndarray: # (...,N) float, in the order of `patchify`
+    mask,  # (...,H,W,D)
+    patch,  # voxels
+) -> np.ndarray:  # (...,N) float, in the order of `patchify`
     "Share of each patch that a mask fills"
     a, b, c = patch
-    return rearrange(np.asarray(mask), "... (h a) (w b) (d c) -> ... (h w d) (a b c)", a=a, b=b, c=c).mean(-1)
+    return rearrange(
+        np.asarray(mask), "... (h a) (w b) (d c) -> ... (h w d) (a b c)", a=a, b=b, c=c
+    ).mean(-1)
+
 
 def body_patches(
-    hu, # (H,W,D) Hounsfield units
+    hu,  # (H,W,D) Hounsfield units
     patch,
-)->np.ndarray: # (N,) bool
+) -> np.ndarray:  # (N,) bool
     "Patches at least half of which is body"
     return cover(body_mask(hu), patch) >= 0.5
 
-CORE = 0.5 # of the fullest patch; 0 would count any overlap
 
-def core(share)->np.ndarray: # (...,N) share of each patch that the mask fills -> bool
+CORE = 0.5  # of the fullest patch; 0 would count any overlap
+
+
+def core(share) -> np.ndarray:  # (...,N) share of each patch that the mask fills -> bool
     "Patches that count as a hit"
     share = np.asarray(share)
-    return (share > 0) & (share >= CORE*share.max(-1, keepdims=True))
+    return (share > 0) & (share >= CORE * share.max(-1, keepdims=True))
 
 # %% ../../nbs/8_study/82_grounding.ipynb #2c5077cb
 def atlas(
-    at, # (n,N) bool, patches that count for each train mask
-    labels, # (n,)
-)->dict: # label -> (N,) counts
+    at,  # (n,N) bool, patches that count for each train mask
+    labels,  # (n,)
+) -> dict:  # label -> (N,) counts
     "How often each patch counted for the masks of an abnormality"
     labels = np.asarray(labels)
     return {k: at[labels == k].sum(0) for k in dict.fromkeys(labels) if k}
 
+
 def strangers(
     patients,
     seed,
-)->dict: # patient -> another patient
+) -> dict:  # patient -> another patient
     "One ring through all patients in a random order: everybody gets another, and nobody himself; empty for one patient"
     names = rng("strangers", seed).permutation(sorted(set(patients)))
     return dict(zip(names, np.roll(names, 1))) if len(names) > 1 else {}
 
-def denial(label:str)->str: # sentence, or "" where no label is known
+
+def denial(label: str) -> str:  # sentence, or "" where no label is known
     "A sentence that denies an abnormality"
     return ABSENT[label][0] if label in ABSENT else f"There is no {label.lower()}." if label else ""
 
 # %% ../../nbs/8_study/82_grounding.ipynb #9d190377
 def questions(
-    t:pd.DataFrame, # case, patient, sentence, label
+    t: pd.DataFrame,  # case, patient, sentence, label
     seed,
-)->pd.DataFrame: # row (of t), kind (own, stranger, denial), case (whose scan is asked), sentence
+) -> pd.DataFrame:  # row (of t), kind (own, stranger, denial), case (whose scan is asked), sentence
     "Every sentence with its scan, a stranger's scan, and its denial"
-    other, first = strangers(t.patient, seed), t.drop_duplicates("patient").set_index("patient").case
+    other, first = (
+        strangers(t.patient, seed),
+        t.drop_duplicates("patient").set_index("patient").case,
+    )
     out = []
     for n, r in enumerate(t.itertuples()):
         out.append(dict(row=n, kind="own", case=r.case, sentence=r.sentence))
-        if other: out.append(dict(row=n, kind="stranger", case=first[other[r.patient]], sentence=r.sentence))
-        if r.label: out.append(dict(row=n, kind="denial", case=r.case, sentence=denial(r.label)))
+        if other:
+            out.append(
+                dict(row=n, kind="stranger", case=first[other[r.patient]], sentence=r.sentence)
+            )
+        if r.label:
+            out.append(dict(row=n, kind="denial", case=r.case, sentence=denial(r.label)))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_study/82_grounding.ipynb #2c9469fc
 @torch.no_grad()
 def ask(
-    model, # asap.model.asap.ASAP in eval mode
-    text, # frozen encoder
-    asked:pd.DataFrame, # of `questions`
-    images:dict, # case -> path of its standard volume
-    size, hu, # as the model takes it
-    batch:int=16,
-    label:str="ground",
-)->dict: # point (n,) patch, region (n,N) bool, k (n,)
+    model,  # asap.model.asap.ASAP in eval mode
+    text,  # frozen encoder
+    asked: pd.DataFrame,  # of `questions`
+    images: dict,  # case -> path of its standard volume
+    size,
+    hu,  # as the model takes it
+    batch: int = 16,
+    label: str = "ground",
+) -> dict:  # point (n,) patch, region (n,N) bool, k (n,)
     "Where each question points, and the region that it asks for"
     where, by, cases = device(), asked.groupby("case").indices, list(dict.fromkeys(asked.case))
     model.to(where)
     n = int(np.prod(model.vit.grid))
-    out = dict(point=np.zeros(len(asked), int), region=np.zeros((len(asked), n), bool), k=np.zeros(len(asked)))
+    out = dict(
+        point=np.zeros(len(asked), int),
+        region=np.zeros((len(asked), n), bool),
+        k=np.zeros(len(asked)),
+    )
     for i in progress(range(0, len(cases), batch), label=label):
-        x = torch.stack([image(images[c], size, hu) for c in cases[i:i+batch]]).to(where)
+        x = torch.stack([image(images[c], size, hu) for c in cases[i : i + batch]]).to(where)
         first = model.vit.embedded(patchify(x, model.vit.patch))
         tokens = model.vit.mixed(first)
-        for j, c in enumerate(cases[i:i+batch]):
-            a = model.align(tokens[j:j+1, 1:], text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where), first[j:j+1, 1:], hard=True)
-            for key, v in dict(point=a["sim"][0].argmax(-1), region=a["weights"][0] > 0.5, k=a["k"][0]).items(): out[key][by[c]] = v.cpu().numpy()
+        for j, c in enumerate(cases[i : i + batch]):
+            a = model.align(
+                tokens[j : j + 1, 1:],
+                text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where),
+                first[j : j + 1, 1:],
+                hard=True,
+            )
+            for key, v in dict(
+                point=a["sim"][0].argmax(-1), region=a["weights"][0] > 0.5, k=a["k"][0]
+            ).items():
+                out[key][by[c]] = v.cpu().numpy()
     return out
 
 # %% ../../nbs/8_study/82_grounding.ipynb #de6b3e58
 def dice(
-    region, # (n,N) bool
-    share, # (n,N), of `cover`
-)->np.ndarray: # (n,)
+    region,  # (n,N) bool
+    share,  # (n,N), of `cover`
+) -> np.ndarray:  # (n,)
     "Overlap of whole patches with a mask, in voxels"
-    return 2*(region*share).sum(-1)/np.maximum(region.sum(-1)+share.sum(-1), 1e-6)
+    return 2 * (region * share).sum(-1) / np.maximum(region.sum(-1) + share.sum(-1), 1e-6)
 
-def most(counts, k:int)->np.ndarray: # (N,) bool
+
+def most(counts, k: int) -> np.ndarray:  # (N,) bool
     "The k patches with the highest counts, of equal ones the first"
     out = np.zeros(len(counts), bool)
     out[np.argsort(-counts, kind="stable")[:k]] = True
@@ -133,82 +172,158 @@ def most(counts, k:int)->np.ndarray: # (N,) bool
 
 # %% ../../nbs/8_study/82_grounding.ipynb #26e3258f
 def score(
-    t:pd.DataFrame, # case, patient, channel, sentence, label
-    share, # (n,N), of `cover`
-    body, # (n,N) bool
-    maps:dict, # of `atlas`
-    asked, got, # of `questions` and `ask`
-)->pd.DataFrame: # t with hit, uniform, atlas, stranger, denial (1, 0, a share, or empty), point, k, extent, and Dice of each
+    t: pd.DataFrame,  # case, patient, channel, sentence, label
+    share,  # (n,N), of `cover`
+    body,  # (n,N) bool
+    maps: dict,  # of `atlas`
+    asked,
+    got,  # of `questions` and `ask`
+) -> pd.DataFrame:  # t with hit, uniform, atlas, stranger, denial (1, 0, a share, or empty), point, k, extent, and Dice of each
     "What every sentence hits, and what the others hit in its place"
-    of = {kind: asked.index[asked.kind == kind].to_numpy() for kind in ("own", "stranger", "denial")}
+    of = {
+        kind: asked.index[asked.kind == kind].to_numpy() for kind in ("own", "stranger", "denial")
+    }
     row, own, at, size = asked.row.to_numpy(), of["own"], core(share), share.sum(1)
-    def put(kind, values): out = np.full(len(t), np.nan); out[row[of[kind]]] = values; return out
+
+    def put(kind, values):
+        out = np.full(len(t), np.nan)
+        out[row[of[kind]]] = values
+        return out
+
     hit = lambda kind: put(kind, at[row[of[kind]], got["point"][of[kind]]])
     over = lambda kind: put(kind, dice(got["region"][of[kind]], share[row[of[kind]]]))
-    guess = lambda x: (x*body).sum(1)/np.maximum(body.sum(1), 1)
+    guess = lambda x: (x * body).sum(1) / np.maximum(body.sum(1), 1)
     k = got["region"][own].sum(1)
     by_map = [_by_map(maps.get(l), a, c, n) for l, a, c, n in zip(t.label, at, share, k)]
-    t = t.assign(point=got["point"][own], hit=hit("own"), uniform=guess(at), stranger=hit("stranger"), denial=hit("denial"), k=got["k"][own], extent=size)
-    t = t.assign(dice=over("own"), dice_uniform=2*k*guess(share)/np.maximum(k+size, 1e-6), dice_stranger=over("stranger"))
+    t = t.assign(
+        point=got["point"][own],
+        hit=hit("own"),
+        uniform=guess(at),
+        stranger=hit("stranger"),
+        denial=hit("denial"),
+        k=got["k"][own],
+        extent=size,
+    )
+    t = t.assign(
+        dice=over("own"),
+        dice_uniform=2 * k * guess(share) / np.maximum(k + size, 1e-6),
+        dice_stranger=over("stranger"),
+    )
     return t.assign(atlas=[a for a, _ in by_map], dice_atlas=[d for _, d in by_map])
 
-def _by_map(counts, at, share, k:int)->tuple: # hit and Dice of the atlas; empty where it has none of this label
-    return (float("nan"),)*2 if counts is None else (float(at[counts.argmax()]), float(dice(most(counts, k), share)))
+
+def _by_map(
+    counts, at, share, k: int
+) -> tuple:  # hit and Dice of the atlas; empty where it has none of this label
+    return (
+        (float("nan"),) * 2
+        if counts is None
+        else (float(at[counts.argmax()]), float(dice(most(counts, k), share)))
+    )
 
 # %% ../../nbs/8_study/82_grounding.ipynb #d2ecb40d
 def mean(
-    x, # (n,) values; empty ones are left out
-    w, # (draws,n) how often each is in each draw
-)->tuple: # mean, (draws,) means
+    x,  # (n,) values; empty ones are left out
+    w,  # (draws,n) how often each is in each draw
+) -> tuple:  # mean, (draws,) means
     "A mean, and what it is in each draw of the patients"
     x = np.asarray(x, float)
     ok = ~np.isnan(x)
-    if not ok.any(): return float("nan"), np.full(len(w), np.nan)
-    with np.errstate(invalid="ignore"): return float(x[ok].mean()), (w[:, ok]@x[ok])/w[:, ok].sum(1)
+    if not ok.any():
+        return float("nan"), np.full(len(w), np.nan)
+    with np.errstate(invalid="ignore"):
+        return float(x[ok].mean()), (w[:, ok] @ x[ok]) / w[:, ok].sum(1)
 
-def _stated(name, value, drawn, level)->dict: # value with its interval
-    lo, hi = span(drawn, level) if not np.isnan(value) else (float("nan"),)*2
+
+def _stated(name, value, drawn, level) -> dict:  # value with its interval
+    lo, hi = span(drawn, level) if not np.isnan(value) else (float("nan"),) * 2
     return {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
 
 # %% ../../nbs/8_study/82_grounding.ipynb #bed7b4ca
-FOUR = ["Lung nodule", "Lung opacity", "Consolidation", "Atelectasis"] # which may lie in any lobe, so that position alone tells least
-LARGE = 0.1 # of the patches: a label is large when half of its train masks touch as many
+FOUR = [
+    "Lung nodule",
+    "Lung opacity",
+    "Consolidation",
+    "Atelectasis",
+]  # which may lie in any lobe, so that position alone tells least
+LARGE = 0.1  # of the patches: a label is large when half of its train masks touch as many
 OTHERS = ["atlas", "stranger", "denial"]
 
-def groups(labels, large=())->dict: # name -> labels; those that there are
+
+def groups(labels, large=()) -> dict:  # name -> labels; those that there are
     "The four in one, those too large for a point in one, and each label"
     there = [n for n in ABNORMALITIES if n in set(labels)]
-    pooled = {"the four": [n for n in FOUR if n in there], "the large ones": [n for n in there if n in large]}
-    return {k: v for k, v in pooled.items() if v} | {n: [n] for n in sorted(there, key=lambda n: n not in FOUR)}
+    pooled = {
+        "the four": [n for n in FOUR if n in there],
+        "the large ones": [n for n in there if n in large],
+    }
+    return {k: v for k, v in pooled.items() if v} | {
+        n: [n] for n in sorted(there, key=lambda n: n not in FOUR)
+    }
 
-def large_ones(share, labels)->list:
+
+def large_ones(share, labels) -> list:
     "Labels of large lesions, by their train masks; the four stand apart"
     labels, touched = np.asarray(labels), (share > 0).mean(1)
-    return [n for n in ABNORMALITIES if n not in FOUR and (labels == n).any() and np.median(touched[labels == n]) >= LARGE]
+    return [
+        n
+        for n in ABNORMALITIES
+        if n not in FOUR and (labels == n).any() and np.median(touched[labels == n]) >= LARGE
+    ]
 
 # %% ../../nbs/8_study/82_grounding.ipynb #cf55a58a
-def row(g:pd.DataFrame, n:int, level:float)->dict: # hit with interval, against each of the others; Dice likewise
+def row(
+    g: pd.DataFrame, n: int, level: float
+) -> dict:  # hit with interval, against each of the others; Dice likewise
     "A line of the table: sentences of some labels, by one arm"
     w = draws(g.patient.to_numpy(), n)
     hit, by_chance = mean(g.hit, w), mean(g.uniform, w)
-    out = dict(sentences=len(g), patients=g.patient.nunique(), **_stated("hit", *hit, level), uniform=by_chance[0])
-    with np.errstate(invalid="ignore", divide="ignore"): out |= _stated("times", hit[0]/by_chance[0] if by_chance[0] else float("nan"), hit[1]/by_chance[1], level)
-    for k in OTHERS: out |= _stated(k, *mean(g[k], w), level) | _stated(f"above_{k}", *mean(g.hit-g[k], w), level)
+    out = dict(
+        sentences=len(g),
+        patients=g.patient.nunique(),
+        **_stated("hit", *hit, level),
+        uniform=by_chance[0],
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        out |= _stated(
+            "times",
+            hit[0] / by_chance[0] if by_chance[0] else float("nan"),
+            hit[1] / by_chance[1],
+            level,
+        )
+    for k in OTHERS:
+        out |= _stated(k, *mean(g[k], w), level) | _stated(
+            f"above_{k}", *mean(g.hit - g[k], w), level
+        )
     out |= _stated("dice", *mean(g.dice, w), level)
-    for k in ("uniform", "atlas", "stranger"): out |= {f"dice_{k}": mean(g[f"dice_{k}"], w)[0]} | _stated(f"dice_above_{k}", *mean(g.dice-g[f"dice_{k}"], w), level)
+    for k in ("uniform", "atlas", "stranger"):
+        out |= {f"dice_{k}": mean(g[f"dice_{k}"], w)[0]} | _stated(
+            f"dice_above_{k}", *mean(g.dice - g[f"dice_{k}"], w), level
+        )
     return out | dict(extent=float(g.extent.median()), k=float(g.k.median()))
 
-def table(
-    hits:pd.DataFrame, # of `score`, with `arm`
-    large, # of `large_ones`
-    patch_mm:str, # such as "42 x 42 x 42"
-    n:int, level:float, # bootstrap
-)->pd.DataFrame: # a row a label and arm
-    "Hit rates with intervals, and what they are above"
-    every = [(name, arm, g[g.label.isin(labels)]) for arm, g in hits.groupby("arm", sort=False) for name, labels in groups(hits.label, large).items()]
-    return pd.DataFrame([dict(label=name, arm=arm, patch_mm=patch_mm, **row(g, n, level)) for name, arm, g in every])
 
-def against(hits, arm:str, n:int, level:float)->pd.DataFrame: # label, arm, against, difference, lo, hi
+def table(
+    hits: pd.DataFrame,  # of `score`, with `arm`
+    large,  # of `large_ones`
+    patch_mm: str,  # such as "42 x 42 x 42"
+    n: int,
+    level: float,  # bootstrap
+) -> pd.DataFrame:  # a row a label and arm
+    "Hit rates with intervals, and what they are above"
+    every = [
+        (name, arm, g[g.label.isin(labels)])
+        for arm, g in hits.groupby("arm", sort=False)
+        for name, labels in groups(hits.label, large).items()
+    ]
+    return pd.DataFrame(
+        [dict(label=name, arm=arm, patch_mm=patch_mm, **row(g, n, level)) for name, arm, g in every]
+    )
+
+
+def against(
+    hits, arm: str, n: int, level: float
+) -> pd.DataFrame:  # label, arm, against, difference, lo, hi
     "Hit rate of one arm minus every other's, on the same sentences"
     keys, rows = ["case", "channel"], []
     own = hits[hits.arm == arm]
@@ -216,133 +331,251 @@ def against(hits, arm:str, n:int, level:float)->pd.DataFrame: # label, arm, agai
         pair = own.merge(hits[hits.arm == b][[*keys, "hit"]], on=keys, suffixes=("", "_b"))
         for name, labels in groups(hits.label).items():
             g = pair[pair.label.isin(labels)]
-            d = _stated("difference", *mean(g.hit-g.hit_b, draws(g.patient.to_numpy(), n)), level)
-            rows.append(dict(label=name, arm=arm, against=b, sentences=len(g), difference=d["difference"], lo=d["difference_lo"], hi=d["difference_hi"]))
-    return pd.DataFrame(rows, columns=["label", "arm", "against", "sentences", "difference", "lo", "hi"])
+            d = _stated("difference", *mean(g.hit - g.hit_b, draws(g.patient.to_numpy(), n)), level)
+            rows.append(
+                dict(
+                    label=name,
+                    arm=arm,
+                    against=b,
+                    sentences=len(g),
+                    difference=d["difference"],
+                    lo=d["difference_lo"],
+                    hi=d["difference_hi"],
+                )
+            )
+    return pd.DataFrame(
+        rows, columns=["label", "arm", "against", "sentences", "difference", "lo", "hi"]
+    )
 
 # %% ../../nbs/8_study/82_grounding.ipynb #cc6b467a
-HEADS = 20 # untrained ones
-EXTENT = ["arm", "sentences", *[f"{k}{end}" for k in ("rho", "untrained", "difference") for end in (("", "_low", "_high") if k == "untrained" else ("", "_lo", "_hi"))]]
+HEADS = 20  # untrained ones
+EXTENT = [
+    "arm",
+    "sentences",
+    *[
+        f"{k}{end}"
+        for k in ("rho", "untrained", "difference")
+        for end in (("", "_low", "_high") if k == "untrained" else ("", "_lo", "_hi"))
+    ],
+]
+
 
 def random_k(
-    config:dict, # of a model
-    frozen, # (n,C') sentence features
-    seen:int, # patches
+    config: dict,  # of a model
+    frozen,  # (n,C') sentence features
+    seen: int,  # patches
     seed,
-)->np.ndarray: # (HEADS,n)
+) -> np.ndarray:  # (HEADS,n)
     "What heads that learnt nothing would ask for"
     m, p, out = config["model"], config["pretrain"], []
     for i in range(HEADS):
         torch.manual_seed(seed32("head", seed, i))
-        head = Align(m["dim"], config["text_dim"], m["shared_dim"], p["max_share"], p["temperature"], start_share=p["start_share"])
-        with torch.no_grad(): out.append(head.k(frozen[None].cpu(), seen)[0].numpy())
+        head = Align(
+            m["dim"],
+            config["text_dim"],
+            m["shared_dim"],
+            p["max_share"],
+            p["temperature"],
+            start_share=p["start_share"],
+        )
+        with torch.no_grad():
+            out.append(head.k(frozen[None].cpu(), seen)[0].numpy())
     return np.stack(out)
 
-def rank_correlation(x, y)->np.ndarray: # (m,n), (n,) -> (m,); empty where either is constant
+
+def rank_correlation(x, y) -> np.ndarray:  # (m,n), (n,) -> (m,); empty where either is constant
     "Spearman's, of every row of x with y"
     from scipy.stats import rankdata
+
     a, b = rankdata(x, axis=-1), rankdata(y)
-    a, b = a-a.mean(-1, keepdims=True), b-b.mean()
-    scale = np.sqrt((a**2).sum(-1)*(b**2).sum())
-    return np.divide(a@b, scale, out=np.full(len(a), np.nan), where=scale > 1e-9)
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean()
+    scale = np.sqrt((a**2).sum(-1) * (b**2).sum())
+    return np.divide(a @ b, scale, out=np.full(len(a), np.nan), where=scale > 1e-9)
 
 # %% ../../nbs/8_study/82_grounding.ipynb #2310bbf0
 def extents(
-    hits:pd.DataFrame, # of one arm
-    heads, # (HEADS,n), of `random_k`
-    n:int, level:float, # bootstrap by patient
-)->dict: # rho, untrained, difference, each with its interval; lowest and highest of most untrained heads
+    hits: pd.DataFrame,  # of one arm
+    heads,  # (HEADS,n), of `random_k`
+    n: int,
+    level: float,  # bootstrap by patient
+) -> (
+    dict
+):  # rho, untrained, difference, each with its interval; lowest and highest of most untrained heads
     "Rank correlation of k with the true extent, trained against untrained"
     x, y = np.concatenate([hits.k.to_numpy()[None], heads]), hits.extent.to_numpy()
     every = rank_correlation(x, y)
     picks = [np.repeat(np.arange(len(y)), c) for c in draws(hits.patient.to_numpy(), n)]
     drawn = np.array([rank_correlation(x[:, i], y[i]) for i in picks])
-    rho, untrained, (low, high) = float(every[0]), float(np.nanmean(every[1:])), span(every[1:], level)
-    out = dict(sentences=len(y), **_stated("rho", rho, drawn[:, 0], level), untrained=untrained, untrained_low=low, untrained_high=high)
-    return out | _stated("difference", rho-untrained, drawn[:, 0]-np.nanmean(drawn[:, 1:], 1), level)
+    rho, untrained, (low, high) = (
+        float(every[0]),
+        float(np.nanmean(every[1:])),
+        span(every[1:], level),
+    )
+    out = dict(
+        sentences=len(y),
+        **_stated("rho", rho, drawn[:, 0], level),
+        untrained=untrained,
+        untrained_low=low,
+        untrained_high=high,
+    )
+    return out | _stated(
+        "difference", rho - untrained, drawn[:, 0] - np.nanmean(drawn[:, 1:], 1), level
+    )
 
 # %% ../../nbs/8_study/82_grounding.ipynb #5afdfab3
 def shares(
-    rows:pd.DataFrame, # one case's sentences: mask, image, channel, volume
-    size, patch, hu, # as the model takes it
-    body:bool, # wanted?
-)->tuple: # (F,N) float32, (N,) bool
+    rows: pd.DataFrame,  # one case's sentences: mask, image, channel, volume
+    size,
+    patch,
+    hu,  # as the model takes it
+    body: bool,  # wanted?
+) -> tuple:  # (F,N) float32, (N,) bool
     "How much of each patch the masks of one case fill, and which patches are body"
     img = nib.load(rows.volume.iloc[0])
     v = np.asanyarray(img.dataobj)
     how = centre(v.shape, size)
-    m = lesions.masks(rows["mask"].iloc[0], rows.image.iloc[0], rows.channel.tolist(), v.shape, img.affine)
+    m = lesions.masks(
+        rows["mask"].iloc[0], rows.image.iloc[0], rows.channel.tolist(), v.shape, img.affine
+    )
     share = np.stack([cover(apply(x, how, size, False, 0), patch) for x in m]).astype(np.float32)
-    return share, body_patches(apply(v, how, size, hu[0]), patch) if body else np.zeros(share.shape[1], bool)
+    return share, body_patches(apply(v, how, size, hu[0]), patch) if body else np.zeros(
+        share.shape[1], bool
+    )
+
 
 def targets(
-    said:pd.DataFrame, # of `lesions.read`
-    cohort:pd.DataFrame, # table of CT-RATE
-    size, patch, hu,
-    bad:Quarantine, # gets cases whose masks do not fit
-)->tuple: # sentences with patient, split, volume; (n,N) shares of patches; (n,N) bool body; how many are out of sight
+    said: pd.DataFrame,  # of `lesions.read`
+    cohort: pd.DataFrame,  # table of CT-RATE
+    size,
+    patch,
+    hu,
+    bad: Quarantine,  # gets cases whose masks do not fit
+) -> tuple:  # sentences with patient, split, volume; (n,N) shares of patches; (n,N) bool body; how many are out of sight
     "The masks of train and test as patches"
-    t = said.merge(cohort[["case", "patient", "split", "image"]].rename(columns=dict(image="volume")), on="case")
+    t = said.merge(
+        cohort[["case", "patient", "split", "image"]].rename(columns=dict(image="volume")),
+        on="case",
+    )
     parts, share, body, out = [], [], [], 0
-    for case, g in progress(t[t.split.isin(["train", "test"])].groupby("case", sort=False), label="lesion masks"):
-        try: a, b = shares(g, size, patch, hu, g.split.iloc[0] == "test")
-        except (OSError, ValueError) as e: bad.add(case, e); continue
-        seen = a.any(1); out += int((~seen).sum())
-        parts.append(g[seen]); share.append(a[seen]); body.append(np.tile(b, (seen.sum(), 1)))
-    if not parts: return t[:0], np.zeros((0, 0)), np.zeros((0, 0), bool), out
+    for case, g in progress(
+        t[t.split.isin(["train", "test"])].groupby("case", sort=False), label="lesion masks"
+    ):
+        try:
+            a, b = shares(g, size, patch, hu, g.split.iloc[0] == "test")
+        except (OSError, ValueError) as e:
+            bad.add(case, e)
+            continue
+        seen = a.any(1)
+        out += int((~seen).sum())
+        parts.append(g[seen])
+        share.append(a[seen])
+        body.append(np.tile(b, (seen.sum(), 1)))
+    if not parts:
+        return t[:0], np.zeros((0, 0)), np.zeros((0, 0), bool), out
     return pd.concat(parts, ignore_index=True), np.concatenate(share), np.concatenate(body), out
 
 # %% ../../nbs/8_study/82_grounding.ipynb #55385452
-def fresh(model, seed)->ASAP: # in eval mode
+def fresh(model, seed) -> ASAP:  # in eval mode
     "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(seed32("untrained", seed))
     new = ASAP(model.config).eval()
-    for mine, its in zip(new.buffers(), model.buffers(), strict=True): mine.copy_(its)
+    for mine, its in zip(new.buffers(), model.buffers(), strict=True):
+        mine.copy_(its)
     return new
 
-def source(cohorts, root)->tuple: # sentences and Quarantine, or None and why there are none
+
+def source(cohorts, root) -> tuple:  # sentences and Quarantine, or None and why there are none
     "The sentences with masks, where they are there"
-    if lesions.BESIDE not in present(cohorts, root): return None, f"{lesions.BESIDE} is not in this study"
-    try: said, bad = lesions.read(place(lesions.NAME, root/"data"), place(lesions.BESIDE, root/"data"))
-    except FileNotFoundError: return None, f"data/ has neither {lesions.NAME}/ nor {lesions.NAME}.path, the lesion masks of single sentences"
-    return (said, bad) if len(said) else (None, f"{lesions.NAME} lists no sentence whose mask and volume are there")
+    if lesions.BESIDE not in present(cohorts, root):
+        return None, f"{lesions.BESIDE} is not in this study"
+    try:
+        said, bad = lesions.read(
+            place(lesions.NAME, root / "data"), place(lesions.BESIDE, root / "data")
+        )
+    except FileNotFoundError:
+        return (
+            None,
+            f"data/ has neither {lesions.NAME}/ nor {lesions.NAME}.path, the lesion masks of single sentences",
+        )
+    return (
+        (said, bad)
+        if len(said)
+        else (None, f"{lesions.NAME} lists no sentence whose mask and volume are there")
+    )
 
 # %% ../../nbs/8_study/82_grounding.ipynb #4209dd64
-def _absent(out, why)->dict:
+def _absent(out, why) -> dict:
     say(f"grounding: not measured, because {why}")
     status = dict(there=False, reason=why)
-    write_json(status, Path(out)/"status.json")
+    write_json(status, Path(out) / "status.json")
     return status
 
-def _about(model, share, body, p)->dict: # of the patches
-    mm = " x ".join(f"{a*b:g}" for a, b in zip(model.vit.patch, p.volumes.spacing))
-    return dict(there=True, patch_mm=mm, patches=int(share.shape[1]), body=round(float(body.sum(1).mean()), 1))
+
+def _about(model, share, body, p) -> dict:  # of the patches
+    mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch, p.volumes.spacing))
+    return dict(
+        there=True,
+        patch_mm=mm,
+        patches=int(share.shape[1]),
+        body=round(float(body.sum(1).mean()), 1),
+    )
+
 
 def measure(
-    found:dict, # of `models`
-    text, # frozen encoder
-    p, # params: study.cohorts, study.seed, volumes, tables
-    root:Path, # the project's folder
-    out:Path,
-)->dict: # what stands in status.json
+    found: dict,  # of `models`
+    text,  # frozen encoder
+    p,  # params: study.cohorts, study.seed, volumes, tables
+    root: Path,  # the project's folder
+    out: Path,
+) -> dict:  # what stands in status.json
     "Every sentence put to every arm; hits.parquet, and the tables and the figure that are made of it"
-    if not found: return _absent(out, "no arm of this study was trained with an alignment")
+    if not found:
+        return _absent(out, "no arm of this study was trained with an alignment")
     (said, bad), name = source(p.study.cohorts, root), lesions.BESIDE
-    if said is None: return _absent(out, bad)
+    if said is None:
+        return _absent(out, bad)
     last = list(found.values())[-1]
-    t, share, body, hidden = targets(said, load_table(root/f"build/cohorts/{name}/{name}.parquet", root), p.volumes.size, last.vit.patch, p.volumes.hu, bad)
-    bad.path = Path(out)/"quarantine.csv"; bad.save()
+    t, share, body, hidden = targets(
+        said,
+        load_table(root / f"build/cohorts/{name}/{name}.parquet", root),
+        p.volumes.size,
+        last.vit.patch,
+        p.volumes.hu,
+        bad,
+    )
+    bad.path = Path(out) / "quarantine.csv"
+    bad.save()
     train, test = (t.split == "train").to_numpy(), (t.split == "test").to_numpy()
-    if not test.any(): return _absent(out, f"{lesions.NAME} has no mask of a test case of {name}")
+    if not test.any():
+        return _absent(out, f"{lesions.NAME} has no mask of a test case of {name}")
     maps, held = atlas(core(share[train]), t.label[train]), t[test].reset_index(drop=True)
-    hits = put_to({**found, "untrained": fresh(last, p.study.seed)}, text, held, share[test], body[test], maps, p)
-    status = dict(_about(last, share, body[test], p), large=large_ones(share[train], t.label[train]), sentences=int(test.sum()), patients=int(held.patient.nunique()),
-                  unlabelled=int((held.label == "").sum()), atlas=int(train.sum()), out_of_sight=hidden, left_out=len(bad), arms=list(found))
+    hits = put_to(
+        {**found, "untrained": fresh(last, p.study.seed)},
+        text,
+        held,
+        share[test],
+        body[test],
+        maps,
+        p,
+    )
+    status = dict(
+        _about(last, share, body[test], p),
+        large=large_ones(share[train], t.label[train]),
+        sentences=int(test.sum()),
+        patients=int(held.patient.nunique()),
+        unlabelled=int((held.label == "").sum()),
+        atlas=int(train.sum()),
+        out_of_sight=hidden,
+        left_out=len(bad),
+        arms=list(found),
+    )
     report(hits, found, text, status, p, out)
     return status
 
 # %% ../../nbs/8_study/82_grounding.ipynb #08bb0bc0
-def put_to(arms:dict, text, held, share, body, maps, p)->pd.DataFrame: # of `score`, with arm; a row a sentence and arm
+def put_to(
+    arms: dict, text, held, share, body, maps, p
+) -> pd.DataFrame:  # of `score`, with arm; a row a sentence and arm
     "The same questions to every arm"
     asked, images, out = questions(held, p.study.seed), dict(zip(held.case, held.volume)), []
     for arm, model in arms.items():
@@ -350,164 +583,315 @@ def put_to(arms:dict, text, held, share, body, maps, p)->pd.DataFrame: # of `sco
         out.append(score(held, share, body, maps, asked, got).assign(task="grounding", arm=arm))
     return pd.concat(out, ignore_index=True).drop(columns=["mask", "image", "volume", "split"])
 
+
 def report(hits, found, text, status, p, out):
     "hits.parquet; hits.csv, against.csv and extent.csv; the figure; status.json"
     n, level, out, arm = p.tables.bootstrap, p.tables.level, Path(out), chief(found)
-    write_parquet(hits, out/"hits.parquet")
+    write_parquet(hits, out / "hits.parquet")
     t = table(hits, status["large"], status["patch_mm"], n, level)
-    write_csv(t.round(5), out/"hits.csv"); write_csv(against(hits, arm, n, level).round(5), out/"against.csv")
+    write_csv(t.round(5), out / "hits.csv")
+    write_csv(against(hits, arm, n, level).round(5), out / "against.csv")
     adaptive = [(a, m, g) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
-    heads = lambda m, g: random_k(m.config, text.sentences(g.sentence.tolist()), status["patches"], p.study.seed)
+    heads = lambda m, g: random_k(
+        m.config, text.sentences(g.sentence.tolist()), status["patches"], p.study.seed
+    )
     rows = [dict(arm=a, **extents(g, heads(m, g), n, level)) for a, m, g in adaptive]
-    write_csv(pd.DataFrame(rows, columns=EXTENT).round(5), out/"extent.csv")
+    write_csv(pd.DataFrame(rows, columns=EXTENT).round(5), out / "extent.csv")
     bars(t[t.arm == arm], arm, status, out)
-    write_json(dict(status, chief=arm), out/"status.json")
+    write_json(dict(status, chief=arm), out / "status.json")
 
 # %% ../../nbs/8_study/82_grounding.ipynb #10560297
 def bars(
-    t:pd.DataFrame, # rows of `table` of one arm
-    arm:str,
-    status:dict, # patches, patch_mm
+    t: pd.DataFrame,  # rows of `table` of one arm
+    arm: str,
+    status: dict,  # patches, patch_mm
     out,
 ):
     "Hit rates of an arm and of the others who play, label by label"
     import matplotlib.pyplot as plt, seaborn as sns
+
     style()
-    names, y = {"hit": arm, "atlas": "atlas of train", "stranger": "a stranger's scan", "denial": "denial", "uniform": "guess"}, np.arange(len(t))[::-1]
-    fig, ax = plt.subplots(figsize=(6.6, 0.62*len(t)+1.3))
+    names, y = (
+        {
+            "hit": arm,
+            "atlas": "atlas of train",
+            "stranger": "a stranger's scan",
+            "denial": "denial",
+            "uniform": "guess",
+        },
+        np.arange(len(t))[::-1],
+    )
+    fig, ax = plt.subplots(figsize=(6.6, 0.62 * len(t) + 1.3))
     for i, ((k, name), colour) in enumerate(zip(names.items(), sns.color_palette("colorblind"))):
-        at = y+0.32-0.16*i
+        at = y + 0.32 - 0.16 * i
         ax.barh(at, t[k], 0.15, color=colour, label=name)
-        if f"{k}_lo" in t: ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0.2", lw=0.9)
-    ax.set(yticks=y, xlabel="share of sentences that point into their lesion", xlim=(0, 1)); ax.set_yticklabels([f"{l} ({n})" for l, n in zip(t.label, t.sentences)])
-    ax.set_title(f"Pointing game, {status['patches']} patches of {status['patch_mm']} mm", fontsize=9)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.5/(0.62*len(t)+1.3)-0.03), ncol=5, frameon=False, fontsize=8); ax.grid(axis="y", visible=False)
+        if f"{k}_lo" in t:
+            ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0.2", lw=0.9)
+    ax.set(yticks=y, xlabel="share of sentences that point into their lesion", xlim=(0, 1))
+    ax.set_yticklabels([f"{l} ({n})" for l, n in zip(t.label, t.sentences)])
+    ax.set_title(
+        f"Pointing game, {status['patches']} patches of {status['patch_mm']} mm", fontsize=9
+    )
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.4, -0.5 / (0.62 * len(t) + 1.3) - 0.03),
+        ncol=5,
+        frameon=False,
+        fontsize=8,
+    )
+    ax.grid(axis="y", visible=False)
     keep(fig, None, out, "pointing")
 
 # %% ../../nbs/8_study/82_grounding.ipynb #0438f1c5
 @torch.no_grad()
 def similar(
-    model, # asap.model.asap.ASAP in eval mode
-    x, # (B,1,H,W,D) in [-1,1]
-    frozen, # (S,C') sentence features
-)->dict: # sim (B,S,N), weights (B,S,N) 1 in the region and 0 elsewhere, k (B,S), and what else `Align` gives
+    model,  # asap.model.asap.ASAP in eval mode
+    x,  # (B,1,H,W,D) in [-1,1]
+    frozen,  # (S,C') sentence features
+) -> dict:  # sim (B,S,N), weights (B,S,N) 1 in the region and 0 elsewhere, k (B,S), and what else `Align` gives
     "Every image with every sentence, all patches visible: what `look` and `asap ground` show"
     first = model.vit.embedded(patchify(x, model.vit.patch))
-    return model.align(model.vit.mixed(first)[:, 1:], frozen.expand(len(x), -1, -1), first[:, 1:], hard=True)
+    return model.align(
+        model.vit.mixed(first)[:, 1:], frozen.expand(len(x), -1, -1), first[:, 1:], hard=True
+    )
+
 
 @torch.no_grad()
 def look(
-    model, # asap.model.asap.ASAP in eval mode
-    x, # (1,1,H,W,D) in [-1,1]
-    frozen, # (S,C') sentence features
-    visible:float, # share of patches for organs and reconstruction
-)->dict: # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
+    model,  # asap.model.asap.ASAP in eval mode
+    x,  # (1,1,H,W,D) in [-1,1]
+    frozen,  # (S,C') sentence features
+    visible: float,  # share of patches for organs and reconstruction
+) -> dict:  # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
     "Everything that the panel shows; on the processor, where it takes a moment"
     vit, patches = model.cpu().vit, patchify(x, model.vit.patch)
-    keep_, rest = choose(torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible)
+    keep_, rest = choose(
+        torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible
+    )
     shares, voxels = model.decoder(vit.see(patches, keep_), keep_, rest)
-    fill = lambda x, index, values: x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
+    fill = lambda x, index, values: x.scatter(
+        1, index[..., None].expand(-1, -1, x.shape[-1]), values
+    )
     rebuilt = unpatchify(fill(patches, rest, voxels), vit.size, vit.patch)[0, 0]
-    seen = unpatchify(fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch)[0, 0] > 0
+    seen = (
+        unpatchify(
+            fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch
+        )[0, 0]
+        > 0
+    )
     a = similar(model, x, frozen)
-    return dict(organs=shares[0].argmax(-1).numpy(), rebuilt=rebuilt.numpy(), seen=seen.numpy(), heat=a["sim"][0].numpy(), region=a["weights"][0].numpy(), k=a["k"][0].round().numpy())
+    return dict(
+        organs=shares[0].argmax(-1).numpy(),
+        rebuilt=rebuilt.numpy(),
+        seen=seen.numpy(),
+        heat=a["sim"][0].numpy(),
+        region=a["weights"][0].numpy(),
+        k=a["k"][0].round().numpy(),
+    )
 
-def spread(values, vit)->np.ndarray: # (N,) -> (H,W,D)
+
+def spread(values, vit) -> np.ndarray:  # (N,) -> (H,W,D)
     "A value a patch, painted over its voxels"
     g = rearrange(values, "(h w d) -> h w d", h=vit.grid[0], w=vit.grid[1])
-    for axis, n in enumerate(vit.patch): g = g.repeat(n, axis)
+    for axis, n in enumerate(vit.patch):
+        g = g.repeat(n, axis)
     return g
 
 # %% ../../nbs/8_study/82_grounding.ipynb #eea6d246
 def panel(
-    image, # (W,H,D) HU
-    organs, # (W,H,D) organ map, zeros where there is none
+    image,  # (W,H,D) HU
+    organs,  # (W,H,D) organ map, zeros where there is none
     spacing,
     model,
-    text, # frozen encoder
-    sentences:list,
-    visible:float,
-    names, # of organ groups
-    hu, # window
-    out:Path, name:str, # figure `<name>.png`
-    lesion=None, # (W,H,D) bool, a mask that ships with the scan
-    about:int=0, # how many sentences, from the first, are about the lesion
-)->pd.DataFrame: # a row a sentence: k, highest and mean similarity, whether it points into the lesion, share of its region in each organ
+    text,  # frozen encoder
+    sentences: list,
+    visible: float,
+    names,  # of organ groups
+    hu,  # window
+    out: Path,
+    name: str,  # figure `<name>.png`
+    lesion=None,  # (W,H,D) bool, a mask that ships with the scan
+    about: int = 0,  # how many sentences, from the first, are about the lesion
+) -> pd.DataFrame:  # a row a sentence: k, highest and mean similarity, whether it points into the lesion, share of its region in each organ
     "Draw a scan: organs known and guessed, what was seen and rebuilt, a heat map for each sentence"
     import matplotlib.pyplot as plt
+
     style()
     size = model.vit.size
     box = lambda v, fill, order=0: apply(v, centre(image.shape, size), size, fill, order)
-    hu_box, organ_box, mark = box(image, hu[0], 1), box(organs, 0), box(organs*0 if lesion is None else lesion, 0)
+    hu_box, organ_box, mark = (
+        box(image, hu[0], 1),
+        box(organs, 0),
+        box(organs * 0 if lesion is None else lesion, 0),
+    )
     x = torch.from_numpy(to_unit(hu_box, *hu))[None, None]
     o = look(model, x, text.sentences(sentences), visible)
-    cut = int((mark > 0 if mark.any() else np.isin(organ_box, range(1, len(names)+1))).sum((0, 2)).argmax()) # the coronal plane with most lesion or organ
-    view, aspect = lambda v: v[::-1, cut].T[::-1], spacing[2]/spacing[0]
+    cut = int(
+        (mark > 0 if mark.any() else np.isin(organ_box, range(1, len(names) + 1)))
+        .sum((0, 2))
+        .argmax()
+    )  # the coronal plane with most lesion or organ
+    view, aspect = lambda v: v[::-1, cut].T[::-1], spacing[2] / spacing[0]
     n = max(4, len(sentences))
-    fig, axes = plt.subplots(2, n, figsize=(2.4*n, 5.4))
-    for ax in axes.flat: ax.axis("off"); ax.grid(False)
+    fig, axes = plt.subplots(2, n, figsize=(2.4 * n, 5.4))
+    for ax in axes.flat:
+        ax.axis("off")
+        ax.grid(False)
     gray = dict(cmap="gray", vmin=-1, vmax=0.4, aspect=aspect)
-    overlay(axes[0, 0], view(hu_box), view(organ_box), aspect, names); axes[0, 0].set_title(_known(organ_box, mark), fontsize=8)
-    if mark.any(): axes[0, 0].contour(view(mark), [0.5], colors="#ff5050", linewidths=1.5)
-    overlay(axes[0, 1], view(hu_box), view(spread(o["organs"].astype(np.uint8), model.vit)), aspect, names); axes[0, 1].set_title("organs guessed, patch by patch", fontsize=8)
-    axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray); axes[0, 2].set_title(f"seen: {visible:.0%} of the patches", fontsize=8)
-    axes[0, 3].imshow(view(o["rebuilt"]), **gray); axes[0, 3].set_title("rebuilt", fontsize=8)
-    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]): heat_map(ax, view(x[0, 0].numpy()), view(spread(heat, model.vit)), view(spread(region, model.vit)), s, k, gray, view(organ_box), view(mark))
+    overlay(axes[0, 0], view(hu_box), view(organ_box), aspect, names)
+    axes[0, 0].set_title(_known(organ_box, mark), fontsize=8)
+    if mark.any():
+        axes[0, 0].contour(view(mark), [0.5], colors="#ff5050", linewidths=1.5)
+    overlay(
+        axes[0, 1],
+        view(hu_box),
+        view(spread(o["organs"].astype(np.uint8), model.vit)),
+        aspect,
+        names,
+    )
+    axes[0, 1].set_title("organs guessed, patch by patch", fontsize=8)
+    axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray)
+    axes[0, 2].set_title(f"seen: {visible:.0%} of the patches", fontsize=8)
+    axes[0, 3].imshow(view(o["rebuilt"]), **gray)
+    axes[0, 3].set_title("rebuilt", fontsize=8)
+    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]):
+        heat_map(
+            ax,
+            view(x[0, 0].numpy()),
+            view(spread(heat, model.vit)),
+            view(spread(region, model.vit)),
+            s,
+            k,
+            gray,
+            view(organ_box),
+            view(mark),
+        )
     fig.tight_layout(pad=0.5)
     keep(fig, None, out, name)
-    return pointed(sentence_table(sentences, o, organ_box, model.vit, names), o["heat"], core(cover(mark > 0, model.vit.patch)), body_patches(hu_box, model.vit.patch), about)
+    return pointed(
+        sentence_table(sentences, o, organ_box, model.vit, names),
+        o["heat"],
+        core(cover(mark > 0, model.vit.patch)),
+        body_patches(hu_box, model.vit.patch),
+        about,
+    )
 
-def pointed(t, heat, right, body, about:int)->pd.DataFrame: # columns hit (1, 0 or empty) and chance
+
+def pointed(
+    t, heat, right, body, about: int
+) -> pd.DataFrame:  # columns hit (1, 0 or empty) and chance
     "Does each sentence about the lesion point into it, and would a guess? Empty for other sentences and without a lesion"
     known = np.arange(len(t)) < (about if right.any() else 0)
     t.insert(4, "hit", np.where(known, right[heat.argmax(-1)].astype(float), np.nan))
-    t.insert(5, "chance", np.where(known, (right & body).sum()/max(body.sum(), 1), np.nan).round(4))
+    t.insert(
+        5, "chance", np.where(known, (right & body).sum() / max(body.sum(), 1), np.nan).round(4)
+    )
     return t
 
-def _known(organs, mark)->str: # title of the first picture
-    return "lesion mask that ships with the scan" if mark.any() else "organ map (grey: not known)" if organs.any() else "no mask ships with the scan"
+
+def _known(organs, mark) -> str:  # title of the first picture
+    return (
+        "lesion mask that ships with the scan"
+        if mark.any()
+        else "organ map (grey: not known)"
+        if organs.any()
+        else "no mask ships with the scan"
+    )
+
 
 def draw(
-    s:dict, # paths: image, and organ_map, lesion where there are; sentences of its own
-    model, text, p, out, name)->pd.DataFrame:
+    s: dict,  # paths: image, and organ_map, lesion where there are; sentences of its own
+    model,
+    text,
+    p,
+    out,
+    name,
+) -> pd.DataFrame:
     "The panel of one scan, from its files"
     img = nib.load(s["image"])
-    mask = lambda key: np.asanyarray(nib.load(s[key]).dataobj) if key in s else np.zeros(img.shape, np.uint8)
+    mask = lambda key: (
+        np.asanyarray(nib.load(s[key]).dataobj) if key in s else np.zeros(img.shape, np.uint8)
+    )
     sentences = [*s.get("sentences", []), *p.grounding.sentences]
-    return panel(np.asanyarray(img.dataobj), mask("organ_map"), img.header.get_zooms(), model, text, sentences, p.pretrain.visible, list(p.anatomy.groups), p.volumes.hu, out, name, mask("lesion"), len(s.get("sentences", [])) if "lesion" in s else 0)
+    return panel(
+        np.asanyarray(img.dataobj),
+        mask("organ_map"),
+        img.header.get_zooms(),
+        model,
+        text,
+        sentences,
+        p.pretrain.visible,
+        list(p.anatomy.groups),
+        p.volumes.hu,
+        out,
+        name,
+        mask("lesion"),
+        len(s.get("sentences", [])) if "lesion" in s else 0,
+    )
 
-def real_scans(folder)->dict: # name -> paths and sentences, for `draw`
+
+def real_scans(folder) -> dict:  # name -> paths and sentences, for `draw`
     "The real chest CTs that the stage `real` could make"
     out = {}
     for f in sorted(Path(folder).glob("*/image.nii")):
-        if "chest CT" not in read_json(Path(folder)/"status.json")["scans"][f.parent.name]["what"]: continue
-        files = {k: f.parent/f"{k}.nii.gz" for k in ("organ_map", "lesion")}
-        said = read_json(f.parent/"sentences.json")[:1] if (f.parent/"sentences.json").exists() else []
-        out[f.parent.name] = dict(image=f, sentences=[r["sentence"] for r in said], **{k: p for k, p in files.items() if p.exists()})
+        if (
+            "chest CT"
+            not in read_json(Path(folder) / "status.json")["scans"][f.parent.name]["what"]
+        ):
+            continue
+        files = {k: f.parent / f"{k}.nii.gz" for k in ("organ_map", "lesion")}
+        said = (
+            read_json(f.parent / "sentences.json")[:1]
+            if (f.parent / "sentences.json").exists()
+            else []
+        )
+        out[f.parent.name] = dict(
+            image=f,
+            sentences=[r["sentence"] for r in said],
+            **{k: p for k, p in files.items() if p.exists()},
+        )
     return out
+
 
 def heat_map(ax, img, heat, region, sentence, k, gray, organs, lesion):
     "Similarity of every patch to a sentence; the blue outline is the region it asks for, white lines are organs, a red one a lesion whose mask ships with the scan"
     import textwrap
+
     ax.imshow(img, **gray)
     tint(ax, heat, region, np.percentile(heat, 5), heat.max(), gray["aspect"])
     outlines(ax, organs, lesion)
     ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
 
-def tint(ax, heat, region, lo, hi, aspect=1.): # similarities `lo` to `hi` span the colours; NaN stays clear
+
+def tint(
+    ax, heat, region, lo, hi, aspect=1.0
+):  # similarities `lo` to `hi` span the colours; NaN stays clear
     "A heat map over the slice that `ax` shows, and the border of the region"
-    ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi+1e-6)
-    if region.min() < region.max(): ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
+    ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi + 1e-6)
+    if region.min() < region.max():
+        ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
+
 
 def outlines(ax, organs, lesion):
     "Where organs and a lesion end; what is not known has no line"
-    for i in np.unique(organs[(organs > 0) & (organs != UNKNOWN)]): ax.contour(organs == i, [0.5], colors="white", linewidths=0.5)
-    if lesion.any(): ax.contour(lesion, [0.5], colors="#ff5050", linewidths=1.2)
+    for i in np.unique(organs[(organs > 0) & (organs != UNKNOWN)]):
+        ax.contour(organs == i, [0.5], colors="white", linewidths=0.5)
+    if lesion.any():
+        ax.contour(lesion, [0.5], colors="#ff5050", linewidths=1.2)
 
-def sentence_table(sentences, o, organs, vit, names)->pd.DataFrame:
+
+def sentence_table(sentences, o, organs, vit, names) -> pd.DataFrame:
     "In which organs the region of each sentence lies"
     rows = []
     for s, heat, region, k in zip(sentences, o["heat"], o["region"], o["k"]):
         inside = organs[spread(region, vit) > 0.5]
-        rows.append(dict(sentence=s, k=int(k), highest=round(float(heat.max()), 4), mean=round(float(heat.mean()), 4), **{n: round(float((inside == i).mean()), 4) for i, n in enumerate(names, 1)}))
+        rows.append(
+            dict(
+                sentence=s,
+                k=int(k),
+                highest=round(float(heat.max()), 4),
+                mean=round(float(heat.mean()), 4),
+                **{n: round(float((inside == i).mean()), 4) for i, n in enumerate(names, 1)},
+            )
+        )
     return pd.DataFrame(rows)

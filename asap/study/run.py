@@ -14,66 +14,108 @@ from ..core import say
 
 # %% ../../nbs/8_study/87_run.ipynb #run00006
 def stale(
-    needs:dict, # stage -> those whose outputs it reads
-    changed, # stages
-)->list: # in the order of `needs`
+    needs: dict,  # stage -> those whose outputs it reads
+    changed,  # stages
+) -> list:  # in the order of `needs`
     "Changed stages and all that rest on them"
     out = set(changed)
-    while more := {s for s, on in needs.items() if s not in out and out & on}: out |= more
+    while more := {s for s, on in needs.items() if s not in out and out & on}:
+        out |= more
     return [s for s in needs if s in out]
 
+
 def ready(
-    todo, # stages that are left, in order
-    needs:dict, # as `stale`
-    running, # stages
-)->list:
+    todo,  # stages that are left, in order
+    needs: dict,  # as `stale`
+    running,  # stages
+) -> list:
     "Those that wait for none of the others"
     left = {*todo, *running}
     return [s for s in todo if not needs[s] & left]
 
 # %% ../../nbs/8_study/87_run.ipynb #run00009
-CHATTER = ("To track the changes with git", "git add ", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`", "Updating lock file")
+CHATTER = (
+    "To track the changes with git",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+    "Updating lock file",
+)
+
 
 def one(
-    name:str, # of the stage
-    folder, # of the project
-    stages:int=1, # that run at a time: they share the cores
-)->int: # exit code
+    name: str,  # of the stage
+    folder,  # of the project
+    stages: int = 1,  # that run at a time: they share the cores
+) -> int:  # exit code
     "Have DVC run a stage, if it is out of date; each line that it writes begins with its name"
     import joblib
-    threads = max(1, joblib.cpu_count()//stages)
-    run = subprocess.Popen([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", env=dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), str(threads)) | os.environ | {"ASAP_STAGES": str(stages)})
-    for line in run.stdout: # bars end their lines with \r, which is a line's end here
-        if line.strip() and not line.strip().startswith(CHATTER): print(f"{name} | {line.rstrip()}", flush=True)
+
+    threads = max(1, joblib.cpu_count() // stages)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), str(threads)
+        )
+        | os.environ
+        | {"ASAP_STAGES": str(stages)},
+    )
+    for line in run.stdout:  # bars end their lines with \r, which is a line's end here
+        if line.strip() and not line.strip().startswith(CHATTER):
+            print(f"{name} | {line.rstrip()}", flush=True)
     return run.wait()
 
-def mend(lock:Path):
+
+def mend(lock: Path):
     "A kill can leave DVC's file of who reads and writes what half-written, and DVC then refuses to start: away with it"
     with contextlib.suppress(FileNotFoundError):
-        try: json.loads(lock.read_text())
-        except ValueError: lock.unlink()
+        try:
+            json.loads(lock.read_text())
+        except ValueError:
+            lock.unlink()
+
 
 def study(
-    folder, # of the project
-    stages:int=2, # at a time
-)->int: # exit code: 0, or that of the first stage that failed
+    folder,  # of the project
+    stages: int = 2,  # at a time
+) -> int:  # exit code: 0, or that of the first stage that failed
     "Bring a study up to date"
     from dvc.repo import Repo
-    with contextlib.chdir(folder), Repo() as repo: # DVC names stages by where it stands
-        mend(Path(repo.tmp_dir)/"rwlock")
+
+    with contextlib.chdir(folder), Repo() as repo:  # DVC names stages by where it stands
+        mend(Path(repo.tmp_dir) / "rwlock")
         graph = repo.index.graph
-        needs = {s.addressing: {d.addressing for d in graph.successors(s)} for s in repo.index.stages}
+        needs = {
+            s.addressing: {d.addressing for d in graph.successors(s)} for s in repo.index.stages
+        }
         todo = stale(needs, repo.status())
     n, failed, running, began = len(todo), 0, {}, time.monotonic()
-    if not todo: say("The study is up to date"); return 0
+    if not todo:
+        say("The study is up to date")
+        return 0
     say(f"{n} of {len(needs)} stages are out of date, or rest on one that is; {stages} at a time")
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed):
-            for name in ready(todo, needs, running.values())[:stages-len(running)] if not failed else ():
-                todo.remove(name); running[pool.submit(one, name, folder, stages)] = name
+            for name in (
+                ready(todo, needs, running.values())[: stages - len(running)] if not failed else ()
+            ):
+                todo.remove(name)
+                running[pool.submit(one, name, folder, stages)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()
-                if code: failed = failed or code; say(f"{name} failed; {f'{len(running)} still running, then it stops' if running else 'stopped'}. Mend it and start again: what is done stays done")
-                else: say(f"{name} done; {n-len(todo)-len(running)} of {n} stages, {(time.monotonic()-began)/60:.1f} min")
+                if code:
+                    failed = failed or code
+                    say(
+                        f"{name} failed; {f'{len(running)} still running, then it stops' if running else 'stopped'}. Mend it and start again: what is done stays done"
+                    )
+                else:
+                    say(
+                        f"{name} done; {n - len(todo) - len(running)} of {n} stages, {(time.monotonic() - began) / 60:.1f} min"
+                    )
     return failed

@@ -27,190 +27,313 @@ from ..text.encoder import load as load_text
 from ..train import device
 
 # %% ../../nbs/8_study/86_scan.ipynb #s0000006
-WEIGHTS, TEXTS = ("weights/asap", "runs/pretrain/asap/checkpoint"), ("weights/text", "build/text") # in the project's folder
+WEIGHTS, TEXTS = (
+    ("weights/asap", "runs/pretrain/asap/checkpoint"),
+    ("weights/text", "build/text"),
+)  # in the project's folder
+
 
 def place(
-    given, # by the user, or None
-    known, # folders of the project, of which the first that is there is taken
-    option:str, # what to give otherwise
-)->Path:
+    given,  # by the user, or None
+    known,  # folders of the project, of which the first that is there is taken
+    option: str,  # what to give otherwise
+) -> Path:
     "The folder given, or one of the project's"
-    if given: return Path(given)
-    found = [root()/f for f in known if (root()/f).is_dir()]
-    if not found: raise FileNotFoundError(f"the project has neither {' nor '.join(known)}: give a folder with {option}")
+    if given:
+        return Path(given)
+    found = [root() / f for f in known if (root() / f).is_dir()]
+    if not found:
+        raise FileNotFoundError(
+            f"the project has neither {' nor '.join(known)}: give a folder with {option}"
+        )
     return found[0]
 
-def _recipe_text(folder:Path)->str|None: # hash of the text encoder, where a recipe names it
-    found = [f for f in (folder/"recipe.json", folder.parent/"recipe.json") if f.exists()]
+
+def _recipe_text(folder: Path) -> str | None:  # hash of the text encoder, where a recipe names it
+    found = [f for f in (folder / "recipe.json", folder.parent / "recipe.json") if f.exists()]
     return read_json(found[0]).get("inputs", {}).get("text") if found else None
 
+
 def _read_text(name):
-    try: return load_text(name)
-    except (ValueError, OSError): raise
-    except Exception as e: raise ValueError(f"{name} is no text encoder, or is broken ({type(e).__name__}: {e}): make or fetch it again") from None
+    try:
+        return load_text(name)
+    except (ValueError, OSError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{name} is no text encoder, or is broken ({type(e).__name__}: {e}): make or fetch it again"
+        ) from None
+
 
 def text_of(
-    model, folder, # of its checkpoint
-    given=None, # folder or Hugging Face id; None: of the project's, the one that fits
-): # frozen encoder
+    model,
+    folder,  # of its checkpoint
+    given=None,  # folder or Hugging Face id; None: of the project's, the one that fits
+):  # frozen encoder
     "The text encoder that a model was trained with"
-    want, names = _recipe_text(Path(folder)), [given] if given else [root()/f for f in TEXTS if (root()/f).is_dir()] or [place(None, TEXTS, "--text")]
+    want, names = (
+        _recipe_text(Path(folder)),
+        [given]
+        if given
+        else [root() / f for f in TEXTS if (root() / f).is_dir()] or [place(None, TEXTS, "--text")],
+    )
     for name in names:
         text = _read_text(name)
         is_, dim = text.fingerprint(), model.config["text_dim"]
-        if text.dim == dim and want in (None, is_): return text
-    raise ValueError(f"{name} is the text encoder {is_} of width {text.dim}, and {folder} was trained with {want or 'another one'} of width {dim}: give its folder with --text")
+        if text.dim == dim and want in (None, is_):
+            return text
+    raise ValueError(
+        f"{name} is the text encoder {is_} of width {text.dim}, and {folder} was trained with {want or 'another one'} of width {dim}: give its folder with --text"
+    )
 
 # %% ../../nbs/8_study/86_scan.ipynb #s0000007
 def opened(
-    folder=None, # checkpoint folder of an arm that learnt to align
-    text=None, # as `text_of`
-    size=None, # voxels that the model is to see; what it was trained at when None
-)->tuple: # model in eval mode on the device, frozen text encoder
+    folder=None,  # checkpoint folder of an arm that learnt to align
+    text=None,  # as `text_of`
+    size=None,  # voxels that the model is to see; what it was trained at when None
+) -> tuple:  # model in eval mode on the device, frozen text encoder
     "A model that sentences can be put to"
     folder = place(folder, WEIGHTS, "--checkpoint")
-    if folder.is_file(): raise ValueError(f"{folder} is a file: the released weights come without their text side as it is needed here; give a checkpoint folder, such as {WEIGHTS[0]}")
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file: the released weights come without their text side as it is needed here; give a checkpoint folder, such as {WEIGHTS[0]}"
+        )
     model = load_model(folder)
-    if not model.config["arm"]["align"]: raise ValueError(f"{folder} was trained without sentences (its arm's align is 0), so none can be put to it: give an arm with an alignment, such as {WEIGHTS[0]}")
+    if not model.config["arm"]["align"]:
+        raise ValueError(
+            f"{folder} was trained without sentences (its arm's align is 0), so none can be put to it: give an arm with an alignment, such as {WEIGHTS[0]}"
+        )
     frozen = text_of(model, folder, text)
     model.vit.spacing, model.vit.window = tuple(model.config["spacing"]), tuple(model.config["hu"])
     resize(model.vit, size or model.vit.size)
     return model.to(device()), frozen
 
-def encoder_of(folder=None, size=None): # ViT3D in eval mode on the device
+
+def encoder_of(folder=None, size=None):  # ViT3D in eval mode on the device
     "The encoder alone, of any arm, or of a file that the paper's code wrote"
     return load_encoder(place(folder, WEIGHTS, "--checkpoint"), size).to(device())
 
-def origin(folder=None)->str: # a sentence
+
+def origin(folder=None) -> str:  # a sentence
     "What a checkpoint was trained on, from its card"
     folder = place(folder, WEIGHTS, "--checkpoint")
     name = folder.relative_to(root()) if folder.is_relative_to(root()) else folder
-    said = (folder/"card.md").read_text(encoding="utf8") if (folder/"card.md").is_file() else ""
-    if "Procedural phantoms" in said: return f"{name} was pre-trained on phantoms and knows no patient: what it says of a scan is not for patients"
-    line = next((l.strip("- ") for l in said.splitlines() if "clinical use" in l), "what it was trained on is not said.")
+    said = (folder / "card.md").read_text(encoding="utf8") if (folder / "card.md").is_file() else ""
+    if "Procedural phantoms" in said:
+        return f"{name} was pre-trained on phantoms and knows no patient: what it says of a scan is not for patients"
+    line = next(
+        (l.strip("- ") for l in said.splitlines() if "clinical use" in l),
+        "what it was trained on is not said.",
+    )
     return f"{name}: {line} Not for patients"
 
 # %% ../../nbs/8_study/86_scan.ipynb #s000000c
 @dataclass
 class Seen:
     "A scan, and the box of it that a model sees"
-    volume:Volume # as the file has it
-    x:torch.Tensor # (1,1,H,W,D) in [-1,1]
-    affine:np.ndarray # 4x4, voxel of the box -> mm
-    doubts:list # sentences
+
+    volume: Volume  # as the file has it
+    x: torch.Tensor  # (1,1,H,W,D) in [-1,1]
+    affine: np.ndarray  # 4x4, voxel of the box -> mm
+    doubts: list  # sentences
+
 
 def see(
-    path, # of any format
-    encoder, # with size, spacing, window
-    source:Source=Source(), # what is declared of the file
-)->Seen:
+    path,  # of any format
+    encoder,  # with size, spacing, window
+    source: Source = Source(),  # what is declared of the file
+) -> Seen:
     "Read and check a scan, and cut out what the encoder takes; `ValueError` says why it cannot be used"
     v, found = load_checked(path, source)
     std = standard(v, encoder.spacing, encoder.window)
     how, affine = centre(std.hu.shape, encoder.size), std.affine.copy()
-    affine[:3, 3] = (std.affine@[*how["start"], 1])[:3]
-    x = torch.from_numpy(to_unit(apply(std.hu, how, encoder.size, encoder.window[0]), *encoder.window))[None, None]
+    affine[:3, 3] = (std.affine @ [*how["start"], 1])[:3]
+    x = torch.from_numpy(
+        to_unit(apply(std.hu, how, encoder.size, encoder.window[0]), *encoder.window)
+    )[None, None]
     return Seen(v, x.to(device()), affine, [*map(str, found), *_outside(std.hu, how)])
 
-def _outside(hu, how): # yields a doubt, where body lies outside of the box
-    body = body_mask(hu)
-    inside = apply(body, how, how["side"], False, 0).sum()/max(body.sum(), 1)
-    if inside < 0.98 and body.any(): yield f"{1-inside:.0%} of the body lies outside of the {'x'.join(map(str, how['side']))} voxels that the model sees; expected less than 2%: give a larger --size, whole patches along each axis"
 
-def only_ct(source:Source):
+def _outside(hu, how):  # yields a doubt, where body lies outside of the box
+    body = body_mask(hu)
+    inside = apply(body, how, how["side"], False, 0).sum() / max(body.sum(), 1)
+    if inside < 0.98 and body.any():
+        yield f"{1 - inside:.0%} of the body lies outside of the {'x'.join(map(str, how['side']))} voxels that the model sees; expected less than 2%: give a larger --size, whole patches along each axis"
+
+
+def only_ct(source: Source):
     "Refuse what is declared as MR"
-    if source.intensity == "mr": raise ValueError("--mr: the model takes the Hounsfield units of a CT, and an MR has none: sentences can be put to a CT alone")
+    if source.intensity == "mr":
+        raise ValueError(
+            "--mr: the model takes the Hounsfield units of a CT, and an MR has none: sentences can be put to a CT alone"
+        )
 
 # %% ../../nbs/8_study/86_scan.ipynb #s000000f
 def zero_shot(
-    model, text, # of `opened`
-    seen:Seen,
-    labels, # names
-    p, # params `vocabulary`: present, absent
-)->pd.DataFrame: # label, score, chance, present, absent; in the order of the labels
+    model,
+    text,  # of `opened`
+    seen: Seen,
+    labels,  # names
+    p,  # params `vocabulary`: present, absent
+) -> pd.DataFrame:  # label, score, chance, present, absent; in the order of the labels
     "What the arm's own zero-shot reading says of one scan"
-    if blank := [n for n in labels if not str(n).strip()]: raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
+    if blank := [n for n in labels if not str(n).strip()]:
+        raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
     said = answers(model, text, [seen.x], prompts(labels, p.present, p.absent))[0]
-    return pd.DataFrame(dict(label=list(labels), score=said[:, 0]-said[:, 1], chance=chances(model, said), present=said[:, 0], absent=said[:, 1]))
+    return pd.DataFrame(
+        dict(
+            label=list(labels),
+            score=said[:, 0] - said[:, 1],
+            chance=chances(model, said),
+            present=said[:, 0],
+            absent=said[:, 1],
+        )
+    )
 
-def unknown(text, sentences)->list: # words, each once
+
+def unknown(text, sentences) -> list:  # words, each once
     "Words of which the text encoder knows no piece"
     unk = text.tokenizer.unk_token
-    return list(dict.fromkeys(w for s in sentences for w in s.split() if unk in text.tokenizer.tokenize(w)))
+    return list(
+        dict.fromkeys(w for s in sentences for w in s.split() if unk in text.tokenizer.tokenize(w))
+    )
 
 # %% ../../nbs/8_study/86_scan.ipynb #s0000014
 @dataclass
 class Grounded:
     "Sentences and their places in one scan"
-    sentences:list # S of them
-    heat:np.ndarray # (S,h,w,d) cosine of each patch
-    region:np.ndarray # (S,h,w,d) bool
-    k:np.ndarray # (S,) patches wanted, before rounding
-    affine:np.ndarray # 4x4, patch -> mm
-    def peak(self, i:int)->np.ndarray: # (3,) mm, RAS
+
+    sentences: list  # S of them
+    heat: np.ndarray  # (S,h,w,d) cosine of each patch
+    region: np.ndarray  # (S,h,w,d) bool
+    k: np.ndarray  # (S,) patches wanted, before rounding
+    affine: np.ndarray  # 4x4, patch -> mm
+
+    def peak(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "The middle of the patch that is most like sentence i"
         return _at(self.affine, [np.unravel_index(self.heat[i].argmax(), self.heat[i].shape)])
-    def middle(self, i:int)->np.ndarray: # (3,) mm, RAS
+
+    def middle(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "The middle of the region of sentence i"
         return _at(self.affine, np.argwhere(self.region[i]))
-    def back(self, i:int, v:Volume)->tuple: # heat float32 (NaN: not seen), region uint8, on the grid of `v`
+
+    def back(
+        self, i: int, v: Volume
+    ) -> tuple:  # heat float32 (NaN: not seen), region uint8, on the grid of `v`
         "The heat map and the region of sentence i on a scan's own grid"
         on = lambda x, fill: resample(x, self.affine, v.hu.shape, v.affine, order=0, fill=fill)
         return on(self.heat[i], np.nan), on(self.region[i].astype(np.uint8), 0)
 
-def _at(affine, patches)->np.ndarray: # mean place of some patches
-    return (affine@[*np.mean(patches, 0), 1])[:3]
+
+def _at(affine, patches) -> np.ndarray:  # mean place of some patches
+    return (affine @ [*np.mean(patches, 0), 1])[:3]
+
 
 def ground(
-    model, text, # of `opened`
-    seen:Seen,
-    sentences:list,
-)->Grounded:
+    model,
+    text,  # of `opened`
+    seen: Seen,
+    sentences: list,
+) -> Grounded:
     "Where in a scan each sentence points"
-    if blank := [s for s in sentences if not s.strip()]: raise ValueError(f"sentence {blank[0]!r} is empty: say what to look for, such as `There is pleural effusion.`")
+    if blank := [s for s in sentences if not s.strip()]:
+        raise ValueError(
+            f"sentence {blank[0]!r} is empty: say what to look for, such as `There is pleural effusion.`"
+        )
     a, grid = similar(model, seen.x, text.sentences(sentences).to(seen.x.device)), model.vit.grid
     affine, patch = seen.affine.copy(), np.array(model.vit.patch)
-    affine[:3, 3] = (seen.affine@[*(patch-1)/2, 1])[:3]; affine[:3, :3] *= patch
+    affine[:3, 3] = (seen.affine @ [*(patch - 1) / 2, 1])[:3]
+    affine[:3, :3] *= patch
     of = lambda x: x[0].float().cpu().numpy()
-    return Grounded(list(sentences), of(a["sim"]).reshape(-1, *grid), of(a["weights"]).reshape(-1, *grid) > 0.5, of(a["k"]), affine)
+    return Grounded(
+        list(sentences),
+        of(a["sim"]).reshape(-1, *grid),
+        of(a["weights"]).reshape(-1, *grid) > 0.5,
+        of(a["k"]),
+        affine,
+    )
 
 # %% ../../nbs/8_study/86_scan.ipynb #s0000015
 def places(
-    g:Grounded,
-    v:Volume, # the scan
-)->pd.DataFrame: # sentence, k, patches, middle and peak in mm (RAS), highest and mean cosine, share of the region inside the scan
+    g: Grounded,
+    v: Volume,  # the scan
+) -> pd.DataFrame:  # sentence, k, patches, middle and peak in mm (RAS), highest and mean cosine, share of the region inside the scan
     "A row a sentence"
     size, rows = abs(np.linalg.det(g.affine[:3, :3])), []
     for i, sentence in enumerate(g.sentences):
-        mm = {f"{name}{axis}_mm": round(float(x), 1) for name, of in (("", g.middle(i)), ("peak_", g.peak(i))) for axis, x in zip("xyz", of)}
-        n, inside = int(g.region[i].sum()), float(g.back(i, v)[1].sum()*np.prod(v.spacing))
-        rows.append(dict(sentence=sentence, k=round(float(g.k[i]), 2), patches=n, **mm, highest=round(float(g.heat[i].max()), 4), mean=round(float(g.heat[i].mean()), 4), inside=round(min(1., inside/(n*size)), 3)))
+        mm = {
+            f"{name}{axis}_mm": round(float(x), 1)
+            for name, of in (("", g.middle(i)), ("peak_", g.peak(i)))
+            for axis, x in zip("xyz", of)
+        }
+        n, inside = int(g.region[i].sum()), float(g.back(i, v)[1].sum() * np.prod(v.spacing))
+        rows.append(
+            dict(
+                sentence=sentence,
+                k=round(float(g.k[i]), 2),
+                patches=n,
+                **mm,
+                highest=round(float(g.heat[i].max()), 4),
+                mean=round(float(g.heat[i].mean()), 4),
+                inside=round(min(1.0, inside / (n * size)), 3),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_study/86_scan.ipynb #s000001a
 def draw(
-    g:Grounded, i:int, # which sentence
-    v:Volume, # the scan, CT
-    note:str="", # under the picture
-): # matplotlib figure
+    g: Grounded,
+    i: int,  # which sentence
+    v: Volume,  # the scan, CT
+    note: str = "",  # under the picture
+):  # matplotlib figure
     "One sentence in three planes of the scan"
     import matplotlib.pyplot as plt, textwrap
+
     style()
     heat, region = g.back(i, v)
     ct, hot, mark = (Volume(x, v.affine).ras() for x in (v.hu, heat, region))
-    at = np.rint(np.linalg.inv(ct.affine)@[*g.peak(i), 1])[:3].astype(int)
-    at = [int(np.clip(a, 0, n-1)) for a, n in zip(at, ct.hu.shape)]
+    at = np.rint(np.linalg.inv(ct.affine) @ [*g.peak(i), 1])[:3].astype(int)
+    at = [int(np.clip(a, 0, n - 1)) for a, n in zip(at, ct.hu.shape)]
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
-    for ax in axes.flat: ax.axis("off"); ax.grid(False)
+    for ax in axes.flat:
+        ax.axis("off")
+        ax.grid(False)
     lo, hi = np.percentile(g.heat[i], 5), g.heat[i].max()
-    for k, (name, (img, aspect), (h, _), (r, _)) in enumerate(zip(("coronal", "sagittal", "axial"), *(planes(x.hu, ct.spacing, at) for x in (ct, hot, mark)))):
-        for ax in axes[:, k]: ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect); _sides(ax, name)
-        tint(axes[1, k], h, r, lo, hi, aspect); axes[0, k].set_title(name, fontsize=9)
-    fig.colorbar(axes[1, 2].images[1], ax=axes, fraction=0.025, pad=0.02, label="cosine with the sentence").ax.tick_params(labelsize=7)
-    fig.suptitle(textwrap.fill(f"\u201c{g.sentences[i]}\u201d", 90)+f"\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; planes through the most similar one, {', '.join(f'{x:.0f}' for x in g.peak(i))} mm (RAS)", fontsize=10)
-    if note: fig.supxlabel(note, fontsize=7.5, color="0.35")
+    for k, (name, (img, aspect), (h, _), (r, _)) in enumerate(
+        zip(
+            ("coronal", "sagittal", "axial"),
+            *(planes(x.hu, ct.spacing, at) for x in (ct, hot, mark)),
+        )
+    ):
+        for ax in axes[:, k]:
+            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+            _sides(ax, name)
+        tint(axes[1, k], h, r, lo, hi, aspect)
+        axes[0, k].set_title(name, fontsize=9)
+    fig.colorbar(
+        axes[1, 2].images[1], ax=axes, fraction=0.025, pad=0.02, label="cosine with the sentence"
+    ).ax.tick_params(labelsize=7)
+    fig.suptitle(
+        textwrap.fill(f"\u201c{g.sentences[i]}\u201d", 90)
+        + f"\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; planes through the most similar one, {', '.join(f'{x:.0f}' for x in g.peak(i))} mm (RAS)",
+        fontsize=10,
+    )
+    if note:
+        fig.supxlabel(note, fontsize=7.5, color="0.35")
     return fig
+
 
 def _sides(ax, plane):
     ends = ("A", "P") if plane == "sagittal" else ("R", "L")
-    for x, letter in zip((0.03, 0.97), ends): ax.text(x, 0.95, letter, transform=ax.transAxes, color="#ffd24d", fontsize=9, ha="center", va="top")
+    for x, letter in zip((0.03, 0.97), ends):
+        ax.text(
+            x,
+            0.95,
+            letter,
+            transform=ax.transAxes,
+            color="#ffd24d",
+            fontsize=9,
+            ha="center",
+            va="top",
+        )

@@ -17,257 +17,700 @@ import pandas as pd
 from ..core import asked, write_csv, write_text
 from ..pretrain.pretrain import interval
 from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
-from ..tasks.metrics import average, differences, drawn, draws, listed, minus, nothing, per_label, sure, wide
+from asap.tasks.metrics import (
+    average,
+    differences,
+    drawn,
+    draws,
+    listed,
+    minus,
+    nothing,
+    per_label,
+    sure,
+    wide,
+)
 
 # %% ../../nbs/8_study/80_tables.ipynb #820279d9
-FAMILIES = dict(classify=classify, segment=segment, prognosis=prognosis, report=report, vocabulary=vocabulary, zero_shot=vocabulary, retrieve=retrieve, vqa=vqa) # folder of predictions -> page
-HEADLINE = ("auc", "dice", "clinical F1", "accuracy, presence", "R@10 image to report", "R@10 report to image")
+FAMILIES = dict(
+    classify=classify,
+    segment=segment,
+    prognosis=prognosis,
+    report=report,
+    vocabulary=vocabulary,
+    zero_shot=vocabulary,
+    retrieve=retrieve,
+    vqa=vqa,
+)  # folder of predictions -> page
+HEADLINE = (
+    "auc",
+    "dice",
+    "clinical F1",
+    "accuracy, presence",
+    "R@10 image to report",
+    "R@10 report to image",
+)
 MEAN = "mean of tasks 1 to 6"
-OTHERS = ("unet", "histogram") # what stands beside the arms in the table of tasks
+OTHERS = ("unet", "histogram")  # what stands beside the arms in the table of tasks
+
 
 def gather(
-    runs:Path,
-    arms:dict, # family whose stages are of one arm each -> arms
-)->dict: # family -> predictions
+    runs: Path,
+    arms: dict,  # family whose stages are of one arm each -> arms
+) -> dict:  # family -> predictions
     "What the tasks' stages wrote"
-    of = lambda f: [runs/f/a/"predictions.parquet" for a in arms[f]] if f in arms else [runs/f/"predictions.parquet"]
+    of = lambda f: (
+        [runs / f / a / "predictions.parquet" for a in arms[f]]
+        if f in arms
+        else [runs / f / "predictions.parquet"]
+    )
     return {f: pd.concat([pd.read_parquet(x) for x in of(f)], ignore_index=True) for f in FAMILIES}
 
-def judged(predictions:dict, n:int)->dict: # family -> predictions; (task, arm, fraction, metric) -> value, (n,)
+
+def judged(
+    predictions: dict, n: int
+) -> dict:  # family -> predictions; (task, arm, fraction, metric) -> value, (n,)
     "Every figure with its draws"
-    return {k: v for family, p in predictions.items() if len(p) for k, v in drawn(p, FAMILIES[family].figures, n).items()}
+    return {
+        k: v
+        for family, p in predictions.items()
+        if len(p)
+        for k, v in drawn(p, FAMILIES[family].figures, n).items()
+    }
 
-def six(found, fraction, *arms)->list: # (task, fraction, metric)
+
+def six(found, fraction, *arms) -> list:  # (task, fraction, metric)
     "Tasks 1 to 6 that all these arms have"
-    return [(t, f, m) for t, a, f, m in found if t.startswith("classify_") and m == "auc" and f == fraction and a == arms[0] and all((t, b, f, m) in found for b in arms) and not np.isnan(found[t, a, f, m][0])]
+    return [
+        (t, f, m)
+        for t, a, f, m in found
+        if t.startswith("classify_")
+        and m == "auc"
+        and f == fraction
+        and a == arms[0]
+        and all((t, b, f, m) in found for b in arms)
+        and not np.isnan(found[t, a, f, m][0])
+    ]
 
-def means(found, arms, level)->pd.DataFrame: # as `listed`
+
+def means(found, arms, level) -> pd.DataFrame:  # as `listed`
     "Mean over tasks 1 to 6 of each arm at each share of the labels"
     shares = sorted({f for t, _, f, _ in found if t.startswith("classify_")})
-    rows = [dict(task=MEAN, arm=a, fraction=f, metric="auc", **sure(*average(found, wanted, a), level)) for f in shares for a in arms if (wanted := six(found, f, a))]
+    rows = [
+        dict(task=MEAN, arm=a, fraction=f, metric="auc", **sure(*average(found, wanted, a), level))
+        for f in shares
+        for a in arms
+        if (wanted := six(found, f, a))
+    ]
     return pd.DataFrame(rows, columns=["task", "arm", "fraction", "metric", "value", "lo", "hi"])
 
-def against(found, arm, others, level)->pd.DataFrame: # task, arm, against, fraction, metric, difference, lo, hi, tasks
+
+def against(
+    found, arm, others, level
+) -> pd.DataFrame:  # task, arm, against, fraction, metric, difference, lo, hi, tasks
     "One arm against each of the others, task by task and on the mean of those of tasks 1 to 6 that the share of the labels allows, paired by patient"
     t = differences(found, arm, [b for b in others if b != arm], level)
-    rows = [dict(task=MEAN, arm=arm, against=b, fraction=f, metric="auc", tasks=len(w), **minus(average(found, w, arm), average(found, w, b), level))
-            for f in sorted(set(t.fraction)) for b in others if b != arm and (w := six(found, f, arm, b))]
-    return pd.concat([t[t.metric.isin(HEADLINE)].assign(tasks=1), pd.DataFrame(rows, columns=[*t.columns, "tasks"])], ignore_index=True)
+    rows = [
+        dict(
+            task=MEAN,
+            arm=arm,
+            against=b,
+            fraction=f,
+            metric="auc",
+            tasks=len(w),
+            **minus(average(found, w, arm), average(found, w, b), level),
+        )
+        for f in sorted(set(t.fraction))
+        for b in others
+        if b != arm and (w := six(found, f, arm, b))
+    ]
+    return pd.concat(
+        [
+            t[t.metric.isin(HEADLINE)].assign(tasks=1),
+            pd.DataFrame(rows, columns=[*t.columns, "tasks"]),
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabrank2
-TASKS = { # the paper's 22, in its order -> the figure that each is told by
-    "classify_ct_rate": "auc", "classify_stoic": "auc", "classify_rad_chest_ct": "auc", "classify_luna16": "auc", "classify_inspect": "auc", "classify_cc_ccii": "auc",
-    "segment_luna16": "dice", "segment_msd_lung": "dice", "segment_covid_19_20": "dice", "segment_segthor": "dice", "segment_fumpe": "dice", "segment_btcv": "dice", "segment_acdc": "dice",
-    "prognosis_inspect": "auc", "prognosis_stoic": "auc", "report_ctrg": "clinical F1", "report_ct_rate": "clinical F1", "vocabulary_own": "auc", "vocabulary_ct_rate": "auc",
-    "retrieve_own": "R@10 image to report", "retrieve_ct_rate": "R@10 image to report", "vqa_radgenome": "accuracy, presence"}
+TASKS = {  # the paper's 22, in its order -> the figure that each is told by
+    "classify_ct_rate": "auc",
+    "classify_stoic": "auc",
+    "classify_rad_chest_ct": "auc",
+    "classify_luna16": "auc",
+    "classify_inspect": "auc",
+    "classify_cc_ccii": "auc",
+    "segment_luna16": "dice",
+    "segment_msd_lung": "dice",
+    "segment_covid_19_20": "dice",
+    "segment_segthor": "dice",
+    "segment_fumpe": "dice",
+    "segment_btcv": "dice",
+    "segment_acdc": "dice",
+    "prognosis_inspect": "auc",
+    "prognosis_stoic": "auc",
+    "report_ctrg": "clinical F1",
+    "report_ct_rate": "clinical F1",
+    "vocabulary_own": "auc",
+    "vocabulary_ct_rate": "auc",
+    "retrieve_own": "R@10 image to report",
+    "retrieve_ct_rate": "R@10 image to report",
+    "vqa_radgenome": "accuracy, presence",
+}
 
-def headline(found, task, arms)->tuple: # metric, share of the labels, arm -> value, (n,)
+
+def headline(found, task, arms) -> tuple:  # metric, share of the labels, arm -> value, (n,)
     "What a task is told by, at the largest share of the labels that was asked"
     metric = TASKS[task]
-    have = {(f, a): v for (t, a, f, m), v in found.items() if (t, m) == (task, metric) and a in arms and not np.isnan(v[0])}
+    have = {
+        (f, a): v
+        for (t, a, f, m), v in found.items()
+        if (t, m) == (task, metric) and a in arms and not np.isnan(v[0])
+    }
     most = max((f for f, _ in have), default=None)
     return metric, most, {a: have[most, a] for a in arms if (most, a) in have}
 
-def ranking(found, arms, level)->pd.DataFrame: # number, task, metric, fraction, arm, value, lo, hi, rank, best
+
+def ranking(
+    found, arms, level
+) -> pd.DataFrame:  # number, task, metric, fraction, arm, value, lo, hi, rank, best
     "Every arm in every task, and its place"
     rows = []
     for number, task in enumerate(TASKS, 1):
         metric, most, have = headline(found, task, arms)
         order = sorted(have, key=lambda a: -have[a][0])
         for a, v in have.items():
-            best = len(have) > 1 and all(minus(v, w, level)["lo"] > 0 for b, w in have.items() if b != a)
-            rows.append(dict(number=number, task=task, metric=metric, fraction=most, arm=a, **sure(*v, level), rank=order.index(a)+1, best=best))
-    return pd.DataFrame(rows, columns=["number", "task", "metric", "fraction", "arm", "value", "lo", "hi", "rank", "best"])
+            best = len(have) > 1 and all(
+                minus(v, w, level)["lo"] > 0 for b, w in have.items() if b != a
+            )
+            rows.append(
+                dict(
+                    number=number,
+                    task=task,
+                    metric=metric,
+                    fraction=most,
+                    arm=a,
+                    **sure(*v, level),
+                    rank=order.index(a) + 1,
+                    best=best,
+                )
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "number",
+            "task",
+            "metric",
+            "fraction",
+            "arm",
+            "value",
+            "lo",
+            "hi",
+            "rank",
+            "best",
+        ],
+    )
 
-def printed(ranks:pd.DataFrame)->pd.DataFrame: # a row a task, a column an arm
+
+def printed(ranks: pd.DataFrame) -> pd.DataFrame:  # a row a task, a column an arm
     "The ranking as a paper prints it, the best in bold"
     bold = {True: "**{}**", False: "{}"}
-    t = ranks.assign(shown=[bold[r["best"]].format(f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]") for r in ranks.to_dict("records")])
+    t = ranks.assign(
+        shown=[
+            bold[r["best"]].format(f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]")
+            for r in ranks.to_dict("records")
+        ]
+    )
     wide = t.pivot(index=["number", "task", "metric", "fraction"], columns="arm", values="shown")
     return wide[list(dict.fromkeys(ranks.arm))].reset_index().rename_axis(columns=None).fillna("")
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabshif2
-ELSEWHERE = {"external_rspect": "classify_inspect", "external_segment_rider": "segment_msd_lung", "external_segment_covid_ct_seg_lung": "segment_luna16",
-             "external_segment_covid_ct_seg_lesion": "segment_covid_19_20"} # task at another place -> where its model learnt
+ELSEWHERE = {
+    "external_rspect": "classify_inspect",
+    "external_segment_rider": "segment_msd_lung",
+    "external_segment_covid_ct_seg_lung": "segment_luna16",
+    "external_segment_covid_ct_seg_lesion": "segment_covid_19_20",
+}  # task at another place -> where its model learnt
 
-def pairs(found, *arms)->list: # (away, at home, metric, share of the labels) that all these arms have
+
+def pairs(
+    found, *arms
+) -> list:  # (away, at home, metric, share of the labels) that all these arms have
     "External validations with their tasks at home"
     out = []
     for away, home in ELSEWHERE.items():
         metric, shares = TASKS[home], {f for t, a, f, m in found if t == away and a == arms[0]}
-        if shares and all((t, a, max(shares), metric) in found for t in (away, home) for a in arms): out.append((away, home, metric, max(shares)))
+        if shares and all((t, a, max(shares), metric) in found for t in (away, home) for a in arms):
+            out.append((away, home, metric, max(shares)))
     return out
 
-def shift(found, arms, level)->pd.DataFrame: # task, at, metric, fraction, arm, inside, outside, drop, lo, hi
+
+def shift(
+    found, arms, level
+) -> pd.DataFrame:  # task, at, metric, fraction, arm, inside, outside, drop, lo, hi
     "What is lost elsewhere"
     rows = []
     for a in arms:
         for away, home, metric, f in pairs(found, a):
             i, o = found[home, a, f, metric], found[away, a, f, metric]
-            rows.append(dict(task=away, home=home, metric=metric, fraction=f, arm=a, inside=i[0], outside=o[0], **{{"difference": "drop"}.get(k, k): v for k, v in minus(i, o, level).items()}))
-    return pd.DataFrame(rows, columns=["task", "home", "metric", "fraction", "arm", "inside", "outside", "drop", "lo", "hi"])
+            rows.append(
+                dict(
+                    task=away,
+                    home=home,
+                    metric=metric,
+                    fraction=f,
+                    arm=a,
+                    inside=i[0],
+                    outside=o[0],
+                    **{{"difference": "drop"}.get(k, k): v for k, v in minus(i, o, level).items()},
+                )
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "task",
+            "home",
+            "metric",
+            "fraction",
+            "arm",
+            "inside",
+            "outside",
+            "drop",
+            "lo",
+            "hi",
+        ],
+    )
 
-def ablations(arms, chief)->list:
+
+def ablations(arms, chief) -> list:
     "Arms that are the chief without a piece, and the released code's behaviour"
     return [a for a in arms if a.startswith(f"{chief}_") or a == "released"]
 
-def ablation(found, pointed:dict, chief, arms, level)->pd.DataFrame: # what, metric, arm, value, lo, hi, chief_minus, minus_lo, minus_hi
+
+def ablation(
+    found, pointed: dict, chief, arms, level
+) -> pd.DataFrame:  # what, metric, arm, value, lo, hi, chief_minus, minus_lo, minus_hi
     "The chief and the chief without a piece: CT-RATE at each share of the labels, in words, retrieved, and pointing"
-    wanted = [(t, f, m) for t, a, f, m in found if a == chief and (t, m) in (("classify_ct_rate", "auc"), ("zero_shot_ct_rate", "auc"), ("retrieve_ct_rate", "R@10 image to report"))]
+    wanted = [
+        (t, f, m)
+        for t, a, f, m in found
+        if a == chief
+        and (t, m)
+        in (
+            ("classify_ct_rate", "auc"),
+            ("zero_shot_ct_rate", "auc"),
+            ("retrieve_ct_rate", "R@10 image to report"),
+        )
+    ]
     rows = []
     for a in [chief, *ablations(arms, chief)]:
         name = lambda end: {"difference": "chief_minus"}.get(end, f"minus_{end}")
         for t, f, m in wanted:
-            if (t, a, f, m) in found: rows.append(dict(what=f"{t}, {f:.0%} of the labels" if t.startswith("classify") else t, metric=m, arm=a, **sure(*found[t, a, f, m], level),
-                                                       **{name(k): v for k, v in minus(found[t, chief, f, m], found[t, a, f, m], level).items() if a != chief}))
+            if (t, a, f, m) in found:
+                rows.append(
+                    dict(
+                        what=f"{t}, {f:.0%} of the labels" if t.startswith("classify") else t,
+                        metric=m,
+                        arm=a,
+                        **sure(*found[t, a, f, m], level),
+                        **{
+                            name(k): v
+                            for k, v in minus(
+                                found[t, chief, f, m], found[t, a, f, m], level
+                            ).items()
+                            if a != chief
+                        },
+                    )
+                )
         if "hits" in pointed and len(h := _first(pointed["hits"]).query("arm == @a")):
             d = _first(pointed["against"]).query("arm == @chief and against == @a")
-            rows.append(dict(what="pointing game, "+h.label.iloc[0], metric="hits", arm=a, value=h.hit.iloc[0], lo=h.hit_lo.iloc[0], hi=h.hit_hi.iloc[0], **({name(k): d[k].iloc[0] for k in ("difference", "lo", "hi")} if len(d) else {})))
-    return pd.DataFrame(rows, columns=["what", "metric", "arm", "value", "lo", "hi", "chief_minus", "minus_lo", "minus_hi"])
+            rows.append(
+                dict(
+                    what="pointing game, " + h.label.iloc[0],
+                    metric="hits",
+                    arm=a,
+                    value=h.hit.iloc[0],
+                    lo=h.hit_lo.iloc[0],
+                    hi=h.hit_hi.iloc[0],
+                    **(
+                        {name(k): d[k].iloc[0] for k in ("difference", "lo", "hi")}
+                        if len(d)
+                        else {}
+                    ),
+                )
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "what",
+            "metric",
+            "arm",
+            "value",
+            "lo",
+            "hi",
+            "chief_minus",
+            "minus_lo",
+            "minus_hi",
+        ],
+    )
 
-def _first(t): return t[t.label == t.label.iloc[0]] if len(t) else t # the headline of the pointing game
+
+def _first(t):
+    return t[t.label == t.label.iloc[0]] if len(t) else t  # the headline of the pointing game
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabclai2
-def verdict(lo, hi)->str:
+def verdict(lo, hi) -> str:
     "Is a difference above zero?"
     return "borne out" if lo > 0 else "the opposite" if hi < 0 else "not decided"
 
-def _mean(found, wanted, a, b): return tuple(x-y for x, y in zip(average(found, wanted, a), average(found, wanted, b)))
 
-def _asked_of_both(found, a, b)->list: # (task, share, metric)
+def _mean(found, wanted, a, b):
+    return tuple(x - y for x, y in zip(average(found, wanted, a), average(found, wanted, b)))
+
+
+def _asked_of_both(found, a, b) -> list:  # (task, share, metric)
     "Of the 22, those that two arms have at their largest share of the labels"
     of = {t: headline(found, t, [a, b]) for t in TASKS}
     return [(t, f, m) for t, (m, f, have) in of.items() if len(have) == 2]
 
-def _few(found, a, b)->list: # (share, lead with few minus lead with all, tasks)
+
+def _few(found, a, b) -> list:  # (share, lead with few minus lead with all, tasks)
     "How much wider the lead is with few labels, on the tasks that allow so few"
     shares = sorted({f for t, _, f, _ in found if t.startswith("classify_")})
     out = []
     for f in shares[:-1]:
         few = six(found, f, a, b)
-        every = [(t, shares[-1], m) for t, _, m in few if all((t, x, shares[-1], m) in found for x in (a, b))]
-        if few and len(few) == len(every): out.append((f, tuple(x-y for x, y in zip(_mean(found, few, a, b), _mean(found, every, a, b))), len(few)))
+        every = [
+            (t, shares[-1], m)
+            for t, _, m in few
+            if all((t, x, shares[-1], m) in found for x in (a, b))
+        ]
+        if few and len(few) == len(every):
+            out.append(
+                (
+                    f,
+                    tuple(
+                        x - y for x, y in zip(_mean(found, few, a, b), _mean(found, every, a, b))
+                    ),
+                    len(few),
+                )
+            )
     return out
 
-def _lead_elsewhere(found, a, b)->tuple|None: # lead elsewhere minus lead at home, pairs
+
+def _lead_elsewhere(found, a, b) -> tuple | None:  # lead elsewhere minus lead at home, pairs
     away = pairs(found, a, b)
-    if not away: return None
-    return tuple(x-y for x, y in zip(_mean(found, [(o, f, m) for o, _, m, f in away], a, b), _mean(found, [(h, f, m) for _, h, m, f in away], a, b))), len(away)
+    if not away:
+        return None
+    return tuple(
+        x - y
+        for x, y in zip(
+            _mean(found, [(o, f, m) for o, _, m, f in away], a, b),
+            _mean(found, [(h, f, m) for _, h, m, f in away], a, b),
+        )
+    ), len(away)
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabclai3
 CLAIM = ["claim", "about", "arm", "against", "difference", "lo", "hi", "tasks", "verdict"]
 
-def claims(found, pointed:dict, chief, arms, level)->pd.DataFrame: # columns CLAIM
+
+def claims(found, pointed: dict, chief, arms, level) -> pd.DataFrame:  # columns CLAIM
     "Each claim against each arm that it is made against"
     rows, peers = [], [a for a in arms if a != chief and a not in ablations(arms, chief)]
+
     def put(claim, about, other, v, n=1):
         d = sure(*v, level)
-        rows.append(dict(claim=claim, about=about, arm=chief, against=other, difference=d["value"], lo=d["lo"], hi=d["hi"], tasks=n))
+        rows.append(
+            dict(
+                claim=claim,
+                about=about,
+                arm=chief,
+                against=other,
+                difference=d["value"],
+                lo=d["lo"],
+                hi=d["hi"],
+                tasks=n,
+            )
+        )
+
     for b in peers:
         both = _asked_of_both(found, chief, b)
-        for about, w in ((MEAN, six(found, 1., chief, b)), ("mean of tasks 7 to 13", [x for x in both if x[0].startswith("segment_")]), ("mean of all tasks that both have", both)):
-            if w: put("tasks", about, b, _mean(found, w, chief, b), len(w))
-        for f, v, n in _few(found, chief, b): put("labels", f"lead at {f:.0%} of the labels minus lead at all", b, v, n)
-        if v := _lead_elsewhere(found, chief, b): put("shift", "lead elsewhere minus lead at home", b, *v)
+        for about, w in (
+            (MEAN, six(found, 1.0, chief, b)),
+            ("mean of tasks 7 to 13", [x for x in both if x[0].startswith("segment_")]),
+            ("mean of all tasks that both have", both),
+        ):
+            if w:
+                put("tasks", about, b, _mean(found, w, chief, b), len(w))
+        for f, v, n in _few(found, chief, b):
+            put("labels", f"lead at {f:.0%} of the labels minus lead at all", b, v, n)
+        if v := _lead_elsewhere(found, chief, b):
+            put("shift", "lead elsewhere minus lead at home", b, *v)
     for b in ablations(arms, chief):
-        kind, w = "repairs" if b == "released" else "components", six(found, 1., chief, b)
-        if w: put(kind, MEAN, b, _mean(found, w, chief, b), len(w))
-        rate = [("classify_ct_rate", 1., "auc")]
-        if all(("classify_ct_rate", x, 1., "auc") in found for x in (chief, b)): put(kind, "classify_ct_rate", b, _mean(found, rate, chief, b))
-    out = pd.DataFrame(rows+_pointed(pointed, chief, arms), columns=CLAIM)
+        kind, w = "repairs" if b == "released" else "components", six(found, 1.0, chief, b)
+        if w:
+            put(kind, MEAN, b, _mean(found, w, chief, b), len(w))
+        rate = [("classify_ct_rate", 1.0, "auc")]
+        if all(("classify_ct_rate", x, 1.0, "auc") in found for x in (chief, b)):
+            put(kind, "classify_ct_rate", b, _mean(found, rate, chief, b))
+    out = pd.DataFrame(rows + _pointed(pointed, chief, arms), columns=CLAIM)
     return out.assign(verdict=[verdict(lo, hi) for lo, hi in zip(out.lo, out.hi)])
 
-def _pointed(pointed:dict, chief, arms)->list: # rows of `claims` without their verdict
+
+def _pointed(pointed: dict, chief, arms) -> list:  # rows of `claims` without their verdict
     "What the pointing game has to say"
-    if "hits" not in pointed: return []
+    if "hits" not in pointed:
+        return []
     h, a = _first(pointed["hits"]).query("arm == @chief"), _first(pointed["against"])
-    row = lambda claim, other, d, lo, hi: dict(claim=claim, about="pointing game", arm=chief, against=other, difference=d, lo=lo, hi=hi, tasks=1)
-    rows = [row("regions", name, *h[[f"above_{k}", f"above_{k}_lo", f"above_{k}_hi"]].iloc[0]) for k, name in (("atlas", "where such things lie"), ("stranger", "another patient's scan"), ("denial", "a sentence that denies it")) if len(h) and h[f"above_{k}"].notna().all()]
-    of = lambda b: "repairs" if b == "released" else "components" if b in ablations(arms, chief) else "regions"
-    return rows+[row(of(r["against"]), r["against"], r["difference"], r["lo"], r["hi"]) for r in a[a.arm == chief].to_dict("records") if r["against"] in arms]
+    row = lambda claim, other, d, lo, hi: dict(
+        claim=claim,
+        about="pointing game",
+        arm=chief,
+        against=other,
+        difference=d,
+        lo=lo,
+        hi=hi,
+        tasks=1,
+    )
+    rows = [
+        row("regions", name, *h[[f"above_{k}", f"above_{k}_lo", f"above_{k}_hi"]].iloc[0])
+        for k, name in (
+            ("atlas", "where such things lie"),
+            ("stranger", "another patient's scan"),
+            ("denial", "a sentence that denies it"),
+        )
+        if len(h) and h[f"above_{k}"].notna().all()
+    ]
+    of = lambda b: (
+        "repairs" if b == "released" else "components" if b in ablations(arms, chief) else "regions"
+    )
+    return rows + [
+        row(of(r["against"]), r["against"], r["difference"], r["lo"], r["hi"])
+        for r in a[a.arm == chief].to_dict("records")
+        if r["against"] in arms
+    ]
 
 # %% ../../nbs/8_study/80_tables.ipynb #tablabs2
-def labels(predictions, n:int, level:float)->pd.DataFrame: # task, arm, label, positives, negatives, auc, lo, hi, and what `classify.told` says
+def labels(
+    predictions, n: int, level: float
+) -> (
+    pd.DataFrame
+):  # task, arm, label, positives, negatives, auc, lo, hi, and what `classify.told` says
     "Every label of every classification task, all labels given"
     rows = []
-    for (task, arm), g in predictions[predictions.fraction == 1].groupby(["task", "arm"], sort=False):
+    for (task, arm), g in predictions[predictions.fraction == 1].groupby(
+        ["task", "arm"], sort=False
+    ):
         truth, chance, patients, names = wide(classify.by_scan(g).assign(score=lambda d: d.chance))
         w = draws(patients, n, task)
-        spans = {k: sure(v, np.broadcast_to(d, n), level) for (k, v), d in zip(per_label(truth, chance, names).items(), per_label(truth, chance, names, w).values())}
-        rows += [dict(task=task, arm=arm, **r, **{k: spans.get(r["label"], {}).get(k) for k in ("lo", "hi")}) for r in classify.told(g).to_dict("records")]
+        spans = {
+            k: sure(v, np.broadcast_to(d, n), level)
+            for (k, v), d in zip(
+                per_label(truth, chance, names).items(), per_label(truth, chance, names, w).values()
+            )
+        }
+        rows += [
+            dict(
+                task=task,
+                arm=arm,
+                **r,
+                **{k: spans.get(r["label"], {}).get(k) for k in ("lo", "hi")},
+            )
+            for r in classify.told(g).to_dict("records")
+        ]
     return pd.DataFrame(rows)
 
-def controls(leaks, n:int, level:float)->pd.DataFrame: # control, task, auc, lo, hi, lo999, hi999
-    "What a probe finds where nothing is: each task with its 99.9 % interval, and the mean over tasks"
-    found = {(t, a, f, m): v for (t, a, f, m), v in drawn(leaks, classify.figures, n).items() if m == "auc" and not np.isnan(v[0])}
-    found |= {(MEAN, c, 1., "auc"): average(found, [(t, f, m) for t, a, f, m in found if a == c and t.startswith("classify_")], c) for c in classify.CONTROLS if any(a == c for _, a, _, _ in found)}
-    return pd.DataFrame([dict(control=c, task=t, auc=v[0], **{f"{k}{end}": sure(*v, by)[k] for end, by in (("", level), ("999", 0.999)) for k in ("lo", "hi")}) for (t, c, _, _), v in found.items()])
 
-def organs(rows:dict, n:int)->pd.DataFrame: # arm -> heldout.csv
+def controls(
+    leaks, n: int, level: float
+) -> pd.DataFrame:  # control, task, auc, lo, hi, lo999, hi999
+    "What a probe finds where nothing is: each task with its 99.9 % interval, and the mean over tasks"
+    found = {
+        (t, a, f, m): v
+        for (t, a, f, m), v in drawn(leaks, classify.figures, n).items()
+        if m == "auc" and not np.isnan(v[0])
+    }
+    found |= {
+        (MEAN, c, 1.0, "auc"): average(
+            found, [(t, f, m) for t, a, f, m in found if a == c and t.startswith("classify_")], c
+        )
+        for c in classify.CONTROLS
+        if any(a == c for _, a, _, _ in found)
+    }
+    return pd.DataFrame(
+        [
+            dict(
+                control=c,
+                task=t,
+                auc=v[0],
+                **{
+                    f"{k}{end}": sure(*v, by)[k]
+                    for end, by in (("", level), ("999", 0.999))
+                    for k in ("lo", "hi")
+                },
+            )
+            for (t, c, _, _), v in found.items()
+        ]
+    )
+
+
+def organs(rows: dict, n: int) -> pd.DataFrame:  # arm -> heldout.csv
     "Mean absolute error of organ shares, against the best guess by place alone"
     names = dict(mae="all classes", mae_organs="without background")
-    return pd.DataFrame([dict(arm=a, classes=names[k], **interval(t, k, n)) for a, t in rows.items() for k in names])
+    return pd.DataFrame(
+        [dict(arm=a, classes=names[k], **interval(t, k, n)) for a, t in rows.items() for k in names]
+    )
+
 
 def cohorts(
-    statuses:list, # status.json of each of the study's cohorts
-)->pd.DataFrame: # counts alone
+    statuses: list,  # status.json of each of the study's cohorts
+) -> pd.DataFrame:  # counts alone
     "The data sets of the study, with those that are not there"
     rows = []
     for s in statuses:
-        if not s["there"]: rows.append(dict(cohort=s["cohort"], data="not in data/")); continue
-        rows.append(dict(cohort=s["cohort"], data="phantoms" if s["phantoms"] else "real", **{k: s[k] for k in ("patients", "scans", "cases", "train", "val", "test", "labels", "reports", "organ_maps", "targets", "questions", "left_out", "warnings")},
-                         same_report=s["twice"]["report"], same_voxels=s["twice"]["volume"], across_splits=s["leaks"]))
+        if not s["there"]:
+            rows.append(dict(cohort=s["cohort"], data="not in data/"))
+            continue
+        rows.append(
+            dict(
+                cohort=s["cohort"],
+                data="phantoms" if s["phantoms"] else "real",
+                **{
+                    k: s[k]
+                    for k in (
+                        "patients",
+                        "scans",
+                        "cases",
+                        "train",
+                        "val",
+                        "test",
+                        "labels",
+                        "reports",
+                        "organ_maps",
+                        "targets",
+                        "questions",
+                        "left_out",
+                        "warnings",
+                    )
+                },
+                same_report=s["twice"]["report"],
+                same_voxels=s["twice"]["volume"],
+                across_splits=s["leaks"],
+            )
+        )
     t = pd.DataFrame(rows)
     return t.astype({c: "Int64" for c in t if c not in ("cohort", "data")})
 
-def markdown(t:pd.DataFrame, digits:int=3)->str:
+
+def markdown(t: pd.DataFrame, digits: int = 3) -> str:
     "A table as Markdown"
-    return t.round(digits).to_markdown(index=False)+"\n"
+    return t.round(digits).to_markdown(index=False) + "\n"
 
-PRINTED = ("figures", "tasks", "efficiency", "shift", "ablation", "claims", "cohorts") # those that a paper would print
 
-def latex(t:pd.DataFrame, digits:int=3)->str:
+PRINTED = (
+    "figures",
+    "tasks",
+    "efficiency",
+    "shift",
+    "ablation",
+    "claims",
+    "cohorts",
+)  # those that a paper would print
+
+
+def latex(t: pd.DataFrame, digits: int = 3) -> str:
     "A table as LaTeX (booktabs)"
-    text = t.round(digits).style.hide(axis="index").format(precision=digits, escape="latex", na_rep="").format_index(escape="latex", axis=1).to_latex(hrules=True)
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text) # bold of `printed`
+    text = (
+        t.round(digits)
+        .style.hide(axis="index")
+        .format(precision=digits, escape="latex", na_rep="")
+        .format_index(escape="latex", axis=1)
+        .to_latex(hrules=True)
+    )
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)  # bold of `printed`
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabgrps2
-def groups(predictions, acquired:dict, n:int, level:float)->pd.DataFrame: # columns classify.BY_GROUP
+def groups(
+    predictions, acquired: dict, n: int, level: float
+) -> pd.DataFrame:  # columns classify.BY_GROUP
     "Every classification task by spacing, kernel and contrast, all labels given"
     full = predictions[predictions.fraction == 1]
     of = {t: acquired[asked([t])[0]] for t in dict.fromkeys(full.task)}
-    return pd.concat([classify.by_group(full[full.task == t], a, n, level) for t, a in of.items()], ignore_index=True) if of else pd.DataFrame(columns=classify.BY_GROUP)
+    return (
+        pd.concat(
+            [classify.by_group(full[full.task == t], a, n, level) for t, a in of.items()],
+            ignore_index=True,
+        )
+        if of
+        else pd.DataFrame(columns=classify.BY_GROUP)
+    )
 
-def efficiency(figures, predictions)->pd.DataFrame: # task, arm, fraction, labelled, value, lo, hi
+
+def efficiency(
+    figures, predictions
+) -> pd.DataFrame:  # task, arm, fraction, labelled, value, lo, hi
     "Macro AUC against labelled volumes"
-    labelled = predictions.groupby(["task", "fraction"]).labelled.mean().round().astype(int).reset_index()
-    return figures[figures.metric == "auc"].merge(labelled, on=["task", "fraction"]).drop(columns="metric")
+    labelled = (
+        predictions.groupby(["task", "fraction"]).labelled.mean().round().astype(int).reset_index()
+    )
+    return (
+        figures[figures.metric == "auc"]
+        .merge(labelled, on=["task", "fraction"])
+        .drop(columns="metric")
+    )
 
 # %% ../../nbs/8_study/80_tables.ipynb #21859856
 def run(
-    predictions:dict, # family -> predictions
-    leaks, # predictions of the controls
-    acquired:dict, # cohort -> how its cases were acquired
-    organ_rows:dict, # arm -> errors by case, of arms that learn organs
-    chief:str, # the arm that is held against the others
-    statuses:list, # of the cohorts
-    n:int, level:float, # bootstrap
-    out:Path,
-    pointed:dict|None=None, # hits and against of the pointing game
-    trained:list=(), # the study's arms, without other encoders
-)->dict: # name -> table
+    predictions: dict,  # family -> predictions
+    leaks,  # predictions of the controls
+    acquired: dict,  # cohort -> how its cases were acquired
+    organ_rows: dict,  # arm -> errors by case, of arms that learn organs
+    chief: str,  # the arm that is held against the others
+    statuses: list,  # of the cohorts
+    n: int,
+    level: float,  # bootstrap
+    out: Path,
+    pointed: dict | None = None,  # hits and against of the pointing game
+    trained: list = (),  # the study's arms, without other encoders
+) -> dict:  # name -> table
     "All tables, as CSV and Markdown, some as LaTeX"
-    tables, found, probes = dict(cohorts=cohorts(statuses)), judged(predictions, n), predictions["classify"]
-    arms = list(dict.fromkeys(a for _, a, _, _ in found)) # encoders, a blind one and a stranger's scan among them
+    tables, found, probes = (
+        dict(cohorts=cohorts(statuses)),
+        judged(predictions, n),
+        predictions["classify"],
+    )
+    arms = list(
+        dict.fromkeys(a for _, a, _, _ in found)
+    )  # encoders, a blind one and a stranger's scan among them
     ours = [a for a in trained or arms if a in arms]
-    if found: tables |= dict(tasks=ranking(found, [*ours, *(a for a in arms if a in OTHERS and a not in ours)], level), shift=shift(found, arms, level), claims=claims(found, pointed or {}, chief, ours, level))
-    if found and len(a := ablation(found, pointed or {}, chief, ours, level)): tables["ablation"] = a
-    if found: tables |= dict(figures=pd.concat([listed(found, level), means(found, arms, level)], ignore_index=True), against=against(found, chief, arms, level))
-    if len(probes): tables |= dict(labels=labels(probes, n, level), controls=controls(leaks, n, level), groups=groups(probes, acquired, n, level))
-    if len(probes): tables["efficiency"] = efficiency(tables["figures"], probes)
-    if organ_rows: tables["organs"] = organs(organ_rows, n)
+    if found:
+        tables |= dict(
+            tasks=ranking(
+                found, [*ours, *(a for a in arms if a in OTHERS and a not in ours)], level
+            ),
+            shift=shift(found, arms, level),
+            claims=claims(found, pointed or {}, chief, ours, level),
+        )
+    if found and len(a := ablation(found, pointed or {}, chief, ours, level)):
+        tables["ablation"] = a
+    if found:
+        tables |= dict(
+            figures=pd.concat([listed(found, level), means(found, arms, level)], ignore_index=True),
+            against=against(found, chief, arms, level),
+        )
+    if len(probes):
+        tables |= dict(
+            labels=labels(probes, n, level),
+            controls=controls(leaks, n, level),
+            groups=groups(probes, acquired, n, level),
+        )
+    if len(probes):
+        tables["efficiency"] = efficiency(tables["figures"], probes)
+    if organ_rows:
+        tables["organs"] = organs(organ_rows, n)
     for name, t in tables.items():
         shown = printed(t) if name == "tasks" else t
-        write_csv(t.round(5), Path(out)/f"{name}.csv"); write_text(markdown(shown), Path(out)/f"{name}.md")
-        if name in PRINTED: write_text(latex(shown), Path(out)/f"{name}.tex")
+        write_csv(t.round(5), Path(out) / f"{name}.csv")
+        write_text(markdown(shown), Path(out) / f"{name}.md")
+        if name in PRINTED:
+            write_text(latex(shown), Path(out) / f"{name}.tex")
     return tables

@@ -23,94 +23,177 @@ from ..text.sentences import split
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw04asked
 def asked(
-    own:list, # sentences that are true of the scan
-    study:list, # sentences put to every scan
-)->list: # dicts: text, kind (own, study, tried); each text once
+    own: list,  # sentences that are true of the scan
+    study: list,  # sentences put to every scan
+) -> list:  # dicts: text, kind (own, study, tried); each text once
     "The sentences that a person can pick"
     tried = [f"There is {n.lower()}." for n in ABNORMALITIES]
     kinds = {t: k for k, texts in (("tried", tried), ("study", study), ("own", own)) for t in texts}
-    return [dict(text=t, kind=k) for want in ("own", "study", "tried") for t, k in kinds.items() if k == want]
+    return [
+        dict(text=t, kind=k)
+        for want in ("own", "study", "tried")
+        for t, k in kinds.items()
+        if k == want
+    ]
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw07box
 def box_affine(
-    affine, # 4x4, of the standard volume
-    shape, # of the standard volume
-    size, # of the model's box
-)->np.ndarray: # 4x4, of the box
+    affine,  # 4x4, of the standard volume
+    shape,  # of the standard volume
+    size,  # of the model's box
+) -> np.ndarray:  # 4x4, of the box
     "Where the voxels of the middle of a volume lie"
     out = np.array(affine, float)
-    out[:3, 3] += out[:3, :3]@centre(shape, size)["start"]
+    out[:3, 3] += out[:3, :3] @ centre(shape, size)["start"]
     return out
 
+
 def judged(
-    o:dict, # of `look`
-    lesion, # (H,W,D) bool
-    body, # (N,) bool
+    o: dict,  # of `look`
+    lesion,  # (H,W,D) bool
+    body,  # (N,) bool
     patch,
-    about, # (S,) bool, sentences about the lesion
-)->list: # a dict a sentence: hit, chance and Dice; empty where there is no lesion to judge by
+    about,  # (S,) bool, sentences about the lesion
+) -> list:  # a dict a sentence: hit, chance and Dice; empty where there is no lesion to judge by
     "Does a sentence about a lesion find it?"
     share = cover(lesion, patch)
     right = core(share)
-    overlap, chance = dice(o["region"] > 0.5, share), float((right & body).sum()/max(body.sum(), 1))
-    one = lambda heat, d: dict(hit=bool(right[heat.argmax()]), chance=round(chance, 4), dice=round(float(d), 4))
+    overlap, chance = (
+        dice(o["region"] > 0.5, share),
+        float((right & body).sum() / max(body.sum(), 1)),
+    )
+    one = lambda heat, d: dict(
+        hit=bool(right[heat.argmax()]), chance=round(chance, 4), dice=round(float(d), 4)
+    )
     return [one(h, d) if a and lesion.any() else {} for h, d, a in zip(o["heat"], overlap, about)]
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw08finds
 def finds(
-    s:dict, # paths: image, and lesion where there is one; sentences that are true of it
-    model, text, # an arm, and its frozen encoder
-    p, # params: grounding.sentences, pretrain.visible, volumes.hu
-)->dict: # affine, size, patch, grid of the box; a dict a sentence
+    s: dict,  # paths: image, and lesion where there is one; sentences that are true of it
+    model,
+    text,  # an arm, and its frozen encoder
+    p,  # params: grounding.sentences, pretrain.visible, volumes.hu
+) -> dict:  # affine, size, patch, grid of the box; a dict a sentence
     "What a scan shows to every sentence"
-    img, vit, rows = nib.load(s["image"]), model.vit, asked(s.get("sentences", []), p.grounding.sentences)
+    img, vit, rows = (
+        nib.load(s["image"]),
+        model.vit,
+        asked(s.get("sentences", []), p.grounding.sentences),
+    )
     box = lambda v, fill: apply(np.asanyarray(v), centre(img.shape, vit.size), vit.size, fill)
     hu = box(img.dataobj, p.volumes.hu[0])
-    lesion = box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.size, bool)
-    o = look(model, torch.from_numpy(to_unit(hu, *p.volumes.hu))[None, None], text.sentences([r["text"] for r in rows]), p.pretrain.visible)
+    lesion = (
+        box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.size, bool)
+    )
+    o = look(
+        model,
+        torch.from_numpy(to_unit(hu, *p.volumes.hu))[None, None],
+        text.sentences([r["text"] for r in rows]),
+        p.pretrain.visible,
+    )
     beyond = cover(box(np.ones(img.shape, np.uint8), 0), vit.patch) == 0
-    for r, h, g, k in zip(rows, o["heat"], o["region"] > 0.5, o["k"]): r |= dict(k=int(k), point=int(h.argmax()), heat=np.round(h, 4).tolist(), region=np.flatnonzero(g).tolist(), outside=int((g & beyond).sum()))
-    for r, j in zip(rows, judged(o, lesion, body_patches(hu, vit.patch), vit.patch, [r["kind"] == "own" for r in rows])): r |= j
-    return dict(affine=box_affine(img.affine, img.shape, vit.size).tolist(), size=list(vit.size), patch=list(vit.patch), grid=list(vit.grid), sentences=rows)
+    for r, h, g, k in zip(rows, o["heat"], o["region"] > 0.5, o["k"]):
+        r |= dict(
+            k=int(k),
+            point=int(h.argmax()),
+            heat=np.round(h, 4).tolist(),
+            region=np.flatnonzero(g).tolist(),
+            outside=int((g & beyond).sum()),
+        )
+    for r, j in zip(
+        rows,
+        judged(
+            o, lesion, body_patches(hu, vit.patch), vit.patch, [r["kind"] == "own" for r in rows]
+        ),
+    ):
+        r |= j
+    return dict(
+        affine=box_affine(img.affine, img.shape, vit.size).tolist(),
+        size=list(vit.size),
+        patch=list(vit.patch),
+        grid=list(vit.grid),
+        sentences=rows,
+    )
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw12regions
 def regions(
-    scans:dict, # name -> dict for `finds`, with `what` for people
-    model, text, p,
-    arm:str, # whose model it is
-    root:Path, # paths are kept relative to it
-    path:Path, # viewer.json
+    scans: dict,  # name -> dict for `finds`, with `what` for people
+    model,
+    text,
+    p,
+    arm: str,  # whose model it is
+    root: Path,  # paths are kept relative to it
+    path: Path,  # viewer.json
 ):
     "What every sentence finds on every scan, as one file"
-    part = lambda s: {k: Path(s[k]).relative_to(root).as_posix() for k in ("image", "view", "lesion") if k in s}
-    rows = [dict(name=n, what=s["what"], files=part(s), **finds(s, model, text, p)) for n, s in scans.items()]
-    mm = nib.load(next(iter(scans.values()))["image"]).header.get_zooms() if scans else p.volumes.spacing
-    write_json(dict(arm=arm, patch_mm=" x ".join(f"{a*b:g}" for a, b in zip(model.vit.patch, mm)), scans=rows), path)
+    part = lambda s: {
+        k: Path(s[k]).relative_to(root).as_posix() for k in ("image", "view", "lesion") if k in s
+    }
+    rows = [
+        dict(name=n, what=s["what"], files=part(s), **finds(s, model, text, p))
+        for n, s in scans.items()
+    ]
+    mm = (
+        nib.load(next(iter(scans.values()))["image"]).header.get_zooms()
+        if scans
+        else p.volumes.spacing
+    )
+    write_json(
+        dict(
+            arm=arm,
+            patch_mm=" x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch, mm)),
+            scans=rows,
+        ),
+        path,
+    )
+
 
 def subjects(
-    real:Path, # build/real
-    phantom, # a row of a cohort table as a dict, or None
-)->dict: # name -> dict for `finds`
+    real: Path,  # build/real
+    phantom,  # a row of a cohort table as a dict, or None
+) -> dict:  # name -> dict for `finds`
     "The real chest CTs that there are, and a phantom"
-    out, status = {}, read_json(real/"status.json")["scans"]
+    out, status = {}, read_json(real / "status.json")["scans"]
     for name, s in real_scans(real).items():
-        told = real/name/"sentences.json"
-        out[name] = dict(s, what=f"Real: {status[name]['what']}", sentences=[r["sentence"] for r in read_json(told)] if told.exists() else [], **({"view": real/name/"view.nii.gz"} if (real/name/"view.nii.gz").exists() else {}))
-    if phantom is not None: out["phantom"] = dict(image=phantom["image"], what="A phantom, drawn by a program", sentences=split(phantom["findings"]))
+        told = real / name / "sentences.json"
+        out[name] = dict(
+            s,
+            what=f"Real: {status[name]['what']}",
+            sentences=[r["sentence"] for r in read_json(told)] if told.exists() else [],
+            **(
+                {"view": real / name / "view.nii.gz"}
+                if (real / name / "view.nii.gz").exists()
+                else {}
+            ),
+        )
+    if phantom is not None:
+        out["phantom"] = dict(
+            image=phantom["image"],
+            what="A phantom, drawn by a program",
+            sentences=split(phantom["findings"]),
+        )
     return out
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw14bundle
 NIIVUE = "0.69.0"
-SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af" # of niivue.umd.js
+SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"  # of niivue.umd.js
 HERE = Path(__file__).parent if "__file__" in globals() else Path("../../asap/study")
 
+
 def bundle(
-    path=HERE/"niivue/niivue.umd.js.gz",
-)->str: # JavaScript that defines `niivue`
+    path=HERE / "niivue/niivue.umd.js.gz",
+) -> str:  # JavaScript that defines `niivue`
     "The viewer's script; `ValueError` where it is another file"
-    try: data = gzip.decompress(Path(path).read_bytes())
-    except (OSError, EOFError) as e: raise ValueError(f"{path} is no gzip file of NiiVue {NIIVUE} ({e}); asap/study/niivue/README.md says where it comes from") from e
-    if (found := hashlib.sha256(data).hexdigest()) != SHA256: raise ValueError(f"{Path(path).name} has SHA-256 {found}, expected {SHA256}: it is not NiiVue {NIIVUE}; asap/study/niivue/README.md says where it comes from")
+    try:
+        data = gzip.decompress(Path(path).read_bytes())
+    except (OSError, EOFError) as e:
+        raise ValueError(
+            f"{path} is no gzip file of NiiVue {NIIVUE} ({e}); asap/study/niivue/README.md says where it comes from"
+        ) from e
+    if (found := hashlib.sha256(data).hexdigest()) != SHA256:
+        raise ValueError(
+            f"{Path(path).name} has SHA-256 {found}, expected {SHA256}: it is not NiiVue {NIIVUE}; asap/study/niivue/README.md says where it comes from"
+        )
     return data.decode()
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw17style
@@ -218,42 +301,64 @@ start().catch(fail);
 """
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw27write
-def _inline(path)->str: # base64 of a .nii.gz
+def _inline(path) -> str:  # base64 of a .nii.gz
     data = Path(path).read_bytes()
-    return base64.b64encode(data if str(path).endswith(".gz") else gzip.compress(data, 6, mtime=0)).decode()
+    return base64.b64encode(
+        data if str(path).endswith(".gz") else gzip.compress(data, 6, mtime=0)
+    ).decode()
 
-def _empty(size, affine)->str: # base64 of a mask of zeros
+
+def _empty(size, affine) -> str:  # base64 of a mask of zeros
     img = nib.Nifti1Image(np.zeros(size, np.uint8), np.array(affine))
     img.header.set_xyzt_units("mm")
     return base64.b64encode(gzip.compress(img.to_bytes(), 6, mtime=0)).decode()
 
-def scan(s:dict, root)->dict: # as the script takes it
+
+def scan(s: dict, root) -> dict:  # as the script takes it
     "A scan with its voxels"
-    files = {k: Path(root)/v for k, v in s["files"].items()}
+    files = {k: Path(root) / v for k, v in s["files"].items()}
     more = dict(lesion=_inline(files["lesion"])) if "lesion" in files else {}
-    return {k: v for k, v in s.items() if k != "files"} | dict(ct=_inline(files.get("view", files["image"])), empty=_empty(s["size"], s["affine"])) | more
+    return (
+        {k: v for k, v in s.items() if k != "files"}
+        | dict(ct=_inline(files.get("view", files["image"])), empty=_empty(s["size"], s["affine"]))
+        | more
+    )
+
 
 def page(
-    found:dict, # of `regions`
-    root, # what its paths are relative to
-    title:str,
-)->str: # HTML
+    found: dict,  # of `regions`
+    root,  # what its paths are relative to
+    title: str,
+) -> str:  # HTML
     "The viewer as one file"
-    told = json.dumps(dict(scans=[scan(s, root) for s in found["scans"]]), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    told = json.dumps(
+        dict(scans=[scan(s, root) for s in found["scans"]]),
+        ensure_ascii=False,
+        separators=(",", ":"),
+    ).replace("</", "<\\/")
     body = BODY
-    for k, v in dict(title=title, arm=found["arm"], patch_mm=found["patch_mm"], niivue=NIIVUE).items(): body = body.replace("{{ "+k+" }}", html.escape(v))
+    for k, v in dict(
+        title=title, arm=found["arm"], patch_mm=found["patch_mm"], niivue=NIIVUE
+    ).items():
+        body = body.replace("{{ " + k + " }}", html.escape(v))
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><title>Where a sentence looks</title><style>{STYLE}</style></head><body>'
-    return head+body+f'<script type="application/json" id="data">{told}</script><script>{bundle()}</script><script>"use strict";{LAYERS}{PICK}{START}</script></body></html>'
+    return (
+        head
+        + body
+        + f'<script type="application/json" id="data">{told}</script><script>{bundle()}</script><script>"use strict";{LAYERS}{PICK}{START}</script></body></html>'
+    )
 
 # %% ../../nbs/8_study/84_viewer.ipynb #vw28draw
 def draw(
-    path:Path, # viewer.json, of `regions`
-    root:Path,
-    title:str,
-    out:Path, # viewer.html
-)->bool: # was there anything to see?
+    path: Path,  # viewer.json, of `regions`
+    root: Path,
+    title: str,
+    out: Path,  # viewer.html
+) -> bool:  # was there anything to see?
     "Write the viewer, where the study grounded anything"
     found = read_json(path) if Path(path).exists() else dict(scans=[])
-    if not found["scans"]: Path(out).unlink(missing_ok=True); return False
+    if not found["scans"]:
+        Path(out).unlink(missing_ok=True)
+        return False
     write_text(page(found, root, title), out)
     return True

@@ -14,74 +14,134 @@ import pandas as pd
 from ..core import progress, rng, say
 from ..data.cohort import fractions, label_columns
 from ..pretrain.embed import same_cases
-from .metrics import auc, calibration, called, drawn, draws, macro_auc, mean_of, nothing, sure, threshold, wide
+from asap.tasks.metrics import (
+    auc,
+    calibration,
+    called,
+    drawn,
+    draws,
+    macro_auc,
+    mean_of,
+    nothing,
+    sure,
+    threshold,
+    wide,
+)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #8d55e8e5
-PENALTIES = [0.0001, 0.001, 0.01, 0.1, 1.] # inverse strength C, from strong to weak
+PENALTIES = [0.0001, 0.001, 0.01, 0.1, 1.0]  # inverse strength C, from strong to weak
 
-def normalise(f)->np.ndarray: # (n,C)
+
+def normalise(f) -> np.ndarray:  # (n,C)
     "Layer norm without learnt scale: each case's features to mean 0, variance 1"
     f = np.asarray(f, np.float64)
-    return (f-f.mean(1, keepdims=True))/np.sqrt(f.var(1, keepdims=True)+1e-6)
+    return (f - f.mean(1, keepdims=True)) / np.sqrt(f.var(1, keepdims=True) + 1e-6)
 
-def scaled(x, chosen)->np.ndarray: # (n,C)
+
+def scaled(x, chosen) -> np.ndarray:  # (n,C)
     "Each channel to mean 0, variance 1 over the cases that may be learnt from"
     std = x[chosen].std(0)
-    return (x-x[chosen].mean(0))/np.where(std > 1e-9, std, 1)
+    return (x - x[chosen].mean(0)) / np.where(std > 1e-9, std, 1)
+
 
 def probe(
-    x, y, # train features (n,C), labels (n,): 0, 1, of several classes 0, 1, 2, ..., or NaN
-    xv, yv, # validation, to choose the penalty
-)->tuple: # model, its C; None, None where train has one class
+    x,
+    y,  # train features (n,C), labels (n,): 0, 1, of several classes 0, 1, 2, ..., or NaN
+    xv,
+    yv,  # validation, to choose the penalty
+) -> tuple:  # model, its C; None, None where train has one class
     "Logistic regression; the penalty is the best on validation"
     from sklearn.linear_model import LogisticRegression
+
     ok, okv = ~np.isnan(y), ~np.isnan(yv)
-    if len(set(y[ok])) < 2: return None, None
+    if len(set(y[ok])) < 2:
+        return None, None
     fits = [LogisticRegression(C=c, max_iter=3000).fit(x[ok], y[ok].astype(int)) for c in PENALTIES]
-    scores = [mean_of([a for k, c in enumerate(m.classes_) if c and not np.isnan(a := auc(yv[okv] == c, m.predict_proba(xv[okv])[:, k]))]) for m in fits]
+    scores = [
+        mean_of(
+            [
+                a
+                for k, c in enumerate(m.classes_)
+                if c and not np.isnan(a := auc(yv[okv] == c, m.predict_proba(xv[okv])[:, k]))
+            ]
+        )
+        for m in fits
+    ]
     best = int(np.nanargmax(scores)) if not np.all(np.isnan(scores)) else 1
     return fits[best], PENALTIES[best]
 
-def chances(model, x, classes)->np.ndarray: # (n,classes); one half, or equal shares, where nothing could be learnt
+
+def chances(
+    model, x, classes
+) -> np.ndarray:  # (n,classes); one half, or equal shares, where nothing could be learnt
     "What a probe gives each class"
-    out = np.full((len(x), len(classes)), 1/len(classes) if model is None else 0.)
-    if model is not None: out[:, [list(classes).index(c) for c in model.classes_]] = model.predict_proba(x)
+    out = np.full((len(x), len(classes)), 1 / len(classes) if model is None else 0.0)
+    if model is not None:
+        out[:, [list(classes).index(c) for c in model.classes_]] = model.predict_proba(x)
     return out
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #709f40dd
-LABELS = {"stoic": ["COVID-19"], "inspect": ["PE"], "rspect": ["PE"]} # where a table has labels of other tasks too
-ONE_OF = ("cc_ccii",) # cohorts whose labels exclude each other
-EXTERNAL = {"rspect": "inspect"} # cohort -> the one whose probe it is asked with
+LABELS = {
+    "stoic": ["COVID-19"],
+    "inspect": ["PE"],
+    "rspect": ["PE"],
+}  # where a table has labels of other tasks too
+ONE_OF = ("cc_ccii",)  # cohorts whose labels exclude each other
+EXTERNAL = {"rspect": "inspect"}  # cohort -> the one whose probe it is asked with
 
-def asked(table, cohort:str)->list: # columns
+
+def asked(table, cohort: str) -> list:  # columns
     "Labels of the task"
     return [f"label:{n}" for n in LABELS[cohort]] if cohort in LABELS else label_columns(table)
 
-def _one_of(table, columns)->np.ndarray: # number of the class, NaN where none or several are marked
+
+def _one_of(
+    table, columns
+) -> np.ndarray:  # number of the class, NaN where none or several are marked
     y = table[columns].to_numpy(float)
     return np.where(np.nansum(y, 1) == 1, np.nan_to_num(y).argmax(1), np.nan)
 
+
 def predict(
-    f, # (n,C) features, row by row the table's cases
-    table, # cohort table
-    chosen, # bool: train cases whose labels may be used
-    cohort:str="", # says which labels are asked
-    other:tuple|None=None, # features and table of another cohort, whose test cases are asked instead
-    columns:list|None=None, # label columns, where another task than the cohort's own is asked
-)->pd.DataFrame: # test cases x labels: case, scan, patient, label, truth, chance, cut, C
+    f,  # (n,C) features, row by row the table's cases
+    table,  # cohort table
+    chosen,  # bool: train cases whose labels may be used
+    cohort: str = "",  # says which labels are asked
+    other: tuple
+    | None = None,  # features and table of another cohort, whose test cases are asked instead
+    columns: list | None = None,  # label columns, where another task than the cohort's own is asked
+) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, chance, cut, C
     "Probe every label and ask the test cases"
     x, columns, rows = normalise(f), columns or asked(table, cohort), []
     far, answers = (x, table) if other is None else (normalise(other[0]), other[1])
     val, test = table.split == "val", answers.split == "test"
     whole = scaled(np.concatenate([x, far]), np.r_[np.asarray(chosen), np.zeros(len(far), bool)])
-    x, far = whole[:len(x)], whole[len(x):][test]
+    x, far = whole[: len(x)], whole[len(x) :][test]
+
     def put(column, model, c, found, valid):
-        cut = threshold(table.loc[val, column].to_numpy(float)[(ok := table.loc[val, column].notna())], valid[ok]) if model is not None else np.nan
-        rows.append(answers.loc[test, ["case", "scan", "patient"]].assign(label=column.removeprefix("label:"), truth=answers.loc[test, column].to_numpy(float), chance=found, cut=cut, C=c))
+        cut = (
+            threshold(
+                table.loc[val, column].to_numpy(float)[(ok := table.loc[val, column].notna())],
+                valid[ok],
+            )
+            if model is not None
+            else np.nan
+        )
+        rows.append(
+            answers.loc[test, ["case", "scan", "patient"]].assign(
+                label=column.removeprefix("label:"),
+                truth=answers.loc[test, column].to_numpy(float),
+                chance=found,
+                cut=cut,
+                C=c,
+            )
+        )
+
     if cohort in ONE_OF:
         y, classes = _one_of(table, columns), range(len(columns))
         m, c = probe(x[chosen], y[chosen], x[val], y[val])
-        for k, column in enumerate(columns): put(column, m, c, chances(m, far, classes)[:, k], chances(m, x[val], classes)[:, k])
+        for k, column in enumerate(columns):
+            put(column, m, c, chances(m, far, classes)[:, k], chances(m, x[val], classes)[:, k])
         return pd.concat(rows, ignore_index=True)
     for column in columns:
         y = table[column].to_numpy(float)
@@ -92,151 +152,291 @@ def predict(
 # %% ../../nbs/7_tasks/71_classify.ipynb #f142d1b8
 RUN = ["task", "arm", "fraction", "seed"]
 
-def by_scan(predictions)->pd.DataFrame: # a row a scan and label
+
+def by_scan(predictions) -> pd.DataFrame:  # a row a scan and label
     "Mean chance over the reconstructions of a scan: the headline figure"
     keys = [*(k for k in RUN if k in predictions), "scan", "patient", "label"]
-    return predictions.groupby(keys, sort=False, as_index=False).agg(truth=("truth", "max"), chance=("chance", "mean"), cut=("cut", "first")).rename(columns=dict(scan="case"))
+    return (
+        predictions.groupby(keys, sort=False, as_index=False)
+        .agg(truth=("truth", "max"), chance=("chance", "mean"), cut=("cut", "first"))
+        .rename(columns=dict(scan="case"))
+    )
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #213a61c3
-COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "C", "task", "arm", "fraction", "seed", "labelled"]
+COLUMNS = [
+    "case",
+    "scan",
+    "patient",
+    "label",
+    "truth",
+    "chance",
+    "cut",
+    "C",
+    "task",
+    "arm",
+    "fraction",
+    "seed",
+    "labelled",
+]
 
-def aligned(arm, cohort, f, index, table)->np.ndarray: # (n,C)
+
+def aligned(arm, cohort, f, index, table) -> np.ndarray:  # (n,C)
     "Features, if they are of the table's cases row by row, and numbers"
     same_cases(index, table, arm, cohort)
-    if (bad := ~np.isfinite(f).all(1)).any(): raise ValueError(f"features of arm `{arm}` of cohort {cohort} are NaN or infinite in {bad.sum()} cases, such as {index.case[bad].iloc[0]}: rerun `dvc repro embed@{arm}`")
+    if (bad := ~np.isfinite(f).all(1)).any():
+        raise ValueError(
+            f"features of arm `{arm}` of cohort {cohort} are NaN or infinite in {bad.sum()} cases, such as {index.case[bad].iloc[0]}: rerun `dvc repro embed@{arm}`"
+        )
     return f
 
+
 def each_draw(
-    task:str, cohort:str, # for messages
-    table, embedded:dict, shares, seeds, # as of `run`
-    lacking, # bool of the labelled cases (n,) -> why nothing can be learnt from them, or ""
-): # yields features (n,C), bool of the labelled cases (n,), dict(task, arm, fraction, seed, labelled)
+    task: str,
+    cohort: str,  # for messages
+    table,
+    embedded: dict,
+    shares,
+    seeds,  # as of `run`
+    lacking,  # bool of the labelled cases (n,) -> why nothing can be learnt from them, or ""
+):  # yields features (n,C), bool of the labelled cases (n,), dict(task, arm, fraction, seed, labelled)
     "Every arm with every draw of every label fraction; a draw that teaches nothing is left out, and a line says so"
     have = {(s, d): fractions(table, [s], d)[str(s)].to_numpy() for s in shares for d in seeds}
     todo = [(a, s, d) for a in embedded for s in shares for d in (seeds if s < 1 else seeds[:1])]
     for arm, share, seed in progress(todo, label=f"probes of {task}"):
         f, chosen = aligned(arm, cohort, *embedded[arm], table), have[share, seed]
-        if not (why := lacking(chosen)): yield f, chosen, dict(task=task, arm=arm, fraction=float(share), seed=int(seed), labelled=int(chosen.sum()))
-        elif arm == next(iter(embedded)): say(f"{task}: {share:.0%} of the labels (draw {seed}) {why}, and are left out")
+        if not (why := lacking(chosen)):
+            yield (
+                f,
+                chosen,
+                dict(
+                    task=task,
+                    arm=arm,
+                    fraction=float(share),
+                    seed=int(seed),
+                    labelled=int(chosen.sum()),
+                ),
+            )
+        elif arm == next(iter(embedded)):
+            say(f"{task}: {share:.0%} of the labels (draw {seed}) {why}, and are left out")
+
 
 def run(
-    cohort:str, # name of the data set
-    table, # its cohort table
-    embedded:dict, # arm -> (features, index of cases)
-    shares, # label fractions
-    seeds, # draws of the fractions below 1
-    external:tuple|None=None, # name, table and embedded of a cohort that is asked with the probes of all labels
-    task:str="", columns:list|None=None, # where it is another than the cohort's own: its name, its label columns
-)->pd.DataFrame: # predictions of all arms, fractions and draws
+    cohort: str,  # name of the data set
+    table,  # its cohort table
+    embedded: dict,  # arm -> (features, index of cases)
+    shares,  # label fractions
+    seeds,  # draws of the fractions below 1
+    external: tuple
+    | None = None,  # name, table and embedded of a cohort that is asked with the probes of all labels
+    task: str = "",
+    columns: list
+    | None = None,  # where it is another than the cohort's own: its name, its label columns
+) -> pd.DataFrame:  # predictions of all arms, fractions and draws
     "Probe every arm with every label fraction"
     out, task, columns = [], task or f"classify_{cohort}", columns or asked(table, cohort)
-    alone = lambda chosen: "hold one class alone" if all(table.loc[chosen, c].nunique() < 2 for c in columns) else ""
+    alone = lambda chosen: (
+        "hold one class alone" if all(table.loc[chosen, c].nunique() < 2 for c in columns) else ""
+    )
     for f, chosen, how in each_draw(task, cohort, table, embedded, shares, seeds, alone):
         out.append(predict(f, table, chosen, cohort, columns=columns).assign(**how))
         if external:
             name, there, has = external
             far = aligned(how["arm"], name, *has[how["arm"]], there), there
-            out.append(predict(f, table, chosen, cohort, far, columns).assign(**how | dict(task=f"external_{name}")))
+            out.append(
+                predict(f, table, chosen, cohort, far, columns).assign(
+                    **how | dict(task=f"external_{name}")
+                )
+            )
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
-def every(tasks, tables:dict, embedded:dict, shares, seeds)->pd.DataFrame: # `tables`, `embedded`: by cohort, of those that are there
+
+def every(
+    tasks, tables: dict, embedded: dict, shares, seeds
+) -> pd.DataFrame:  # `tables`, `embedded`: by cohort, of those that are there
     "Predictions of the tasks whose cohorts are there"
-    out, far = [], {EXTERNAL[c]: c for t in tasks if t.startswith("external_") and (c := t.removeprefix("external_")) in tables}
+    out, far = (
+        [],
+        {
+            EXTERNAL[c]: c
+            for t in tasks
+            if t.startswith("external_") and (c := t.removeprefix("external_")) in tables
+        },
+    )
     for c in (t.removeprefix("classify_") for t in tasks if t.startswith("classify_")):
-        if c in tables: out.append(run(c, tables[c], embedded[c], shares, seeds, (far[c], tables[far[c]], embedded[far[c]]) if c in far else None))
+        if c in tables:
+            out.append(
+                run(
+                    c,
+                    tables[c],
+                    embedded[c],
+                    shares,
+                    seeds,
+                    (far[c], tables[far[c]], embedded[far[c]]) if c in far else None,
+                )
+            )
     return pd.concat(out, ignore_index=True) if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #b440fdf7
-def f1(truth, said, weight): # (n,L) with NaN where nobody knows, bool (n,L), (n,) or (draws,n) -> float or (draws,)
+def f1(
+    truth, said, weight
+):  # (n,L) with NaN where nobody knows, bool (n,L), (n,) or (draws,n) -> float or (draws,)
     "Macro F1 of calls, all draws at once"
     known = ~np.isnan(truth)
     t = np.where(known, truth, 0)
-    both, called = weight@(said*t), weight@(said*known)
-    return (2*both/np.maximum(called+weight@t, 1e-9)).mean(-1)
+    both, called = weight @ (said * t), weight @ (said * known)
+    return (2 * both / np.maximum(called + weight @ t, 1e-9)).mean(-1)
 
-def figures(d, n:int, seed)->dict: # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
+
+def figures(
+    d, n: int, seed
+) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     s = by_scan(d)
     truth, chance, patients, labels = wide(s.assign(score=s.chance))
     w, once = draws(patients, n, seed), np.ones(len(truth))
-    out = dict(auc=(macro_auc(truth, chance, labels), np.broadcast_to(macro_auc(truth, chance, labels, w), n)))
+    out = dict(
+        auc=(
+            macro_auc(truth, chance, labels),
+            np.broadcast_to(macro_auc(truth, chance, labels, w), n),
+        )
+    )
     cut = s.drop_duplicates("label").set_index("label").cut.loc[labels].to_numpy()
     has = ~np.isnan(cut)
-    if has.any(): out["f1"] = tuple(f1(truth[:, has], (chance >= cut)[:, has], k) for k in (once, w))
+    if has.any():
+        out["f1"] = tuple(f1(truth[:, has], (chance >= cut)[:, has], k) for k in (once, w))
     if s.task.iloc[0].removeprefix("classify_") in ONE_OF:
         right = (truth.argmax(1) == chance.argmax(1)).astype(float)
-        out["accuracy"] = right.mean(), w@right/w.sum(1)
+        out["accuracy"] = right.mean(), w @ right / w.sum(1)
     return out
 
-def told(d)->pd.DataFrame: # label, positives, negatives, auc, average_precision, f1, precision, recall, accuracy, brier, ece
+
+def told(
+    d,
+) -> pd.DataFrame:  # label, positives, negatives, auc, average_precision, f1, precision, recall, accuracy, brier, ece
     "One arm, fraction and draw, label by label, without intervals; a label of one class has its counts alone"
     from sklearn.metrics import average_precision_score
+
     rows = []
     for label, g in by_scan(d).dropna(subset="truth").groupby("label", sort=False):
-        row = dict(label=label, positives=int(g.truth.sum()), negatives=int((1-g.truth).sum()))
-        if g.truth.nunique() == 2: row |= dict(auc=auc(g.truth, g.chance), average_precision=float(average_precision_score(g.truth, g.chance)), **called(g.truth, g.chance, g.cut.iloc[0]), **calibration(g.truth, g.chance)[0])
+        row = dict(label=label, positives=int(g.truth.sum()), negatives=int((1 - g.truth).sum()))
+        if g.truth.nunique() == 2:
+            row |= dict(
+                auc=auc(g.truth, g.chance),
+                average_precision=float(average_precision_score(g.truth, g.chance)),
+                **called(g.truth, g.chance, g.cut.iloc[0]),
+                **calibration(g.truth, g.chance)[0],
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #c82f87b0
 BY_GROUP = ["task", "arm", "fraction", "group", "scans", "labels", "positives", "value", "lo", "hi"]
 
-def _cut(mm)->float: # NaN where all are alike
+
+def _cut(mm) -> float:  # NaN where all are alike
     "The spacing at or below which nearest to half of the cases lie, and above which some do"
     upto = mm.value_counts().sort_index().cumsum()
-    return float((upto[:-1]-mm.count()/2).abs().idxmin()) if len(upto) > 1 else float("nan")
+    return float((upto[:-1] - mm.count() / 2).abs().idxmin()) if len(upto) > 1 else float("nan")
+
 
 def groups(
-    acquired, # of the cohort: case, slice_mm, pixel_mm, kernel, contrast
-    tested, # case and scan of the test cases
-    least:int=10, # test scans of a kernel
-)->dict: # name -> set of test cases
+    acquired,  # of the cohort: case, slice_mm, pixel_mm, kernel, contrast
+    tested,  # case and scan of the test cases
+    least: int = 10,  # test scans of a kernel
+) -> dict:  # name -> set of test cases
     "Subgroups by slice and pixel spacing, kernel and contrast"
     lost = tested.case[~tested.case.isin(acquired.case)]
-    if len(lost): raise ValueError(f"case `{lost.iloc[0]}`, the first of {len(lost)} of {len(tested)}, is not in acquired.csv, expected every test case: is that of another cohort? Rerun `dvc repro prepare`")
+    if len(lost):
+        raise ValueError(
+            f"case `{lost.iloc[0]}`, the first of {len(lost)} of {len(tested)}, is not in acquired.csv, expected every test case: is that of another cohort? Rerun `dvc repro prepare`"
+        )
     t, out = tested.merge(acquired, on="case"), {}
     for column, what in (("slice_mm", "slices"), ("pixel_mm", "pixels")):
         cut = _cut(acquired[column])
-        out |= {f"{what} <= {cut:.3g} mm": t[column] <= cut, f"{what} > {cut:.3g} mm": t[column] > cut}
+        out |= {
+            f"{what} <= {cut:.3g} mm": t[column] <= cut,
+            f"{what} > {cut:.3g} mm": t[column] > cut,
+        }
     scans = t[t.kernel != ""].groupby("kernel").scan.nunique()
     out |= {f"kernel {k}": t.kernel == k for k in scans.index[scans >= least]}
-    out |= {"contrast": t.contrast == 1, "no contrast": t.contrast == 0, "contrast not said": t.contrast.isna()}
+    out |= {
+        "contrast": t.contrast == 1,
+        "no contrast": t.contrast == 0,
+        "contrast not said": t.contrast.isna(),
+    }
     return {name: set(t.case[m]) for name, m in out.items() if m.any() and not m.all()}
 
+
 def by_group(
-    predictions, # of one task: all its arms, fractions and draws
-    acquired, # of its cohort
-    n:int, # bootstrap draws
-    level:float=0.95,
-    least:int=10, # test scans of a kernel
-)->pd.DataFrame: # columns BY_GROUP; `positives`: over the labels that count
+    predictions,  # of one task: all its arms, fractions and draws
+    acquired,  # of its cohort
+    n: int,  # bootstrap draws
+    level: float = 0.95,
+    least: int = 10,  # test scans of a kernel
+) -> pd.DataFrame:  # columns BY_GROUP; `positives`: over the labels that count
     "Macro AUC by how the scans were made; a group in which no label has both classes is left out by name"
-    if predictions.task.nunique() > 1: raise ValueError(f"tasks {sorted(set(predictions.task))}: hand over one at a time, with its own cohort's acquired.csv")
+    if predictions.task.nunique() > 1:
+        raise ValueError(
+            f"tasks {sorted(set(predictions.task))}: hand over one at a time, with its own cohort's acquired.csv"
+        )
     rows = []
-    for name, cases in groups(acquired, predictions[["case", "scan"]].drop_duplicates(), least).items():
+    for name, cases in groups(
+        acquired, predictions[["case", "scan"]].drop_duplicates(), least
+    ).items():
         d = predictions[predictions.case.isin(cases)]
         one = by_scan(d.drop_duplicates(["case", "label"])).dropna(subset="truth")
         has = one.groupby("label").truth.agg(["nunique", "sum"])
         has = has[has["nunique"] == 2]
-        if not len(has): say(f"{d.task.iloc[0]}: `{name}` ({d.scan.nunique()} scans) has no label with both classes, and is left out"); continue
-        how = dict(group=name, scans=d.scan.nunique(), labels=len(has), positives=int(has["sum"].sum()))
-        rows += [dict(task=task, arm=arm, fraction=fraction, **how, **sure(*v, level)) for (task, arm, fraction, metric), v in drawn(d, figures, n).items() if metric == "auc"]
+        if not len(has):
+            say(
+                f"{d.task.iloc[0]}: `{name}` ({d.scan.nunique()} scans) has no label with both classes, and is left out"
+            )
+            continue
+        how = dict(
+            group=name, scans=d.scan.nunique(), labels=len(has), positives=int(has["sum"].sum())
+        )
+        rows += [
+            dict(task=task, arm=arm, fraction=fraction, **how, **sure(*v, level))
+            for (task, arm, fraction, metric), v in drawn(d, figures, n).items()
+            if metric == "auc"
+        ]
     return pd.DataFrame(rows, columns=BY_GROUP)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #1b05e881
-def shuffled(table, seed)->pd.DataFrame:
+def shuffled(table, seed) -> pd.DataFrame:
     "Labels, and times to death, dealt out anew among the patients, over all splits; a patient's cases keep one set of labels"
-    first = table.drop_duplicates("patient").set_index("patient")[[*label_columns(table), *(c for c in ("time_days", "event") if c in table)]]
-    dealt = pd.DataFrame(first.to_numpy()[rng("shuffled labels", seed).permutation(len(first))], index=first.index, columns=first.columns)
+    first = table.drop_duplicates("patient").set_index("patient")[
+        [*label_columns(table), *(c for c in ("time_days", "event") if c in table)]
+    ]
+    dealt = pd.DataFrame(
+        first.to_numpy()[rng("shuffled labels", seed).permutation(len(first))],
+        index=first.index,
+        columns=first.columns,
+    )
     return table.assign(**{c: table.patient.map(dealt[c]) for c in first})
+
 
 CONTROLS = ["labels dealt out anew", "volumes dealt out anew"]
 
-def leaks(tasks, tables:dict, embedded:dict, arm:str, seed)->pd.DataFrame: # predictions; `arm` is the control
+
+def leaks(
+    tasks, tables: dict, embedded: dict, arm: str, seed
+) -> pd.DataFrame:  # predictions; `arm` is the control
     "Both controls with all labels, on the features of one arm"
     other = {c: shuffled(t, (seed, c)) for c, t in tables.items()}
     order = {c: rng("shuffled volumes", seed, c).permutation(len(t)) for c, t in tables.items()}
     one = {c: embedded[c][arm] for c in tables}
-    found = [every(tasks, t, {c: {name: (f, embedded[c][arm][1])} for c, f in features.items()}, [1.], [0])
-             for name, t, features in zip(CONTROLS, (other, tables), ({c: f for c, (f, _) in one.items()}, {c: np.asarray(f)[order[c]] for c, (f, _) in one.items()}))]
+    found = [
+        every(
+            tasks, t, {c: {name: (f, embedded[c][arm][1])} for c, f in features.items()}, [1.0], [0]
+        )
+        for name, t, features in zip(
+            CONTROLS,
+            (other, tables),
+            (
+                {c: f for c, (f, _) in one.items()},
+                {c: np.asarray(f)[order[c]] for c, (f, _) in one.items()},
+            ),
+        )
+    ]
     return pd.concat(found, ignore_index=True)

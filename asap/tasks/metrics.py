@@ -17,197 +17,310 @@ from ..core import rng
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #b7e98b41
 def auc(
-    truth, # (n,) 0 or 1
-    score, # (n,)
-    weight=None, # (n,) how often each case is drawn, or (draws,n); once each when None
-): # float, or (draws,); NaN where one class is missing
+    truth,  # (n,) 0 or 1
+    score,  # (n,)
+    weight=None,  # (n,) how often each case is drawn, or (draws,n); once each when None
+):  # float, or (draws,); NaN where one class is missing
     "Area under the ROC curve, ties counting half"
     truth, score = np.asarray(truth).astype(bool), np.asarray(score, float)
-    if np.isnan(score).any(): raise ValueError(f"{int(np.isnan(score).sum())} of {len(score)} scores are NaN: a case without a score has no rank; look at its features")
+    if np.isnan(score).any():
+        raise ValueError(
+            f"{int(np.isnan(score).sum())} of {len(score)} scores are NaN: a case without a score has no rank; look at its features"
+        )
     w = np.ones(len(score)) if weight is None else np.asarray(weight, float)
     values, place = np.unique(score, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(len(values)))
-    pos, neg = (np.add.reduceat((w*c)[..., order], starts, -1) if len(values) else w[..., :0] for c in (truth, ~truth))
-    total = pos.sum(-1)*neg.sum(-1)
-    out = (pos*(neg.cumsum(-1)-neg/2)).sum(-1)/np.where(total > 0, total, np.nan)
+    pos, neg = (
+        np.add.reduceat((w * c)[..., order], starts, -1) if len(values) else w[..., :0]
+        for c in (truth, ~truth)
+    )
+    total = pos.sum(-1) * neg.sum(-1)
+    out = (pos * (neg.cumsum(-1) - neg / 2)).sum(-1) / np.where(total > 0, total, np.nan)
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #d6221f80
-TEXT = ("case", "scan", "patient", "label", "direction", "outline", "kind", "question", "answer", "given", "task", "arm") # columns of words
+TEXT = (
+    "case",
+    "scan",
+    "patient",
+    "label",
+    "direction",
+    "outline",
+    "kind",
+    "question",
+    "answer",
+    "given",
+    "task",
+    "arm",
+)  # columns of words
+
 
 def wide(
-    predictions:pd.DataFrame, # case, patient, label, truth, score
-)->tuple: # truth (n,L), score (n,L), patients (n,), labels
+    predictions: pd.DataFrame,  # case, patient, label, truth, score
+) -> tuple:  # truth (n,L), score (n,L), patients (n,), labels
     "One row a case, one column a label"
     labels = list(dict.fromkeys(predictions.label))
-    if (twice := predictions.duplicated(["case", "label"])).any(): raise ValueError(f"case {predictions.case[twice].iloc[0]} is there twice for one label: hand over one arm, fraction and draw at a time")
-    t, s = (predictions.pivot(index="case", columns="label", values=v)[labels] for v in ("truth", "score"))
+    if (twice := predictions.duplicated(["case", "label"])).any():
+        raise ValueError(
+            f"case {predictions.case[twice].iloc[0]} is there twice for one label: hand over one arm, fraction and draw at a time"
+        )
+    t, s = (
+        predictions.pivot(index="case", columns="label", values=v)[labels]
+        for v in ("truth", "score")
+    )
     patients = predictions.drop_duplicates("case").set_index("case").patient.loc[t.index]
     return t.to_numpy(float), s.to_numpy(float), patients.to_numpy(), labels
 
-def per_label(truth, score, labels, weight=None)->dict: # label -> AUC, those that have one
+
+def per_label(truth, score, labels, weight=None) -> dict:  # label -> AUC, those that have one
     "AUC of each label; cases without a truth are left out of that label"
     out = {}
     for k, name in enumerate(labels):
         ok = ~np.isnan(truth[:, k])
-        if len(set(truth[ok, k])) == 2: out[name] = auc(truth[ok, k], score[ok, k], None if weight is None else np.asarray(weight)[..., ok])
+        if len(set(truth[ok, k])) == 2:
+            out[name] = auc(
+                truth[ok, k], score[ok, k], None if weight is None else np.asarray(weight)[..., ok]
+            )
     return out
 
-def macro_auc(truth, score, labels, weight=None): # float, or (draws,)
+
+def macro_auc(truth, score, labels, weight=None):  # float, or (draws,)
     "Unweighted mean over the labels that have an AUC"
     return mean_of(list(per_label(truth, score, labels, weight).values()))
 
-def nothing(columns)->pd.DataFrame: # no row
+
+def nothing(columns) -> pd.DataFrame:  # no row
     "Predictions where no cohort is there"
     return pd.DataFrame({c: pd.Series(dtype=str if c in TEXT else float) for c in columns})
 
-def mean_of(values:list): # of floats or of (draws,)
+
+def mean_of(values: list):  # of floats or of (draws,)
     "Mean of those that are there; NaN where none is"
-    if not values: return float("nan")
+    if not values:
+        return float("nan")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning) # a draw in which no label has both classes
+        warnings.simplefilter("ignore", RuntimeWarning)  # a draw in which no label has both classes
         out = np.nanmean(np.stack(np.broadcast_arrays(*values)), 0)
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #a16d5620
 def threshold(
-    truth, # (n,) of validation
-    score, # (n,)
-)->float: # NaN where validation has one class
+    truth,  # (n,) of validation
+    score,  # (n,)
+) -> float:  # NaN where validation has one class
     "The score from which a case is called positive: the best F1 on validation, halfway to the next case below"
     from sklearn.metrics import precision_recall_curve
-    truth, score = np.asarray(truth, float), np.asarray(score, float)
-    if len(set(truth)) < 2: return float("nan")
-    precision, recall, cuts = precision_recall_curve(truth, score)
-    best = int(np.argmax(2*precision*recall/np.maximum(precision+recall, 1e-12))[()]) if len(cuts) else 0
-    best = min(best, len(cuts)-1)
-    return float((cuts[best]+cuts[best-1])/2) if best else float(cuts[0])
 
-def called(truth, score, cut)->dict: # f1, accuracy, precision, recall
+    truth, score = np.asarray(truth, float), np.asarray(score, float)
+    if len(set(truth)) < 2:
+        return float("nan")
+    precision, recall, cuts = precision_recall_curve(truth, score)
+    best = (
+        int(np.argmax(2 * precision * recall / np.maximum(precision + recall, 1e-12))[()])
+        if len(cuts)
+        else 0
+    )
+    best = min(best, len(cuts) - 1)
+    return float((cuts[best] + cuts[best - 1]) / 2) if best else float(cuts[0])
+
+
+def called(truth, score, cut) -> dict:  # f1, accuracy, precision, recall
     "Figures at a threshold; empty where there is none"
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-    if np.isnan(cut): return {}
+
+    if np.isnan(cut):
+        return {}
     said = np.asarray(score) >= cut
     p, r, f, _ = precision_recall_fscore_support(truth, said, average="binary", zero_division=0)
-    return dict(f1=float(f), accuracy=float(accuracy_score(truth, said)), precision=float(p), recall=float(r))
+    return dict(
+        f1=float(f),
+        accuracy=float(accuracy_score(truth, said)),
+        precision=float(p),
+        recall=float(r),
+    )
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #ba954e23
 def calibration(
-    truth, # (n,) 0 or 1
-    chance, # (n,) 0..1
-    bins:int=10,
-)->tuple: # dict(brier, ece), table: chance, share, cases
+    truth,  # (n,) 0 or 1
+    chance,  # (n,) 0..1
+    bins: int = 10,
+) -> tuple:  # dict(brier, ece), table: chance, share, cases
     "Brier score, expected calibration error, and what a reliability diagram draws"
     from sklearn.metrics import brier_score_loss
-    t = pd.DataFrame(dict(share=np.asarray(truth, float), chance=np.asarray(chance, float))).sort_values("chance", kind="stable")
-    groups = np.arange(len(t))*min(bins, len(t))//max(len(t), 1)
-    table = t.groupby(groups).agg(chance=("chance", "mean"), share=("share", "mean"), cases=("share", "size"))
-    ece = float(((table.chance-table.share).abs()*table.cases).sum()/len(t))
-    return dict(brier=float(brier_score_loss(t.share, t.chance)), ece=ece), table.reset_index(drop=True)
+
+    t = pd.DataFrame(
+        dict(share=np.asarray(truth, float), chance=np.asarray(chance, float))
+    ).sort_values("chance", kind="stable")
+    groups = np.arange(len(t)) * min(bins, len(t)) // max(len(t), 1)
+    table = t.groupby(groups).agg(
+        chance=("chance", "mean"), share=("share", "mean"), cases=("share", "size")
+    )
+    ece = float(((table.chance - table.share).abs() * table.cases).sum() / len(t))
+    return dict(brier=float(brier_score_loss(t.share, t.chance)), ece=ece), table.reset_index(
+        drop=True
+    )
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #ecd38d45
-def survival(time, event)->np.ndarray: # what scikit-survival takes
+def survival(time, event) -> np.ndarray:  # what scikit-survival takes
     "Times in days, and whether each ended in the event"
     from sksurv.util import Surv
+
     return Surv.from_arrays(np.asarray(event).astype(bool), np.asarray(time, float))
 
-def concordance(time, event, risk)->float: # NaN where no pair can be compared
+
+def concordance(time, event, risk) -> float:  # NaN where no pair can be compared
     "Harrell's index: over pairs whose earlier time is an event"
     from sksurv.metrics import concordance_index_censored
-    try: return float(concordance_index_censored(np.asarray(event).astype(bool), np.asarray(time, float), np.asarray(risk, float))[0])
-    except (ValueError, ZeroDivisionError): return float("nan") # all censored, or no comparable pair
 
-def concordance_ipcw(known, time, event, risk, tau)->float: # `known`: `survival` of train, from which the censoring is estimated
+    try:
+        return float(
+            concordance_index_censored(
+                np.asarray(event).astype(bool), np.asarray(time, float), np.asarray(risk, float)
+            )[0]
+        )
+    except (ValueError, ZeroDivisionError):
+        return float("nan")  # all censored, or no comparable pair
+
+
+def concordance_ipcw(
+    known, time, event, risk, tau
+) -> float:  # `known`: `survival` of train, from which the censoring is estimated
     "Uno's index up to day `tau`; NaN where train does not reach so far or no pair can be compared"
     from sksurv.metrics import concordance_index_ipcw
-    try: return float(concordance_index_ipcw(known, survival(time, event), np.asarray(risk, float), tau=tau)[0])
-    except (ValueError, ZeroDivisionError): return float("nan")
 
-def dynamic_auc(known, time, event, risk, day)->float:
+    try:
+        return float(
+            concordance_index_ipcw(known, survival(time, event), np.asarray(risk, float), tau=tau)[
+                0
+            ]
+        )
+    except (ValueError, ZeroDivisionError):
+        return float("nan")
+
+
+def dynamic_auc(known, time, event, risk, day) -> float:
     "AUC of death by `day` against life past it, weighted for who was lost before; NaN where it cannot be said"
     from sksurv.metrics import cumulative_dynamic_auc
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning) # nobody dies by then: NaN
-        try: return float(cumulative_dynamic_auc(known, survival(time, event), np.asarray(risk, float), [day])[0][0])
-        except ValueError: return float("nan")
+        warnings.simplefilter("ignore", RuntimeWarning)  # nobody dies by then: NaN
+        try:
+            return float(
+                cumulative_dynamic_auc(
+                    known, survival(time, event), np.asarray(risk, float), [day]
+                )[0][0]
+            )
+        except ValueError:
+            return float("nan")
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #c0d65e70
 def ranks(
-    score, # (queries,candidates)
-    right, # bool, the same: which candidates are right answers
-)->np.ndarray: # (queries,) 1 is best; NaN where a query has no right answer
+    score,  # (queries,candidates)
+    right,  # bool, the same: which candidates are right answers
+) -> np.ndarray:  # (queries,) 1 is best; NaN where a query has no right answer
     "Rank of the best right answer, ties sharing their mean rank"
     score, right = np.asarray(score, float), np.asarray(right, bool)
     best = np.where(right, score, -np.inf).max(1, keepdims=True)
     higher, level = (score > best).sum(1), ((score == best) & ~right).sum(1)
-    return np.where(right.any(1), 1+higher+level/2, np.nan)
+    return np.where(right.any(1), 1 + higher + level / 2, np.nan)
 
-def recall(rank, k:int, weight=None): # float, or (draws,)
+
+def recall(rank, k: int, weight=None):  # float, or (draws,)
     "Share of the queries whose right answer is among the first k"
     rank = np.asarray(rank, float)
     w = np.ones(len(rank)) if weight is None else np.asarray(weight, float)
-    return (w*(rank <= k)).sum(-1)/np.maximum(w.sum(-1), 1)
+    return (w * (rank <= k)).sum(-1) / np.maximum(w.sum(-1), 1)
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #3ab59a18
 def draws(
-    patients, # (n,) of each case
-    n:int, # bootstrap draws
-    seed=0, # anything `asap.core.rng` takes
-)->np.ndarray: # (n,cases) how often each case is in each draw
+    patients,  # (n,) of each case
+    n: int,  # bootstrap draws
+    seed=0,  # anything `asap.core.rng` takes
+) -> np.ndarray:  # (n,cases) how often each case is in each draw
     "Resample patients with replacement"
     names, place = np.unique(patients, return_inverse=True)
     picks = rng("bootstrap", seed).integers(len(names), size=(n, len(names)))
     counts = np.stack([np.bincount(p, minlength=len(names)) for p in picks])
     return counts[:, place]
 
-def span(values, level:float=0.95)->tuple: # lo, hi
-    "Percentile interval"
-    if np.isnan(values).all(): return float("nan"), float("nan")
-    return tuple(float(v) for v in np.nanpercentile(values, [50*(1-level), 50*(1+level)]))
 
-def sure(value, drawn, level:float=0.95)->dict: # value, lo, hi
+def span(values, level: float = 0.95) -> tuple:  # lo, hi
+    "Percentile interval"
+    if np.isnan(values).all():
+        return float("nan"), float("nan")
+    return tuple(float(v) for v in np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)]))
+
+
+def sure(value, drawn, level: float = 0.95) -> dict:  # value, lo, hi
     "A figure with its interval"
     return dict(value=float(value), **dict(zip(("lo", "hi"), span(drawn, level))))
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #e527591b
 KEYS = ["task", "arm", "fraction"]
 
+
 def drawn(
-    predictions:pd.DataFrame, # with task, arm, fraction, seed, patient
-    figures, # (rows of one arm, fraction and draw of labels, number of draws, seed) -> {metric: (value, (draws,))}
-    n:int, # bootstrap draws
-)->dict: # (task, arm, fraction, metric) -> value, (draws,)
+    predictions: pd.DataFrame,  # with task, arm, fraction, seed, patient
+    figures,  # (rows of one arm, fraction and draw of labels, number of draws, seed) -> {metric: (value, (draws,))}
+    n: int,  # bootstrap draws
+) -> dict:  # (task, arm, fraction, metric) -> value, (draws,)
     "Every figure with its draws; where the labels were drawn several times, the mean over these draws"
     out = {}
     for key, g in predictions.groupby(KEYS, sort=False):
-        each = [figures(d, n, key[0]) for _, d in g.groupby("seed")] # the task is the seed: the same patients for every arm
-        out |= {(*key, m): (mean_of([e[m][0] for e in each]), mean_of([e[m][1] for e in each])) for m in each[0] if all(m in e for e in each)}
+        each = [
+            figures(d, n, key[0]) for _, d in g.groupby("seed")
+        ]  # the task is the seed: the same patients for every arm
+        out |= {
+            (*key, m): (mean_of([e[m][0] for e in each]), mean_of([e[m][1] for e in each]))
+            for m in each[0]
+            if all(m in e for e in each)
+        }
     return out
 
-def listed(found:dict, level:float)->pd.DataFrame: # task, arm, fraction, metric, value, lo, hi
-    "All figures as a table"
-    return pd.DataFrame([dict(zip([*KEYS, "metric"], key), **sure(*v, level)) for key, v in found.items()], columns=[*KEYS, "metric", "value", "lo", "hi"])
 
-def summary(predictions, figures)->dict: # arm -> task -> share of the labels -> metric -> value
+def listed(found: dict, level: float) -> pd.DataFrame:  # task, arm, fraction, metric, value, lo, hi
+    "All figures as a table"
+    return pd.DataFrame(
+        [dict(zip([*KEYS, "metric"], key), **sure(*v, level)) for key, v in found.items()],
+        columns=[*KEYS, "metric", "value", "lo", "hi"],
+    )
+
+
+def summary(predictions, figures) -> dict:  # arm -> task -> share of the labels -> metric -> value
     "All figures without intervals, for metrics.json"
     out = {}
     for (task, arm, share, metric), (v, _) in drawn(predictions, figures, 1).items():
-        if not np.isnan(v): out.setdefault(arm, {}).setdefault(task, {}).setdefault(str(share), {})[metric] = round(v, 5)
+        if not np.isnan(v):
+            out.setdefault(arm, {}).setdefault(task, {}).setdefault(str(share), {})[metric] = round(
+                v, 5
+            )
     return out
 
-def minus(a:tuple, b:tuple, level:float)->dict: # difference, lo, hi
+
+def minus(a: tuple, b: tuple, level: float) -> dict:  # difference, lo, hi
     "One figure minus another, draw by draw"
-    d = sure(a[0]-b[0], a[1]-b[1], level)
+    d = sure(a[0] - b[0], a[1] - b[1], level)
     return dict(difference=d["value"], lo=d["lo"], hi=d["hi"])
 
-def differences(found:dict, a:str, others, level:float)->pd.DataFrame: # task, arm, against, fraction, metric, difference, lo, hi
-    "Arm a against others, on the same patients in every draw"
-    rows = [dict(task=t, arm=a, against=b, fraction=f, metric=m, **minus(v, found[t, b, f, m], level))
-            for (t, arm, f, m), v in found.items() if arm == a for b in others if (t, b, f, m) in found]
-    return pd.DataFrame(rows, columns=["task", "arm", "against", "fraction", "metric", "difference", "lo", "hi"])
 
-def average(found:dict, wanted:list, arm:str)->tuple: # value, (draws,)
+def differences(
+    found: dict, a: str, others, level: float
+) -> pd.DataFrame:  # task, arm, against, fraction, metric, difference, lo, hi
+    "Arm a against others, on the same patients in every draw"
+    rows = [
+        dict(task=t, arm=a, against=b, fraction=f, metric=m, **minus(v, found[t, b, f, m], level))
+        for (t, arm, f, m), v in found.items()
+        if arm == a
+        for b in others
+        if (t, b, f, m) in found
+    ]
+    return pd.DataFrame(
+        rows, columns=["task", "arm", "against", "fraction", "metric", "difference", "lo", "hi"]
+    )
+
+
+def average(found: dict, wanted: list, arm: str) -> tuple:  # value, (draws,)
     "Mean of an arm's figures over tasks; `wanted`: (task, fraction, metric)"
     parts = [found[t, arm, f, m] for t, f, m in wanted]
     return float(np.mean([v for v, _ in parts])), np.mean([d for _, d in parts], 0)

@@ -18,239 +18,404 @@ from .classify import PENALTIES, each_draw, normalise, scaled
 from .metrics import auc, draws, mean_of, nothing, per_label, survival, wide
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #963df591
-DAYS = {FLAGS[f"{m}_month_mortality"]: d for m, d in HORIZONS.items()} # label -> its horizon in days
+DAYS = {
+    FLAGS[f"{m}_month_mortality"]: d for m, d in HORIZONS.items()
+}  # label -> its horizon in days
 YEAR = max(DAYS.values())
 
-def _timed(table)->tuple: # days, event (n,); NaN where the table has no time
+
+def _timed(table) -> tuple:  # days, event (n,); NaN where the table has no time
     time, event = (pd.to_numeric(table[c]).to_numpy(float) for c in ("time_days", "event"))
-    odd = (np.isnan(time) != np.isnan(event)) | (time < 0) | ~(np.isnan(event) | np.isin(event, [0, 1]))
-    if odd.any(): raise ValueError(f"case {table.case[odd].iloc[0]}: time_days is {time[odd][0]}, event {event[odd][0]}; expected days from 0 with 0 or 1, or neither")
+    odd = (
+        (np.isnan(time) != np.isnan(event))
+        | (time < 0)
+        | ~(np.isnan(event) | np.isin(event, [0, 1]))
+    )
+    if odd.any():
+        raise ValueError(
+            f"case {table.case[odd].iloc[0]}: time_days is {time[odd][0]}, event {event[odd][0]}; expected days from 0 with 0 or 1, or neither"
+        )
     return time, event
 
+
 def truths(
-    table, # cohort table
-)->np.ndarray: # (n,3) 1 died by the horizon, 0 alive past it, NaN lost before
+    table,  # cohort table
+) -> np.ndarray:  # (n,3) 1 died by the horizon, 0 alive past it, NaN lost before
     "What is known at each horizon, from times, else from flags"
-    if lost := [n for n in DAYS if f"label:{n}" not in table]: raise ValueError(f"the cohort table has no column `label:{lost[0]}`: rerun `dvc repro prepare@inspect`")
+    if lost := [n for n in DAYS if f"label:{n}" not in table]:
+        raise ValueError(
+            f"the cohort table has no column `label:{lost[0]}`: rerun `dvc repro prepare@inspect`"
+        )
     said = table[[f"label:{n}" for n in DAYS]].to_numpy(float)
-    dead, alive = np.maximum.accumulate(said == 1, 1), np.maximum.accumulate((said == 0)[:, ::-1], 1)[:, ::-1]
+    dead, alive = (
+        np.maximum.accumulate(said == 1, 1),
+        np.maximum.accumulate((said == 0)[:, ::-1], 1)[:, ::-1],
+    )
     if (both := (dead & alive).any(1)).any():
-        raise ValueError(f"case {table.case[both].iloc[0]}: {', '.join(f'{n} is {v:g}' for n, v in zip(DAYS, said[both][0]))}, dead first and alive later: correct the owners' table, or leave the case out")
+        raise ValueError(
+            f"case {table.case[both].iloc[0]}: {', '.join(f'{n} is {v:g}' for n, v in zip(DAYS, said[both][0]))}, dead first and alive later: correct the owners' table, or leave the case out"
+        )
     (time, event), day = _timed(table), np.array(list(DAYS.values()))
     dead = np.where(np.isnan(time)[:, None], dead, (event[:, None] == 1) & (time[:, None] <= day))
     alive = np.where(np.isnan(time)[:, None], alive, time[:, None] > day)
     return np.where(dead, 1, np.where(alive, 0, np.nan))
 
-def periods(table)->tuple: # at risk, died: bool (n,3), of the intervals (0,30], (30,182], (182,365]
+
+def periods(
+    table,
+) -> tuple:  # at risk, died: bool (n,3), of the intervals (0,30], (30,182], (182,365]
     "Intervals that a patient is known to have entered and whose outcome is known; and those of a death"
     truth = truths(table)
     entered = _entered(truth)
     return entered & ~np.isnan(truth), entered & (truth == 1)
 
-def _entered(truth): # bool (n,3)
+
+def _entered(truth):  # bool (n,3)
     return np.c_[np.ones(len(truth), bool), truth[:, :-1] == 0]
 
-def watched(table)->np.ndarray: # (n,3) 0..1
+
+def watched(table) -> np.ndarray:  # (n,3) 0..1
     "Share of each interval that a patient is known to have come through, 1 where its outcome is known; half of it where the day of the loss is unknown"
     truth, (time, _), edges = truths(table), _timed(table), np.array([0, *DAYS.values()])
-    gone = np.logical_and.accumulate(np.isnan(truth)[:, ::-1], 1)[:, ::-1] # nothing is known from here on
-    part = np.clip((time[:, None]-edges[:-1])/np.diff(edges), 0, 1)
+    gone = np.logical_and.accumulate(np.isnan(truth)[:, ::-1], 1)[
+        :, ::-1
+    ]  # nothing is known from here on
+    part = np.clip((time[:, None] - edges[:-1]) / np.diff(edges), 0, 1)
     lost = np.where(_entered(truth) & gone, np.where(np.isnan(part), 0.5, part), 0)
     return np.where(periods(table)[0], 1, lost)
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #d88385ee
-FREE = 100. # size of the interval columns; their penalty is that of a feature divided by its square
+FREE = (
+    100.0  # size of the interval columns; their penalty is that of a feature divided by its square
+)
 
-def _rows(x, j): # features (n,C), intervals (n,) -> (n,C+3)
-    return np.c_[x, FREE*np.eye(len(DAYS))[j]]
 
-def hazards(model, x)->np.ndarray: # (n,3)
+def _rows(x, j):  # features (n,C), intervals (n,) -> (n,C+3)
+    return np.c_[x, FREE * np.eye(len(DAYS))[j]]
+
+
+def hazards(model, x) -> np.ndarray:  # (n,3)
     "Chance of dying in each interval of who enters it"
-    return np.stack([model.predict_proba(_rows(x, np.full(len(x), j)))[:, 1] for j in range(len(DAYS))], 1)
+    return np.stack(
+        [model.predict_proba(_rows(x, np.full(len(x), j)))[:, 1] for j in range(len(DAYS))], 1
+    )
 
-def cumulative(h)->np.ndarray: # (n,3)
+
+def cumulative(h) -> np.ndarray:  # (n,3)
     "Chance of having died by the end of each interval"
-    return 1-np.cumprod(1-h, 1)
+    return 1 - np.cumprod(1 - h, 1)
 
-def likelihood(h, seen, died)->float: # mean over the rows; NaN where there is none
+
+def likelihood(h, seen, died) -> float:  # mean over the rows; NaN where there is none
     "Log-likelihood of what happened in the intervals"
-    p = np.clip(np.where(died, h, 1-h), 1e-12, 1)
+    p = np.clip(np.where(died, h, 1 - h), 1e-12, 1)
     return float(np.average(np.log(p), weights=seen)) if seen.any() else float("nan")
 
+
 def head(
-    x, seen, died, # train: features (n,C), `watched` (n,3), died in the interval (n,3)
-    xv, seenv, diedv, # validation, to choose the penalty
-)->tuple: # model, its C
+    x,
+    seen,
+    died,  # train: features (n,C), `watched` (n,3), died in the interval (n,3)
+    xv,
+    seenv,
+    diedv,  # validation, to choose the penalty
+) -> tuple:  # model, its C
     "Hazards from features"
     from sklearn.linear_model import LogisticRegression
+
     i, j = np.nonzero(seen)
-    if len(set(died[i, j])) < 2: raise ValueError(f"{int(died[i, j].sum())} deaths in {len(i)} intervals of {len(x)} train cases: expected some with and some without; take a larger fraction")
-    fits = [LogisticRegression(C=c, solver="newton-cholesky", max_iter=300).fit(_rows(x[i], j), died[i, j], seen[i, j]) for c in PENALTIES]
+    if len(set(died[i, j])) < 2:
+        raise ValueError(
+            f"{int(died[i, j].sum())} deaths in {len(i)} intervals of {len(x)} train cases: expected some with and some without; take a larger fraction"
+        )
+    fits = [
+        LogisticRegression(C=c, solver="newton-cholesky", max_iter=300).fit(
+            _rows(x[i], j), died[i, j], seen[i, j]
+        )
+        for c in PENALTIES
+    ]
     scores = [likelihood(hazards(m, xv), seenv, diedv) for m in fits]
     best = int(np.argmax(scores)) if not np.isnan(scores).any() else 1
     return fits[best], PENALTIES[best]
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #9b82a4a2
 def weights(
-    table, # cohort table
-)->np.ndarray: # (n,3); NaN where nothing is known, or train is not followed so far
+    table,  # cohort table
+) -> np.ndarray:  # (n,3); NaN where nothing is known, or train is not followed so far
     "Inverse chance of not being lost, by case and horizon"
     from sksurv.nonparametric import CensoringDistributionEstimator
+
     (time, event), train, truth = _timed(table), (table.split == "train").to_numpy(), truths(table)
     out, known = np.full(truth.shape, np.nan), train & ~np.isnan(time)
-    if not known.any(): return out
+    if not known.any():
+        return out
     stay = CensoringDistributionEstimator().fit(survival(time[known], event[known]))
     for k, day in enumerate(DAYS.values()):
         ok = ~np.isnan(truth[:, k]) & ~np.isnan(time) & (np.minimum(time, day) <= time[known].max())
         g = stay.predict_proba(np.minimum(time[ok], day))
-        out[ok, k] = np.where(g > 0, 1/np.maximum(g, 1e-12), np.nan)
+        out[ok, k] = np.where(g > 0, 1 / np.maximum(g, 1e-12), np.nan)
     return out
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #e3e22910
-def within(time, event)->tuple: # days up to 365, bool (n,)
+def within(time, event) -> tuple:  # days up to 365, bool (n,)
     "Time and event as far as the year goes"
     return np.minimum(time, YEAR), (np.asarray(event) == 1) & (np.asarray(time) <= YEAR)
 
+
 def c_index(
-    time, event, risk, # (n,)
-    weight=None, # (n,) how often each case is drawn, or (draws,n); once each when None
-    death=None, # (n,) further weight of a pair by who dies first
-): # float, or (draws,); NaN where no pair can be compared
+    time,
+    event,
+    risk,  # (n,)
+    weight=None,  # (n,) how often each case is drawn, or (draws,n); once each when None
+    death=None,  # (n,) further weight of a pair by who dies first
+):  # float, or (draws,); NaN where no pair can be compared
     "Harrell's index, ties of risk counting half; Uno's with weights of deaths"
-    time, event, risk = np.asarray(time, float), np.asarray(event).astype(bool), np.asarray(risk, float)
-    w, i = np.ones(len(time)) if weight is None else np.asarray(weight, float), np.flatnonzero(event)
-    first = w[..., i]*(1 if death is None else np.asarray(death)[i])
+    time, event, risk = (
+        np.asarray(time, float),
+        np.asarray(event).astype(bool),
+        np.asarray(risk, float),
+    )
+    w, i = (
+        np.ones(len(time)) if weight is None else np.asarray(weight, float),
+        np.flatnonzero(event),
+    )
+    first = w[..., i] * (1 if death is None else np.asarray(death)[i])
     later = (time > time[i, None]) | ((time == time[i, None]) & ~event)
-    right = later*((risk < risk[i, None])+(risk == risk[i, None])/2)
-    pairs = (first@later*w).sum(-1)
-    out = (first@right*w).sum(-1)/np.where(pairs > 0, pairs, np.nan)
+    right = later * ((risk < risk[i, None]) + (risk == risk[i, None]) / 2)
+    pairs = (first @ later * w).sum(-1)
+    out = (first @ right * w).sum(-1) / np.where(pairs > 0, pairs, np.nan)
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #3f52d20d
 COLUMNS = [*classify.COLUMNS, "time", "event", "risk", "ipcw"]
 
+
 def predict(
-    f, # (n,C) features, row by row the table's cases
-    table, # cohort table
-    chosen, # bool: train cases whose labels may be used
-)->pd.DataFrame: # test cases x horizons
+    f,  # (n,C) features, row by row the table's cases
+    table,  # cohort table
+    chosen,  # bool: train cases whose labels may be used
+) -> pd.DataFrame:  # test cases x horizons
     "Fit the hazards and ask the test cases"
-    chosen, val, test = np.asarray(chosen), *((table.split == s).to_numpy() for s in ("val", "test"))
+    chosen, val, test = (
+        np.asarray(chosen),
+        *((table.split == s).to_numpy() for s in ("val", "test")),
+    )
     x, truth, w = scaled(normalise(f), chosen), truths(table), weights(table)
     seen, (_, died), (time, event) = watched(table), periods(table), _timed(table)
     model, c = head(x[chosen], seen[chosen], died[chosen], x[val], seen[val], died[val])
     chance = cumulative(hazards(model, x[test]))
-    who = table.loc[test, ["case", "scan", "patient"]].assign(time=time[test], event=event[test], risk=chance[:, -1], cut=np.nan, C=c)
-    return pd.concat([who.assign(label=n, truth=truth[test, k], chance=chance[:, k], ipcw=w[test, k]) for k, n in enumerate(DAYS)], ignore_index=True)
+    who = table.loc[test, ["case", "scan", "patient"]].assign(
+        time=time[test], event=event[test], risk=chance[:, -1], cut=np.nan, C=c
+    )
+    return pd.concat(
+        [
+            who.assign(label=n, truth=truth[test, k], chance=chance[:, k], ipcw=w[test, k])
+            for k, n in enumerate(DAYS)
+        ],
+        ignore_index=True,
+    )
 
-def mortality(table, embedded:dict, shares, seeds)->pd.DataFrame: # `embedded`: arm -> (features, index of cases)
+
+def mortality(
+    table, embedded: dict, shares, seeds
+) -> pd.DataFrame:  # `embedded`: arm -> (features, index of cases)
     "Death by each horizon, of all arms, fractions and draws"
     task, (at, died) = "prognosis_inspect", periods(table)
-    if table.time_days.isna().all(): say(f"{task}: the table has no times, so the c-index compares intervals and nothing is weighted for who was lost")
+    if table.time_days.isna().all():
+        say(
+            f"{task}: the table has no times, so the c-index compares intervals and nothing is weighted for who was lost"
+        )
+
     def lacking(chosen):
-        if not died[chosen].any(): return "hold nobody who is seen to die within the year"
+        if not died[chosen].any():
+            return "hold nobody who is seen to die within the year"
         return "" if (at & ~died)[chosen].any() else "hold nobody who lives through an interval"
-    out = [predict(f, table, chosen).assign(**how) for f, chosen, how in each_draw(task, "inspect", table, embedded, shares, seeds, lacking)]
+
+    out = [
+        predict(f, table, chosen).assign(**how)
+        for f, chosen, how in each_draw(task, "inspect", table, embedded, shares, seeds, lacking)
+    ]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
-def severity(table, embedded:dict, shares, seeds)->pd.DataFrame:
+
+def severity(table, embedded: dict, shares, seeds) -> pd.DataFrame:
     "Severe COVID-19 a month later"
-    p = classify.run("stoic", table, embedded, shares, seeds, task="prognosis_stoic", columns=["label:severe"])
-    return p.assign(**dict.fromkeys(COLUMNS[len(classify.COLUMNS):], np.nan)) if len(p) else nothing(COLUMNS)
+    p = classify.run(
+        "stoic", table, embedded, shares, seeds, task="prognosis_stoic", columns=["label:severe"]
+    )
+    return (
+        p.assign(**dict.fromkeys(COLUMNS[len(classify.COLUMNS) :], np.nan))
+        if len(p)
+        else nothing(COLUMNS)
+    )
+
 
 TASKS = {"prognosis_inspect": ("inspect", mortality), "prognosis_stoic": ("stoic", severity)}
 
-def every(tasks, tables:dict, embedded:dict, shares, seeds)->pd.DataFrame: # `tables`, `embedded`: by cohort, of those that are there
+
+def every(
+    tasks, tables: dict, embedded: dict, shares, seeds
+) -> pd.DataFrame:  # `tables`, `embedded`: by cohort, of those that are there
     "Predictions of the tasks whose cohorts are there"
-    out = [p for task, (c, run) in TASKS.items() if task in tasks and c in tables and len(p := run(tables[c], embedded[c], shares, seeds))]
+    out = [
+        p
+        for task, (c, run) in TASKS.items()
+        if task in tasks and c in tables and len(p := run(tables[c], embedded[c], shares, seeds))
+    ]
     return pd.concat(out, ignore_index=True) if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #22506014
-def _cases(d, labels): # time, event, risk (n,), ipcw (n,3), in the order of `wide`
+def _cases(d, labels):  # time, event, risk (n,), ipcw (n,3), in the order of `wide`
     one = d.drop_duplicates("case").sort_values("case")
-    return *(one[c].to_numpy(float) for c in ("time", "event", "risk")), d.pivot(index="case", columns="label", values="ipcw")[labels].to_numpy(float)
+    return *(one[c].to_numpy(float) for c in ("time", "event", "risk")), d.pivot(
+        index="case", columns="label", values="ipcw"
+    )[labels].to_numpy(float)
 
-def _weighted(truth, chance, ipcw, w)->list: # AUC of each horizon that has one, each (draws,)
+
+def _weighted(truth, chance, ipcw, w) -> list:  # AUC of each horizon that has one, each (draws,)
     out = []
     for k in range(truth.shape[1]):
         ok = ~np.isnan(truth[:, k]) & ~np.isnan(ipcw[:, k])
-        if len(set(truth[ok, k])) == 2: out.append(auc(truth[ok, k], chance[ok, k], w[..., ok]*ipcw[ok, k]))
+        if len(set(truth[ok, k])) == 2:
+            out.append(auc(truth[ok, k], chance[ok, k], w[..., ok] * ipcw[ok, k]))
     return out
 
-def intervals(truth)->tuple: # intervals survived, died in the next one (n,)
+
+def intervals(truth) -> tuple:  # intervals survived, died in the next one (n,)
     "Truths at the horizons as a coarse time and event"
     stays = (truth == 0).sum(1)
     fell = np.array([s < truth.shape[1] and y[s] == 1 for y, s in zip(truth, stays)], bool)
     return stays.astype(float), fell & ~np.isnan(truth[:, 0])
 
-def figures(d, n:int, seed)->dict: # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
+
+def figures(
+    d, n: int, seed
+) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
-    if not set(d.label) <= set(DAYS): return classify.figures(d, n, seed)
-    truth, chance, patients, labels = wide(d.assign(score=d.chance).sort_values("label", key=lambda s: s.map(DAYS), kind="stable"))
+    if not set(d.label) <= set(DAYS):
+        return classify.figures(d, n, seed)
+    truth, chance, patients, labels = wide(
+        d.assign(score=d.chance).sort_values("label", key=lambda s: s.map(DAYS), kind="stable")
+    )
     (time, event, risk, ipcw), w = _cases(d, labels), draws(patients, n, seed)
     once, each = np.ones(len(truth)), [per_label(truth, chance, labels, k) for k in (None, w)]
-    out = dict(auc=tuple(mean_of(list(e.values())) for e in each)) | {k.replace("mortality", "auc"): (v, each[1][k]) for k, v in each[0].items()}
+    out = dict(auc=tuple(mean_of(list(e.values())) for e in each)) | {
+        k.replace("mortality", "auc"): (v, each[1][k]) for k, v in each[0].items()
+    }
     pair = lambda f: tuple(f(k) for k in (once, w))
-    if not (ok := ~np.isnan(time)).any(): out["c_index intervals"] = pair(lambda k: c_index(*intervals(truth), risk, k))
+    if not (ok := ~np.isnan(time)).any():
+        out["c_index intervals"] = pair(lambda k: c_index(*intervals(truth), risk, k))
     else:
-        seen, death = (*within(time[ok], event[ok]), risk[ok]), np.nan_to_num(ipcw[ok, -1])**2
+        seen, death = (*within(time[ok], event[ok]), risk[ok]), np.nan_to_num(ipcw[ok, -1]) ** 2
         out["c_index"] = pair(lambda k: c_index(*seen, k[..., ok]))
         out["auc_ipcw"] = pair(lambda k: mean_of(_weighted(truth, chance, ipcw, k)))
         out["c_index_ipcw"] = pair(lambda k: c_index(*seen, k[..., ok], death))
     return {k: (v, np.broadcast_to(b, n)) for k, (v, b) in out.items()}
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #7b0d555c
-def calibrated(truth, chance, weight=None, bins:int=10)->dict: # brier, ece
+def calibrated(truth, chance, weight=None, bins: int = 10) -> dict:  # brier, ece
     "Brier score and expected calibration error of weighted cases"
-    d = pd.DataFrame(dict(truth=truth, chance=chance, w=1. if weight is None else weight)).sort_values("chance", kind="stable")
-    group = np.arange(len(d))*min(bins, len(d))//max(len(d), 1)
+    d = pd.DataFrame(
+        dict(truth=truth, chance=chance, w=1.0 if weight is None else weight)
+    ).sort_values("chance", kind="stable")
+    group = np.arange(len(d)) * min(bins, len(d)) // max(len(d), 1)
     part = d[["truth", "chance"]].mul(d.w, axis=0).groupby(group).sum()
-    return dict(brier=float(np.average((d.truth-d.chance)**2, weights=d.w)), ece=float((part.truth-part.chance).abs().sum()/d.w.sum()))
+    return dict(
+        brier=float(np.average((d.truth - d.chance) ** 2, weights=d.w)),
+        ece=float((part.truth - part.chance).abs().sum() / d.w.sum()),
+    )
 
-def told(d)->pd.DataFrame: # horizon, day, died, alive, censored, auc, auc_ipcw, chance, brier, ece
+
+def told(
+    d,
+) -> pd.DataFrame:  # horizon, day, died, alive, censored, auc, auc_ipcw, chance, brier, ece
     "One arm, fraction and draw, horizon by horizon, without intervals; of severity, as in classification"
-    if not set(d.label) <= set(DAYS): return classify.told(d)
+    if not set(d.label) <= set(DAYS):
+        return classify.told(d)
     rows = []
     for name, g in d.groupby("label", sort=False):
-        row = dict(horizon=name, day=DAYS[name], died=int((g.truth == 1).sum()), alive=int((g.truth == 0).sum()), censored=int(g.truth.isna().sum()), chance=g.chance.mean())
+        row = dict(
+            horizon=name,
+            day=DAYS[name],
+            died=int((g.truth == 1).sum()),
+            alive=int((g.truth == 0).sum()),
+            censored=int(g.truth.isna().sum()),
+            chance=g.chance.mean(),
+        )
         g = g.dropna(subset="truth")
         timed = g.dropna(subset="ipcw")
-        if g.truth.nunique() == 2: row |= dict(auc=auc(g.truth, g.chance))
-        if timed.truth.nunique() == 2: row |= dict(auc_ipcw=auc(timed.truth, timed.chance, timed.ipcw))
-        if len(g): row |= calibrated(timed.truth, timed.chance, timed.ipcw) if len(timed) else calibrated(g.truth, g.chance)
+        if g.truth.nunique() == 2:
+            row |= dict(auc=auc(g.truth, g.chance))
+        if timed.truth.nunique() == 2:
+            row |= dict(auc_ipcw=auc(timed.truth, timed.chance, timed.ipcw))
+        if len(g):
+            row |= (
+                calibrated(timed.truth, timed.chance, timed.ipcw)
+                if len(timed)
+                else calibrated(g.truth, g.chance)
+            )
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #8465bd85
 THIRDS = ["low", "middle", "high"]
 
-def _grouped(d): # one case a patient, with days and event within the year, and its third
-    if not set(d.label) <= set(DAYS): raise ValueError(f"there are no times in task {d.task.iloc[0]}: hand over prognosis_inspect")
+
+def _grouped(d):  # one case a patient, with days and event within the year, and its third
+    if not set(d.label) <= set(DAYS):
+        raise ValueError(
+            f"there are no times in task {d.task.iloc[0]}: hand over prognosis_inspect"
+        )
     g = d.drop_duplicates("patient").dropna(subset="time")
     time, event = within(g.time.to_numpy(float), g.event.to_numpy(float))
-    rank = g.risk.rank(method="first").to_numpy()-1
-    return g.assign(time=time, event=event, third=(rank*3//max(len(g), 1)).astype(int))
+    rank = g.risk.rank(method="first").to_numpy() - 1
+    return g.assign(time=time, event=event, third=(rank * 3 // max(len(g), 1)).astype(int))
 
-def thirds(d)->pd.DataFrame: # third, day, survival, at_risk, events; no row where the table has no times
+
+def thirds(
+    d,
+) -> pd.DataFrame:  # third, day, survival, at_risk, events; no row where the table has no times
     "Kaplan-Meier curves of thirds of predicted risk; of one arm, fraction and draw"
     from sksurv.nonparametric import kaplan_meier_estimator
+
     out = []
     for k, g in _grouped(d).groupby("third"):
         day, alive = kaplan_meier_estimator(g.event.to_numpy(bool), g.time.to_numpy())
-        count = [dict(third=THIRDS[k], day=a, survival=s, at_risk=int((g.time >= a).sum()), events=int(((g.time == a) & g.event).sum())) for a, s in zip(day, alive)]
-        if day[0] > 0: out.append(dict(third=THIRDS[k], day=0., survival=1., at_risk=len(g), events=0))
+        count = [
+            dict(
+                third=THIRDS[k],
+                day=a,
+                survival=s,
+                at_risk=int((g.time >= a).sum()),
+                events=int(((g.time == a) & g.event).sum()),
+            )
+            for a, s in zip(day, alive)
+        ]
+        if day[0] > 0:
+            out.append(dict(third=THIRDS[k], day=0.0, survival=1.0, at_risk=len(g), events=0))
         out += count
     return pd.DataFrame(out, columns=["third", "day", "survival", "at_risk", "events"])
 
-def log_rank(d)->float: # p; NaN where it cannot be said
+
+def log_rank(d) -> float:  # p; NaN where it cannot be said
     "Do the thirds live equally long?"
     from sksurv.compare import compare_survival
+
     g = _grouped(d)
-    if g.third.nunique() < 2 or not g.event.any(): return float("nan")
+    if g.third.nunique() < 2 or not g.event.any():
+        return float("nan")
     return float(compare_survival(survival(g.time, g.event), g.third.to_numpy())[1])
 
-def curves(d, ax): # `d`: predictions of one arm, fraction and draw
+
+def curves(d, ax):  # `d`: predictions of one arm, fraction and draw
     "Draw the thirds' curves"
-    for name, g in thirds(d).groupby("third", sort=False): ax.step(g.day, g.survival, where="post", label=f"{name} risk")
-    ax.set(xlabel="day", ylabel="share alive", xlim=(0, YEAR), ylim=(0, 1.02), title=f"log-rank p = {log_rank(d):.1g}")
+    for name, g in thirds(d).groupby("third", sort=False):
+        ax.step(g.day, g.survival, where="post", label=f"{name} risk")
+    ax.set(
+        xlabel="day",
+        ylabel="share alive",
+        xlim=(0, YEAR),
+        ylim=(0, 1.02),
+        title=f"log-rank p = {log_rank(d):.1g}",
+    )
     ax.legend()

@@ -29,121 +29,228 @@ from .vocabulary import Rows
 from ..train import device, few_threads, fit
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00007
-SUMMARIES = 3 # class token, mean, largest
+SUMMARIES = 3  # class token, mean, largest
+
 
 def seen(
-    tokens, # (n,1+N,C) before the last norm, memory-mapped or not
-    grid, # patches along H, W, D
-    pool, # patches that are averaged, along each
-    batch:int=64, # scans at a time
-)->np.ndarray: # (n,3+M,C) float32
+    tokens,  # (n,1+N,C) before the last norm, memory-mapped or not
+    grid,  # patches along H, W, D
+    pool,  # patches that are averaged, along each
+    batch: int = 64,  # scans at a time
+) -> np.ndarray:  # (n,3+M,C) float32
     "What a decoder sees of each scan"
     (h, w, d), (a, b, c) = grid, pool
-    if tokens.shape[1] != 1+h*w*d: raise ValueError(f"tokens are {tokens.shape[1]-1} patches a scan, expected {h*w*d}, a grid of {h}x{w}x{d}: rerun `dvc repro embed`")
-    if h % a or w % b or d % c: raise ValueError(f"report.pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take divisors")
+    if tokens.shape[1] != 1 + h * w * d:
+        raise ValueError(
+            f"tokens are {tokens.shape[1] - 1} patches a scan, expected {h * w * d}, a grid of {h}x{w}x{d}: rerun `dvc repro embed`"
+        )
+    if h % a or w % b or d % c:
+        raise ValueError(
+            f"report.pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take divisors"
+        )
     out = []
     for i in range(0, len(tokens), batch):
-        x = torch.from_numpy(np.asarray(tokens[i:i+batch], np.float32))
-        x = F.layer_norm(x, x.shape[-1:]).numpy() # without learnt scale, each token by itself
-        near = x[:, 1:].reshape(len(x), h//a, a, w//b, b, d//c, c, -1).mean((2, 4, 6)).reshape(len(x), -1, x.shape[-1])
-        out.append(np.concatenate([x[:, :1], x[:, 1:].mean(1, keepdims=True), x[:, 1:].max(1, keepdims=True), near], 1))
+        x = torch.from_numpy(np.asarray(tokens[i : i + batch], np.float32))
+        x = F.layer_norm(x, x.shape[-1:]).numpy()  # without learnt scale, each token by itself
+        near = (
+            x[:, 1:]
+            .reshape(len(x), h // a, a, w // b, b, d // c, c, -1)
+            .mean((2, 4, 6))
+            .reshape(len(x), -1, x.shape[-1])
+        )
+        out.append(
+            np.concatenate(
+                [x[:, :1], x[:, 1:].mean(1, keepdims=True), x[:, 1:].max(1, keepdims=True), near], 1
+            )
+        )
     return np.concatenate(out)
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00010
-def ordered(sentences:list)->list: # the same sentences
+def ordered(sentences: list) -> list:  # the same sentences
     "Present abnormalities first, in the labels' order; then the rest by alphabet"
     found = [labeller.labels(s) for s in sentences]
     place = lambda d: next((i for i, n in enumerate(ABNORMALITIES) if d.get(n)), len(ABNORMALITIES))
-    return [s for _, s in sorted(zip(map(place, found), sentences), key=lambda k: (k[0], k[1] if k[0] == len(ABNORMALITIES) else ""))]
+    return [
+        s
+        for _, s in sorted(
+            zip(map(place, found), sentences),
+            key=lambda k: (k[0], k[1] if k[0] == len(ABNORMALITIES) else ""),
+        )
+    ]
+
 
 def targets(
-    texts, # findings
+    texts,  # findings
     tokenizer,
-    most:int, # word pieces, with both ends
-    order:bool,
-    task:str="report", # for the lines that are said
-)->list: # of lists of ids
+    most: int,  # word pieces, with both ends
+    order: bool,
+    task: str = "report",  # for the lines that are said
+) -> list:  # of lists of ids
     "What the decoder learns to write"
     out, short, odd = [], 0, 0
     for text in texts:
         ids, whole = [tokenizer.cls_token_id], ordered(split(text)) if order else split(text)
         for words in tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []:
-            if len(ids)+len(words)+1 > most: short += 1; break
+            if len(ids) + len(words) + 1 > most:
+                short += 1
+                break
             ids += words
-        out.append([*ids, tokenizer.sep_token_id]); odd += ids.count(tokenizer.unk_token_id)
-    if short: say(f"{task}: {short} of {len(out)} train reports are longer than {most} word pieces: their last sentences are not learnt (report.max_length); references stay whole")
-    if odd: say(f"{task}: {odd} pieces of the train reports are unknown to the tokenizer and are learnt as such")
+        out.append([*ids, tokenizer.sep_token_id])
+        odd += ids.count(tokenizer.unk_token_id)
+    if short:
+        say(
+            f"{task}: {short} of {len(out)} train reports are longer than {most} word pieces: their last sentences are not learnt (report.max_length); references stay whole"
+        )
+    if odd:
+        say(
+            f"{task}: {odd} pieces of the train reports are unknown to the tokenizer and are learnt as such"
+        )
     return out
 
-def usable(table, task:str)->pd.Series: # bool
+
+def usable(table, task: str) -> pd.Series:  # bool
     "Which cases have findings; the others are named"
     has = table.findings.map(lambda t: bool(scores.words(clean(t))))
-    if len(lost := table.case[~has]): say(f"{task}: {len(lost)} of {len(table)} cases have no findings and are left out: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}")
+    if len(lost := table.case[~has]):
+        say(
+            f"{task}: {len(lost)} of {len(table)} cases have no findings and are left out: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}"
+        )
     return has
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00013
-def tidy(text:str)->str: # as a person would write it
+def tidy(text: str) -> str:  # as a person would write it
     "Points and hyphens closed up, sentences begun with a capital"
     text = re.sub(r"\s+([.,;:!?%)\]])", r"\1", re.sub(r"([(\[])\s+", r"\1", text.strip()))
     text = re.sub(r"(?<=\w)\s*([-/])\s*(?=\w)", r"\1", re.sub(r"(?<=\d)([.,]) (?=\d)", r"\1", text))
-    return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1]+m[2].upper(), text)
+    return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00016
 class Writer(torch.nn.Module):
     "Frozen tokens in, a report out"
-    def __init__(self, config:dict): # rows and channels that are seen, vocab, ends: [CLS] [SEP] [PAD], dim, depth, heads, dropout, max_length, blind, prompts
+
+    def __init__(
+        self, config: dict
+    ):  # rows and channels that are seen, vocab, ends: [CLS] [SEP] [PAD], dim, depth, heads, dropout, max_length, blind, prompts
         from transformers import BertConfig, BertLMHeadModel
+
         super().__init__()
         c, (first, last, pad_id) = config, config["ends"]
-        self.config, self.blind, self.prompts, dim, labels = config, c["blind"], c["prompts"], c["dim"], len(ABNORMALITIES)
-        self.register_buffer("mean", torch.zeros(c["rows"], c["channels"])); self.register_buffer("std", torch.ones(c["rows"], c["channels"])); self.register_buffer("cut", torch.tensor(0.5))
-        self.nothing = torch.nn.Parameter(torch.zeros(c["rows"], c["channels"])) if self.blind else None
-        self.look, self.place, self.drop = torch.nn.Linear(c["channels"], dim), torch.nn.Parameter(0.02*torch.randn(c["rows"], dim)), torch.nn.Dropout(c["dropout"])
+        self.config, self.blind, self.prompts, dim, labels = (
+            config,
+            c["blind"],
+            c["prompts"],
+            c["dim"],
+            len(ABNORMALITIES),
+        )
+        self.register_buffer("mean", torch.zeros(c["rows"], c["channels"]))
+        self.register_buffer("std", torch.ones(c["rows"], c["channels"]))
+        self.register_buffer("cut", torch.tensor(0.5))
+        self.nothing = (
+            torch.nn.Parameter(torch.zeros(c["rows"], c["channels"])) if self.blind else None
+        )
+        self.look, self.place, self.drop = (
+            torch.nn.Linear(c["channels"], dim),
+            torch.nn.Parameter(0.02 * torch.randn(c["rows"], dim)),
+            torch.nn.Dropout(c["dropout"]),
+        )
         self.norm = torch.nn.LayerNorm(dim)
-        if self.prompts: self.label, self.prompt = torch.nn.Linear(2*dim, labels), torch.nn.Parameter(torch.randn(labels, dim))
-        self.words = BertLMHeadModel(BertConfig(vocab_size=c["vocab"], hidden_size=dim, num_hidden_layers=c["depth"], num_attention_heads=c["heads"], intermediate_size=4*dim, max_position_embeddings=c["max_length"],
-            hidden_dropout_prob=0., attention_probs_dropout_prob=0., is_decoder=True, add_cross_attention=True, initializer_range=dim**-0.5, bos_token_id=first, eos_token_id=last, pad_token_id=pad_id, attn_implementation="eager"))
+        if self.prompts:
+            self.label, self.prompt = (
+                torch.nn.Linear(2 * dim, labels),
+                torch.nn.Parameter(torch.randn(labels, dim)),
+            )
+        self.words = BertLMHeadModel(
+            BertConfig(
+                vocab_size=c["vocab"],
+                hidden_size=dim,
+                num_hidden_layers=c["depth"],
+                num_attention_heads=c["heads"],
+                intermediate_size=4 * dim,
+                max_position_embeddings=c["max_length"],
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                is_decoder=True,
+                add_cross_attention=True,
+                initializer_range=dim**-0.5,
+                bos_token_id=first,
+                eos_token_id=last,
+                pad_token_id=pad_id,
+                attn_implementation="eager",
+            )
+        )
 
-    def see(self, x)->tuple: # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
-        x = self.nothing.expand(len(x), -1, -1) if self.blind else (x-self.mean)/self.std
-        v = self.norm(self.look(self.drop(x))+self.place)
+    def see(self, x) -> tuple:  # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
+        x = self.nothing.expand(len(x), -1, -1) if self.blind else (x - self.mean) / self.std
+        v = self.norm(self.look(self.drop(x)) + self.place)
         return v, self.label(torch.cat([v.mean(1), v.amax(1)], 1)) if self.prompts else None
 
-    def told(self, v, is_there)->dict: # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim), and which of them may be attended to
-        if not self.prompts: return dict(encoder_hidden_states=v)
-        may = torch.cat([is_there.long(), torch.ones(v.shape[:2], dtype=torch.long, device=v.device)], 1)
-        return dict(encoder_hidden_states=torch.cat([self.prompt.expand(len(v), -1, -1).to(v.dtype), v], 1), encoder_attention_mask=may)
+    def told(
+        self, v, is_there
+    ) -> dict:  # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim), and which of them may be attended to
+        if not self.prompts:
+            return dict(encoder_hidden_states=v)
+        may = torch.cat(
+            [is_there.long(), torch.ones(v.shape[:2], dtype=torch.long, device=v.device)], 1
+        )
+        return dict(
+            encoder_hidden_states=torch.cat([self.prompt.expand(len(v), -1, -1).to(v.dtype), v], 1),
+            encoder_attention_mask=may,
+        )
 
-    def forward(self, x, ids, is_there)->tuple: # (B,M,C), (B,L), (B,18) -> cross-entropy of words, of labels
+    def forward(
+        self, x, ids, is_there
+    ) -> tuple:  # (B,M,C), (B,L), (B,18) -> cross-entropy of words, of labels
         v, logit = self.see(x)
-        out = self.words(input_ids=ids[:, :-1], attention_mask=(ids[:, :-1] != self.config["ends"][2]).long(), **self.told(v, is_there), use_cache=False).logits
-        words = F.cross_entropy(out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=self.config["ends"][2])
-        return words, F.binary_cross_entropy_with_logits(logit.float(), is_there.float()) if self.prompts else words.new_zeros(())
+        out = self.words(
+            input_ids=ids[:, :-1],
+            attention_mask=(ids[:, :-1] != self.config["ends"][2]).long(),
+            **self.told(v, is_there),
+            use_cache=False,
+        ).logits
+        words = F.cross_entropy(
+            out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=self.config["ends"][2]
+        )
+        return words, F.binary_cross_entropy_with_logits(
+            logit.float(), is_there.float()
+        ) if self.prompts else words.new_zeros(())
 
     @torch.no_grad()
-    def chances(self, x)->torch.Tensor: # (B,M,C) -> (B,18)
+    def chances(self, x) -> torch.Tensor:  # (B,M,C) -> (B,18)
         return torch.sigmoid(self.see(x)[1].double())
 
     @torch.no_grad()
-    def write(self, x, beams:int, ngram:int)->torch.Tensor: # (B,M,C) -> ids
+    def write(self, x, beams: int, ngram: int) -> torch.Tensor:  # (B,M,C) -> ids
         from transformers import DynamicCache, EncoderDecoderCache
+
         v, logit = self.see(x)
-        told = self.told(v, torch.sigmoid(logit.double()) >= self.cut.double() if self.prompts else None)
+        told = self.told(
+            v, torch.sigmoid(logit.double()) >= self.cut.double() if self.prompts else None
+        )
         start = torch.full((len(x), 1), self.config["ends"][0], device=x.device)
-        return self.words.generate(input_ids=start, **told, num_beams=beams, do_sample=False, max_length=self.config["max_length"], no_repeat_ngram_size=ngram,
-                                   early_stopping=True, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        return self.words.generate(
+            input_ids=start,
+            **told,
+            num_beams=beams,
+            do_sample=False,
+            max_length=self.config["max_length"],
+            no_repeat_ngram_size=ngram,
+            early_stopping=True,
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        )
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00018
-def _there(texts)->np.ndarray: # (n,18) bool
+def _there(texts) -> np.ndarray:  # (n,18) bool
     return labeller.table(list(texts)).to_numpy(bool, copy=True)
 
-def _threshold(chance, there)->float: # (n,18) each
+
+def _threshold(chance, there) -> float:  # (n,18) each
     "The one cut with the best micro F1"
     at = np.linspace(0.05, 0.95, 37)
-    f1 = [2*(there & (chance >= c)).sum()/max(there.sum()+(chance >= c).sum(), 1) for c in at]
+    f1 = [2 * (there & (chance >= c)).sum() / max(there.sum() + (chance >= c).sum(), 1) for c in at]
     return float(at[int(np.argmax(f1))])
 
-def fetch(folder)->Writer: # in eval mode
+
+def fetch(folder) -> Writer:  # in eval mode
     "The decoder of a checkpoint folder"
     model = Writer(checkpoint.described(folder, again := "rerun `dvc repro report`"))
     model.load_state_dict(checkpoint.tensors(folder, again))
@@ -151,169 +258,376 @@ def fetch(folder)->Writer: # in eval mode
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00019
 def learn(
-    x, # (n,M,C) of `seen`
-    texts, # n findings
-    split_, # (n,) train, val, test
+    x,  # (n,M,C) of `seen`
+    texts,  # n findings
+    split_,  # (n,) train, val, test
     tokenizer,
-    p, # params `report`
-    blind:bool,
-    seed:int,
-    folder=None, # for resume
-    fp:dict|None=None,
-    task:str="report",
-)->Writer: # in eval mode
+    p,  # params `report`
+    blind: bool,
+    seed: int,
+    folder=None,  # for resume
+    fp: dict | None = None,
+    task: str = "report",
+) -> Writer:  # in eval mode
     "Train on train, choose on validation"
     train, val = (np.flatnonzero(np.asarray(split_) == s) for s in ("train", "val"))
-    if not len(train): raise ValueError(f"{task}: no train case has findings: there is nothing to learn from")
+    if not len(train):
+        raise ValueError(f"{task}: no train case has findings: there is nothing to learn from")
     texts = np.asarray(texts, object)
-    ids, there, x = dict(zip((rows := [*train, *val]), targets(texts[rows], tokenizer, p.max_length, p.order, task))), torch.from_numpy(_there(texts)), torch.as_tensor(x)
+    ids, there, x = (
+        dict(
+            zip(
+                (rows := [*train, *val]),
+                targets(texts[rows], tokenizer, p.max_length, p.order, task),
+            )
+        ),
+        torch.from_numpy(_there(texts)),
+        torch.as_tensor(x),
+    )
     torch.manual_seed(seed)
-    model = Writer(dict(rows=x.shape[1], channels=x.shape[2], vocab=len(tokenizer), ends=[tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id], dim=p.dim, depth=p.depth, heads=p.heads,
-                        dropout=p.dropout, max_length=p.max_length, blind=blind, prompts=p.prompts))
-    model.mean.copy_(x[train].mean(0)); model.std.copy_(x[train].std(0, correction=0).clamp(min=1e-3))
-    batch = lambda k: (x[k], torch.as_tensor(pad([ids[j] for j in k], tokenizer.pad_token_id)), there[k])
+    model = Writer(
+        dict(
+            rows=x.shape[1],
+            channels=x.shape[2],
+            vocab=len(tokenizer),
+            ends=[tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id],
+            dim=p.dim,
+            depth=p.depth,
+            heads=p.heads,
+            dropout=p.dropout,
+            max_length=p.max_length,
+            blind=blind,
+            prompts=p.prompts,
+        )
+    )
+    model.mean.copy_(x[train].mean(0))
+    model.std.copy_(x[train].std(0, correction=0).clamp(min=1e-3))
+    batch = lambda k: (
+        x[k],
+        torch.as_tensor(pad([ids[j] for j in k], tokenizer.pad_token_id)),
+        there[k],
+    )
+
     def loss(m, b, step):
         words, labels = m(*b)
-        return words+p.label_weight*labels, dict(words=words.detach(), labels=labels.detach())
-    def score(m): return dict(score=-sum(float(loss(m, [t.to(m.mean.device) for t in batch(val[i:i+p.batch])], 0)[0])*len(val[i:i+p.batch]) for i in range(0, len(val), p.batch))/len(val))
-    steps = min(p.steps, max(10, p.epochs*len(train)//p.batch))
+        return words + p.label_weight * labels, dict(words=words.detach(), labels=labels.detach())
+
+    def score(m):
+        return dict(
+            score=-sum(
+                float(loss(m, [t.to(m.mean.device) for t in batch(val[i : i + p.batch])], 0)[0])
+                * len(val[i : i + p.batch])
+                for i in range(0, len(val), p.batch)
+            )
+            / len(val)
+        )
+
+    steps = min(p.steps, max(10, p.epochs * len(train) // p.batch))
     with few_threads(model):
-        fit(model, loss, Rows(len(train)), steps=steps, batch=min(p.batch, len(train)), lr=p.lr, warmup=steps//10, weight_decay=p.weight_decay, betas=(0.9, 0.98), seed=seed, folder=folder, fp=fp, save_every=100,
-            collate=lambda k: batch(train[list(k)]), validate=score if len(val) else None, validate_every=max(1, steps//6), label=task)
+        fit(
+            model,
+            loss,
+            Rows(len(train)),
+            steps=steps,
+            batch=min(p.batch, len(train)),
+            lr=p.lr,
+            warmup=steps // 10,
+            weight_decay=p.weight_decay,
+            betas=(0.9, 0.98),
+            seed=seed,
+            folder=folder,
+            fp=fp,
+            save_every=100,
+            collate=lambda k: batch(train[list(k)]),
+            validate=score if len(val) else None,
+            validate_every=max(1, steps // 6),
+            label=task,
+        )
     model = model.to(device()).eval()
-    if p.prompts and len(val): model.cut.fill_(_threshold(model.chances(x[val].to(device())).cpu().numpy(), there[val].numpy()))
+    if p.prompts and len(val):
+        model.cut.fill_(
+            _threshold(model.chances(x[val].to(device())).cpu().numpy(), there[val].numpy())
+        )
     return model
 
-def write(model:Writer, x, tokenizer, p, batch:int=32)->list: # of texts
+
+def write(model: Writer, x, tokenizer, p, batch: int = 32) -> list:  # of texts
     "A report for each scan"
     out = []
     with few_threads(model):
         for i in progress(range(0, len(x), batch), label="reports"):
-            out += [tidy(tokenizer.decode(r, skip_special_tokens=True)) for r in model.write(torch.as_tensor(x[i:i+batch]).to(device()), p.beams, p.ngram)]
+            out += [
+                tidy(tokenizer.decode(r, skip_special_tokens=True))
+                for r in model.write(
+                    torch.as_tensor(x[i : i + batch]).to(device()), p.beams, p.ngram
+                )
+            ]
     return out
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00021
-def most_frequent(table)->str: # findings
+def most_frequent(table) -> str:  # findings
     "The train report that is there most often; the first of several"
     train = table[table.split == "train"]
-    return train.findings.iloc[int((wording(train).map(wording(train).value_counts())).to_numpy().argmax())]
+    return train.findings.iloc[
+        int((wording(train).map(wording(train).value_counts())).to_numpy().argmax())
+    ]
 
-def nearest(f, table)->list: # (n,C) mean tokens -> findings for each test case
+
+def nearest(f, table) -> list:  # (n,C) mean tokens -> findings for each test case
     "The report of the train case that is most alike"
-    z = normalise(f); z /= np.linalg.norm(z, axis=1, keepdims=True)
+    z = normalise(f)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
     train, test = (np.flatnonzero(table.split == s) for s in ("train", "test"))
-    return [table.findings.iloc[train[k]] for k in (z[test]@z[train].T).argmax(1)]
+    return [table.findings.iloc[train[k]] for k in (z[test] @ z[train].T).argmax(1)]
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00024
-COLUMNS = ["case", "scan", "patient", "written", "reference", "truth", "called", *scores.PARTS, "rouge", "cider", "bert_precision", "bert_recall", "bert", "meteor", "task", "arm", "fraction", "seed"]
+COLUMNS = [
+    "case",
+    "scan",
+    "patient",
+    "written",
+    "reference",
+    "truth",
+    "called",
+    *scores.PARTS,
+    "rouge",
+    "cider",
+    "bert_precision",
+    "bert_recall",
+    "bert",
+    "meteor",
+    "task",
+    "arm",
+    "fraction",
+    "seed",
+]
 
-def _names(there)->list: # (n,18) bool -> "Atelectasis;Lung nodule"
+
+def _names(there) -> list:  # (n,18) bool -> "Atelectasis;Lung nodule"
     return [";".join(np.array(list(ABNORMALITIES))[row]) for row in there]
 
-def _known(table)->np.ndarray: # (n,18) bool
+
+def _known(table) -> np.ndarray:  # (n,18) bool
     out = _there(table.findings)
     for k, n in enumerate(ABNORMALITIES):
-        if (c := f"label:{n}") in table: out[:, k] = np.where(table[c].isna(), out[:, k], table[c] == 1)
+        if (c := f"label:{n}") in table:
+            out[:, k] = np.where(table[c].isna(), out[:, k], table[c] == 1)
     return out
 
+
 def judge(
-    said, # a text for each test case
-    table, # the test cases
-    text=None, # frozen encoder, for BERTScore
-)->pd.DataFrame: # COLUMNS up to the metrics, without METEOR
+    said,  # a text for each test case
+    table,  # the test cases
+    text=None,  # frozen encoder, for BERTScore
+) -> pd.DataFrame:  # COLUMNS up to the metrics, without METEOR
     "All that the figures of a set of reports need"
     found = scores.scores(list(said), list(table.findings), text)
-    rows = table[["case", "scan", "patient"]].reset_index(drop=True).assign(written=list(said), reference=list(table.findings), truth=_names(_known(table)), called=_names(_there(said)))
+    rows = (
+        table[["case", "scan", "patient"]]
+        .reset_index(drop=True)
+        .assign(
+            written=list(said),
+            reference=list(table.findings),
+            truth=_names(_known(table)),
+            called=_names(_there(said)),
+        )
+    )
     return pd.concat([rows, found.reset_index(drop=True)], axis=1)
 
-def with_meteor(d)->pd.DataFrame: # predictions; all in one go, as Java takes seconds to start
+
+def with_meteor(d) -> pd.DataFrame:  # predictions; all in one go, as Java takes seconds to start
     "METEOR where Java is found; without it the column stays empty, and a line says why"
     found, why = scores.meteor(list(d.written), list(d.reference))
-    if found is None: say(why)
+    if found is None:
+        say(why)
     return d if found is None else d.assign(meteor=found)
 
-def bits(names)->np.ndarray: # (n,) of "Atelectasis;Lung nodule" -> (n,18) bool
-    return np.array([[n in set(row.split(";")) for n in ABNORMALITIES] for row in names], bool).reshape(-1, len(ABNORMALITIES))
+
+def bits(names) -> np.ndarray:  # (n,) of "Atelectasis;Lung nodule" -> (n,18) bool
+    return np.array(
+        [[n in set(row.split(";")) for n in ABNORMALITIES] for row in names], bool
+    ).reshape(-1, len(ABNORMALITIES))
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00025
-def clinical(truth, called, weight)->dict: # bool (n,18) twice, (n,) or (draws,n) -> metric: float or (draws,)
+def clinical(
+    truth, called, weight
+) -> dict:  # bool (n,18) twice, (n,) or (draws,n) -> metric: float or (draws,)
     "Precision, recall and F1 over all cases and labels; and the mean over the labels that are there"
-    both, said, true = (weight@(a.astype(float)) for a in (truth & called, called, truth))
-    per = lambda top, bottom: top/np.maximum(bottom, 1e-9)
+    both, said, true = (weight @ (a.astype(float)) for a in (truth & called, called, truth))
+    per = lambda top, bottom: top / np.maximum(bottom, 1e-9)
     there = truth.any(0)
-    macro = per(2*both, said+true)[..., there].mean(-1) if there.any() else np.zeros(both.shape[:-1])
+    macro = (
+        per(2 * both, said + true)[..., there].mean(-1)
+        if there.any()
+        else np.zeros(both.shape[:-1])
+    )
     b, s, t = both.sum(-1), said.sum(-1), true.sum(-1)
-    return {"clinical F1": per(2*b, s+t), "clinical precision": per(b, s), "clinical recall": per(b, t), "clinical F1, macro": macro}
+    return {
+        "clinical F1": per(2 * b, s + t),
+        "clinical precision": per(b, s),
+        "clinical recall": per(b, t),
+        "clinical F1, macro": macro,
+    }
 
-def figures(d, n:int, seed)->dict: # predictions of one arm and draw -> {metric: (value, (n,))}
+
+def figures(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     w, once = draws(d.patient.to_numpy(), n, seed), np.ones(len(d))
     d = d[[c for c in d if not (c in scores.NAMES and d[c].isna().all())]]
-    one, many = (scores.corpus(d, k) | clinical(bits(d.truth), bits(d.called), k) for k in (once, w.astype(float)))
+    one, many = (
+        scores.corpus(d, k) | clinical(bits(d.truth), bits(d.called), k)
+        for k in (once, w.astype(float))
+    )
     return {m: (float(v), np.asarray(many[m])) for m, v in one.items()}
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00027
-def _trained(x, table, arm, task, text, p, seed, resume, made)->tuple: # model, tokenizer
-    fp = fingerprint(task=task, arm=arm, seed=seed, report=p, tokens=made, words=text.fingerprint(), cases=f"{seed32(*table.case, *table.findings, *table.split):x}")
-    folder, tokenizer = Path(resume)/task if resume else None, text.tokenizer
-    if folder and reusable(folder/"model", fp): return fetch(folder/"model").to(device())
-    model = learn(x, table.findings, table.split, tokenizer, p, arm == "blind", seed32("report", task, arm, seed), folder, fp, f"{task} {arm}")
+def _trained(x, table, arm, task, text, p, seed, resume, made) -> tuple:  # model, tokenizer
+    fp = fingerprint(
+        task=task,
+        arm=arm,
+        seed=seed,
+        report=p,
+        tokens=made,
+        words=text.fingerprint(),
+        cases=f"{seed32(*table.case, *table.findings, *table.split):x}",
+    )
+    folder, tokenizer = Path(resume) / task if resume else None, text.tokenizer
+    if folder and reusable(folder / "model", fp):
+        return fetch(folder / "model").to(device())
+    model = learn(
+        x,
+        table.findings,
+        table.split,
+        tokenizer,
+        p,
+        arm == "blind",
+        seed32("report", task, arm, seed),
+        folder,
+        fp,
+        f"{task} {arm}",
+    )
     if folder:
-        checkpoint.keep(model.state_dict(), model.config, f"# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: written from frozen tokens of {int((table.split == 'train').sum())} train scans. For no clinical use.\n", folder/"model", fp)
-        shutil.rmtree(folder/"resume", ignore_errors=True)
+        checkpoint.keep(
+            model.state_dict(),
+            model.config,
+            f"# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: written from frozen tokens of {int((table.split == 'train').sum())} train scans. For no clinical use.\n",
+            folder / "model",
+            fp,
+        )
+        shutil.rmtree(folder / "resume", ignore_errors=True)
     return model
 
+
 def run(
-    task:str, cohort:str,
-    table, # cohort table
-    tokens, index, # of `asap.pretrain.embed.load`; None, None: blind
-    arm:str,
-    grid, # patches along H, W, D
-    text, # frozen encoder
-    p, # params `report`
-    seed:int,
-    resume=None, # folder
-    made:dict|None=None, # what made the tokens
-)->pd.DataFrame: # COLUMNS
+    task: str,
+    cohort: str,
+    table,  # cohort table
+    tokens,
+    index,  # of `asap.pretrain.embed.load`; None, None: blind
+    arm: str,
+    grid,  # patches along H, W, D
+    text,  # frozen encoder
+    p,  # params `report`
+    seed: int,
+    resume=None,  # folder
+    made: dict | None = None,  # what made the tokens
+) -> pd.DataFrame:  # COLUMNS
     "One arm on one task, with its baselines"
-    if index is not None: same_cases(index, table, arm, cohort, "tokens")
+    if index is not None:
+        same_cases(index, table, arm, cohort, "tokens")
     has = usable(table, task).to_numpy()
     for s in ("train", "test"):
-        if not (has & (table.split == s)).any(): say(f"{task}: no {s} case has findings: the task is left out"); return nothing(COLUMNS)
-    x = seen(tokens, grid, p.pool)[has] if index is not None else np.zeros((int(has.sum()), 1, 1), np.float32)
+        if not (has & (table.split == s)).any():
+            say(f"{task}: no {s} case has findings: the task is left out")
+            return nothing(COLUMNS)
+    x = (
+        seen(tokens, grid, p.pool)[has]
+        if index is not None
+        else np.zeros((int(has.sum()), 1, 1), np.float32)
+    )
     table, tested = table[has].reset_index(drop=True), table[has & (table.split == "test")]
     model = _trained(x, table, arm, task, text, p, seed, resume, made or {})
     said = {arm: write(model, x[(table.split == "test").to_numpy()], text.tokenizer, p)}
-    if index is None: said["most frequent"] = [most_frequent(table)]*len(tested)
-    else: said[f"{arm}, nearest neighbour"] = nearest(x[:, 1], table)
-    return pd.concat([judge(s, tested, text).assign(task=task, arm=a, fraction=1., seed=seed) for a, s in said.items()], ignore_index=True).reindex(columns=COLUMNS)
+    if index is None:
+        said["most frequent"] = [most_frequent(table)] * len(tested)
+    else:
+        said[f"{arm}, nearest neighbour"] = nearest(x[:, 1], table)
+    return pd.concat(
+        [
+            judge(s, tested, text).assign(task=task, arm=a, fraction=1.0, seed=seed)
+            for a, s in said.items()
+        ],
+        ignore_index=True,
+    ).reindex(columns=COLUMNS)
+
 
 def every(
-    tasks, # of which `report_<cohort>` are done
-    tables:dict, # cohort -> table, of those that are there
-    tokens:dict, # cohort -> (tokens, index); empty: blind
-    arm:str,
-    grid, text, p, seed:int, resume=None, made=None, # as `run`; `made`: cohort -> dict
-)->pd.DataFrame: # COLUMNS
+    tasks,  # of which `report_<cohort>` are done
+    tables: dict,  # cohort -> table, of those that are there
+    tokens: dict,  # cohort -> (tokens, index); empty: blind
+    arm: str,
+    grid,
+    text,
+    p,
+    seed: int,
+    resume=None,
+    made=None,  # as `run`; `made`: cohort -> dict
+) -> pd.DataFrame:  # COLUMNS
     "All report tasks of one arm"
-    out = [run(t, c, tables[c], *tokens.get(c, (None, None)), arm, grid, text, p, seed, resume, (made or {}).get(c)) for t, c in ((t, t.removeprefix("report_")) for t in tasks if t.startswith("report_")) if c in tables]
+    out = [
+        run(
+            t,
+            c,
+            tables[c],
+            *tokens.get(c, (None, None)),
+            arm,
+            grid,
+            text,
+            p,
+            seed,
+            resume,
+            (made or {}).get(c),
+        )
+        for t, c in ((t, t.removeprefix("report_")) for t in tasks if t.startswith("report_"))
+        if c in tables
+    ]
     out = [d for d in out if len(d)]
-    if not out: return nothing(COLUMNS)
-    return with_meteor(pd.concat(out, ignore_index=True)) if p.meteor else pd.concat(out, ignore_index=True)
+    if not out:
+        return nothing(COLUMNS)
+    return (
+        with_meteor(pd.concat(out, ignore_index=True))
+        if p.meteor
+        else pd.concat(out, ignore_index=True)
+    )
 
 # %% ../../nbs/7_tasks/74_report.ipynb #rep00029
 MARKS = dict(right=("✓", "#0072B2"), invented=("✗", "#D55E00"), missed=("○", "#6a3d9a"))
 
-def marked(row)->str: # HTML of a row of predictions
+
+def marked(row) -> str:  # HTML of a row of predictions
     "A generated report beside the true one, its abnormalities marked"
     from html import escape
+
     true, called = ({n for n in row[c].split(";") if n} for c in ("truth", "called"))
+
     def one(text):
         found = []
         for s, d in ((s, labeller.labels(s)) for s in split(text)):
-            kinds = {"right" if n in true & called else "missed" if n in true else "invented" for n, v in d.items() if v}
+            kinds = {
+                "right" if n in true & called else "missed" if n in true else "invented"
+                for n, v in d.items()
+                if v
+            }
             k = next((k for k in ("invented", "missed", "right") if k in kinds), None)
-            found.append(f'<span style="color:{MARKS[k][1]}">{MARKS[k][0]} {escape(s)}</span>' if k else escape(s))
+            found.append(
+                f'<span style="color:{MARKS[k][1]}">{MARKS[k][0]} {escape(s)}</span>'
+                if k
+                else escape(s)
+            )
         return " ".join(found)
-    head = "".join(f'<li style="color:{c}">{m} {k}: {escape(", ".join(sorted(w)) or "none")}</li>' for (k, (m, c)), w in zip(MARKS.items(), (true & called, called-true, true-called)))
+
+    head = "".join(
+        f'<li style="color:{c}">{m} {k}: {escape(", ".join(sorted(w)) or "none")}</li>'
+        for (k, (m, c)), w in zip(MARKS.items(), (true & called, called - true, true - called))
+    )
     return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["written"])}</td><td>{one(row["reference"])}</td></tr></table>'

@@ -22,151 +22,251 @@ from ..train import device, fit
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #91f3a5bb
 def report_features(
-    table, # cohort table
-    text, # frozen encoder, with `sentences`
-)->np.ndarray: # (n,C') float32; NaN where there is no report
+    table,  # cohort table
+    text,  # frozen encoder, with `sentences`
+) -> np.ndarray:  # (n,C') float32; NaN where there is no report
     "Mean of a report's sentences"
     said = [split(join(f, i)) for f, i in zip(table.findings, table.impression)]
     every = sorted({s for r in said for s in r})
-    for i in progress(range(0, len(every), 512), label="sentences"): text.sentences(every[i:i+512])
-    if not every: return np.full((len(table), 1), np.nan, np.float32)
+    for i in progress(range(0, len(every), 512), label="sentences"):
+        text.sentences(every[i : i + 512])
+    if not every:
+        return np.full((len(table), 1), np.nan, np.float32)
     empty = np.full(text.sentences(every[:1]).shape[1], np.nan, np.float32)
-    return np.stack([text.sentences(r).mean(0).numpy().astype(np.float32) if r else empty for r in said])
+    return np.stack(
+        [text.sentences(r).mean(0).numpy().astype(np.float32) if r else empty for r in said]
+    )
 
-def same(table)->np.ndarray: # (n,) number of the report
+
+def same(table) -> np.ndarray:  # (n,) number of the report
     "Which cases have one and the same report"
     return pd.factorize(wording(table))[0]
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #326e837d
 def contrast(
-    score, # (B,B) images by reports, scaled
-    number, # (B,) which report each is
-)->torch.Tensor: # scalar
+    score,  # (B,B) images by reports, scaled
+    number,  # (B,) which report each is
+) -> torch.Tensor:  # scalar
     "Symmetric cross-entropy; the same report twice is nobody's negative"
-    twice = (number[:, None] == number) & ~torch.eye(len(number), dtype=torch.bool, device=score.device)
-    score, own = score.masked_fill(twice, -torch.inf), torch.arange(len(number), device=score.device)
-    return (F.cross_entropy(score, own)+F.cross_entropy(score.T, own))/2
+    twice = (number[:, None] == number) & ~torch.eye(
+        len(number), dtype=torch.bool, device=score.device
+    )
+    score, own = (
+        score.masked_fill(twice, -torch.inf),
+        torch.arange(len(number), device=score.device),
+    )
+    return (F.cross_entropy(score, own) + F.cross_entropy(score.T, own)) / 2
+
 
 @torch.no_grad()
-def similar(model:Projections, x, t)->np.ndarray: # (n,C), (m,C') -> (n,m) cosines
+def similar(model: Projections, x, t) -> np.ndarray:  # (n,C), (m,C') -> (n,m) cosines
     "Every image with every report"
     where = model.log_scale.device
-    u, v = model.meet(torch.as_tensor(x, dtype=torch.float32, device=where), torch.as_tensor(t, dtype=torch.float32, device=where))
-    return (u@v.T).double().cpu().numpy()
+    u, v = model.meet(
+        torch.as_tensor(x, dtype=torch.float32, device=where),
+        torch.as_tensor(t, dtype=torch.float32, device=where),
+    )
+    return (u @ v.T).double().cpu().numpy()
+
 
 def learn(
-    x, t, number, # train: images (n,C), reports (n,C'), which report (n,)
-    xv, tv, numberv, # validation, which chooses the step
-    p, # params `retrieve`: steps, batch, lr, weight_decay, dim
-    seed:int,
-    label:str="retrieve", # on the bar
-)->Projections:
+    x,
+    t,
+    number,  # train: images (n,C), reports (n,C'), which report (n,)
+    xv,
+    tv,
+    numberv,  # validation, which chooses the step
+    p,  # params `retrieve`: steps, batch, lr, weight_decay, dim
+    seed: int,
+    label: str = "retrieve",  # on the bar
+) -> Projections:
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
     model = Projections(x.shape[1], t.shape[1], p.dim)
-    x, t, number = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(t, dtype=torch.float32), torch.as_tensor(number)
+    x, t, number = (
+        torch.as_tensor(x, dtype=torch.float32),
+        torch.as_tensor(t, dtype=torch.float32),
+        torch.as_tensor(number),
+    )
+
     def loss(m, b, step):
         u, v = m.meet(b[0], b[1])
-        return contrast(m.scale*u@v.T, b[2]), {}
+        return contrast(m.scale * u @ v.T, b[2]), {}
+
     def score(m):
         s, right = similar(m, xv, tv), numberv[:, None] == numberv
-        return dict(score=float((np.mean(1/ranks(s, right))+np.mean(1/ranks(s.T, right)))/2))
-    fit(model, loss, Rows(len(x)), steps=p.steps, batch=min(p.batch, len(x)), lr=p.lr, warmup=p.steps//10, weight_decay=p.weight_decay, seed=seed, precision_="no",
-        collate=lambda i: (x[i], t[i], number[i]), validate=score if len(set(numberv)) > 1 else None, validate_every=max(1, p.steps//20), label=label)
+        return dict(
+            score=float((np.mean(1 / ranks(s, right)) + np.mean(1 / ranks(s.T, right))) / 2)
+        )
+
+    fit(
+        model,
+        loss,
+        Rows(len(x)),
+        steps=p.steps,
+        batch=min(p.batch, len(x)),
+        lr=p.lr,
+        warmup=p.steps // 10,
+        weight_decay=p.weight_decay,
+        seed=seed,
+        precision_="no",
+        collate=lambda i: (x[i], t[i], number[i]),
+        validate=score if len(set(numberv)) > 1 else None,
+        validate_every=max(1, p.steps // 20),
+        label=label,
+    )
     return model.eval()
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #25859f0a
 WAYS = ["image to report", "report to image"]
 
+
 def ranked(
-    score, # (n,m) test cases by test cases' reports: the column of a case is its report's
-    table, # the test cases
-    number, # (n,) which report each has
-)->pd.DataFrame: # a row a question: case, scan, patient, direction, rank, right, pool
+    score,  # (n,m) test cases by test cases' reports: the column of a case is its report's
+    table,  # the test cases
+    number,  # (n,) which report each has
+) -> pd.DataFrame:  # a row a question: case, scan, patient, direction, rank, right, pool
     "Ask every scan for its report and every report for its scans"
     scan, scans = pd.factorize(table.scan)
     first, kept = np.unique(number, return_index=True)[1], np.unique(scan, return_index=True)[1]
-    by_scan = (np.eye(len(scans))[scan].T@score[:, first])/np.bincount(scan)[:, None] # scans by distinct reports
+    by_scan = (np.eye(len(scans))[scan].T @ score[:, first]) / np.bincount(scan)[
+        :, None
+    ]  # scans by distinct reports
     right = number[kept][:, None] == number[first]
     out = []
     for way, s, r, rows in ((WAYS[0], by_scan, right, kept), (WAYS[1], by_scan.T, right.T, first)):
-        out.append(table.iloc[rows][["case", "scan", "patient"]].assign(direction=way, rank=ranks(s, r), right=r.sum(1), pool=s.shape[1]))
+        out.append(
+            table.iloc[rows][["case", "scan", "patient"]].assign(
+                direction=way, rank=ranks(s, r), right=r.sum(1), pool=s.shape[1]
+            )
+        )
     return pd.concat(out, ignore_index=True)
 
+
 def predict(
-    f, t, # (n,C) features, (n,C') of reports, row by row the table's cases
-    table, # cohort table, cases with a report
-    p, # params `retrieve`
-    seed:int,
-    label:str="retrieve",
-    stranger:bool=False, # ask with another patient's scan too
-)->tuple: # rows of `ranked`; those of strangers, or None
+    f,
+    t,  # (n,C) features, (n,C') of reports, row by row the table's cases
+    table,  # cohort table, cases with a report
+    p,  # params `retrieve`
+    seed: int,
+    label: str = "retrieve",
+    stranger: bool = False,  # ask with another patient's scan too
+) -> tuple:  # rows of `ranked`; those of strangers, or None
     "Learn on train, choose on validation, ask test"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
     x, number = scaled(normalise(f), train), same(table)
     m = learn(x[train], t[train], number[train], x[val], t[val], number[val], p, seed, label)
     score, asked = similar(m, x[test], t[test]), table[test].reset_index(drop=True)
-    other = ranked(score[strangers(asked, seed)], asked, number[test]) if stranger and asked.patient.nunique() > 1 else None
+    other = (
+        ranked(score[strangers(asked, seed)], asked, number[test])
+        if stranger and asked.patient.nunique() > 1
+        else None
+    )
     return ranked(score, asked, number[test]), other
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #d0f8108f
-def chance(right, pool, k:int)->np.ndarray: # of each question
+def chance(right, pool, k: int) -> np.ndarray:  # of each question
     "Chance that a random order has a right answer among the first k"
     from scipy.stats import hypergeom
+
     return hypergeom.sf(0, pool, right, np.minimum(k, pool))
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #d419cf4a
-COLUMNS = ["case", "scan", "patient", "direction", "rank", "right", "pool", "task", "arm", "fraction", "seed"]
+COLUMNS = [
+    "case",
+    "scan",
+    "patient",
+    "direction",
+    "rank",
+    "right",
+    "pool",
+    "task",
+    "arm",
+    "fraction",
+    "seed",
+]
 
-def _usable(task, table, t)->np.ndarray|None: # (n,) has a report; None where there is nothing to find
+
+def _usable(
+    task, table, t
+) -> np.ndarray | None:  # (n,) has a report; None where there is nothing to find
     has = ~np.isnan(t).any(1)
-    if (~has).any(): say(f"{task}: {int((~has).sum())} of {len(table)} cases have no report, and are left out")
+    if (~has).any():
+        say(f"{task}: {int((~has).sum())} of {len(table)} cases have no report, and are left out")
     for s in ("train", "test"):
         n = len(set(same(table[has & (table.split == s)])))
-        if n < 2: return say(f"{task}: {n} distinct reports in {s}, expected at least 2: the task is left out")
+        if n < 2:
+            return say(
+                f"{task}: {n} distinct reports in {s}, expected at least 2: the task is left out"
+            )
     return has
 
+
 def every(
-    tasks, # of which `retrieve_<cohort>` are done
-    tables:dict, # cohort -> table, of those that are there
-    embedded:dict, # cohort -> arm -> (features, index of cases)
-    reports:dict, # cohort -> (n,C') of `report_features`
-    p, # params `retrieve`
+    tasks,  # of which `retrieve_<cohort>` are done
+    tables: dict,  # cohort -> table, of those that are there
+    embedded: dict,  # cohort -> arm -> (features, index of cases)
+    reports: dict,  # cohort -> (n,C') of `report_features`
+    p,  # params `retrieve`
     seed,
-    stranger:str="", # an arm that is also asked with another patient's scan
-)->pd.DataFrame: # COLUMNS
+    stranger: str = "",  # an arm that is also asked with another patient's scan
+) -> pd.DataFrame:  # COLUMNS
     "Ranks of all arms"
     out = []
     for task, c in ((t, t.removeprefix("retrieve_")) for t in tasks if t.startswith("retrieve_")):
-        if c not in tables or (has := _usable(task, tables[c], reports[c])) is None: continue
+        if c not in tables or (has := _usable(task, tables[c], reports[c])) is None:
+            continue
         table = tables[c][has].reset_index(drop=True)
         for arm, (f, index) in embedded[c].items():
             f = np.asarray(aligned(arm, c, f, index, tables[c]))[has]
-            found, other = predict(f, reports[c][has], table, p, seed32("retrieve", task, arm, seed), f"{task} {arm}", arm == stranger)
-            out += [d.assign(task=task, arm=a, fraction=1., seed=seed) for a, d in ((arm, found), (f"{arm}, a stranger's scan", other)) if d is not None]
+            found, other = predict(
+                f,
+                reports[c][has],
+                table,
+                p,
+                seed32("retrieve", task, arm, seed),
+                f"{task} {arm}",
+                arm == stranger,
+            )
+            out += [
+                d.assign(task=task, arm=a, fraction=1.0, seed=seed)
+                for a, d in ((arm, found), (f"{arm}, a stranger's scan", other))
+                if d is not None
+            ]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/76_retrieve.ipynb #6c15abec
 KS = (1, 5, 10, 50, 100)
 
-def _median(rank, w)->np.ndarray: # (n,), (draws,n) -> (draws,)
+
+def _median(rank, w) -> np.ndarray:  # (n,), (draws,n) -> (draws,)
     order = np.argsort(rank, kind="stable")
     upto = w[:, order].cumsum(1)
-    return rank[order][(upto*2 >= upto[:, -1:]).argmax(1)]
+    return rank[order][(upto * 2 >= upto[:, -1:]).argmax(1)]
 
-def figures(d, n:int, seed)->dict: # predictions of one arm and draw -> {metric: (value, (n,))}
+
+def figures(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     out = {}
     for way, g in d.groupby("direction", sort=False):
-        w, rank, pool = draws(g.patient.to_numpy(), n, seed), g["rank"].to_numpy(float), int(g["pool"].iloc[0])
-        put = lambda name, f: out.update({f"{name} {way}": (float(f(np.ones((1, len(g))))[0]), f(w))})
+        w, rank, pool = (
+            draws(g.patient.to_numpy(), n, seed),
+            g["rank"].to_numpy(float),
+            int(g["pool"].iloc[0]),
+        )
+        put = lambda name, f: out.update(
+            {f"{name} {way}": (float(f(np.ones((1, len(g))))[0]), f(w))}
+        )
         put("pool", lambda w: np.full(len(w), float(pool)))
         for k in (k for k in KS if k < pool):
             put(f"R@{k}", lambda w: recall(rank, k, w))
             if k == 10:
                 by = chance(g["right"].to_numpy(), pool, k)
-                put("R@10 by chance", lambda w: (w*by).sum(1)/w.sum(1))
-                put("R@10, times chance", lambda w: recall(rank, k, w)/((w*by).sum(1)/w.sum(1)))
+                put("R@10 by chance", lambda w: (w * by).sum(1) / w.sum(1))
+                put(
+                    "R@10, times chance",
+                    lambda w: recall(rank, k, w) / ((w * by).sum(1) / w.sum(1)),
+                )
         put("median rank", lambda w: _median(rank, w))
-        put("median rank, share of the pool", lambda w: _median(rank, w)/pool)
+        put("median rank, share of the pool", lambda w: _median(rank, w) / pool)
     return out

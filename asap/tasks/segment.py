@@ -22,9 +22,31 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..core import Quarantine, atomic, code_hash, each, file_hash, fingerprint, progress, reusable, say, seed32, seed_everything
+from asap.core import (
+    Quarantine,
+    atomic,
+    code_hash,
+    each,
+    file_hash,
+    fingerprint,
+    progress,
+    reusable,
+    say,
+    seed32,
+    seed_everything,
+)
 from ..data.cohort import fractions
-from ..data.cohorts import acdc, btcv, covid_19_20, covid_ct_seg, fumpe, luna16, msd_lung, rider, segthor
+from asap.data.cohorts import (
+    acdc,
+    btcv,
+    covid_19_20,
+    covid_ct_seg,
+    fumpe,
+    luna16,
+    msd_lung,
+    rider,
+    segthor,
+)
 from ..data.crops import to_unit
 from ..data.volumes import Source, Volume, grid, read, resample, standard, write
 from ..model.vit import Stem, ViT3D, patchify
@@ -34,494 +56,950 @@ from .metrics import draws, mean_of, nothing
 from ..train import device, fit, keep_memory, precision
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00006
-COHORTS = {m.NAME: m for m in (acdc, btcv, covid_19_20, covid_ct_seg, fumpe, luna16, msd_lung, rider, segthor)}
-TRAINED = ("luna16", "msd_lung", "covid_19_20", "segthor", "fumpe", "btcv", "acdc") # the paper's tasks 7 to 13
-SIDELESS = ("msd_lung", "covid_19_20", "fumpe") # lesions: neither side of the body is another class
+COHORTS = {
+    m.NAME: m
+    for m in (acdc, btcv, covid_19_20, covid_ct_seg, fumpe, luna16, msd_lung, rider, segthor)
+}
+TRAINED = (
+    "luna16",
+    "msd_lung",
+    "covid_19_20",
+    "segthor",
+    "fumpe",
+    "btcv",
+    "acdc",
+)  # the paper's tasks 7 to 13
+SIDELESS = (
+    "msd_lung",
+    "covid_19_20",
+    "fumpe",
+)  # lesions: neither side of the body is another class
 
-def _plain(path)->tuple: # uint8, affine
+
+def _plain(path) -> tuple:  # uint8, affine
     v = read(path)
     return v.hu, v.affine
 
+
 class Question:
     "A task in one place: data set, classes, reader of masks, and whose model is asked"
+
     def __init__(self, task, cohort, trained=None, targets=None, column="target_map", reader=None):
         self.task, self.cohort, self.trained, self.column = task, cohort, trained or cohort, column
-        self.targets = targets or COHORTS[cohort].TARGETS # value in the owners' file -> name
+        self.targets = targets or COHORTS[cohort].TARGETS  # value in the owners' file -> name
         self.reader = reader or getattr(COHORTS[cohort], "target", _plain)
+
     @property
-    def names(self)->list: return list(self.targets.values())
+    def names(self) -> list:
+        return list(self.targets.values())
 
-QUESTIONS = [*(Question(f"segment_{c}", c) for c in TRAINED), Question("external_segment_rider", "rider", "msd_lung"),
-             Question("external_segment_covid_ct_seg_lung", "covid_ct_seg", "luna16", covid_ct_seg.LUNGS, "lung_map", covid_ct_seg.lungs),
-             Question("external_segment_covid_ct_seg_lesion", "covid_ct_seg", "covid_19_20")]
 
-def questions(tasks, cohort:str)->list: # of Question: the data set's own task first, then those from outside that its model answers
+QUESTIONS = [
+    *(Question(f"segment_{c}", c) for c in TRAINED),
+    Question("external_segment_rider", "rider", "msd_lung"),
+    Question(
+        "external_segment_covid_ct_seg_lung",
+        "covid_ct_seg",
+        "luna16",
+        covid_ct_seg.LUNGS,
+        "lung_map",
+        covid_ct_seg.lungs,
+    ),
+    Question("external_segment_covid_ct_seg_lesion", "covid_ct_seg", "covid_19_20"),
+]
+
+
+def questions(
+    tasks, cohort: str
+) -> (
+    list
+):  # of Question: the data set's own task first, then those from outside that its model answers
     "What the model of one data set is asked"
-    return [q for q in QUESTIONS if q.trained == cohort and any(q.task == t or q.task.startswith(f"{t}_") for t in tasks)]
+    return [
+        q
+        for q in QUESTIONS
+        if q.trained == cohort and any(q.task == t or q.task.startswith(f"{t}_") for t in tasks)
+    ]
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00009
 def classes(
-    data, # (W,H,D) of the owners' values
-    targets:dict, # value -> name
-    path="", # for messages
-)->np.ndarray: # uint8 0..K
+    data,  # (W,H,D) of the owners' values
+    targets: dict,  # value -> name
+    path="",  # for messages
+) -> np.ndarray:  # uint8 0..K
     "Owners' values as 0, 1, ..., K"
     data = np.asarray(data)
     found = [float(v) for v in np.unique(data)]
     odd = [v for v in found if v != 0 and v not in targets]
-    if odd: raise ValueError(f"{path}: value {odd[0]:g} in the mask, expected 0 or {', '.join(f'{k} ({n})' for k, n in targets.items())}: is it another task's mask?")
-    lut = np.zeros(max(map(int, targets))+1, np.uint8)
-    for k, value in enumerate(targets, 1): lut[value] = k
+    if odd:
+        raise ValueError(
+            f"{path}: value {odd[0]:g} in the mask, expected 0 or {', '.join(f'{k} ({n})' for k, n in targets.items())}: is it another task's mask?"
+        )
+    lut = np.zeros(max(map(int, targets)) + 1, np.uint8)
+    for k, value in enumerate(targets, 1):
+        lut[value] = k
     return lut[data.astype(np.intp)]
 
-def owners(mask, targets:dict)->np.ndarray: # uint8, the values that the owners use
+
+def owners(mask, targets: dict) -> np.ndarray:  # uint8, the values that the owners use
     "Back again"
     return np.array([0, *targets], np.uint8)[mask]
 
+
 def same_grid(shape, affine, std_shape, std_affine, path=""):
     "Refuse a mask whose standard grid is not that of the image"
-    size, new = grid(shape, affine, np.sqrt((std_affine[:3, :3]**2).sum(0)))
-    if size == tuple(std_shape) and np.allclose(new, std_affine, atol=0.05): return
-    raise ValueError(f"{path}: a mask of {tuple(shape)} voxels whose standard grid is {size} from {np.round(new[:3, 3], 1).tolist()} mm, "
-                     f"expected that of its image, {tuple(std_shape)} from {np.round(std_affine[:3, 3], 1).tolist()} mm: give the mask of this very image")
+    size, new = grid(shape, affine, np.sqrt((std_affine[:3, :3] ** 2).sum(0)))
+    if size == tuple(std_shape) and np.allclose(new, std_affine, atol=0.05):
+        return
+    raise ValueError(
+        f"{path}: a mask of {tuple(shape)} voxels whose standard grid is {size} from {np.round(new[:3, 3], 1).tolist()} mm, "
+        f"expected that of its image, {tuple(std_shape)} from {np.round(std_affine[:3, 3], 1).tolist()} mm: give the mask of this very image"
+    )
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00012
 def native(
-    chance, # (1+K,H,W,D) probabilities on the standard grid
-    affine, # of the standard grid
-    shape, to, # of the image's own grid
-)->np.ndarray: # uint8 (shape), 0..K
+    chance,  # (1+K,H,W,D) probabilities on the standard grid
+    affine,  # of the standard grid
+    shape,
+    to,  # of the image's own grid
+) -> np.ndarray:  # uint8 (shape), 0..K
     "The most probable class at each voxel of another grid"
     best, out = None, np.zeros(shape, np.uint8)
     for k, c in enumerate(chance):
         v = resample(np.asarray(c, np.float32), affine, shape, to, fill=float(k == 0))
-        if best is None: best = v
+        if best is None:
+            best = v
         else:
             more = v > best
-            out[more] = k; np.copyto(best, v, where=more)
+            out[more] = k
+            np.copyto(best, v, where=more)
     return out
 
-def hot(mask, n:int)->np.ndarray: # uint8 (H,W,D) 0..n-1 -> float32 (n,H,W,D)
+
+def hot(mask, n: int) -> np.ndarray:  # uint8 (H,W,D) 0..n-1 -> float32 (n,H,W,D)
     "One array a class"
     return np.stack([mask == k for k in range(n)]).astype(np.float32)
 
-def there_and_back(mask, affine, std_shape, std_affine, n:int)->np.ndarray: # uint8, on the mask's own grid
+
+def there_and_back(
+    mask, affine, std_shape, std_affine, n: int
+) -> np.ndarray:  # uint8, on the mask's own grid
     "A mask through the standard grid: what a perfect model would give"
-    return native(hot(resample(mask, affine, std_shape, std_affine, order=0, fill=0), n), std_affine, mask.shape, affine)
+    return native(
+        hot(resample(mask, affine, std_shape, std_affine, order=0, fill=0), n),
+        std_affine,
+        mask.shape,
+        affine,
+    )
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00015
-def strides(patch)->tuple: # list of three factors each, and the last of them
+def strides(patch) -> tuple:  # list of three factors each, and the last of them
     "Factors that multiply to the patch, larger ones first"
     last = tuple(2 if p % 2 == 0 else 1 for p in patch)
+
     def primes(n):
         out, k = [], 2
         while n > 1:
-            while n % k == 0: out.append(k); n //= k
+            while n % k == 0:
+                out.append(k)
+                n //= k
             k += 1
         return out[::-1]
-    each_axis = [primes(p//q) for p, q in zip(patch, last)]
-    steps = max(1, *map(len, each_axis))
-    return list(zip(*[a+[1]*(steps-len(a)) for a in each_axis])), last
 
-def fold(x, by)->torch.Tensor: # (B,C,H,W,D) -> (B,C*p*q*r,H/p,W/q,D/r)
+    each_axis = [primes(p // q) for p, q in zip(patch, last)]
+    steps = max(1, *map(len, each_axis))
+    return list(zip(*[a + [1] * (steps - len(a)) for a in each_axis])), last
+
+
+def fold(x, by) -> torch.Tensor:  # (B,C,H,W,D) -> (B,C*p*q*r,H/p,W/q,D/r)
     "Voxels as channels"
     return rearrange(x, "b c (h p) (w q) (d r) -> b (c p q r) h w d", p=by[0], q=by[1], r=by[2])
 
-def unfold(x, by)->torch.Tensor: # (B,C*p*q*r,H,W,D) -> (B,C,H*p,W*q,D*r)
+
+def unfold(x, by) -> torch.Tensor:  # (B,C*p*q*r,H,W,D) -> (B,C,H*p,W*q,D*r)
     "Channels as voxels"
     return rearrange(x, "b (c p q r) h w d -> b c (h p) (w q) (d r)", p=by[0], q=by[1], r=by[2])
 
-def evened(t)->torch.Tensor: # (B,N,C)
+
+def evened(t) -> torch.Tensor:  # (B,N,C)
     "Each channel to mean 0, variance 1 over the patches"
     t = t.float()
-    return (t-t.mean(1, keepdim=True))*(t.var(1, keepdim=True)+1e-4).rsqrt()
+    return (t - t.mean(1, keepdim=True)) * (t.var(1, keepdim=True) + 1e-4).rsqrt()
+
 
 def slid(
-    stem:Stem,
-    x, # (B,1,H,W,D)
-    by, # voxels between two places; at most the template's
-)->torch.Tensor: # (B,templates,H/p,W/q,D/r)
+    stem: Stem,
+    x,  # (B,1,H,W,D)
+    by,  # voxels between two places; at most the template's
+) -> torch.Tensor:  # (B,templates,H/p,W/q,D/r)
     "What a stem's templates say at every place of a volume, and not of a patch alone"
-    x = F.pad(x, [side for k, b in reversed([*zip(stem.kernel, by)]) for side in ((k-b)//2, (k-b+1)//2)], mode="replicate")
+    x = F.pad(
+        x,
+        [
+            side
+            for k, b in reversed([*zip(stem.kernel, by)])
+            for side in ((k - b) // 2, (k - b + 1) // 2)
+        ],
+        mode="replicate",
+    )
     w, b = stem.templates()
     return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel), b, by))
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00017
 class Unetr(nn.Module):
     "An encoder, and a decoder that draws"
-    def __init__(self, vit:ViT3D, n:int, features:int): # n classes with the background
+
+    def __init__(self, vit: ViT3D, n: int, features: int):  # n classes with the background
         from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+
         super().__init__()
         steps, self.last = strides(vit.patch)
-        up = [min(features*2**(len(steps)-1-i), 4*features) for i in range(len(steps))] # channels after each step
-        ins, kw, depth = [vit.dim, *up[:-1]], dict(spatial_dims=3, kernel_size=3, norm_name="instance"), len(vit.blocks)
-        self.vit, self.taken = vit, [round(depth*(i+1)/len(steps))-1 for i in range(len(steps))] # after which blocks
-        rise = lambda i: [UnetrPrUpBlock(in_channels=ins[j], out_channels=up[j], num_layer=0, stride=1, upsample_kernel_size=steps[j], **kw) for j in range(i+1)]
-        self.skips = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps)-1))
-        self.ups = nn.ModuleList(UnetrUpBlock(in_channels=ins[i], out_channels=up[i], upsample_kernel_size=s, res_block=True, **kw) for i, s in enumerate(steps))
-        stem = vit.embed if isinstance(vit.embed, Stem) and all(k >= b for k, b in zip(vit.embed.kernel, self.last)) else None
+        up = [
+            min(features * 2 ** (len(steps) - 1 - i), 4 * features) for i in range(len(steps))
+        ]  # channels after each step
+        ins, kw, depth = (
+            [vit.dim, *up[:-1]],
+            dict(spatial_dims=3, kernel_size=3, norm_name="instance"),
+            len(vit.blocks),
+        )
+        self.vit, self.taken = (
+            vit,
+            [round(depth * (i + 1) / len(steps)) - 1 for i in range(len(steps))],
+        )  # after which blocks
+        rise = lambda i: [
+            UnetrPrUpBlock(
+                in_channels=ins[j],
+                out_channels=up[j],
+                num_layer=0,
+                stride=1,
+                upsample_kernel_size=steps[j],
+                **kw,
+            )
+            for j in range(i + 1)
+        ]
+        self.skips = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps) - 1))
+        self.ups = nn.ModuleList(
+            UnetrUpBlock(
+                in_channels=ins[i], out_channels=up[i], upsample_kernel_size=s, res_block=True, **kw
+            )
+            for i, s in enumerate(steps)
+        )
+        stem = (
+            vit.embed
+            if isinstance(vit.embed, Stem)
+            and all(k >= b for k, b in zip(vit.embed.kernel, self.last))
+            else None
+        )
         self.templates = nn.Conv3d(stem.first.out_features, up[-1], 1, bias=False) if stem else None
-        self.image = UnetrBasicBlock(in_channels=prod(self.last)+(up[-1] if stem else 0), out_channels=up[-1], stride=1, res_block=True, **kw)
-        self.coarse, self.out = nn.Linear(vit.dim, n), nn.Conv3d(up[-1], n*prod(self.last), 3, padding=1)
-        for layer in (self.coarse, self.out): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
-    def hidden(self, x)->list: # (B,N,C) after each block that is taken
+        self.image = UnetrBasicBlock(
+            in_channels=prod(self.last) + (up[-1] if stem else 0),
+            out_channels=up[-1],
+            stride=1,
+            res_block=True,
+            **kw,
+        )
+        self.coarse, self.out = (
+            nn.Linear(vit.dim, n),
+            nn.Conv3d(up[-1], n * prod(self.last), 3, padding=1),
+        )
+        for layer in (self.coarse, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def hidden(self, x) -> list:  # (B,N,C) after each block that is taken
         t, out = self.vit.embedded(patchify(x, self.vit.patch)), []
         for i, b in enumerate(self.vit.blocks):
             t = b(t)
-            if i in self.taken: out += [evened(t[:, 1:])+self.vit.pos]*self.taken.count(i)
+            if i in self.taken:
+                out += [evened(t[:, 1:]) + self.vit.pos] * self.taken.count(i)
         return out
-    def fine(self, x)->torch.Tensor: # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
+
+    def fine(self, x) -> torch.Tensor:  # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
         "Voxels, and what the templates of a stem say of them"
         image = fold(x, self.last)
-        if self.templates is None: return image
-        with torch.no_grad(): seen = slid(self.vit.embed, x, self.last)
+        if self.templates is None:
+            return image
+        with torch.no_grad():
+            seen = slid(self.vit.embed, x, self.last)
         return torch.cat([image, F.instance_norm(self.templates(seen), eps=1e-4)], 1)
-    def forward(self, x)->torch.Tensor: # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
+
+    def forward(self, x) -> torch.Tensor:  # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
         tokens = self.hidden(x)
         laid = [t.transpose(1, 2).unflatten(2, self.vit.grid) for t in tokens]
         y, image = laid[-1], self.image(self.fine(x))
-        for i, up in enumerate(self.ups): y = up(y, self.skips[i](laid[len(laid)-2-i]) if i < len(self.skips) else image)
+        for i, up in enumerate(self.ups):
+            y = up(y, self.skips[i](laid[len(laid) - 2 - i]) if i < len(self.skips) else image)
         coarse = self.coarse(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid).float()
         coarse = F.interpolate(coarse, y.shape[2:], mode="trilinear")
-        return unfold(self.out(y)+coarse.repeat_interleave(prod(self.last), 1), self.last)
+        return unfold(self.out(y) + coarse.repeat_interleave(prod(self.last), 1), self.last)
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00019
-def unet(n:int, size, features:int)->nn.Module:
+def unet(n: int, size, features: int) -> nn.Module:
     "A plain U-Net; an axis is halved as long as four voxels remain"
     from monai.networks.nets import UNet
+
     left, steps = list(size), []
     for _ in range(4):
         steps.append(tuple(2 if v % 2 == 0 and v >= 8 else 1 for v in left))
-        left = [v//s for v, s in zip(left, steps[-1])]
-    return UNet(3, 1, n, [features*w for w in (1, 2, 4, 8, 8)], steps, norm="instance")
+        left = [v // s for v, s in zip(left, steps[-1])]
+    return UNet(3, 1, n, [features * w for w in (1, 2, 4, 8, 8)], steps, norm="instance")
 
-def describe(vit:ViT3D)->dict: # what `ViT3D` takes, size apart
+
+def describe(vit: ViT3D) -> dict:  # what `ViT3D` takes, size apart
     "What an encoder is built from"
-    stem = dict(kernel=list(vit.embed.kernel), stride=list(vit.embed.stride), widths=[vit.embed.first.out_features, vit.embed.second.out_features]) if isinstance(vit.embed, Stem) else None
-    return dict(patch=list(vit.patch), dim=vit.dim, depth=len(vit.blocks), heads=vit.blocks[0].attend.heads, stem=stem)
+    stem = (
+        dict(
+            kernel=list(vit.embed.kernel),
+            stride=list(vit.embed.stride),
+            widths=[vit.embed.first.out_features, vit.embed.second.out_features],
+        )
+        if isinstance(vit.embed, Stem)
+        else None
+    )
+    return dict(
+        patch=list(vit.patch),
+        dim=vit.dim,
+        depth=len(vit.blocks),
+        heads=vit.blocks[0].attend.heads,
+        stem=stem,
+    )
 
-def build(config:dict)->nn.Module: # with weights as drawn
+
+def build(config: dict) -> nn.Module:  # with weights as drawn
     "A model from what its checkpoint says of it"
-    n = 1+len(config["names"])
-    if config["encoder"] is None: return unet(n, config["size"], config["features"])
+    n = 1 + len(config["names"])
+    if config["encoder"] is None:
+        return unet(n, config["size"], config["features"])
     return Unetr(ViT3D(config["size"], **config["encoder"]), n, config["features"])
 
-def encoder(path, size)->ViT3D: # all of it may learn
+
+def encoder(path, size) -> ViT3D:  # all of it may learn
     "An arm's encoder, whole; a line says what was loaded"
     vit = checkpoint.load(path, size).train().requires_grad_(True)
-    say(f"{path}: patch embedding, class token, position table, {len(vit.blocks)} blocks and the last norm loaded, {len(vit.state_dict())} tensors, none left out")
+    say(
+        f"{path}: patch embedding, class token, position table, {len(vit.blocks)} blocks and the last norm loaded, {len(vit.state_dict())} tensors, none left out"
+    )
     return vit
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00022
 class Case:
     "A volume with its outlines"
-    def __init__(self, row, q:Question, hu, column=None): # row of a cohort table
+
+    def __init__(self, row, q: Question, hu, column=None):  # row of a cohort table
         path, img = getattr(row, column or q.column), nib.load(row.image)
         raw, self.own = q.reader(path)
         self.truth = classes(raw, q.targets, path)
         same_grid(self.truth.shape, self.own, img.shape, img.affine, path)
-        self.case, self.patient, self.path, self.affine, self.k = row.case, row.patient, path, img.affine, len(q.names)
+        self.case, self.patient, self.path, self.affine, self.k = (
+            row.case,
+            row.patient,
+            path,
+            img.affine,
+            len(q.names),
+        )
         self.hash = file_hash(row.image)
-        self.label = torch.from_numpy(np.ascontiguousarray(resample(self.truth, self.own, img.shape, img.affine, order=0, fill=0)))[None]
-        self.image = torch.from_numpy(np.ascontiguousarray(to_unit(np.asanyarray(img.dataobj), *hu)))[None]
-    def other(self, path, q:Question): # the same image with another outline
+        self.label = torch.from_numpy(
+            np.ascontiguousarray(
+                resample(self.truth, self.own, img.shape, img.affine, order=0, fill=0)
+            )
+        )[None]
+        self.image = torch.from_numpy(
+            np.ascontiguousarray(to_unit(np.asanyarray(img.dataobj), *hu))
+        )[None]
+
+    def other(self, path, q: Question):  # the same image with another outline
         out = object.__new__(Case)
-        out.__dict__.update(self.__dict__, path=path, truth=classes(q.reader(path)[0], q.targets, path))
+        out.__dict__.update(
+            self.__dict__, path=path, truth=classes(q.reader(path)[0], q.targets, path)
+        )
         same_grid(out.truth.shape, self.own, self.label.shape[1:], self.affine, path)
         return out
 
-def cases(table, q:Question, hu, bad:Quarantine)->list:
+
+def cases(table, q: Question, hu, bad: Quarantine) -> list:
     "Those of a table that are whole; the others are left out by name"
     out = []
     for row in table.itertuples():
-        try: out.append(Case(row, q, hu))
-        except (OSError, ValueError) as e: bad.add(row.case, e)
+        try:
+            out.append(Case(row, q, hu))
+        except (OSError, ValueError) as e:
+            bad.add(row.case, e)
     return out
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00024
-def augment(p:dict, size, flip:bool): # params `segment`
+def augment(p: dict, size, flip: bool):  # params `segment`
     "What is done to a training case: image in [-1,1], label"
     import monai.transforms as T
-    keys, reach = ["image", "label"], [p["shift"]*s for s in size]
-    steps = [T.SpatialPadd("image", size, constant_values=-1), T.SpatialPadd("label", size),
-             T.RandCropByPosNegLabeld(keys, "label", size, pos=p["positive"], neg=1-p["positive"], allow_smaller=False)]
+
+    keys, reach = ["image", "label"], [p["shift"] * s for s in size]
+    steps = [
+        T.SpatialPadd("image", size, constant_values=-1),
+        T.SpatialPadd("label", size),
+        T.RandCropByPosNegLabeld(
+            keys, "label", size, pos=p["positive"], neg=1 - p["positive"], allow_smaller=False
+        ),
+    ]
     if p["shift"] or p["turn"] or p["zoom"]:
-        steps.append(T.RandAffined(keys, prob=1, rotate_range=[p["turn"]]*3, translate_range=reach, scale_range=[p["zoom"]]*3, spatial_size=size,
-                                   mode=["bilinear", "nearest"], padding_mode="border"))
-    if flip: steps.append(T.RandFlipd(keys, prob=0.5, spatial_axis=0))
-    return T.Compose([*steps, T.RandScaleIntensityd("image", 0.1, prob=0.3), T.RandShiftIntensityd("image", 0.1, prob=0.3), T.RandGaussianNoised("image", prob=0.2, std=0.03)])
+        steps.append(
+            T.RandAffined(
+                keys,
+                prob=1,
+                rotate_range=[p["turn"]] * 3,
+                translate_range=reach,
+                scale_range=[p["zoom"]] * 3,
+                spatial_size=size,
+                mode=["bilinear", "nearest"],
+                padding_mode="border",
+            )
+        )
+    if flip:
+        steps.append(T.RandFlipd(keys, prob=0.5, spatial_axis=0))
+    return T.Compose(
+        [
+            *steps,
+            T.RandScaleIntensityd("image", 0.1, prob=0.3),
+            T.RandShiftIntensityd("image", 0.1, prob=0.3),
+            T.RandGaussianNoised("image", prob=0.2, std=0.03),
+        ]
+    )
+
 
 class Samples(torch.utils.data.Dataset):
     "Training cases, a little different in every draw"
-    def __init__(self, cases, change, seed): self.cases, self.change, self.seed = cases, change, seed
-    def __len__(self): return len(self.cases)
+
+    def __init__(self, cases, change, seed):
+        self.cases, self.change, self.seed = cases, change, seed
+
+    def __len__(self):
+        return len(self.cases)
+
     def __getitem__(self, at):
         draw, i = at
         c = self.cases[i]
         self.change.set_random_state(seed32("augment", self.seed, draw, i))
         d = self.change(dict(image=c.image, label=c.label))
-        d = d[0] if isinstance(d, list) else d # a crop is one of a list
+        d = d[0] if isinstance(d, list) else d  # a crop is one of a list
         return dict(image=d["image"].as_tensor().float(), label=d["label"].as_tensor(), case=c.case)
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00028
 @torch.no_grad()
 def chances(
-    model, # in eval mode, on its device
-    image, # (1,H,W,D) in [-1,1], any size
-    size, # voxels of a window
-    overlap:float=0.5,
-)->np.ndarray: # (1+K,H,W,D) float32
+    model,  # in eval mode, on its device
+    image,  # (1,H,W,D) in [-1,1], any size
+    size,  # voxels of a window
+    overlap: float = 0.5,
+) -> np.ndarray:  # (1+K,H,W,D) float32
     "Probabilities of every class at every voxel"
     from monai.inferers import sliding_window_inference
-    where = next(model.parameters()).device
-    def one(x):
-        with torch.autocast(where.type, torch.bfloat16, enabled=precision() == "bf16"): return model(x).float().softmax(1)
-    return sliding_window_inference(image[None].to(where), size, 4, one, overlap, cval=-1)[0].cpu().numpy()
 
-def dice(found, truth, n:int)->np.ndarray: # (n-1,) NaN where a class is in neither
+    where = next(model.parameters()).device
+
+    def one(x):
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision() == "bf16"):
+            return model(x).float().softmax(1)
+
+    return (
+        sliding_window_inference(image[None].to(where), size, 4, one, overlap, cval=-1)[0]
+        .cpu()
+        .numpy()
+    )
+
+
+def dice(found, truth, n: int) -> np.ndarray:  # (n-1,) NaN where a class is in neither
     "Dice of every class but the background"
     t, f = np.bincount(truth.ravel(), minlength=n), np.bincount(found.ravel(), minlength=n)
     both = np.bincount(truth.ravel()[truth.ravel() == found.ravel()], minlength=n)
-    with np.errstate(invalid="ignore"): return np.where(t > 0, 2*both/np.maximum(t+f, 1), np.nan)[1:]
+    with np.errstate(invalid="ignore"):
+        return np.where(t > 0, 2 * both / np.maximum(t + f, 1), np.nan)[1:]
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00031
-def judge(model, held, p:dict, size)->dict: # score
+def judge(model, held, p: dict, size) -> dict:  # score
     "Mean Dice over the validation cases, on the standard grid"
-    found = [dice(chances(model, c.image, size, p["overlap"]).argmax(0), c.label[0].numpy(), 1+c.k) for c in held]
+    found = [
+        dice(chances(model, c.image, size, p["overlap"]).argmax(0), c.label[0].numpy(), 1 + c.k)
+        for c in held
+    ]
     return dict(score=mean_of([float(np.nanmean(d)) for d in found]))
 
-def lacking(parts:dict, names, label):
+
+def lacking(parts: dict, names, label):
     "Say which classes cannot be learnt or judged, for want of a voxel"
     for split, these in parts.items():
         has = set().union(*(set(c.label.unique().tolist()) for c in these))
-        if none := [n for k, n in enumerate(names, 1) if k not in has]: say(f"{label}: no voxel of {', '.join(none)} in {len(these)} {split} case{'' if len(these) == 1 else 's'}")
+        if none := [n for k, n in enumerate(names, 1) if k not in has]:
+            say(
+                f"{label}: no voxel of {', '.join(none)} in {len(these)} {split} case{'' if len(these) == 1 else 's'}"
+            )
 
-def learn(model, train, held, p:dict, row:dict, size, flip, seed, folder=None, fp=None, label="segment"):
+
+def learn(
+    model, train, held, p: dict, row: dict, size, flip, seed, folder=None, fp=None, label="segment"
+):
     "Train in place; the best step on validation is kept, the last where validation has nothing to find"
     from monai.losses import DiceCELoss
+
     loss_of = DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, include_background=True)
-    n = 1+max(c.k for c in train)
+    n = 1 + max(c.k for c in train)
     held = [c for c in held if c.label.any()]
-    if not held: say(f"{label}: nothing to find in validation, so the last step is kept")
-    def loss(m, b, step): return loss_of(m(b["image"]).float(), b["label"]), {}
+    if not held:
+        say(f"{label}: nothing to find in validation, so the last step is kept")
+
+    def loss(m, b, step):
+        return loss_of(m(b["image"]).float(), b["label"]), {}
+
     slow = [*model.vit.parameters()] if hasattr(model, "vit") else []
-    log = fit(model, loss, Samples(train, augment(p, size, flip), seed), steps=row["steps"], batch=row["batch"], lr=row["lr"], slow=slow, slow_lr=row["lr"]*p["encoder"],
-              seed=seed, folder=folder, fp=fp, warmup=round(p["warmup"]*row["steps"]), weight_decay=p["weight_decay"], clip=p["clip"], label=label, save_every=50,
-              validate=(lambda m: judge(m, held, p, size)) if held else None, validate_every=max(1, row["steps"]//p["validations"]), patience=p["patience"])
+    log = fit(
+        model,
+        loss,
+        Samples(train, augment(p, size, flip), seed),
+        steps=row["steps"],
+        batch=row["batch"],
+        lr=row["lr"],
+        slow=slow,
+        slow_lr=row["lr"] * p["encoder"],
+        seed=seed,
+        folder=folder,
+        fp=fp,
+        warmup=round(p["warmup"] * row["steps"]),
+        weight_decay=p["weight_decay"],
+        clip=p["clip"],
+        label=label,
+        save_every=50,
+        validate=(lambda m: judge(m, held, p, size)) if held else None,
+        validate_every=max(1, row["steps"] // p["validations"]),
+        patience=p["patience"],
+    )
     return log
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00034
-def save(model, config:dict, folder, fp=None):
+def save(model, config: dict, folder, fp=None):
     "Write a checkpoint folder"
     where = "none: a plain U-Net" if config["encoder"] is None else f"arm `{config['arm']}`"
-    text = (f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['train']} cases.\n"
-            f"- Takes {'x'.join(map(str, config['size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu']}.\n"
-            f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n")
-    checkpoint.keep(model.state_dict(), dict(config, names={str(k): v for k, v in config["names"].items()}), text, folder, fp)
+    text = (
+        f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['train']} cases.\n"
+        f"- Takes {'x'.join(map(str, config['size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu']}.\n"
+        f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n"
+    )
+    checkpoint.keep(
+        model.state_dict(),
+        dict(config, names={str(k): v for k, v in config["names"].items()}),
+        text,
+        folder,
+        fp,
+    )
 
-def load(folder)->tuple: # model in eval mode, config
+
+def load(folder) -> tuple:  # model in eval mode, config
     "What `save` wrote, strictly"
     config = checkpoint.described(folder, "train it again")
-    config["names"] = {k: config["names"][str(k)] for k in sorted(map(int, config["names"]))} # JSON sorts 10 before 2
+    config["names"] = {
+        k: config["names"][str(k)] for k in sorted(map(int, config["names"]))
+    }  # JSON sorts 10 before 2
     model = build(config)
-    try: model.load_state_dict(checkpoint.tensors(folder, "train it again"), strict=True)
-    except RuntimeError as e: raise ValueError(f"{folder}: its weights are of another model ({str(e).splitlines()[0]}): train it again") from None
+    try:
+        model.load_state_dict(checkpoint.tensors(folder, "train it again"), strict=True)
+    except RuntimeError as e:
+        raise ValueError(
+            f"{folder}: its weights are of another model ({str(e).splitlines()[0]}): train it again"
+        ) from None
     return model.eval(), config
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00037
-def folded(chance, names:list, wanted:list)->np.ndarray: # (1+K,...) -> (1+len(wanted),...)
+def folded(chance, names: list, wanted: list) -> np.ndarray:  # (1+K,...) -> (1+len(wanted),...)
     "Probabilities of the classes that are asked; the others count as background"
     lost = [n for n in wanted if n not in names]
-    if lost: raise ValueError(f"the model does not know `{lost[0]}`; its classes are {', '.join(names)}")
-    keep = [1+names.index(n) for n in wanted]
+    if lost:
+        raise ValueError(f"the model does not know `{lost[0]}`; its classes are {', '.join(names)}")
+    keep = [1 + names.index(n) for n in wanted]
     rest = [k for k in range(len(chance)) if k not in keep]
     return np.concatenate([chance[rest].sum(0, keepdims=True), chance[keep]])
 
+
 def outline(
-    model, config, # of `load`
-    path, # of a scan, any format
-    out=None, # NIfTI to write
-    source=Source(), # what is declared of it
-    overlap:float=0.5,
-)->tuple: # uint8 (W,H,D) of the owners' values, affine
+    model,
+    config,  # of `load`
+    path,  # of a scan, any format
+    out=None,  # NIfTI to write
+    source=Source(),  # what is declared of it
+    overlap: float = 0.5,
+) -> tuple:  # uint8 (W,H,D) of the owners' values, affine
     "The mask of a scan in the scan's own space"
     v = read(path, source)
     std = standard(v, config["spacing"])
-    chance = chances(model, torch.from_numpy(to_unit(std.hu, *config["hu"]))[None], config["size"], overlap)
+    chance = chances(
+        model, torch.from_numpy(to_unit(std.hu, *config["hu"]))[None], config["size"], overlap
+    )
     mask = owners(native(chance, std.affine, v.hu.shape, v.affine), config["names"])
-    if out: write(mask, v.affine, out)
+    if out:
+        write(mask, v.affine, out)
     return mask, v.affine
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00040
-def scored(found, truth, affine, names)->list: # of dicts, a row a class
+def scored(found, truth, affine, names) -> list:  # of dicts, a row a class
     "Dice, 95 % Hausdorff distance in mm, and volumes"
     from monai.metrics import compute_dice, compute_hausdorff_distance
-    n, mm = 1+len(names), np.sqrt((affine[:3, :3]**2).sum(0))
+
+    n, mm = 1 + len(names), np.sqrt((affine[:3, :3] ** 2).sum(0))
     f, t = (torch.from_numpy(hot(m, n))[None] for m in (found, truth))
     d = compute_dice(f, t, include_background=False, ignore_empty=True)[0].numpy()
-    ml, far = np.abs(np.linalg.det(affine[:3, :3]))/1000, float(np.linalg.norm(mm*np.array(truth.shape)))
+    ml, far = (
+        np.abs(np.linalg.det(affine[:3, :3])) / 1000,
+        float(np.linalg.norm(mm * np.array(truth.shape))),
+    )
     out = []
     for k, name in enumerate(names, 1):
         has, drew = bool(t[0, k].any()), bool(f[0, k].any())
-        h = np.nan if not has else far if not drew else float(compute_hausdorff_distance(f[:, k:k+1], t[:, k:k+1], include_background=True, percentile=95, spacing=mm.tolist())[0, 0])
-        out.append(dict(label=name, dice=float(d[k-1]), hd95=h, truth_ml=float(t[0, k].sum()*ml), found_ml=float(f[0, k].sum()*ml)))
+        h = (
+            np.nan
+            if not has
+            else far
+            if not drew
+            else float(
+                compute_hausdorff_distance(
+                    f[:, k : k + 1],
+                    t[:, k : k + 1],
+                    include_background=True,
+                    percentile=95,
+                    spacing=mm.tolist(),
+                )[0, 0]
+            )
+        )
+        out.append(
+            dict(
+                label=name,
+                dice=float(d[k - 1]),
+                hd95=h,
+                truth_ml=float(t[0, k].sum() * ml),
+                found_ml=float(f[0, k].sum() * ml),
+            )
+        )
     return out
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00042
-COLUMNS = ["case", "patient", "outline", "label", "dice", "hd95", "ceiling", "truth_ml", "found_ml", *RUN, "labelled"]
+COLUMNS = [
+    "case",
+    "patient",
+    "outline",
+    "label",
+    "dice",
+    "hd95",
+    "ceiling",
+    "truth_ml",
+    "found_ml",
+    *RUN,
+    "labelled",
+]
 
-def _others(row)->list: # further outlines of the same image
+
+def _others(row) -> list:  # further outlines of the same image
     return [p for p in str(getattr(row, "other_maps", "") or "").split(";") if p]
 
-def against(c:Case, found, q:Question, name:str)->list: # rows
-    "A prediction on the image's own grid against one outline"
-    top = dice(there_and_back(c.truth, c.own, c.label.shape[1:], c.affine, 1+len(q.names)), c.truth, 1+len(q.names))
-    return [dict(case=c.case, patient=c.patient, outline=name, ceiling=float(top[k]), **r) for k, r in enumerate(scored(found, c.truth, c.own, q.names))]
 
-def ask(model, q:Question, table, names:list, p:dict, hu, size, bad:Quarantine, masks=None)->pd.DataFrame:
+def against(c: Case, found, q: Question, name: str) -> list:  # rows
+    "A prediction on the image's own grid against one outline"
+    top = dice(
+        there_and_back(c.truth, c.own, c.label.shape[1:], c.affine, 1 + len(q.names)),
+        c.truth,
+        1 + len(q.names),
+    )
+    return [
+        dict(case=c.case, patient=c.patient, outline=name, ceiling=float(top[k]), **r)
+        for k, r in enumerate(scored(found, c.truth, c.own, q.names))
+    ]
+
+
+def ask(
+    model, q: Question, table, names: list, p: dict, hu, size, bad: Quarantine, masks=None
+) -> pd.DataFrame:
     "Every test case of a question: its mask written, and scored against each of its outlines"
     rows, test = [], table[table.split == "test"]
     for row in progress(list(test.itertuples()), label=q.task):
         try:
             c = Case(row, q, hu)
             more = [c.other(path, q) for path in _others(row)]
-        except (OSError, ValueError) as e: bad.add(row.case, e); continue
-        found = native(folded(chances(model, c.image, size, p["overlap"]), names, q.names), c.affine, c.truth.shape, c.own)
+        except (OSError, ValueError) as e:
+            bad.add(row.case, e)
+            continue
+        found = native(
+            folded(chances(model, c.image, size, p["overlap"]), names, q.names),
+            c.affine,
+            c.truth.shape,
+            c.own,
+        )
         rows += against(c, found, q, "target")
-        for o in more: rows += against(o, found, q, Path(o.path).name.split(".")[0])
-        if masks: write(owners(found, q.targets), c.own, Path(masks)/q.task/f"{row.case}.nii.gz")
+        for o in more:
+            rows += against(o, found, q, Path(o.path).name.split(".")[0])
+        if masks:
+            write(owners(found, q.targets), c.own, Path(masks) / q.task / f"{row.case}.nii.gz")
     return pd.DataFrame(rows).assign(task=q.task)
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00045
 CODE = ["asap.tasks.segment", "asap.model.vit", "asap.train"]
 
-def frame(cohort:str, p:dict)->tuple: # row of params, window, size
+
+def frame(cohort: str, p: dict) -> tuple:  # row of params, window, size
     "What is set for a data set"
     row = p["segment"]["rows"][cohort]
     return row, row["window"] or p["volumes"]["hu"], tuple(row["size"] or p["volumes"]["size"])
 
-def made_of(cohort, row, hu, size, p:dict, source, parts:dict, seed)->dict: # fingerprint
-    "What a training depends on"
-    kept = {k: v for k, v in p["segment"].items() if k not in ("arms", "rows", "fractions", "seeds", "overlap")}
-    paths = {s: [[c.case, c.hash, file_hash(c.path)] for c in these] for s, these in parts.items()}
-    return fingerprint(cohort=cohort, row=row, hu=hu, size=size, recipe=kept, seed=seed, code=code_hash(*CODE), cases=paths,
-                       encoder=file_hash(Path(source)/"model.safetensors") if source else "unet")
 
-def begun(arm, cohort, table, parts:dict, p:dict, source, seed)->tuple: # model, config
+def made_of(cohort, row, hu, size, p: dict, source, parts: dict, seed) -> dict:  # fingerprint
+    "What a training depends on"
+    kept = {
+        k: v
+        for k, v in p["segment"].items()
+        if k not in ("arms", "rows", "fractions", "seeds", "overlap")
+    }
+    paths = {s: [[c.case, c.hash, file_hash(c.path)] for c in these] for s, these in parts.items()}
+    return fingerprint(
+        cohort=cohort,
+        row=row,
+        hu=hu,
+        size=size,
+        recipe=kept,
+        seed=seed,
+        code=code_hash(*CODE),
+        cases=paths,
+        encoder=file_hash(Path(source) / "model.safetensors") if source else "unet",
+    )
+
+
+def begun(arm, cohort, table, parts: dict, p: dict, source, seed) -> tuple:  # model, config
     "The model before its first step"
     q, (row, hu, size) = Question(f"segment_{cohort}", cohort), frame(cohort, p)
     vit = encoder(source, size) if source else None
-    config = dict(encoder=describe(vit) if vit else None, size=list(size), names=q.targets, features=p["segment"]["features"], cohort=cohort, arm=arm,
-                  train=len(parts["train"]), hu=list(hu), spacing=p["volumes"]["spacing"], phantoms=p["phantoms"][cohort])
+    config = dict(
+        encoder=describe(vit) if vit else None,
+        size=list(size),
+        names=q.targets,
+        features=p["segment"]["features"],
+        cohort=cohort,
+        arm=arm,
+        train=len(parts["train"]),
+        hu=list(hu),
+        spacing=p["volumes"]["spacing"],
+        phantoms=p["phantoms"][cohort],
+    )
     torch.manual_seed(seed)
-    return Unetr(vit, 1+len(q.names), config["features"]) if vit else build(config), config
+    return Unetr(vit, 1 + len(q.names), config["features"]) if vit else build(config), config
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00047
-def trained(arm, cohort, share, seed, table, p:dict, root, bad)->tuple: # model in eval mode, config
+def trained(
+    arm, cohort, share, seed, table, p: dict, root, bad
+) -> tuple:  # model in eval mode, config
     "Train, or take what was trained from the same"
-    q, (row, hu, size), name = Question(f"segment_{cohort}", cohort), frame(cohort, p), f"{cohort}-{share:g}-{seed}"
-    source = None if arm == "unet" else Path(root)/"runs/pretrain"/arm/"checkpoint"
-    parts = dict(train=cases(table[fractions(table, [share], seed)[str(share)]], q, hu, bad), val=cases(table[table.split == "val"], q, hu, bad))
-    if not parts["train"]: raise ValueError(f"{q.task}: no usable train case; {f'the first of {len(bad)} left out: {bad.rows[0]}' if len(bad) else 'the table has none'}")
-    here, half = Path(root)/"build/segment"/arm/name, Path(root)/"build/resume/segment"/arm/name
-    fp, key = made_of(cohort, row, hu, size, p, source, parts, seed), seed32("segment", cohort, share, seed)
-    if reusable(here, fp): return load(here)
+    q, (row, hu, size), name = (
+        Question(f"segment_{cohort}", cohort),
+        frame(cohort, p),
+        f"{cohort}-{share:g}-{seed}",
+    )
+    source = None if arm == "unet" else Path(root) / "runs/pretrain" / arm / "checkpoint"
+    parts = dict(
+        train=cases(table[fractions(table, [share], seed)[str(share)]], q, hu, bad),
+        val=cases(table[table.split == "val"], q, hu, bad),
+    )
+    if not parts["train"]:
+        raise ValueError(
+            f"{q.task}: no usable train case; {f'the first of {len(bad)} left out: {bad.rows[0]}' if len(bad) else 'the table has none'}"
+        )
+    here, half = (
+        Path(root) / "build/segment" / arm / name,
+        Path(root) / "build/resume/segment" / arm / name,
+    )
+    fp, key = (
+        made_of(cohort, row, hu, size, p, source, parts, seed),
+        seed32("segment", cohort, share, seed),
+    )
+    if reusable(here, fp):
+        return load(here)
     lacking(parts, q.names, f"{q.task}, {arm}")
     seed_everything(key)
     model, config = begun(arm, cohort, table, parts, p, source, key)
-    learn(model, parts["train"], parts["val"], p["segment"], row, size, cohort in SIDELESS, key, half, fp, f"{cohort} {arm}")
+    learn(
+        model,
+        parts["train"],
+        parts["val"],
+        p["segment"],
+        row,
+        size,
+        cohort in SIDELESS,
+        key,
+        half,
+        fp,
+        f"{cohort} {arm}",
+    )
     save(model, config, here, fp)
     shutil.rmtree(half, ignore_errors=True)
     return load(here)
 
-def one(arm, cohort, share, seed, tasks, tables:dict, p:dict, root, masks=None)->tuple: # predictions, cases left out
+
+def one(
+    arm, cohort, share, seed, tasks, tables: dict, p: dict, root, masks=None
+) -> tuple:  # predictions, cases left out
     "One training and all that is asked of it, on one core where there is no GPU"
     keep_memory()
     threads, cpu, bad, out = torch.get_num_threads(), device().type == "cpu", Quarantine(), []
-    if cpu: torch.set_num_threads(1) # the same sums in the same order, whatever runs beside
+    if cpu:
+        torch.set_num_threads(1)  # the same sums in the same order, whatever runs beside
     try:
         model, config = trained(arm, cohort, share, seed, tables[cohort], p, root, bad)
         model.to(device())
         for q in questions(tasks, cohort):
-            if q.cohort not in tables: continue
+            if q.cohort not in tables:
+                continue
             _, hu, size = frame(cohort, p)
-            out.append(ask(model, q, tables[q.cohort], list(config["names"].values()), p["segment"], hu, size, bad, masks))
-    finally: torch.set_num_threads(threads)
+            out.append(
+                ask(
+                    model,
+                    q,
+                    tables[q.cohort],
+                    list(config["names"].values()),
+                    p["segment"],
+                    hu,
+                    size,
+                    bad,
+                    masks,
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
     found = pd.concat(out, ignore_index=True) if out else pd.DataFrame()
-    return found.assign(arm=arm, fraction=float(share), seed=int(seed), labelled=config["train"]), bad.rows
+    return found.assign(
+        arm=arm, fraction=float(share), seed=int(seed), labelled=config["train"]
+    ), bad.rows
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00048
-def every(arm, tasks, tables:dict, p:dict, root, masks=None, jobs:int=1, quarantine=None)->pd.DataFrame: # COLUMNS
+def every(
+    arm, tasks, tables: dict, p: dict, root, masks=None, jobs: int = 1, quarantine=None
+) -> pd.DataFrame:  # COLUMNS
     "One arm's predictions for all tasks whose data sets are there"
     s, todo = p["segment"], []
     for c in (c for c in TRAINED if c in tables and questions(tasks, c)):
-        some = [(f, d) for f in sorted(s["fractions"]) if f < 1 for d in s["seeds"]]+[(1., d) for d in s["seeds"][:1] if 1. in s["fractions"]] if s["rows"][c]["few"] else [(1., d) for d in s["seeds"][:1]]
-        todo += [(arm, c, f, d, tasks, tables, p, root, masks if (f, d) == some[-1] else None) for f, d in some]
-    done = each(one, todo, jobs, f"segment {arm}", soon=0, cost=[s["rows"][c]["steps"]*s["rows"][c]["batch"]*prod(frame(c, p)[2]) for _, c, *_ in todo])
+        some = (
+            [(f, d) for f in sorted(s["fractions"]) if f < 1 for d in s["seeds"]]
+            + [(1.0, d) for d in s["seeds"][:1] if 1.0 in s["fractions"]]
+            if s["rows"][c]["few"]
+            else [(1.0, d) for d in s["seeds"][:1]]
+        )
+        todo += [
+            (arm, c, f, d, tasks, tables, p, root, masks if (f, d) == some[-1] else None)
+            for f, d in some
+        ]
+    done = each(
+        one,
+        todo,
+        jobs,
+        f"segment {arm}",
+        soon=0,
+        cost=[
+            s["rows"][c]["steps"] * s["rows"][c]["batch"] * prod(frame(c, p)[2])
+            for _, c, *_ in todo
+        ],
+    )
     bad = Quarantine(quarantine)
-    for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows): bad.add(case, reason)
+    for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows):
+        bad.add(case, reason)
     bad.save()
-    for d in (masks, Path(root)/"build/segment"/arm): Path(d or root).mkdir(parents=True, exist_ok=True)
+    for d in (masks, Path(root) / "build/segment" / arm):
+        Path(d or root).mkdir(parents=True, exist_ok=True)
     found = [d for d, _ in done if len(d)]
     return pd.concat(found, ignore_index=True)[COLUMNS] if found else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00052
-def _mean(value, w)->tuple: # (n,), (draws,n) -> float, (draws,); of the cases that have one
+def _mean(value, w) -> tuple:  # (n,), (draws,n) -> float, (draws,); of the cases that have one
     has = ~np.isnan(value)
-    if not has.any(): return float("nan"), np.full(len(w), np.nan)
+    if not has.any():
+        return float("nan"), np.full(len(w), np.nan)
     total = w[:, has].sum(1)
-    return float(value[has].mean()), np.where(total > 0, w[:, has]@value[has]/np.maximum(total, 1), np.nan)
+    return float(value[has].mean()), np.where(
+        total > 0, w[:, has] @ value[has] / np.maximum(total, 1), np.nan
+    )
 
-def figures(d, n:int, seed)->dict: # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
+
+def figures(
+    d, n: int, seed
+) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     out = {}
     for name, g in (("", d[d.outline == "target"]), (" other outlines", d[d.outline != "target"])):
-        if not len(g): continue
+        if not len(g):
+            continue
         labels = list(dict.fromkeys(g.label))
-        by = {m: g.groupby(["case", "label"], sort=False)[m].mean().unstack()[labels] for m in ("dice", "hd95", "ceiling")}
+        by = {
+            m: g.groupby(["case", "label"], sort=False)[m].mean().unstack()[labels]
+            for m in ("dice", "hd95", "ceiling")
+        }
         patients = g.drop_duplicates("case").set_index("case").patient.loc[by["dice"].index]
         w = draws(patients.to_numpy(), n, seed)
         for m, t in by.items():
             out[f"{m}{name}"] = _mean(t.mean(axis=1).to_numpy(float), w)
-            if len(labels) > 1 and not name: out |= {f"{m} {k}": _mean(t[k].to_numpy(float), w) for k in labels}
+            if len(labels) > 1 and not name:
+                out |= {f"{m} {k}": _mean(t[k].to_numpy(float), w) for k in labels}
     return out
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00056
-def ranked(d)->dict: # predictions of one task, arm, fraction and draw -> title -> case
+def ranked(d) -> dict:  # predictions of one task, arm, fraction and draw -> title -> case
     "The best, the median and the worst case"
     s = d[d.outline == "target"].groupby("case").dice.mean().dropna().sort_values()
-    picks = dict(best=s.index[-1], median=s.index[len(s)//2], worst=s.index[0]) if len(s) else {}
+    picks = dict(best=s.index[-1], median=s.index[len(s) // 2], worst=s.index[0]) if len(s) else {}
     return {f"{k}: {v}, Dice {s[v]:.2f}": v for k, v in picks.items()}
 
-def panel(ax, row, q:Question, mask, hu, title=""):
+
+def panel(ax, row, q: Question, mask, hu, title=""):
     "A slice of a case with its outline and the model's"
     c, drew = Case(row, q, hu), read(mask)
-    found = resample(classes(drew.hu, q.targets, mask), drew.affine, c.label.shape[1:], c.affine, order=0, fill=0)
+    found = resample(
+        classes(drew.hu, q.targets, mask), drew.affine, c.label.shape[1:], c.affine, order=0, fill=0
+    )
     truth = c.label[0].numpy()
-    z, aspect = int((truth > 0).sum((0, 1)).argmax()), c.affine[1, 1]/c.affine[0, 0]
-    ax.imshow(c.image[0, :, :, z].T, cmap="gray", origin="lower", aspect=aspect); ax.axis("off"); ax.set_title(title, fontsize=8)
-    for k in range(1, 1+len(q.names)):
-        for m, style in ((truth, dict(colors="w", linewidths=1.2)), (found, dict(colors=f"C{k % 10}", linewidths=1, linestyles="--"))):
-            if (m[:, :, z] == k).any(): ax.contour(m[:, :, z].T == k, [0.5], **style)
+    z, aspect = int((truth > 0).sum((0, 1)).argmax()), c.affine[1, 1] / c.affine[0, 0]
+    ax.imshow(c.image[0, :, :, z].T, cmap="gray", origin="lower", aspect=aspect)
+    ax.axis("off")
+    ax.set_title(title, fontsize=8)
+    for k in range(1, 1 + len(q.names)):
+        for m, style in (
+            (truth, dict(colors="w", linewidths=1.2)),
+            (found, dict(colors=f"C{k % 10}", linewidths=1, linestyles="--")),
+        ):
+            if (m[:, :, z] == k).any():
+                ax.contour(m[:, :, z].T == k, [0.5], **style)
 
-def pictures(d, table, q:Question, masks, hu): # of one task, arm, fraction and draw; `masks`: the task's folder
+
+def pictures(
+    d, table, q: Question, masks, hu
+):  # of one task, arm, fraction and draw; `masks`: the task's folder
     "Best, median and worst case, drawn"
     import matplotlib.pyplot as plt
+
     picks, rows = ranked(d), {r.case: r for r in table.itertuples()}
     fig, axes = plt.subplots(1, 3, figsize=(9, 3), squeeze=False)
-    for ax in axes[0]: ax.axis("off")
-    for ax, (title, c) in zip(axes[0], picks.items()): panel(ax, rows[c], q, Path(masks)/f"{c}.nii.gz", hu, title)
+    for ax in axes[0]:
+        ax.axis("off")
+    for ax, (title, c) in zip(axes[0], picks.items()):
+        panel(ax, rows[c], q, Path(masks) / f"{c}.nii.gz", hu, title)
     return fig
 
-def gallery(predictions, tables:dict, p:dict, masks, out)->list: # of one arm; files
+
+def gallery(predictions, tables: dict, p: dict, masks, out) -> list:  # of one arm; files
     "`pictures` of every task whose cases are phantoms: of a patient nothing is drawn into the study"
     import matplotlib.pyplot as plt
+
     Path(out).mkdir(parents=True, exist_ok=True)
     for task, g in predictions.groupby("task", sort=False):
         q = next(q for q in QUESTIONS if q.task == task)
-        if not p["phantoms"][q.cohort]: continue
+        if not p["phantoms"][q.cohort]:
+            continue
         last = g[(g.fraction == g.fraction.max()) & (g.outline == "target")]
-        fig = pictures(last[last.seed == last.seed.max()], tables[q.cohort], q, Path(masks)/task, frame(q.trained, p)[1])
-        with atomic(Path(out)/f"{task}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight", metadata=dict(Software=None))
+        fig = pictures(
+            last[last.seed == last.seed.max()],
+            tables[q.cohort],
+            q,
+            Path(masks) / task,
+            frame(q.trained, p)[1],
+        )
+        with atomic(Path(out) / f"{task}.png") as tmp:
+            fig.savefig(
+                tmp, format="png", dpi=110, bbox_inches="tight", metadata=dict(Software=None)
+            )
         plt.close(fig)
     return sorted(f.name for f in Path(out).glob("*.png"))

@@ -24,28 +24,40 @@ from .metrics import macro_auc, nothing, threshold
 from ..train import device, fit, precision
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #0f388054
-def fill(wording:str, label:str)->str: # sentence
+def fill(wording: str, label: str) -> str:  # sentence
     "A wording with a label's name in it"
     first = label.split(" ")[0]
-    start = label[:1].upper()+label[1:]
-    within = label[:1].lower()+label[1:] if first[1:].islower() else label
+    start = label[:1].upper() + label[1:]
+    within = label[:1].lower() + label[1:] if first[1:].islower() else label
     return wording.replace("{label}", start if wording.startswith("{label}") else within)
 
+
 def prompts(
-    labels, # names
-    present, absent, # wordings, of params `vocabulary`
-)->list: # (sentences that say it is there, sentences that deny it) of each label
+    labels,  # names
+    present,
+    absent,  # wordings, of params `vocabulary`
+) -> list:  # (sentences that say it is there, sentences that deny it) of each label
     "What is said of each label"
     for key, wordings in (("present", present), ("absent", absent)):
-        if not len(wordings): raise ValueError(f"vocabulary.{key} is empty: give at least one wording, such as `There is {{label}}.`")
+        if not len(wordings):
+            raise ValueError(
+                f"vocabulary.{key} is empty: give at least one wording, such as `There is {{label}}.`"
+            )
         for w in wordings:
-            if "{label}" not in w: raise ValueError(f"vocabulary.{key}: `{w}` has no {{label}}, so it would say the same of every abnormality: put {{label}} where the name belongs")
-    return [tuple([fill(w, label) for w in wordings] for wordings in (present, absent)) for label in labels]
+            if "{label}" not in w:
+                raise ValueError(
+                    f"vocabulary.{key}: `{w}` has no {{label}}, so it would say the same of every abnormality: put {{label}} where the name belongs"
+                )
+    return [
+        tuple([fill(w, label) for w in wordings] for wordings in (present, absent))
+        for label in labels
+    ]
+
 
 def pairs(
-    text, # frozen encoder, with `sentences`
-    said:list, # of `prompts`
-)->torch.Tensor: # (L,2,C') unit norm: present, absent
+    text,  # frozen encoder, with `sentences`
+    said: list,  # of `prompts`
+) -> torch.Tensor:  # (L,2,C') unit norm: present, absent
     "Mean over wordings of a frozen encoder's features"
     mean = lambda s: F.normalize(text.sentences(s).float().mean(0), dim=0)
     return torch.stack([torch.stack([mean(s) for s in pair]) for pair in said])
@@ -53,74 +65,116 @@ def pairs(
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #d5468209
 class Projections(torch.nn.Module):
     "An image and a pair of sentences meet in one space"
-    def __init__(self, image_dim:int, text_dim:int, dim:int, temperature:float=0.07):
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07):
         super().__init__()
         self.image, self.text = torch.nn.Linear(image_dim, dim), torch.nn.Linear(text_dim, dim)
-        self.log_scale = torch.nn.Parameter(torch.tensor(1/temperature).log())
+        self.log_scale = torch.nn.Parameter(torch.tensor(1 / temperature).log())
+
     @property
-    def scale(self): return self.log_scale.clamp(max=4.6052).exp() # at most 100, as in CLIP
-    def meet(self, x, words)->tuple: # (...,C), (...,C') -> (...,dim) each, unit norm
+    def scale(self):
+        return self.log_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+
+    def meet(self, x, words) -> tuple:  # (...,C), (...,C') -> (...,dim) each, unit norm
         return tuple(F.normalize(y, dim=-1) for y in (self.image(x), self.text(words)))
-    def forward(self, x, words)->torch.Tensor: # (n,C), (L,2,C') -> (n,L) logit of present
+
+    def forward(self, x, words) -> torch.Tensor:  # (n,C), (L,2,C') -> (n,L) logit of present
         u, t = self.meet(x, words)
-        return self.scale*(u@(t[:, 0]-t[:, 1]).T)
+        return self.scale * (u @ (t[:, 0] - t[:, 1]).T)
+
 
 @torch.no_grad()
 def ask(
-    model:Projections,
-    x, # (n,C)
-    words, # (L,2,C') of `pairs`
-)->np.ndarray: # (n,L) chance of present
+    model: Projections,
+    x,  # (n,C)
+    words,  # (L,2,C') of `pairs`
+) -> np.ndarray:  # (n,L) chance of present
     "Equal features get equal chances, to the last bit"
     one, of = np.unique(np.asarray(x, np.float32), axis=0, return_inverse=True)
     where = model.log_scale.device
-    return torch.sigmoid(model(torch.from_numpy(one).to(where), words.to(where)).double()).cpu().numpy()[of.reshape(-1)]
+    return (
+        torch.sigmoid(model(torch.from_numpy(one).to(where), words.to(where)).double())
+        .cpu()
+        .numpy()[of.reshape(-1)]
+    )
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #98e765b9
-BATCH = 64 # cases
+BATCH = 64  # cases
+
 
 class Rows:
     "Numbers of rows, for `fit`"
-    def __init__(self, n): self.n = n
-    def __len__(self): return self.n
-    def __getitem__(self, at): return at[1]
 
-def entropy(logit, truth)->torch.Tensor: # (n,L), (n,L) 0, 1 or NaN -> scalar
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, at):
+        return at[1]
+
+
+def entropy(logit, truth) -> torch.Tensor:  # (n,L), (n,L) 0, 1 or NaN -> scalar
     "Binary cross-entropy over what is known"
     known = ~truth.isnan()
     each = F.binary_cross_entropy_with_logits(logit, truth.nan_to_num(), reduction="none")
-    return (each*known).sum()/known.sum().clamp(min=1)
+    return (each * known).sum() / known.sum().clamp(min=1)
+
 
 def learn(
-    x, y, # train features (n,C), labels (n,L): 0, 1 or NaN
-    xv, yv, # validation, which chooses the step
-    words, # (L,2,C') of `pairs`
-    p, # params `vocabulary`: steps, lr, dim
-    seed:int,
-    label:str="vocabulary", # on the bar
-)->Projections:
+    x,
+    y,  # train features (n,C), labels (n,L): 0, 1 or NaN
+    xv,
+    yv,  # validation, which chooses the step
+    words,  # (L,2,C') of `pairs`
+    p,  # params `vocabulary`: steps, lr, dim
+    seed: int,
+    label: str = "vocabulary",  # on the bar
+) -> Projections:
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
     model, names = Projections(x.shape[1], words.shape[-1], p.dim), range(y.shape[1])
     x, y = (torch.as_tensor(a, dtype=torch.float32) for a in (x, y))
-    def loss(m, b, step): return entropy(m(b[0], words.to(b[0].device)), b[1]), {}
+
+    def loss(m, b, step):
+        return entropy(m(b[0], words.to(b[0].device)), b[1]), {}
+
     def score(m):
         chance = ask(m, xv, words)
-        return dict(score=macro_auc(yv, chance, names)-1e-6*float(entropy(torch.from_numpy(chance).logit(1e-6), torch.as_tensor(yv))))
+        return dict(
+            score=macro_auc(yv, chance, names)
+            - 1e-6 * float(entropy(torch.from_numpy(chance).logit(1e-6), torch.as_tensor(yv)))
+        )
+
     chooses = not np.isnan(macro_auc(yv, np.zeros_like(yv), names))
-    fit(model, loss, Rows(len(x)), steps=p.steps, batch=min(BATCH, len(x)), lr=p.lr, warmup=p.steps//10, weight_decay=1e-4, seed=seed, precision_="no",
-        collate=lambda i: (x[i], y[i]), validate=score if chooses else None, validate_every=max(1, p.steps//20), label=label)
+    fit(
+        model,
+        loss,
+        Rows(len(x)),
+        steps=p.steps,
+        batch=min(BATCH, len(x)),
+        lr=p.lr,
+        warmup=p.steps // 10,
+        weight_decay=1e-4,
+        seed=seed,
+        precision_="no",
+        collate=lambda i: (x[i], y[i]),
+        validate=score if chooses else None,
+        validate_every=max(1, p.steps // 20),
+        label=label,
+    )
     return model.eval()
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #70c9f46b
 def predict(
-    f, # (n,C) features, row by row the table's cases
-    table, # cohort table
-    words, # (L,2,C') of `pairs`, in the order of the table's labels
-    p, # params `vocabulary`
-    seed:int,
-    label:str="vocabulary",
-)->pd.DataFrame: # test cases x labels: case, scan, patient, label, truth, chance, cut, present
+    f,  # (n,C) features, row by row the table's cases
+    table,  # cohort table
+    words,  # (L,2,C') of `pairs`, in the order of the table's labels
+    p,  # params `vocabulary`
+    seed: int,
+    label: str = "vocabulary",
+) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, chance, cut, present
     "Learn on train, choose on validation, ask test"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
     x, columns = scaled(normalise(f), train), label_columns(table)
@@ -129,26 +183,60 @@ def predict(
     found, valid = ask(m, x[test], words), ask(m, x[val], words)
     for k, column in enumerate(columns):
         ok = ~np.isnan(y[val, k])
-        rows.append(table.loc[test, ["case", "scan", "patient"]].assign(label=column.removeprefix("label:"), truth=y[test, k], chance=found[:, k], cut=threshold(y[val, k][ok], valid[ok, k]), present=np.nan))
+        rows.append(
+            table.loc[test, ["case", "scan", "patient"]].assign(
+                label=column.removeprefix("label:"),
+                truth=y[test, k],
+                chance=found[:, k],
+                cut=threshold(y[val, k][ok], valid[ok, k]),
+                present=np.nan,
+            )
+        )
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #98269f67
-COLUMNS = ["case", "scan", "patient", "label", "truth", "chance", "cut", "present", "task", "arm", "fraction", "seed"]
+COLUMNS = [
+    "case",
+    "scan",
+    "patient",
+    "label",
+    "truth",
+    "chance",
+    "cut",
+    "present",
+    "task",
+    "arm",
+    "fraction",
+    "seed",
+]
 
-def _asked(tasks, tables, kind:str)->list: # (task, cohort, labels) of cohorts that are there and have labels
-    cohorts = [(t, t.removeprefix(kind)) for t in tasks if t.startswith(kind) and t.removeprefix(kind) in tables]
+
+def _asked(
+    tasks, tables, kind: str
+) -> list:  # (task, cohort, labels) of cohorts that are there and have labels
+    cohorts = [
+        (t, t.removeprefix(kind))
+        for t in tasks
+        if t.startswith(kind) and t.removeprefix(kind) in tables
+    ]
     for task, c in cohorts:
-        if not label_columns(tables[c]): say(f"{task}: cohort {c} has no labels, and is left out")
-    return [(t, c, [k.removeprefix("label:") for k in columns]) for t, c in cohorts if (columns := label_columns(tables[c]))]
+        if not label_columns(tables[c]):
+            say(f"{task}: cohort {c} has no labels, and is left out")
+    return [
+        (t, c, [k.removeprefix("label:") for k in columns])
+        for t, c in cohorts
+        if (columns := label_columns(tables[c]))
+    ]
+
 
 def every(
-    tasks, # of which `vocabulary_<cohort>` are done
-    tables:dict, # cohort -> table, of those that are there
-    embedded:dict, # cohort -> arm -> (features, index of cases)
-    text, # frozen encoder
-    p, # params `vocabulary`
+    tasks,  # of which `vocabulary_<cohort>` are done
+    tables: dict,  # cohort -> table, of those that are there
+    embedded: dict,  # cohort -> arm -> (features, index of cases)
+    text,  # frozen encoder
+    p,  # params `vocabulary`
     seed,
-)->pd.DataFrame: # COLUMNS
+) -> pd.DataFrame:  # COLUMNS
     "Predictions of all arms"
     out = []
     for task, c, labels in _asked(tasks, tables, "vocabulary_"):
@@ -157,121 +245,186 @@ def every(
             say(f"{task}: no label of a train case is known, and the task is left out")
             continue
         for arm, (f, index) in embedded[c].items():
-            out.append(predict(aligned(arm, c, f, index, table), table, words, p, seed32("vocabulary", task, arm, seed), f"{task} {arm}").assign(task=task, arm=arm, fraction=1., seed=seed))
+            out.append(
+                predict(
+                    aligned(arm, c, f, index, table),
+                    table,
+                    words,
+                    p,
+                    seed32("vocabulary", task, arm, seed),
+                    f"{task} {arm}",
+                ).assign(task=task, arm=arm, fraction=1.0, seed=seed)
+            )
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)
 
-figures, told = classify.figures, classify.told # by scan: macro AUC, macro F1 at validation's threshold; label by label
+
+figures, told = (
+    classify.figures,
+    classify.told,
+)  # by scan: macro AUC, macro F1 at validation's threshold; label by label
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #10438a02
-def blind(table)->tuple: # (features, index), an arm of `embedded`
+def blind(table) -> tuple:  # (features, index), an arm of `embedded`
     "Features of somebody who does not look"
     return np.zeros((len(table), 1), np.float32), table[["case", "scan", "patient", "split"]]
 
+
 def strangers(
-    index, # patient of each case, of one split
+    index,  # patient of each case, of one split
     seed,
-)->np.ndarray: # (n,) row of another patient's case
+) -> np.ndarray:  # (n,) row of another patient's case
     "One ring through all patients in a random order: whose image each case gets"
     names = rng("strangers", seed).permutation(sorted(set(index.patient)))
-    if len(names) < 2: raise ValueError(f"strangers: there is one patient alone, {names[0]}, who has nobody to borrow a scan from: leave this baseline out" if len(names) else "strangers: no case is there")
-    other, rows = dict(zip(names, np.roll(names, 1))), index.reset_index(drop=True).groupby("patient").indices
+    if len(names) < 2:
+        raise ValueError(
+            f"strangers: there is one patient alone, {names[0]}, who has nobody to borrow a scan from: leave this baseline out"
+            if len(names)
+            else "strangers: no case is there"
+        )
+    other, rows = (
+        dict(zip(names, np.roll(names, 1))),
+        index.reset_index(drop=True).groupby("patient").indices,
+    )
     nth = index.groupby("patient").cumcount()
     return np.array([rows[other[q]][k % len(rows[other[q]])] for q, k in zip(index.patient, nth)])
 
+
 def exchanged(
-    predictions, # of one or more tasks
+    predictions,  # of one or more tasks
     seed,
-)->pd.DataFrame: # the same rows, with another patient's chance and `present`
+) -> pd.DataFrame:  # the same rows, with another patient's chance and `present`
     "Predictions from a stranger's scan"
     keys, out = ["arm", "fraction", "seed", "label", "case"], []
     for _, d in predictions.groupby("task", sort=False):
         index = d.drop_duplicates("case")
         lender = dict(zip(index.case, index.case.to_numpy()[strangers(index, seed)]))
-        its = d.set_index(keys)[["chance", "present"]].loc[pd.MultiIndex.from_frame(d[keys].assign(case=d.case.map(lender)))]
+        its = d.set_index(keys)[["chance", "present"]].loc[
+            pd.MultiIndex.from_frame(d[keys].assign(case=d.case.map(lender)))
+        ]
         out.append(d.assign(chance=its.chance.to_numpy(), present=its.present.to_numpy()))
     return pd.concat(out, ignore_index=True)
 
-def with_strangers(predictions, arm:str, seed)->pd.DataFrame: # rows of `predictions`, then those of the arm `<arm>, a stranger's scan`
+
+def with_strangers(
+    predictions, arm: str, seed
+) -> pd.DataFrame:  # rows of `predictions`, then those of the arm `<arm>, a stranger's scan`
     "Beside all arms, one of them asked about another patient's scan; not where a task has one patient alone"
-    d = predictions[(predictions.arm == arm) & (predictions.groupby("task").patient.transform("nunique") > 1)]
-    return pd.concat([predictions, exchanged(d, seed).assign(arm=f"{arm}, a stranger's scan")], ignore_index=True) if len(d) else predictions
+    d = predictions[
+        (predictions.arm == arm) & (predictions.groupby("task").patient.transform("nunique") > 1)
+    ]
+    return (
+        pd.concat(
+            [predictions, exchanged(d, seed).assign(arm=f"{arm}, a stranger's scan")],
+            ignore_index=True,
+        )
+        if len(d)
+        else predictions
+    )
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #93fb2282
-def contrast(model, arm:str)->str: # region or global
+def contrast(model, arm: str) -> str:  # region or global
     "How an arm compares images and sentences; one that does not is refused"
     row = model.config["arm"]
     if not row["align"] or row["contrast"] not in ("region", "global"):
-        raise ValueError(f"arm `{arm}` has no space that images and sentences share (align is {row['align']}, contrast is {row['contrast']}): leave it out of zero-shot")
+        raise ValueError(
+            f"arm `{arm}` has no space that images and sentences share (align is {row['align']}, contrast is {row['contrast']}): leave it out of zero-shot"
+        )
     return row["contrast"]
+
 
 @torch.no_grad()
 def cosines(
-    model, # asap.model.asap.ASAP in eval mode
-    x, # (B,1,H,W,D) in [-1,1]
-    frozen, # (M,C') features of sentences
-    kind:str, # region or global
-)->torch.Tensor: # (B,M)
+    model,  # asap.model.asap.ASAP in eval mode
+    x,  # (B,1,H,W,D) in [-1,1]
+    frozen,  # (M,C') features of sentences
+    kind: str,  # region or global
+) -> torch.Tensor:  # (B,M)
     "Every image with every sentence, all patches visible"
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision() == "bf16"):
         first = model.vit.embedded(patchify(x, model.vit.patch))
         tokens = model.vit.mixed(first)
-    a = model.align(tokens[:, 1:].float(), frozen.expand(len(x), -1, -1), first[:, 1:].float(), hard=True)
-    if kind == "global": return torch.einsum("bc,bmc->bm", F.normalize(a["patches"][-1].mean(1), dim=-1), a["text"])
-    return torch.stack([(pool(y, a["weights"])*a["text"]).sum(-1) for y in a["patches"]]).mean(0)
+    a = model.align(
+        tokens[:, 1:].float(), frozen.expand(len(x), -1, -1), first[:, 1:].float(), hard=True
+    )
+    if kind == "global":
+        return torch.einsum("bc,bmc->bm", F.normalize(a["patches"][-1].mean(1), dim=-1), a["text"])
+    return torch.stack([(pool(y, a["weights"]) * a["text"]).sum(-1) for y in a["patches"]]).mean(0)
 
 # %% ../../nbs/7_tasks/75_vocabulary.ipynb #3695df17
 @torch.no_grad()
 def answers(
-    model, # asap.model.asap.ASAP
-    text, # frozen encoder
-    batches, # of images (B,1,H,W,D) in [-1,1], n in all
-    wordings:list, # of `prompts`, of L labels
-    label:str="zero-shot", # the arm, in errors
-)->np.ndarray: # (n,L,2) mean cosine with what says present, with what says absent
+    model,  # asap.model.asap.ASAP
+    text,  # frozen encoder
+    batches,  # of images (B,1,H,W,D) in [-1,1], n in all
+    wordings: list,  # of `prompts`, of L labels
+    label: str = "zero-shot",  # the arm, in errors
+) -> np.ndarray:  # (n,L,2) mean cosine with what says present, with what says absent
     "Ask each image for each label, nothing trained"
     kind, where = contrast(model, label), device()
     model.to(where).eval()
     said = [s for pair in wordings for s in pair]
     frozen = text.sentences([w for s in said for w in s]).to(where)
     found = torch.cat([cosines(model, x.to(where), frozen, kind).cpu() for x in batches]).double()
-    return torch.stack([c.mean(1) for c in found.split([len(s) for s in said], 1)], 1).unflatten(1, (-1, 2)).numpy()
+    return (
+        torch.stack([c.mean(1) for c in found.split([len(s) for s in said], 1)], 1)
+        .unflatten(1, (-1, 2))
+        .numpy()
+    )
+
 
 def chances(
     model,
-    said, # (...,2) of `answers`
-)->np.ndarray: # (...) in (0,1)
+    said,  # (...,2) of `answers`
+) -> np.ndarray:  # (...) in (0,1)
     "Present against absent, at the temperature that the arm learnt"
-    return 1/(1+np.exp(-model.align.scale.item()*(said[..., 0]-said[..., 1])))
+    return 1 / (1 + np.exp(-model.align.scale.item() * (said[..., 0] - said[..., 1])))
+
 
 def zero_shot(
-    model, text, # as `answers`
-    paths, # n standard volumes
-    wordings:list, # of `prompts`, of L labels
-    size, hu, # as the model takes it
-    batch:int=16,
-    label:str="zero-shot", # the arm, on the bar and in errors
-)->np.ndarray: # (n,L,2)
+    model,
+    text,  # as `answers`
+    paths,  # n standard volumes
+    wordings: list,  # of `prompts`, of L labels
+    size,
+    hu,  # as the model takes it
+    batch: int = 16,
+    label: str = "zero-shot",  # the arm, on the bar and in errors
+) -> np.ndarray:  # (n,L,2)
     "`answers` of standard volumes on disk"
     loader = torch.utils.data.DataLoader(Images(paths, model.vit, size, hu), batch)
     return answers(model, text, progress(loader, label=label), wordings, label)
 
+
 def zero_shot_every(
-    tasks, # of which `zero_shot_<cohort>` are done
-    tables:dict, # cohort -> table with whole paths, of those that are there
-    models:dict, # arm -> model, of arms that learnt to align
-    text, # frozen encoder
-    p, # params `vocabulary`
-    volumes, # params `volumes`: size, hu
-    batch:int=16,
-)->pd.DataFrame: # COLUMNS
+    tasks,  # of which `zero_shot_<cohort>` are done
+    tables: dict,  # cohort -> table with whole paths, of those that are there
+    models: dict,  # arm -> model, of arms that learnt to align
+    text,  # frozen encoder
+    p,  # params `vocabulary`
+    volumes,  # params `volumes`: size, hu
+    batch: int = 16,
+) -> pd.DataFrame:  # COLUMNS
     "Predictions of all arms that can be asked"
-    for arm, model in models.items(): contrast(model, arm) # before the first is asked
+    for arm, model in models.items():
+        contrast(model, arm)  # before the first is asked
     out = []
     for task, c, labels in _asked(tasks, tables, "zero_shot_"):
         t, wordings = tables[c][tables[c].split == "test"], prompts(labels, p.present, p.absent)
         for arm, model in models.items():
             said = zero_shot(model, text, t.image, wordings, volumes.size, volumes.hu, batch, arm)
             chance = chances(model, said)
-            out += [t[["case", "scan", "patient"]].assign(label=name, truth=t[f"label:{name}"].astype(float), chance=chance[:, k], cut=np.nan, present=said[:, k, 0], task=task, arm=arm, fraction=1., seed=0)
-                    for k, name in enumerate(labels)]
+            out += [
+                t[["case", "scan", "patient"]].assign(
+                    label=name,
+                    truth=t[f"label:{name}"].astype(float),
+                    chance=chance[:, k],
+                    cut=np.nan,
+                    present=said[:, k, 0],
+                    task=task,
+                    arm=arm,
+                    fraction=1.0,
+                    seed=0,
+                )
+                for k, name in enumerate(labels)
+            ]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else nothing(COLUMNS)

@@ -30,25 +30,39 @@ from ..train import device, few_threads, fit, mean
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0008
 KINDS = ("abnormality", "presence", "location", "size", "disorder")
 
+
 def asked(
-    questions, # case, kind, question, answer
-    table, # cohort table
-)->pd.DataFrame: # case, patient, split, kind, question, answer, row: place of its case in the table
+    questions,  # case, kind, question, answer
+    table,  # cohort table
+) -> (
+    pd.DataFrame
+):  # case, patient, split, kind, question, answer, row: place of its case in the table
     "Questions with their cases"
     q = questions.reset_index(drop=True)
-    if len(lost := q[~q.case.isin(table.case)]): raise ValueError(f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume ({lost.case.nunique()} such cases): fetch it and rerun `dvc repro prepare`, or take its questions out")
-    if len(odd := q[~q.kind.isin(KINDS)]): raise ValueError(f"{odd.case.iloc[0]}: {odd.question.iloc[0]!r} is of kind `{odd.kind.iloc[0]}`, expected one of {', '.join(KINDS)}")
+    if len(lost := q[~q.case.isin(table.case)]):
+        raise ValueError(
+            f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume ({lost.case.nunique()} such cases): fetch it and rerun `dvc repro prepare`, or take its questions out"
+        )
+    if len(odd := q[~q.kind.isin(KINDS)]):
+        raise ValueError(
+            f"{odd.case.iloc[0]}: {odd.question.iloc[0]!r} is of kind `{odd.kind.iloc[0]}`, expected one of {', '.join(KINDS)}"
+        )
     for column in ("question", "answer"):
-        if (empty := ~q[column].map(lambda s: isinstance(s, str) and bool(s.strip()))).any(): raise ValueError(f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is {q[column][empty].iloc[0]!r}, expected words: mend it, or take the question out")
+        if (empty := ~q[column].map(lambda s: isinstance(s, str) and bool(s.strip()))).any():
+            raise ValueError(
+                f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is {q[column][empty].iloc[0]!r}, expected words: mend it, or take the question out"
+            )
     t = table.reset_index(drop=True).assign(row=lambda t: t.index)
-    return q.merge(t[["case", "patient", "split", "row"]], on="case", how="left", validate="many_to_one")
+    return q.merge(
+        t[["case", "patient", "split", "row"]], on="case", how="left", validate="many_to_one"
+    )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0001
 def tokens_of(
-    folder, # build/tokens/<arm>
-    cohort:str,
-    table, # cohort table
-)->np.ndarray: # (n,1+N,C), memory-mapped
+    folder,  # build/tokens/<arm>
+    cohort: str,
+    table,  # cohort table
+) -> np.ndarray:  # (n,1+N,C), memory-mapped
     "An arm's tokens, if they are of the table's cases row by row"
     t, index = embed.load(folder, cohort)
     same_cases(index, table, Path(folder).name, cohort, "tokens")
@@ -57,272 +71,464 @@ def tokens_of(
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0011
 WORDY = ("abnormality", "location", "disorder")
 
-def normal(text:str)->str:
+
+def normal(text: str) -> str:
     "Lower case, single blanks, no full stop at the end"
     return " ".join(text.lower().split()).rstrip(".")
 
-def parts(text:str)->set:
-    "What is named"
-    return {p.strip() for p in re.split(r"[/,;]|\band\b", normal(text))}-{""}
 
-def millimetres(text:str)->list: # of floats
+def parts(text: str) -> set:
+    "What is named"
+    return {p.strip() for p in re.split(r"[/,;]|\band\b", normal(text))} - {""}
+
+
+def millimetres(text: str) -> list:  # of floats
     "Numbers in mm; all of them are cm where the text says cm and not mm"
     centi = re.search(r"\d\s*cm\b", text.lower()) and not re.search(r"\d\s*mm\b", text.lower())
-    return [float(n)*(10 if centi else 1) for n in re.findall(r"\d+(?:\.\d+)?", text)]
+    return [float(n) * (10 if centi else 1) for n in re.findall(r"\d+(?:\.\d+)?", text)]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0013
-def usual_size(train)->float: # of `asked`; NaN where train has none
+def usual_size(train) -> float:  # of `asked`; NaN where train has none
     "Median size in mm of the train answers"
     found = [m for a in train.answer[train.kind == "size"] for m in millimetres(a)[:1]]
     return float(np.median(found)) if found else float("nan")
 
-def _size(said, true, usual)->tuple: # mean error, mean squared error, holds a number
+
+def _size(said, true, usual) -> tuple:  # mean error, mean squared error, holds a number
     s, t = millimetres(said), millimetres(true)
-    if not t: return np.nan, np.nan, np.nan
-    off = np.array([(s[i] if i < len(s) else usual)-v for i, v in enumerate(t)])
+    if not t:
+        return np.nan, np.nan, np.nan
+    off = np.array([(s[i] if i < len(s) else usual) - v for i, v in enumerate(t)])
     return float(np.abs(off).mean()), float((off**2).mean()), float(bool(s))
 
-def _named(said, true)->tuple: # F1, hit score
+
+def _named(said, true) -> tuple:  # F1, hit score
     s, t = parts(said), parts(true)
     both = len(s & t)
-    return 2*both/max(len(s)+len(t), 1), 1. if normal(said) == normal(true) else both/max(len(s), len(t), 1)
+    return 2 * both / max(len(s) + len(t), 1), 1.0 if normal(said) == normal(true) else both / max(
+        len(s), len(t), 1
+    )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0014
 MEASURES = ["exact", "f1", "hit", "error", "square", "numbered", *scores.PARTS, "rouge", "bert"]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0002
 def scored(
-    rows, # kind, answer (the truth), given
-    usual:float, # of `usual_size`
-    encoder=None, # for BERTScore
-)->pd.DataFrame: # rows with MEASURES, NaN where a kind has none
+    rows,  # kind, answer (the truth), given
+    usual: float,  # of `usual_size`
+    encoder=None,  # for BERTScore
+) -> pd.DataFrame:  # rows with MEASURES, NaN where a kind has none
     "What each answer adds to its figures"
     out = rows.reset_index(drop=True).assign(**{m: np.nan for m in MEASURES})
     out["exact"] = [float(normal(s) == normal(a)) for s, a in zip(out.given, out.answer)]
-    if len(g := out[out.kind == "size"]): out.loc[g.index, ["error", "square", "numbered"]] = [_size(s, a, usual) for s, a in zip(g.given, g.answer)]
+    if len(g := out[out.kind == "size"]):
+        out.loc[g.index, ["error", "square", "numbered"]] = [
+            _size(s, a, usual) for s, a in zip(g.given, g.answer)
+        ]
     if len(g := out[out.kind.isin(WORDY)]):
         said, true = g.given.tolist(), g.answer.tolist()
         out.loc[g.index, ["f1", "hit"]] = [_named(s, a) for s, a in zip(said, true)]
-        out.loc[g.index, scores.PARTS], out.loc[g.index, "rouge"] = scores.counts(said, true).to_numpy(), scores.rouge(said, true)
-        if encoder is not None: out.loc[g.index, "bert"] = scores.bert(said, true, encoder)[:, 2]
+        out.loc[g.index, scores.PARTS], out.loc[g.index, "rouge"] = (
+            scores.counts(said, true).to_numpy(),
+            scores.rouge(said, true),
+        )
+        if encoder is not None:
+            out.loc[g.index, "bert"] = scores.bert(said, true, encoder)[:, 2]
     return out
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0018
 class Queries(nn.Module):
     "A few learned queries ask all tokens once, then each other; three layers take them to the language model"
-    def __init__(self, dim:int, heads:int, queries:int, depth:int, hidden:int, out:int, scale:float, blind:bool):
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        queries: int,
+        depth: int,
+        hidden: int,
+        out: int,
+        scale: float,
+        blind: bool,
+    ):
         super().__init__()
-        self.query, self.norm, self.cross = nn.Parameter(torch.randn(queries, dim)*0.5), nn.LayerNorm(dim), Attention(dim, heads)
-        self.blocks, self.last, self.scale = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim), scale
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out))
+        self.query, self.norm, self.cross = (
+            nn.Parameter(torch.randn(queries, dim) * 0.5),
+            nn.LayerNorm(dim),
+            Attention(dim, heads),
+        )
+        self.blocks, self.last, self.scale = (
+            nn.ModuleList(Block(dim, heads) for _ in range(depth)),
+            nn.LayerNorm(dim),
+            scale,
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, out),
+        )
         self.constant = nn.Parameter(torch.randn(1, 1, dim)) if blind else None
-        for part in (self.cross, self.blocks, self.mlp): part.apply(start)
-    def forward(self, tokens): # (B,1+N,C) -> (B,Q,E); of blind, the batch's length alone counts
-        if self.constant is not None: tokens = self.constant.expand(len(tokens), -1, -1)
+        for part in (self.cross, self.blocks, self.mlp):
+            part.apply(start)
+
+    def forward(self, tokens):  # (B,1+N,C) -> (B,Q,E); of blind, the batch's length alone counts
+        if self.constant is not None:
+            tokens = self.constant.expand(len(tokens), -1, -1)
         x = self.query.expand(len(tokens), -1, -1)
-        x = x+self.cross(x, self.norm(tokens))
-        for b in self.blocks: x = b(x)
-        return self.mlp(self.last(x))*self.scale
-    def matrices(self)->list: return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query"]
+        x = x + self.cross(x, self.norm(tokens))
+        for b in self.blocks:
+            x = b(x)
+        return self.mlp(self.last(x)) * self.scale
+
+    def matrices(self) -> list:
+        return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query"]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0019
 class Answerer(nn.Module):
     "Queries before a language model with adapters; its state is what learns, and nothing of the frozen model"
-    def __init__(self, config:dict, model): # dim, queries, depth, heads, hidden, rank, alpha, dropout, blind; causal language model
+
+    def __init__(
+        self, config: dict, model
+    ):  # dim, queries, depth, heads, hidden, rank, alpha, dropout, blind; causal language model
         super().__init__()
         self.config, words = config, model.get_input_embeddings().weight
-        self.look = Queries(*(config[k] for k in ("dim", "heads", "queries", "depth", "hidden")), words.shape[1], float(words.float().std()), config["blind"])
+        self.look = Queries(
+            *(config[k] for k in ("dim", "heads", "queries", "depth", "hidden")),
+            words.shape[1],
+            float(words.float().std()),
+            config["blind"],
+        )
         self.lm = adapted(model, config["rank"], config["alpha"], config["dropout"])
         self.learnt = {n for n, q in self.named_parameters() if q.requires_grad}
-    def train(self, mode=True): # of the frozen model, the adapters' dropout alone
-        super().train(mode); self.lm.eval()
-        for name, m in self.lm.named_modules(): m.train(mode) if name.endswith("lora_dropout.default") else None
+
+    def train(self, mode=True):  # of the frozen model, the adapters' dropout alone
+        super().train(mode)
+        self.lm.eval()
+        for name, m in self.lm.named_modules():
+            m.train(mode) if name.endswith("lora_dropout.default") else None
         return self
-    def state_dict(self, *args, **kw): return {k: v for k, v in super().state_dict(*args, **kw).items() if k in self.learnt}
+
+    def state_dict(self, *args, **kw):
+        return {k: v for k, v in super().state_dict(*args, **kw).items() if k in self.learnt}
+
     def load_state_dict(self, state, **kw):
-        if set(state) != self.learnt: raise ValueError(f"weights of {len(state)} names, expected {len(self.learnt)}: another model's, such as {min(set(state) ^ self.learnt)}")
+        if set(state) != self.learnt:
+            raise ValueError(
+                f"weights of {len(state)} names, expected {len(self.learnt)}: another model's, such as {min(set(state) ^ self.learnt)}"
+            )
         return super().load_state_dict(state, strict=False)
-    def forward(self, b)->torch.Tensor: # scalar
+
+    def forward(self, b) -> torch.Tensor:  # scalar
         "Weighted loss of a batch: each volume's queries stand before each of its questions"
-        seen = self.look(b["tokens"]).repeat_interleave(len(b["ids"])//len(b["tokens"]), 0)
-        return mean((self.each(b, seen)*b["weight"]).sum(), b["weight"].sum())
-    def each(self, b, seen)->torch.Tensor: # (B,)
+        seen = self.look(b["tokens"]).repeat_interleave(len(b["ids"]) // len(b["tokens"]), 0)
+        return mean((self.each(b, seen) * b["weight"]).sum(), b["weight"].sum())
+
+    def each(self, b, seen) -> torch.Tensor:  # (B,)
         "Loss of each row; the shorter half goes through without the longer one's padding"
         length = b["mask"].sum(1)
         halves = length.argsort(stable=True).chunk(2)
-        short = [{k: b[k][i, :int(length[i].max())] for k in ("ids", "labels", "mask")} for i in halves]
-        return torch.cat([losses(self.lm, s, seen[i]) for s, i in zip(short, halves)])[torch.cat(halves).argsort()]
+        short = [
+            {k: b[k][i, : int(length[i].max())] for k in ("ids", "labels", "mask")} for i in halves
+        ]
+        return torch.cat([losses(self.lm, s, seen[i]) for s, i in zip(short, halves)])[
+            torch.cat(halves).argsort()
+        ]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0003
-def config(p, dim:int, blind:bool)->dict: # `p`: params `vqa`
+def config(p, dim: int, blind: bool) -> dict:  # `p`: params `vqa`
     "What a model is built from, beside its language model"
-    return dict(dim=dim, blind=blind, **{k: getattr(p, k) for k in ("queries", "depth", "heads", "hidden", "rank", "alpha", "dropout")})
+    return dict(
+        dim=dim,
+        blind=blind,
+        **{
+            k: getattr(p, k)
+            for k in ("queries", "depth", "heads", "hidden", "rank", "alpha", "dropout")
+        },
+    )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0021
-def weigh(kind:str, answer:str, p)->float: # `p`: params `vqa`
+def weigh(kind: str, answer: str, p) -> float:  # `p`: params `vqa`
     "Of a question's loss"
-    if kind not in ("abnormality", "disorder"): return getattr(p.weight, kind)
-    return getattr(p.weight, kind)*(p.nothing if normal(answer) == "no findings" else p.something)
+    if kind not in ("abnormality", "disorder"):
+        return getattr(p.weight, kind)
+    return getattr(p.weight, kind) * (p.nothing if normal(answer) == "no findings" else p.something)
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0004
 class Asked:
     "For `asap.train.fit`: a volume and a few of its questions"
-    def __init__(self, q, tokenizer, tokens, p, seed): # `q`: of `asked`, one split
+
+    def __init__(self, q, tokenizer, tokens, p, seed):  # `q`: of `asked`, one split
         self.tokens, self.n, self.seed = tokens, p.questions, seed
         before, after = put(tokenizer, q.question), answered(tokenizer, q.answer)
         fitting(before, after, [f"{c}, {k}" for c, k in zip(q.case, q.kind)], p.max_length)
         self.rows, self.kind = list(zip(before, after)), q.kind.tolist()
-        self.weight, q = [weigh(k, a, p) for k, a in zip(q.kind, q.answer)], q.reset_index(drop=True)
-        kinds = {(c, r): {k: i.to_numpy() for k, i in g.groupby("kind").groups.items() if getattr(p.share, k) > 0} for (c, r), g in q.groupby(["case", "row"], sort=False)}
-        self.of = [(c, r, list(by.values()), np.array([getattr(p.share, k) for k in by])) for (c, r), by in kinds.items() if by]
-    def __len__(self): return len(self.of)
+        self.weight, q = (
+            [weigh(k, a, p) for k, a in zip(q.kind, q.answer)],
+            q.reset_index(drop=True),
+        )
+        kinds = {
+            (c, r): {
+                k: i.to_numpy()
+                for k, i in g.groupby("kind").groups.items()
+                if getattr(p.share, k) > 0
+            }
+            for (c, r), g in q.groupby(["case", "row"], sort=False)
+        }
+        self.of = [
+            (c, r, list(by.values()), np.array([getattr(p.share, k) for k in by]))
+            for (c, r), by in kinds.items()
+            if by
+        ]
+
+    def __len__(self):
+        return len(self.of)
+
     def __getitem__(self, at):
         case, row, by, share = self.of[at[1]]
         r = rng("vqa", self.seed, *at)
-        picks = [int(r.choice(by[k])) for k in r.choice(len(by), self.n, p=share/share.sum())]
-        tokens = np.zeros((1, 1), np.float32) if self.tokens is None else np.asarray(self.tokens[row], np.float32)
-        return dict(case=case, tokens=tokens, picks=picks, rows=[self.rows[k] for k in picks], weight=[self.weight[k] for k in picks])
+        picks = [int(r.choice(by[k])) for k in r.choice(len(by), self.n, p=share / share.sum())]
+        tokens = (
+            np.zeros((1, 1), np.float32)
+            if self.tokens is None
+            else np.asarray(self.tokens[row], np.float32)
+        )
+        return dict(
+            case=case,
+            tokens=tokens,
+            picks=picks,
+            rows=[self.rows[k] for k in picks],
+            weight=[self.weight[k] for k in picks],
+        )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0005
-def gather(pad_id:int):
+def gather(pad_id: int):
     "How samples become a batch"
+
     def collate(samples):
         b = batch([r for s in samples for r in s["rows"]], pad_id)
-        return dict(b, case=[s["case"] for s in samples], tokens=torch.from_numpy(np.stack([s["tokens"] for s in samples])), weight=torch.tensor([w for s in samples for w in s["weight"]]).float())
+        return dict(
+            b,
+            case=[s["case"] for s in samples],
+            tokens=torch.from_numpy(np.stack([s["tokens"] for s in samples])),
+            weight=torch.tensor([w for s in samples for w in s["weight"]]).float(),
+        )
+
     return collate
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0022
-def surprise(m:Answerer, data:Asked, collate, many:int=16)->dict: # score
+def surprise(m: Answerer, data: Asked, collate, many: int = 16) -> dict:  # score
     "Minus the mean over kinds of the loss at fixed questions of validation, by which the step is chosen"
     by, where = {}, next(m.parameters()).device
     for i in range(0, len(data), many):
-        some = [data[(-1, k)] for k in range(i, min(i+many, len(data)))]
+        some = [data[(-1, k)] for k in range(i, min(i + many, len(data)))]
         b = {k: v.to(where) if torch.is_tensor(v) else v for k, v in collate(some).items()}
         each = m.each(b, m.look(b["tokens"]).repeat_interleave(data.n, 0)).tolist()
-        for k, v in zip((j for s in some for j in s["picks"]), each): by.setdefault(data.kind[k], []).append(v)
+        for k, v in zip((j for s in some for j in s["picks"]), each):
+            by.setdefault(data.kind[k], []).append(v)
     return dict(score=-float(np.mean([np.mean(v) for v in by.values()])))
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0006
 def learn(
-    m:Answerer, tokenizer,
-    q, # of `asked`
-    tokens, # (n,1+N,C) by the place of the case; None: blind
-    p, # params `vqa`
-    seed:int,
-    folder=None, fp=None, # for resume
-    label:str="vqa", # on the bar
+    m: Answerer,
+    tokenizer,
+    q,  # of `asked`
+    tokens,  # (n,1+N,C) by the place of the case; None: blind
+    p,  # params `vqa`
+    seed: int,
+    folder=None,
+    fp=None,  # for resume
+    label: str = "vqa",  # on the bar
 ):
     "Train on train, in place; the step is chosen on validation"
     train, val = (Asked(q[q.split == s], tokenizer, tokens, p, seed) for s in ("train", "val"))
-    if not len(train): raise ValueError(f"{label}: no question of the train split can be asked: look at the cohort's questions and at `vqa.share`")
+    if not len(train):
+        raise ValueError(
+            f"{label}: no question of the train split can be asked: look at the cohort's questions and at `vqa.share`"
+        )
     collate = gather(tokenizer.pad_token_id)
-    watched = dict(validate=lambda m: surprise(m, val, collate), validate_every=p.validate_every, patience=p.patience) if len(val) else {}
+    watched = (
+        dict(
+            validate=lambda m: surprise(m, val, collate),
+            validate_every=p.validate_every,
+            patience=p.patience,
+        )
+        if len(val)
+        else {}
+    )
     with few_threads(m):
-        return fit(m, lambda m, b, step: (m(b), {}), train, steps=p.steps, batch=min(p.batch, len(train)), lr=p.lr, matrices=m.look.matrices() if p.matrix_lr else (), matrix_lr=p.matrix_lr,
-            warmup=p.warmup, weight_decay=p.weight_decay, seed=seed, folder=folder, fp=fp, collate=collate, label=label, save_every=p.validate_every, **watched)
+        return fit(
+            m,
+            lambda m, b, step: (m(b), {}),
+            train,
+            steps=p.steps,
+            batch=min(p.batch, len(train)),
+            lr=p.lr,
+            matrices=m.look.matrices() if p.matrix_lr else (),
+            matrix_lr=p.matrix_lr,
+            warmup=p.warmup,
+            weight_decay=p.weight_decay,
+            seed=seed,
+            folder=folder,
+            fp=fp,
+            collate=collate,
+            label=label,
+            save_every=p.validate_every,
+            **watched,
+        )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0028
 @torch.no_grad()
-def seen(m:Answerer, tokens, rows, many:int=16)->dict: # place of the case -> (Q,E)
+def seen(m: Answerer, tokens, rows, many: int = 16) -> dict:  # place of the case -> (Q,E)
     "What the queries make of each volume"
     out, rows, where = {}, sorted(set(rows)), next(m.parameters()).device
     for i in range(0, len(rows), many):
-        part = rows[i:i+many]
-        t = np.zeros((len(part), 1, 1), np.float32) if tokens is None else np.asarray(tokens[part], np.float32)
+        part = rows[i : i + many]
+        t = (
+            np.zeros((len(part), 1, 1), np.float32)
+            if tokens is None
+            else np.asarray(tokens[part], np.float32)
+        )
         out |= dict(zip(part, m.look(torch.from_numpy(t).to(where)).cpu()))
     return out
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0007
-def together(kinds, before, many:int)->list: # of lists of places
+def together(kinds, before, many: int) -> list:  # of lists of places
     "Questions of one kind and of like length, a few at a time"
     out = []
     for kind in KINDS:
-        at = sorted((i for i, k in enumerate(kinds) if k == kind), key=lambda i: (len(before[i]), i))
-        out += [at[i:i+many] for i in range(0, len(at), many)]
+        at = sorted(
+            (i for i, k in enumerate(kinds) if k == kind), key=lambda i: (len(before[i]), i)
+        )
+        out += [at[i : i + many] for i in range(0, len(at), many)]
     return out
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0008
 def answers(
-    m:Answerer, tokenizer,
-    q, # of `asked`
-    tokens, # as `learn`
-    p, # params `vqa`
-    rows=None, # (n,) whose volume each question is asked of; its own case's when None
-    many:int=64, # questions at a time
-    label:str="answers", # on the bar
-)->list: # n strings
+    m: Answerer,
+    tokenizer,
+    q,  # of `asked`
+    tokens,  # as `learn`
+    p,  # params `vqa`
+    rows=None,  # (n,) whose volume each question is asked of; its own case's when None
+    many: int = 64,  # questions at a time
+    label: str = "answers",  # on the bar
+) -> list:  # n strings
     "What the model says to each question"
-    m.to(device()).eval(); m.lm.merge_adapter() # the same products in fewer steps
-    rows, before, out = np.asarray(q.row if rows is None else rows), put(tokenizer, q.question), [""]*len(q)
-    some, threads = together(q.kind.tolist(), before, many), torch.get_num_threads() if device().type == "cpu" else 1
+    m.to(device()).eval()
+    m.lm.merge_adapter()  # the same products in fewer steps
+    rows, before, out = (
+        np.asarray(q.row if rows is None else rows),
+        put(tokenizer, q.question),
+        [""] * len(q),
+    )
+    some, threads = (
+        together(q.kind.tolist(), before, many),
+        torch.get_num_threads() if device().type == "cpu" else 1,
+    )
     bar = progress(total=len(q), label=label)
     with few_threads(m):
         look = seen(m, tokens, rows.tolist())
-        ask = lambda at: write(m.lm, tokenizer, [before[i] for i in at], p.most, p.beams, lambda part: torch.stack([look[rows[at[i]]] for i in part]), many)
+        ask = lambda at: write(
+            m.lm,
+            tokenizer,
+            [before[i] for i in at],
+            p.most,
+            p.beams,
+            lambda part: torch.stack([look[rows[at[i]]] for i in part]),
+            many,
+        )
         for at, said in zip(some, in_turn(ask, some, threads)):
-            for i, s in zip(at, said): out[i] = s
+            for i, s in zip(at, said):
+                out[i] = s
             bar.update(len(at))
-    bar.close(); m.lm.unmerge_adapter()
+    bar.close()
+    m.lm.unmerge_adapter()
     return out
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0009
-def others(q, seed)->np.ndarray: # (n,) place of another patient's case
+def others(q, seed) -> np.ndarray:  # (n,) place of another patient's case
     "Whose volume each question gets, where it is asked of a stranger's scan; one and the same for all questions of a case"
     cases = q.drop_duplicates("case").reset_index(drop=True)
-    return q.case.map(dict(zip(cases.case, cases.row.to_numpy()[strangers(cases, seed)]))).to_numpy()
+    return q.case.map(
+        dict(zip(cases.case, cases.row.to_numpy()[strangers(cases, seed)]))
+    ).to_numpy()
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0031
-def save(m:Answerer, folder, card:str, fp=None):
+def save(m: Answerer, folder, card: str, fp=None):
     "A checkpoint folder: what learnt, and nothing of the frozen model"
     checkpoint.keep(m.state_dict(), m.config, card, folder, fp)
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0010
 def load(
-    folder, # of `save`
-    model=None, # its language model; found by its name in config.json when None
-)->Answerer: # in eval mode
+    folder,  # of `save`
+    model=None,  # its language model; found by its name in config.json when None
+) -> Answerer:  # in eval mode
     "A trained model, strictly"
     how = checkpoint.described(folder, "run `dvc repro vqa`")
-    return fill(Answerer(how, language.load(how["language"])[0] if model is None else model), folder).eval()
+    return fill(
+        Answerer(how, language.load(how["language"])[0] if model is None else model), folder
+    ).eval()
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0011
-def fill(m:Answerer, folder)->Answerer: # the same
+def fill(m: Answerer, folder) -> Answerer:  # the same
     "Weights of a folder into a model"
     state = checkpoint.tensors(folder, "run `dvc repro vqa`")
-    try: m.load_state_dict(state)
-    except (ValueError, RuntimeError) as e: raise ValueError(f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language')}`") from None
+    try:
+        m.load_state_dict(state)
+    except (ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language')}`"
+        ) from None
     return m
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0012
-def card(arm:str, q, p, seed)->str: # Markdown, counts alone
+def card(arm: str, q, p, seed) -> str:  # Markdown, counts alone
     "What this is"
     n = {s: f"{g.case.nunique()} volumes with {len(g)} questions" for s, g in q.groupby("split")}
     return f"""# Answers to questions, arm `{arm}`
 
-Queries and low-rank adapters before the language model `{p.language}`, which is not in this folder. Trained for at most {p.steps} steps on the train split: {n.get('train', 'nothing')}; the step was chosen on validation: {n.get('val', 'nothing')}; seed {seed}. For no clinical use.
+Queries and low-rank adapters before the language model `{p.language}`, which is not in this folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
 
 - Load: `asap.tasks.vqa.load(folder)`.
 """
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0034
-BLIND = "blind" # the arm that sees no image
+BLIND = "blind"  # the arm that sees no image
 
-def majority(q)->list: # of `asked`, all splits; an answer for each test question
+
+def majority(q) -> list:  # of `asked`, all splits; an answer for each test question
     "The answer that train gives most often to each kind; the first in the alphabet where several do"
-    most = {k: g.answer.map(normal).value_counts().sort_index().idxmax() for k, g in q[q.split == "train"].groupby("kind")}
+    most = {
+        k: g.answer.map(normal).value_counts().sort_index().idxmax()
+        for k, g in q[q.split == "train"].groupby("kind")
+    }
     return [most.get(k, "") for k in q.kind[q.split == "test"]]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0013
 def trained(
-    arm:str, q, tokens, p, seed:int, # as `learn`
-    lm, tokenizer, # language model, frozen
-    dim:int, # channels of tokens
-    folder, fp:dict, # where it resumes from, of what it is made
-)->Answerer:
+    arm: str,
+    q,
+    tokens,
+    p,
+    seed: int,  # as `learn`
+    lm,
+    tokenizer,  # language model, frozen
+    dim: int,  # channels of tokens
+    folder,
+    fp: dict,  # where it resumes from, of what it is made
+) -> Answerer:
     "A model that learns now, or that has learnt before from the same"
-    if dim % p.heads: raise ValueError(f"vqa.heads is {p.heads}: tokens of arm `{arm}` have {dim} channels, which is no multiple of it")
-    torch.manual_seed(seed32("vqa", seed)) # all arms start from the same weights
-    m, done = Answerer(config(p, dim, tokens is None) | dict(language=p.language), lm), Path(folder)/"done"
+    if dim % p.heads:
+        raise ValueError(
+            f"vqa.heads is {p.heads}: tokens of arm `{arm}` have {dim} channels, which is no multiple of it"
+        )
+    torch.manual_seed(seed32("vqa", seed))  # all arms start from the same weights
+    m, done = (
+        Answerer(config(p, dim, tokens is None) | dict(language=p.language), lm),
+        Path(folder) / "done",
+    )
     if reusable(done, fp):
         say(f"vqa, {arm}: trained before, from the same")
         return fill(m, done)
@@ -336,61 +542,124 @@ COLUMNS = [*KEPT, *MEASURES, "task", "arm", "fraction", "seed"]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0014
 def run(
-    cohort:str, arm:str,
-    q, # of `asked`
-    tokens, # (n,1+N,C); None: blind
-    p, seed:int, # params `vqa`
-    lm, tokenizer, dim:int, folder, fp:dict, # as `trained`
-    encoder=None, # for BERTScore
-)->tuple: # predictions: COLUMNS; the model
+    cohort: str,
+    arm: str,
+    q,  # of `asked`
+    tokens,  # (n,1+N,C); None: blind
+    p,
+    seed: int,  # params `vqa`
+    lm,
+    tokenizer,
+    dim: int,
+    folder,
+    fp: dict,  # as `trained`
+    encoder=None,  # for BERTScore
+) -> tuple:  # predictions: COLUMNS; the model
     "One arm's answers, and those to the same questions of another patient's scan"
-    m, test = trained(arm, q, tokens, p, seed, lm, tokenizer, dim, folder, fp), q[q.split == "test"].reset_index(drop=True)
+    m, test = (
+        trained(arm, q, tokens, p, seed, lm, tokenizer, dim, folder, fp),
+        q[q.split == "test"].reset_index(drop=True),
+    )
     found = {arm: answers(m, tokenizer, test, tokens, p, label=arm)}
-    if tokens is None: found["majority"] = majority(q)
-    elif test.patient.nunique() > 1: found[f"{arm}, a stranger's scan"] = answers(m, tokenizer, test, tokens, p, others(test, seed), label=f"{arm}, a stranger's scan")
+    if tokens is None:
+        found["majority"] = majority(q)
+    elif test.patient.nunique() > 1:
+        found[f"{arm}, a stranger's scan"] = answers(
+            m, tokenizer, test, tokens, p, others(test, seed), label=f"{arm}, a stranger's scan"
+        )
     usual, out = usual_size(q[q.split == "train"]), []
-    for name, said in found.items(): out.append(scored(test.assign(given=said), usual, encoder).assign(task=f"vqa_{cohort}", arm=name, fraction=1., seed=seed))
+    for name, said in found.items():
+        out.append(
+            scored(test.assign(given=said), usual, encoder).assign(
+                task=f"vqa_{cohort}", arm=name, fraction=1.0, seed=seed
+            )
+        )
     return pd.concat(out, ignore_index=True)[COLUMNS], m
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0036
 def every(
-    arm:str, # or `blind`
-    tables:dict, questions:dict, # by cohort, of those that are there
-    p, seed:int, # params `vqa`
-    tokens, # folder of the arm's tokens
-    dim:int, # channels of tokens, for `blind`
-    out, resume, # folders: checkpoints, what is half done
-    encoder=None, # for BERTScore
-)->pd.DataFrame: # COLUMNS
+    arm: str,  # or `blind`
+    tables: dict,
+    questions: dict,  # by cohort, of those that are there
+    p,
+    seed: int,  # params `vqa`
+    tokens,  # folder of the arm's tokens
+    dim: int,  # channels of tokens, for `blind`
+    out,
+    resume,  # folders: checkpoints, what is half done
+    encoder=None,  # for BERTScore
+) -> pd.DataFrame:  # COLUMNS
     "Answers of one arm to all that is asked; its checkpoints in `out`"
     found = []
     for c in tables:
         q, (lm, tokenizer) = asked(questions[c], tables[c]), language.load(p.language)
         t = None if arm == BLIND else tokens_of(tokens, c, tables[c])
-        made = {} if t is None else read_json(Path(tokens)/f"{c}.json")
-        how = {k: v for k, v in (p if isinstance(p, dict) else p.model_dump()).items() if k not in ("arms", "small", "most", "beams")}
-        fp = fingerprint(arm=arm, vqa=how, seed=seed, tokens=made, questions=seed32(*q[["case", "split", "question", "answer"]].to_numpy().ravel()), language=language.mark(lm, tokenizer))
-        rows, m = run(c, arm, q, t, p, seed, lm, tokenizer, dim if t is None else t.shape[-1], Path(resume)/c, fp, encoder)
-        save(m, Path(out)/"checkpoint"/c, card(arm, q, p, seed))
+        made = {} if t is None else read_json(Path(tokens) / f"{c}.json")
+        how = {
+            k: v
+            for k, v in (p if isinstance(p, dict) else p.model_dump()).items()
+            if k not in ("arms", "small", "most", "beams")
+        }
+        fp = fingerprint(
+            arm=arm,
+            vqa=how,
+            seed=seed,
+            tokens=made,
+            questions=seed32(*q[["case", "split", "question", "answer"]].to_numpy().ravel()),
+            language=language.mark(lm, tokenizer),
+        )
+        rows, m = run(
+            c,
+            arm,
+            q,
+            t,
+            p,
+            seed,
+            lm,
+            tokenizer,
+            dim if t is None else t.shape[-1],
+            Path(resume) / c,
+            fp,
+            encoder,
+        )
+        save(m, Path(out) / "checkpoint" / c, card(arm, q, p, seed))
         found.append(rows)
     return pd.concat(found, ignore_index=True) if found else nothing(COLUMNS)
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0039
-def _of_kind(kind:str, g, w)->dict: # rows of one kind, (draws,n) -> metric -> (draws,)
-    per = lambda c: w@g[c].to_numpy(float)/np.maximum(w.sum(-1), 1e-9)
-    if kind == "presence": return dict(accuracy=per("exact"))
-    if kind == "size": return {"L1 mm": per("error"), "RMSE mm": per("square")**0.5, "share with a number": per("numbered")}
+def _of_kind(kind: str, g, w) -> dict:  # rows of one kind, (draws,n) -> metric -> (draws,)
+    per = lambda c: w @ g[c].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
+    if kind == "presence":
+        return dict(accuracy=per("exact"))
+    if kind == "size":
+        return {
+            "L1 mm": per("error"),
+            "RMSE mm": per("square") ** 0.5,
+            "share with a number": per("numbered"),
+        }
     out = {"exact match": per("exact"), "F1 of parts": per("f1"), "hit score": per("hit")}
-    return out | {k: v for k, v in scores.corpus(g.drop(columns=["bert"] if g.bert.isna().any() else []), w).items() if k in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "BERTScore")}
+    return out | {
+        k: v
+        for k, v in scores.corpus(
+            g.drop(columns=["bert"] if g.bert.isna().any() else []), w
+        ).items()
+        if k in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "BERTScore")
+    }
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0015
-def figures(d, n:int, seed)->dict: # predictions of one arm and draw -> {"metric, kind": (value, (n,))}
+def figures(
+    d, n: int, seed
+) -> dict:  # predictions of one arm and draw -> {"metric, kind": (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     w, out = draws(d.patient.to_numpy(), n, seed), {}
-    counts = (d.kind != "size") | d.error.notna() # not a size whose truth has no number
+    counts = (d.kind != "size") | d.error.notna()  # not a size whose truth has no number
     for kind in (k for k in KINDS if (d.kind == k).any()):
         at = ((d.kind == kind) & counts).to_numpy()
-        if not at.any(): continue
-        value, drawn = _of_kind(kind, d[at], np.ones((1, at.sum()))), _of_kind(kind, d[at], w[:, at])
+        if not at.any():
+            continue
+        value, drawn = (
+            _of_kind(kind, d[at], np.ones((1, at.sum()))),
+            _of_kind(kind, d[at], w[:, at]),
+        )
         out |= {f"{metric}, {kind}": (float(v[0]), drawn[metric]) for metric, v in value.items()}
     return out

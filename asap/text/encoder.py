@@ -20,155 +20,275 @@ from ..train import fit
 # %% ../../nbs/4_text/42_encoder.ipynb #ed6ee02b
 class Reports:
     "Texts as ids, for `asap.train.fit`"
-    def __init__(self, texts, tokenizer, max_length): self.rows = [encode(tokenizer, t, max_length)[:2] for t in texts]
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, at): return self.rows[at[1]]
 
-def _collate(pad_id): return lambda rows: tuple(torch.as_tensor(pad([r[i] for r in rows], v)) for i, v in ((0, pad_id), (1, -1)))
+    def __init__(self, texts, tokenizer, max_length):
+        self.rows = [encode(tokenizer, t, max_length)[:2] for t in texts]
 
-def _words(model, ids, of, share, tokenizer, seed)->tuple: # logits and labels at the hidden words
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, at):
+        return self.rows[at[1]]
+
+
+def _collate(pad_id):
+    return lambda rows: tuple(
+        torch.as_tensor(pad([r[i] for r in rows], v)) for i, v in ((0, pad_id), (1, -1))
+    )
+
+
+def _words(
+    model, ids, of, share, tokenizer, seed
+) -> tuple:  # logits and labels at the hidden words
     g = torch.Generator().manual_seed(seed)
     masked, labels = mask_words(ids, of, share, tokenizer.mask_token_id, g)
-    hidden = model.bert(masked, attention_mask=(ids != tokenizer.pad_token_id).long()).last_hidden_state
+    hidden = model.bert(
+        masked, attention_mask=(ids != tokenizer.pad_token_id).long()
+    ).last_hidden_state
     asked = labels >= 0
     return model.cls(hidden[asked]), labels[asked]
 
-def alone(reports)->list: # lists of one sentence
+
+def alone(reports) -> list:  # lists of one sentence
     return [[s] for r in reports for s in r]
 
+
 def train_encoder(
-    train, val, # lists of lists of sentences
-    p, # params `text`
+    train,
+    val,  # lists of lists of sentences
+    p,  # params `text`
     seed,
-    out, # folder in transformers' layout
-    folder=None, # for resume
+    out,  # folder in transformers' layout
+    folder=None,  # for resume
     fp=None,
-    share:float=0.3, # of words hidden
-)->dict: # accuracy at hidden words of val, and of guessing the commonest word
+    share: float = 0.3,  # of words hidden
+) -> dict:  # accuracy at hidden words of val, and of guessing the commonest word
     "Word pieces and a small BERT from the train reports; saved, with its accuracy on val"
     from transformers import BertConfig, BertForMaskedLM
+
     tokenizer = train_tokenizer([" ".join(s) for s in train], p.vocab, out)
     torch.manual_seed(seed32("text", seed))
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=p.dim, num_hidden_layers=p.depth, num_attention_heads=p.heads,
-                            intermediate_size=4*p.dim, max_position_embeddings=p.max_length, hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=p.dim**-0.5, by_sentence=True))
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=p.dim,
+            num_hidden_layers=p.depth,
+            num_attention_heads=p.heads,
+            intermediate_size=4 * p.dim,
+            max_position_embeddings=p.max_length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=p.dim**-0.5,
+            by_sentence=True,
+        )
+    )
+
     def loss(m, b, step):
         logits, labels = _words(m, *b, share, tokenizer, seed32("mask", seed, step))
         value = F.cross_entropy(logits, labels)
         return value, {}
-    log = fit(model, loss, Reports(alone(train), tokenizer, p.max_length), steps=p.steps, batch=p.batch, lr=p.lr, warmup=p.steps//10, seed=("text", seed), folder=folder, fp=fp,
-        collate=_collate(tokenizer.pad_token_id), label="text encoder")
-    model.eval(); model.save_pretrained(out)
-    return dict(accuracy(model, val, tokenizer, p.max_length, share), vocab=len(tokenizer), reports=len(train), loss=round(float(log.loss.iloc[-1]), 4))
+
+    log = fit(
+        model,
+        loss,
+        Reports(alone(train), tokenizer, p.max_length),
+        steps=p.steps,
+        batch=p.batch,
+        lr=p.lr,
+        warmup=p.steps // 10,
+        seed=("text", seed),
+        folder=folder,
+        fp=fp,
+        collate=_collate(tokenizer.pad_token_id),
+        label="text encoder",
+    )
+    model.eval()
+    model.save_pretrained(out)
+    return dict(
+        accuracy(model, val, tokenizer, p.max_length, share),
+        vocab=len(tokenizer),
+        reports=len(train),
+        loss=round(float(log.loss.iloc[-1]), 4),
+    )
+
 
 @torch.no_grad()
-def accuracy(model, sentences, tokenizer, max_length, share)->dict:
+def accuracy(model, sentences, tokenizer, max_length, share) -> dict:
     "Share of hidden words found, and the share that the commonest word alone would find"
     data, right, labels_all = Reports(alone(sentences), tokenizer, max_length), 0, []
     for i in range(0, len(data), 32):
-        b = _collate(tokenizer.pad_token_id)([data[(0, k)] for k in range(i, min(i+32, len(data)))])
+        b = _collate(tokenizer.pad_token_id)(
+            [data[(0, k)] for k in range(i, min(i + 32, len(data)))]
+        )
         logits, labels = _words(model, *b, share, tokenizer, seed32("accuracy", i))
-        right += int((logits.argmax(-1) == labels).sum()); labels_all.append(labels)
+        right += int((logits.argmax(-1) == labels).sum())
+        labels_all.append(labels)
     labels = torch.cat(labels_all)
-    return dict(accuracy=round(right/len(labels), 4), commonest=round(float(torch.bincount(labels).max())/len(labels), 4))
+    return dict(
+        accuracy=round(right / len(labels), 4),
+        commonest=round(float(torch.bincount(labels).max()) / len(labels), 4),
+    )
 
 # %% ../../nbs/4_text/42_encoder.ipynb #3b098512
 class TextEncoder(torch.nn.Module):
     "A frozen BERT: features of tokens, and of sentences, each sentence encoded once"
-    def __init__(self, bert, tokenizer, max_length:int=256):
+
+    def __init__(self, bert, tokenizer, max_length: int = 256):
         super().__init__()
-        self.bert, self.tokenizer, self.max_length, self.known = bert.eval().requires_grad_(False), tokenizer, max_length, {}
-        self.dim, self.by_sentence = bert.config.hidden_size, getattr(bert.config, "by_sentence", False)
-    def train(self, mode=True): return super().train(False) # frozen is frozen: no dropout on features
+        self.bert, self.tokenizer, self.max_length, self.known = (
+            bert.eval().requires_grad_(False),
+            tokenizer,
+            max_length,
+            {},
+        )
+        self.dim, self.by_sentence = (
+            bert.config.hidden_size,
+            getattr(bert.config, "by_sentence", False),
+        )
+
+    def train(self, mode=True):
+        return super().train(False)  # frozen is frozen: no dropout on features
+
     @torch.no_grad()
-    def tokens(self, ids, of=None)->torch.Tensor: # (B,L), (B,L) sentence of each token -> (B,L,C)
+    def tokens(
+        self, ids, of=None
+    ) -> torch.Tensor:  # (B,L), (B,L) sentence of each token -> (B,L,C)
         "Features of tokens, read sentence by sentence where the encoder was trained so; padding is not attended to"
-        if of is None or not self.by_sentence: return self._read(ids)
+        if of is None or not self.by_sentence:
+            return self._read(ids)
         b, l = (of >= 0).nonzero(as_tuple=True)
-        _, row = (b*(of.max()+1)+of[b, l]).unique(return_inverse=True)
-        n = row.max()+1
+        _, row = (b * (of.max() + 1) + of[b, l]).unique(return_inverse=True)
+        n = row.max() + 1
         first = torch.full((n,), ids.shape[1], device=ids.device).scatter_reduce(0, row, l, "amin")
-        place, length = l-first[row]+1, torch.bincount(row)
-        x = torch.full((n, int(length.max())+2), self.tokenizer.pad_token_id, device=ids.device)
-        x[:, 0], x[torch.arange(n, device=ids.device), length+1], x[row, place] = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, ids[b, l]
+        place, length = l - first[row] + 1, torch.bincount(row)
+        x = torch.full((n, int(length.max()) + 2), self.tokenizer.pad_token_id, device=ids.device)
+        x[:, 0], x[torch.arange(n, device=ids.device), length + 1], x[row, place] = (
+            self.tokenizer.cls_token_id,
+            self.tokenizer.sep_token_id,
+            ids[b, l],
+        )
         out = torch.zeros(*ids.shape, self.dim, device=ids.device)
         out[b, l] = self._read(x)[row, place].float()
         return out
+
     @contextlib.contextmanager
-    def in_training(self, hidden:float=0.25, attention:float=0.1):
+    def in_training(self, hidden: float = 0.25, attention: float = 0.1):
         "With dropout on features, as the released code runs its frozen encoder (P6): for the arm `released` alone"
-        drops = [(m, attention if name.endswith("attention.self.dropout") or name.endswith("self.dropout") else hidden) for name, m in self.bert.named_modules() if isinstance(m, torch.nn.Dropout)]
+        drops = [
+            (
+                m,
+                attention
+                if name.endswith("attention.self.dropout") or name.endswith("self.dropout")
+                else hidden,
+            )
+            for name, m in self.bert.named_modules()
+            if isinstance(m, torch.nn.Dropout)
+        ]
         old = [m.p for m, _ in drops]
-        for m, q in drops: m.p = q
+        for m, q in drops:
+            m.p = q
         self.bert.train()
-        try: yield
+        try:
+            yield
         finally:
-            for (m, _), q in zip(drops, old): m.p = q
+            for (m, _), q in zip(drops, old):
+                m.p = q
             self.bert.eval()
+
     @torch.no_grad()
-    def means(self, ids, of, n:int)->torch.Tensor: # (B,L), (B,L) -> (B,n,C), unit norm
+    def means(self, ids, of, n: int) -> torch.Tensor:  # (B,L), (B,L) -> (B,n,C), unit norm
         "Mean over the words of each sentence of a report"
         x = self.tokens(ids, of)
-        out = torch.zeros(len(ids), n, self.dim, device=x.device).scatter_add(1, of.clamp(min=0)[..., None].expand_as(x), x*(of >= 0)[..., None])
+        out = torch.zeros(len(ids), n, self.dim, device=x.device).scatter_add(
+            1, of.clamp(min=0)[..., None].expand_as(x), x * (of >= 0)[..., None]
+        )
         return F.normalize(out, dim=-1)
-    def _read(self, ids): return self.bert(ids, attention_mask=(ids != self.tokenizer.pad_token_id).long()).last_hidden_state
+
+    def _read(self, ids):
+        return self.bert(
+            ids, attention_mask=(ids != self.tokenizer.pad_token_id).long()
+        ).last_hidden_state
+
     @torch.no_grad()
-    def sentences(self, texts:list)->torch.Tensor: # n strings -> (n,C), unit norm
+    def sentences(self, texts: list) -> torch.Tensor:  # n strings -> (n,C), unit norm
         "Mean over a sentence's words, encoded by itself"
         new = [s for s in dict.fromkeys(texts) if s not in self.known]
         for i in range(0, len(new), 64):
-            part = new[i:i+64]
+            part = new[i : i + 64]
             rows = [encode(self.tokenizer, [s], self.max_length)[:2] for s in part]
             ids, of = _collate(self.tokenizer.pad_token_id)(rows)
             real = (of >= 0).float()[..., None].to(self.device)
-            f = (self.tokens(ids.to(self.device))*real).sum(1)/real.sum(1).clamp(min=1)
+            f = (self.tokens(ids.to(self.device)) * real).sum(1) / real.sum(1).clamp(min=1)
             self.known.update(zip(part, F.normalize(f, dim=-1).float().cpu()))
         return torch.stack([self.known[s] for s in texts]) if texts else torch.zeros(0, self.dim)
-    def fingerprint(self)->str:
+
+    def fingerprint(self) -> str:
         "Hash of the weights and the words"
         h = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        for v in self.bert.state_dict().values(): h.update(v.cpu().numpy().tobytes())
+        for v in self.bert.state_dict().values():
+            h.update(v.cpu().numpy().tobytes())
         return h.hexdigest()[:16]
+
     @property
-    def device(self): return next(self.bert.parameters()).device
+    def device(self):
+        return next(self.bert.parameters()).device
+
 
 def load(
-    name, # folder, or a Hugging Face id
-    max_length:int=256,
-)->TextEncoder:
+    name,  # folder, or a Hugging Face id
+    max_length: int = 256,
+) -> TextEncoder:
     "A frozen text encoder from a folder or a hub; never runs code that came with it"
     from transformers import AutoTokenizer, BertModel
     from transformers.utils import logging
-    local = next((f for f in (Path(name), root()/name) if f.is_dir()), None)
-    if local is None and str(name).startswith(("build/", "/", ".")): raise FileNotFoundError(f"text.encoder: there is no folder {name}: run `dvc repro text`")
+
+    local = next((f for f in (Path(name), root() / name) if f.is_dir()), None)
+    if local is None and str(name).startswith(("build/", "/", ".")):
+        raise FileNotFoundError(f"text.encoder: there is no folder {name}: run `dvc repro text`")
     name = local or name
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     bert, how = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
-    if lost := sorted(how["missing_keys"]): raise ValueError(f"text.encoder {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?")
+    if lost := sorted(how["missing_keys"]):
+        raise ValueError(
+            f"text.encoder {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+        )
     return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9
-OWN = "build/text" # the folder of the study's own encoder
+OWN = "build/text"  # the folder of the study's own encoder
+
 
 def make(
-    p, # params `text`
-    table, # cohort table
+    p,  # params `text`
+    table,  # cohort table
     seed,
-    out, # folder of the encoder
-    folder=None, # where it can resume from
-    shipped=None, # a folder of an encoder with its recipe, taken where that fits
-)->dict: # its scores; only its name when it is not the study's own
+    out,  # folder of the encoder
+    folder=None,  # where it can resume from
+    shipped=None,  # a folder of an encoder with its recipe, taken where that fits
+) -> dict:  # its scores; only its name when it is not the study's own
     "Train the study's own encoder, or note that another one is used"
     if p.encoder != OWN:
-        write_json(dict(encoder=p.encoder), Path(out)/"elsewhere.json")
+        write_json(dict(encoder=p.encoder), Path(out) / "elsewhere.json")
         return dict(encoder=p.encoder)
-    said = {s: [x for f, i in t[["findings", "impression"]].drop_duplicates().itertuples(index=False) if (x := split(join(f, i)))] for s, t in table.groupby("split")}
+    said = {
+        s: [
+            x
+            for f, i in t[["findings", "impression"]].drop_duplicates().itertuples(index=False)
+            if (x := split(join(f, i)))
+        ]
+        for s, t in table.groupby("split")
+    }
     fp = fingerprint(text=p.model_dump(), reports=seed32(said), seed=seed)
-    if shipped and (Path(shipped)/"recipe.json").exists():
-        why = difference(read_json(Path(shipped)/"recipe.json"), fp)
+    if shipped and (Path(shipped) / "recipe.json").exists():
+        why = difference(read_json(Path(shipped) / "recipe.json"), fp)
         if why is None:
             shutil.copytree(shipped, out, dirs_exist_ok=True)
-            return dict(read_json(Path(shipped)/"scores.json"), weights="shipped")
+            return dict(read_json(Path(shipped) / "scores.json"), weights="shipped")
         say(f"text: the shipped weights are of another recipe ({why}), so it is trained")
-    scores = dict(encoder=p.encoder, **train_encoder(said["train"], said["val"], p, seed, out, folder, fp))
-    write_json(fp, Path(out)/"recipe.json"); write_json(scores, Path(out)/"scores.json")
+    scores = dict(
+        encoder=p.encoder, **train_encoder(said["train"], said["val"], p, seed, out, folder, fp)
+    )
+    write_json(fp, Path(out) / "recipe.json")
+    write_json(scores, Path(out) / "scores.json")
     return dict(scores, weights="trained")

@@ -16,205 +16,338 @@ from ..phantom.abnormalities import ABNORMALITIES
 from .sentences import split
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0006
-_LIME, _CORONARY = r"calcif\w*", r"coronar(?:y|ies)|lad|rca|circumflex|left anterior descending|left main"
+_LIME, _CORONARY = (
+    r"calcif\w*",
+    r"coronar(?:y|ies)|lad|rca|circumflex|left anterior descending|left main",
+)
 _AORTA = r"aort(?:a|as|ic)|great vessels|brachiocephalic|carotids?|subclavian|arterial walls?"
 _LARGE, _BRONCHI = r"(?<!non.)enlarg\w*", r"bronchi|bronchus|bronchial|airways?"
 MENTIONS = {
- "Medical material": r"catheters?|port a cath|portacath|port|picc|central (?:venous )?lines?|pacemakers?|a?icd|lvad|leads(?! to)|defibrillator|tubes?|drains?|stents?|endografts?|wires?"
-     r"|clips?|sutures?|staples|\w*prosthe\w+|valve replacement|(?:mechanical|prosthetic) valves?|cannula|devices?|implant\w*|hardware|filter|medical material",
- "Arterial wall calcification": rf"(?:{_LIME})~(?:{_AORTA})|(?:{_LIME}) (?:athero\w+|plaques?)~(?:{_AORTA})|(?:{_AORTA})~(?:{_LIME})|arterial wall calcif\w*",
- "Cardiomegaly": rf"cardiomegaly|(?:heart|cardiac|cardiothoracic)~(?:{_LARGE}|increased|larger)|(?:{_LARGE}|increased)~(?:heart|cardiac \w+)",
- "Pericardial effusion": r"h[ae]{1,2}mopericardium|pericardi\w*(?:~| (?:and|or|nor) pleural )(?:effusions?|fluid)"
-     r"|(?:effusions?|fluid)~(?:in|of|within|between|around) (?:the )?pericardi\w*|fluid around the heart",
- "Coronary artery wall calcification": rf"(?:{_LIME})~~(?:{_CORONARY})|(?:{_CORONARY})~(?:{_LIME})",
- "Hiatal hernia": r"(?:hiat\w+|para o?esophageal|parao?esophageal|sliding)(?: type)?(?: hiat\w+)? hernia\w*|hernia\w*~hiat\w+|intrathoracic stomach",
- "Lymphadenopathy": rf"(?:lymph)?adenopath\w+|lymphadenomegaly|(?:{_LARGE}|pathologic\w*|bulky)~(?:lymph )?nodes?|(?:lymph )?nodes?~~(?:{_LARGE}|pathologic\w*)",
- "Emphysema": r"emphysem\w+",
- "Atelectasis": r"(?:fibro)?atelecta\w+|collapsed?",
- "Lung nodule": r"(?:micro)?nodules?|nodular (?:lesions?|densit\w+|opacit\w+|formations?)|granulomas?",
- "Lung opacity": r"ground glass|ggos?|infiltrat(?:es?|ions?)|opacit\w+|opacification|crazy paving|hazy densit\w+",
- "Pulmonary fibrotic sequela": r"fibro(?:sis|tic|nodular|atelecta\w+)|scar(?:s|ring|red)?|sequelae?|honeycomb\w*",
- "Pleural effusion": r"pleura\w*(?:~| (?:and|or|nor) pericardial )(?:effusions?|fluid)|effusions?|hydrothora\w+|h[ae]{1,2}mothora\w+|fluid~pleura\w*",
- "Mosaic attenuation pattern": r"mosaic",
- "Peribronchial thickening": rf"peribronch\w+~(?:thicken\w+|cuff\w+)|(?:{_BRONCHI})~thicken\w+|thicken\w+~(?:{_BRONCHI})",
- "Consolidation": r"consolidat\w+",
- "Bronchiectasis": rf"bronchiecta\w+|(?:dilat\w+|ectatic|ectasia)~(?:{_BRONCHI})|(?:{_BRONCHI})~(?:dilat\w+|ectatic)",
- "Interlobular septal thickening": r"(?:septa|septal|septum)~thicken\w+|thicken\w+~(?:septa|septum)|septal lines|kerley(?: b)?(?: lines)?"}
+    "Medical material": r"catheters?|port a cath|portacath|port|picc|central (?:venous )?lines?|pacemakers?|a?icd|lvad|leads(?! to)|defibrillator|tubes?|drains?|stents?|endografts?|wires?"
+    r"|clips?|sutures?|staples|\w*prosthe\w+|valve replacement|(?:mechanical|prosthetic) valves?|cannula|devices?|implant\w*|hardware|filter|medical material",
+    "Arterial wall calcification": rf"(?:{_LIME})~(?:{_AORTA})|(?:{_LIME}) (?:athero\w+|plaques?)~(?:{_AORTA})|(?:{_AORTA})~(?:{_LIME})|arterial wall calcif\w*",
+    "Cardiomegaly": rf"cardiomegaly|(?:heart|cardiac|cardiothoracic)~(?:{_LARGE}|increased|larger)|(?:{_LARGE}|increased)~(?:heart|cardiac \w+)",
+    "Pericardial effusion": r"h[ae]{1,2}mopericardium|pericardi\w*(?:~| (?:and|or|nor) pleural )(?:effusions?|fluid)"
+    r"|(?:effusions?|fluid)~(?:in|of|within|between|around) (?:the )?pericardi\w*|fluid around the heart",
+    "Coronary artery wall calcification": rf"(?:{_LIME})~~(?:{_CORONARY})|(?:{_CORONARY})~(?:{_LIME})",
+    "Hiatal hernia": r"(?:hiat\w+|para o?esophageal|parao?esophageal|sliding)(?: type)?(?: hiat\w+)? hernia\w*|hernia\w*~hiat\w+|intrathoracic stomach",
+    "Lymphadenopathy": rf"(?:lymph)?adenopath\w+|lymphadenomegaly|(?:{_LARGE}|pathologic\w*|bulky)~(?:lymph )?nodes?|(?:lymph )?nodes?~~(?:{_LARGE}|pathologic\w*)",
+    "Emphysema": r"emphysem\w+",
+    "Atelectasis": r"(?:fibro)?atelecta\w+|collapsed?",
+    "Lung nodule": r"(?:micro)?nodules?|nodular (?:lesions?|densit\w+|opacit\w+|formations?)|granulomas?",
+    "Lung opacity": r"ground glass|ggos?|infiltrat(?:es?|ions?)|opacit\w+|opacification|crazy paving|hazy densit\w+",
+    "Pulmonary fibrotic sequela": r"fibro(?:sis|tic|nodular|atelecta\w+)|scar(?:s|ring|red)?|sequelae?|honeycomb\w*",
+    "Pleural effusion": r"pleura\w*(?:~| (?:and|or|nor) pericardial )(?:effusions?|fluid)|effusions?|hydrothora\w+|h[ae]{1,2}mothora\w+|fluid~pleura\w*",
+    "Mosaic attenuation pattern": r"mosaic",
+    "Peribronchial thickening": rf"peribronch\w+~(?:thicken\w+|cuff\w+)|(?:{_BRONCHI})~thicken\w+|thicken\w+~(?:{_BRONCHI})",
+    "Consolidation": r"consolidat\w+",
+    "Bronchiectasis": rf"bronchiecta\w+|(?:dilat\w+|ectatic|ectasia)~(?:{_BRONCHI})|(?:{_BRONCHI})~(?:dilat\w+|ectatic)",
+    "Interlobular septal thickening": r"(?:septa|septal|septum)~thicken\w+|thicken\w+~(?:septa|septum)|septal lines|kerley(?: b)?(?: lines)?",
+}
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0008
 ELSEWHERE = {
- "Lung nodule": r"thyroid|adrenals?|breast|hepatic|liver|renal|kidneys?|splenic|spleen|subcutaneous|soft tissue|schmorl",
- "Lung opacity": r"sinus(?:es)?|mastoid|breast|bones?|vertebra\w*",
- "Pulmonary fibrotic sequela": r"hepatic|liver|renal|kidneys?|cortex|skin|abdominal wall|myocardi\w+",
- "Pleural effusion": r"joint|shoulder|knee|hip|pericardi\w*|abdom\w+",
- "Emphysema": r"subcutaneous|surgical|soft tissue|mediastinal|orbital",
- "Atelectasis": r"vertebra\w*|trachea\w*|endplates?",
- "Lymphadenopathy": r"inguinal",
- "Interlobular septal thickening": r"interventricular|interatrial|nasal"}
-_LUNG = re.compile(r"\b(?:lungs?|(?:upper|middle|lower) lobes?|lingula|pulmonary|pleura\w*|parenchym\w+|bas(?:e|es|al)|apex|apical|apices|segments?)\b")
-_BLOCK = (r"(?:normal\w*|unremarkable|but|however|nodules?|granulomas?|lymph|nodes?|liver|spleen|kidneys?|glands?|gallstones?|effusions?"
-          r"|emphysema\w*|bypass|stents?|wires?|pleura\w*|pericardi\w*|o?esophag\w+|pneumothorax|disease|heart|cardiac|atelecta\w+|no|without)\b")
+    "Lung nodule": r"thyroid|adrenals?|breast|hepatic|liver|renal|kidneys?|splenic|spleen|subcutaneous|soft tissue|schmorl",
+    "Lung opacity": r"sinus(?:es)?|mastoid|breast|bones?|vertebra\w*",
+    "Pulmonary fibrotic sequela": r"hepatic|liver|renal|kidneys?|cortex|skin|abdominal wall|myocardi\w+",
+    "Pleural effusion": r"joint|shoulder|knee|hip|pericardi\w*|abdom\w+",
+    "Emphysema": r"subcutaneous|surgical|soft tissue|mediastinal|orbital",
+    "Atelectasis": r"vertebra\w*|trachea\w*|endplates?",
+    "Lymphadenopathy": r"inguinal",
+    "Interlobular septal thickening": r"interventricular|interatrial|nasal",
+}
+_LUNG = re.compile(
+    r"\b(?:lungs?|(?:upper|middle|lower) lobes?|lingula|pulmonary|pleura\w*|parenchym\w+|bas(?:e|es|al)|apex|apical|apices|segments?)\b"
+)
+_BLOCK = (
+    r"(?:normal\w*|unremarkable|but|however|nodules?|granulomas?|lymph|nodes?|liver|spleen|kidneys?|glands?|gallstones?|effusions?"
+    r"|emphysema\w*|bypass|stents?|wires?|pleura\w*|pericardi\w*|o?esophag\w+|pneumothorax|disease|heart|cardiac|atelecta\w+|no|without)\b"
+)
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0009
-def _gap(most:int)->str: # a pattern
+def _gap(most: int) -> str:  # a pattern
     "Up to so many words between two words of one mention, none of them another finding or organ"
     return rf"(?:[\s,:()/-]+(?!{_BLOCK})[\w.]+){{0,{most}}}?[\s,:()/-]+"
 
-def _compiled(pattern:str)->re.Pattern: # `~` is a gap of up to six words, `~~` of up to ten; a blank is a blank or a hyphen
+
+def _compiled(
+    pattern: str,
+) -> (
+    re.Pattern
+):  # `~` is a gap of up to six words, `~~` of up to ten; a blank is a blank or a hyphen
     "A pattern of whole words"
     pattern = re.sub(" +", lambda m: r"[\s-]+", pattern.replace("~~", "\0").replace("~", "\1"))
-    return re.compile(r"\b(?:"+pattern.replace("\0", _gap(10)).replace("\1", _gap(6))+r")\b")
+    return re.compile(r"\b(?:" + pattern.replace("\0", _gap(10)).replace("\1", _gap(6)) + r")\b")
+
 
 _MENTIONS = {name: _compiled(pattern) for name, pattern in MENTIONS.items()}
 _ELSEWHERE = {name: _compiled(pattern) for name, pattern in ELSEWHERE.items()}
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0011
 _IS = r"(?:is|are|was|were|has been|have been|had been)"
-_SEEN = (r"(?:seen|noted|present|observed|detected|found|identified|visuali[sz]ed|visible|evident|shown|demonstrated"
-         r"|appreciated|noticed|encountered)")
-_MORE = (r"(?:an?|there|mild\w*|minimal|small|trace|moderate\w*|severe|marked|extensive|scattered|multiple|few|several|bilateral"
-         r"|tiny|large|known|diffuse|residual|both|these|definite|otherwise|calcified|calcific|enlarged|dilated|thickened|increased)")
+_SEEN = (
+    r"(?:seen|noted|present|observed|detected|found|identified|visuali[sz]ed|visible|evident|shown|demonstrated"
+    r"|appreciated|noticed|encountered)"
+)
+_MORE = (
+    r"(?:an?|there|mild\w*|minimal|small|trace|moderate\w*|severe|marked|extensive|scattered|multiple|few|several|bilateral"
+    r"|tiny|large|known|diffuse|residual|both|these|definite|otherwise|calcified|calcific|enlarged|dilated|thickened|increased)"
+)
 CUES = {
- ("present", "after"): [r"not only", rf"{_IS} absent on the (?:right|left) and(?= {_MORE})", r"with", r"including", r"no doubt", r"and development of",
-    r"no (?:(?:significant|relevant|interval|substantial|further|major|notable) )*(?:change|increase|decrease|progression|growth)s?(?: in| of)?",
-    r"not (?:\w+ )?(?:changed|resolved|cleared|increased|decreased|removed|disappeared)",
-    r"(?:partial|incomplete|near complete|partially|nearly|almost complete) (?:resol|clear|regress)\w+(?: of)?",
-    rf"(?:{_IS} )?not {_SEEN} (?:previously|before|(?:on|in|at) (?:the )?(?:past|prior|previous|earlier))"],
- ("uncertain", "before"): [r"(?:cannot|can not|can't)(?: \w+)? be (?:\w+ )?(?:excluded|ruled out)", r"could not be (?:\w+ )?(?:excluded|ruled out)",
-    rf"{_IS} not (?:\w+ )?(?:excluded|ruled out)", rf"{_IS} (?:difficult|hard) to (?:exclude|rule out)",
-    rf"{_IS} (?:\w+ )?(?:suspected|possible|questionable|equivocal|uncertain|likely|doubtful|conceivable)"],
- ("uncertain", "after"): [r"possibl[ey]", r"probabl[ey]", r"perhaps", r"maybe", r"likely", r"suspected", r"suspicio\w+ (?:for|of)", r"suspect",
-    r"questionable", r"equivocal", r"borderline", r"(?:may|might|could|can) (?:be|represent|reflect|indicate|suggest|correspond to)",
-    r"(?:cannot|can not|can't|could not|difficult to|unable to) (?:\w+ )?(?:exclude|rule out)", r"(?:unclear|cannot determine|can not determine) (?:whether|if)", r"concern\w* for",
-    r"differential\w*(?: diagnosis)? (?:includes?|is)", r"suggestive of"],
- ("uncertain", "both"): [r"(?:cannot|can not) be distinguished from", r"versus", r"vs", r"more likely than", r"rather than"],
- ("absent", "before"): [rf"{_IS} (?:all |both |now |entirely |completely )?(?:absent|excluded|ruled out|removed|gone|resolved|cleared|negative(?! for))",
-    rf"(?:{_IS} )?not (?:\w+ )?{_SEEN}", rf"(?:is|are|was|were)n't {_SEEN}", r"is not a feature", r"(?:cannot|can not) be (?:seen|identified|detected|made out)", rf"{_IS} no longer \w+", r"absent",
-    rf"no longer {_SEEN}(?! is| are)", r"(?:has|have|had)(?: since| now| completely| entirely| all| both)* (?:resolved|cleared|disappeared)",
-    r": (?:none|no|absent|negative)(?=\W*$|[.,;])"],
- ("absent", "after"): [r"no longer \w+ (?:is|are)", r"no", r"not", r"without", r"none", r"neither", r"nor", r"absence of", r"lack of", r"free (?:of|from)",
-    r"negative for", r"nothing to suggest", r"devoid of", r"fail(?:s|ed)? to", r"den(?:y|ies|ied)", r"resolved", r"never",
-    r"(?:complete |interval |full )*(?:resolution|clearing|clearance|removal|disappearance) of"],
- ("asked", "after"): [r"(?:indication|question|information|technique|comparison|history|examination|request)s?:", r"(?:evaluate|assess|screening|look) for",
-    r"history of", r"recommended to", r"to (?:exclude|rule out)", r"rule out", r"screening"]}
+    ("present", "after"): [
+        r"not only",
+        rf"{_IS} absent on the (?:right|left) and(?= {_MORE})",
+        r"with",
+        r"including",
+        r"no doubt",
+        r"and development of",
+        r"no (?:(?:significant|relevant|interval|substantial|further|major|notable) )*(?:change|increase|decrease|progression|growth)s?(?: in| of)?",
+        r"not (?:\w+ )?(?:changed|resolved|cleared|increased|decreased|removed|disappeared)",
+        r"(?:partial|incomplete|near complete|partially|nearly|almost complete) (?:resol|clear|regress)\w+(?: of)?",
+        rf"(?:{_IS} )?not {_SEEN} (?:previously|before|(?:on|in|at) (?:the )?(?:past|prior|previous|earlier))",
+    ],
+    ("uncertain", "before"): [
+        r"(?:cannot|can not|can't)(?: \w+)? be (?:\w+ )?(?:excluded|ruled out)",
+        r"could not be (?:\w+ )?(?:excluded|ruled out)",
+        rf"{_IS} not (?:\w+ )?(?:excluded|ruled out)",
+        rf"{_IS} (?:difficult|hard) to (?:exclude|rule out)",
+        rf"{_IS} (?:\w+ )?(?:suspected|possible|questionable|equivocal|uncertain|likely|doubtful|conceivable)",
+    ],
+    ("uncertain", "after"): [
+        r"possibl[ey]",
+        r"probabl[ey]",
+        r"perhaps",
+        r"maybe",
+        r"likely",
+        r"suspected",
+        r"suspicio\w+ (?:for|of)",
+        r"suspect",
+        r"questionable",
+        r"equivocal",
+        r"borderline",
+        r"(?:may|might|could|can) (?:be|represent|reflect|indicate|suggest|correspond to)",
+        r"(?:cannot|can not|can't|could not|difficult to|unable to) (?:\w+ )?(?:exclude|rule out)",
+        r"(?:unclear|cannot determine|can not determine) (?:whether|if)",
+        r"concern\w* for",
+        r"differential\w*(?: diagnosis)? (?:includes?|is)",
+        r"suggestive of",
+    ],
+    ("uncertain", "both"): [
+        r"(?:cannot|can not) be distinguished from",
+        r"versus",
+        r"vs",
+        r"more likely than",
+        r"rather than",
+    ],
+    ("absent", "before"): [
+        rf"{_IS} (?:all |both |now |entirely |completely )?(?:absent|excluded|ruled out|removed|gone|resolved|cleared|negative(?! for))",
+        rf"(?:{_IS} )?not (?:\w+ )?{_SEEN}",
+        rf"(?:is|are|was|were)n't {_SEEN}",
+        r"is not a feature",
+        r"(?:cannot|can not) be (?:seen|identified|detected|made out)",
+        rf"{_IS} no longer \w+",
+        r"absent",
+        rf"no longer {_SEEN}(?! is| are)",
+        r"(?:has|have|had)(?: since| now| completely| entirely| all| both)* (?:resolved|cleared|disappeared)",
+        r": (?:none|no|absent|negative)(?=\W*$|[.,;])",
+    ],
+    ("absent", "after"): [
+        r"no longer \w+ (?:is|are)",
+        r"no",
+        r"not",
+        r"without",
+        r"none",
+        r"neither",
+        r"nor",
+        r"absence of",
+        r"lack of",
+        r"free (?:of|from)",
+        r"negative for",
+        r"nothing to suggest",
+        r"devoid of",
+        r"fail(?:s|ed)? to",
+        r"den(?:y|ies|ied)",
+        r"resolved",
+        r"never",
+        r"(?:complete |interval |full )*(?:resolution|clearing|clearance|removal|disappearance) of",
+    ],
+    ("asked", "after"): [
+        r"(?:indication|question|information|technique|comparison|history|examination|request)s?:",
+        r"(?:evaluate|assess|screening|look) for",
+        r"history of",
+        r"recommended to",
+        r"to (?:exclude|rule out)",
+        r"rule out",
+        r"screening",
+    ],
+}
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0012
-def _cues(rows)->tuple: # pattern, and what each of its groups means
+def _cues(rows) -> tuple:  # pattern, and what each of its groups means
     "All cues in one pattern, the earlier rows first"
     parts = [rf"({'|'.join(cues)})" for cues in rows.values()]
     pattern = re.sub(" +", lambda m: r"[\s-]+", "|".join(parts))
     return re.compile(rf"(?:(?<!\w)|(?=:))(?:{pattern})(?!\w)"), list(rows)
 
+
 _CUE, _MEANS = _cues(CUES)
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0014
-_CUT = re.compile(r";|, yet\b|\b(?:but|however|although|though|whereas|while|apart from|aside from|except|other than|leaving|nevertheless|which)\b")
+_CUT = re.compile(
+    r";|, yet\b|\b(?:but|however|although|though|whereas|while|apart from|aside from|except|other than|leaving|nevertheless|which)\b"
+)
 _BORDER = re.compile(r",|\band\b")
 _HAS_MORE = re.compile(rf"[\s,]*(?:and )?{_MORE}\b")
-_SAYS = re.compile(rf"\b(?:{_IS} (?:also )?(?:{_SEEN}|{_MORE})|shows?|demonstrates?|has|have|remains?|persists?)\b")
+_SAYS = re.compile(
+    rf"\b(?:{_IS} (?:also )?(?:{_SEEN}|{_MORE})|shows?|demonstrates?|has|have|remains?|persists?)\b"
+)
 _GROWN = re.compile(rf"\b{_IS} (?:\w+ )?{_MORE}\b")
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0035
 @dataclass(frozen=True)
 class Mention:
     "One finding at one place of a sentence"
-    label:str
-    state:str # present, uncertain, absent, or asked
-    start:int # in the sentence
-    stop:int
-    cue:tuple # start and stop of the words that decided, or empty
+
+    label: str
+    state: str  # present, uncertain, absent, or asked
+    start: int  # in the sentence
+    stop: int
+    cue: tuple  # start and stop of the words that decided, or empty
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0036
-def _forward(part:str, cue:int, mention:int)->bool: # ends of cue and start of mention
+def _forward(part: str, cue: int, mention: int) -> bool:  # ends of cue and start of mention
     "Whether what a cue says reaches a mention after it"
     for b in _BORDER.finditer(part, cue, mention):
-        rest = part[b.end():].split(",")[0]
-        if re.search(r"\b(?:or|nor)\b", rest): continue
-        if _HAS_MORE.match(rest) or (_SAYS if b[0] == "," else _GROWN).search(rest): return False
+        rest = part[b.end() :].split(",")[0]
+        if re.search(r"\b(?:or|nor)\b", rest):
+            continue
+        if _HAS_MORE.match(rest) or (_SAYS if b[0] == "," else _GROWN).search(rest):
+            return False
     return True
 
-def _backward(part:str, mention:int, cue:int)->bool: # end of mention and start of cue
+
+def _backward(part: str, mention: int, cue: int) -> bool:  # end of mention and start of cue
     "Whether what a cue says reaches a mention before it"
     between = part[mention:cue]
-    if re.search(rf"\b(?:{_IS}|shows?|has|have|without|no)\b", between): return False
-    return "," not in between or part[cue] == ":" or bool(re.search(r"\b(?:and|or)\b", re.sub(r"^[^,]*, and\b", "", between)))
+    if re.search(rf"\b(?:{_IS}|shows?|has|have|without|no)\b", between):
+        return False
+    return (
+        "," not in between
+        or part[cue] == ":"
+        or bool(re.search(r"\b(?:and|or)\b", re.sub(r"^[^,]*, and\b", "", between)))
+    )
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0015
-def _decide(part:str, cues:list, start:int, stop:int)->tuple: # state, span of the cue
+def _decide(part: str, cues: list, start: int, stop: int) -> tuple:  # state, span of the cue
     "What the cues of a part of a sentence say about the mention at this place"
     before = [c for c in cues if c[1] != "before" and c[3] <= start][-1:]
     after = [c for c in cues if c[1] != "after" and c[2] >= stop][:1]
     said = [c for c in cues if c[0] in ("absent", "uncertain") and start <= c[2] and c[3] <= stop]
-    said += [c for c in before if _forward(part, c[3], start)]+[c for c in after if _backward(part, stop, c[2])]
+    said += [c for c in before if _forward(part, c[3], start)] + [
+        c for c in after if _backward(part, stop, c[2])
+    ]
     said += [c for c in cues if c[0] == "asked" and c[3] <= start]
     for state in ("asked", "absent", "uncertain", "present"):
         for c in said:
-            if c[0] == state: return state, c[2:]
+            if c[0] == state:
+                return state, c[2:]
     return "present", ()
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0037
-def _elsewhere(name:str, part:str, start:int, stop:int)->bool:
+def _elsewhere(name: str, part: str, start: int, stop: int) -> bool:
     "Whether a mention is of another organ"
-    if name not in _ELSEWHERE or name == "Pleural effusion" and part.startswith(("pleur", "hydro"), start): return False
-    left, right = part.rfind(",", 0, start)+1, part.find(",", stop)
-    piece = part[left:right if right > 0 else None]
-    if name in ("Pleural effusion", "Pulmonary fibrotic sequela"): piece = part
-    return bool(_ELSEWHERE[name].search(piece)) and (name == "Pleural effusion" or not _LUNG.search(piece))
+    if (
+        name not in _ELSEWHERE
+        or name == "Pleural effusion"
+        and part.startswith(("pleur", "hydro"), start)
+    ):
+        return False
+    left, right = part.rfind(",", 0, start) + 1, part.find(",", stop)
+    piece = part[left : right if right > 0 else None]
+    if name in ("Pleural effusion", "Pulmonary fibrotic sequela"):
+        piece = part
+    return bool(_ELSEWHERE[name].search(piece)) and (
+        name == "Pleural effusion" or not _LUNG.search(piece)
+    )
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0016
 @lru_cache(100_000)
-def mentions(sentence:str)->tuple: # of Mentions, in order
+def mentions(sentence: str) -> tuple:  # of Mentions, in order
     "Every finding that a sentence mentions, and what it says about it"
     low, out = sentence.replace("İ", "I").lower(), []
     cuts = [0, *(m.start() for m in _CUT.finditer(low)), len(low)]
     for at, end in zip(cuts, cuts[1:]):
         part = low[at:end]
-        cues = [(*_MEANS[m.lastindex-1], m.start(), m.end()) for m in _CUE.finditer(part)]
+        cues = [(*_MEANS[m.lastindex - 1], m.start(), m.end()) for m in _CUE.finditer(part)]
         for name, pattern in _MENTIONS.items():
             for m in pattern.finditer(part):
-                if _elsewhere(name, part, *m.span()): continue
+                if _elsewhere(name, part, *m.span()):
+                    continue
                 state, cue = _decide(part, cues, *m.span())
-                out.append(Mention(name, state, at+m.start(), at+m.end(), tuple(at+i for i in cue)))
+                out.append(
+                    Mention(name, state, at + m.start(), at + m.end(), tuple(at + i for i in cue))
+                )
     return tuple(sorted(out, key=lambda m: (m.start, m.stop)))
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0018
 def labels(
-    text, # a report or a part of it; None and NaN are allowed
-    uncertain:int=0, # what a finding counts as that is only suspected
-)->dict: # label -> 0 or 1, all 18
+    text,  # a report or a part of it; None and NaN are allowed
+    uncertain: int = 0,  # what a finding counts as that is only suspected
+) -> dict:  # label -> 0 or 1, all 18
     "What a report says is there"
-    if uncertain not in (0, 1): raise ValueError(f"`uncertain` is {uncertain!r}, expected 0 or 1: what a suspected finding counts as")
-    if text is not None and not isinstance(text, (str, float)): raise TypeError(f"a report is a text, None or NaN; got {type(text).__name__} {text!r:.60}")
+    if uncertain not in (0, 1):
+        raise ValueError(
+            f"`uncertain` is {uncertain!r}, expected 0 or 1: what a suspected finding counts as"
+        )
+    if text is not None and not isinstance(text, (str, float)):
+        raise TypeError(f"a report is a text, None or NaN; got {type(text).__name__} {text!r:.60}")
     said = {(m.label, m.state) for s in split(text) for m in mentions(s)}
-    return {n: int((n, "present") in said or uncertain == 1 and (n, "uncertain") in said) for n in ABNORMALITIES}
+    return {
+        n: int((n, "present") in said or uncertain == 1 and (n, "uncertain") in said)
+        for n in ABNORMALITIES
+    }
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0038
 def table(
-    texts, # reports, a list or a column
-    uncertain:int=0,
-)->pd.DataFrame: # a row a report, a column a label, int8; the index of a column is kept
+    texts,  # reports, a list or a column
+    uncertain: int = 0,
+) -> pd.DataFrame:  # a row a report, a column a label, int8; the index of a column is kept
     "Labels of many reports"
-    if isinstance(texts, str): raise TypeError(f"`texts` is one text, {texts[:60]!r}: hand over a list of reports, or call `labels`")
+    if isinstance(texts, str):
+        raise TypeError(
+            f"`texts` is one text, {texts[:60]!r}: hand over a list of reports, or call `labels`"
+        )
     index = texts.index if isinstance(texts, pd.Series) else None
-    return pd.DataFrame([labels(t, uncertain) for t in texts], index=index, columns=ABNORMALITIES, dtype="int8")
+    return pd.DataFrame(
+        [labels(t, uncertain) for t in texts], index=index, columns=ABNORMALITIES, dtype="int8"
+    )
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0024
 COLOURS = dict(present="#b7e4c7", absent="#f4b6b6", uncertain="#ffe08a", asked="#d9d9d9")
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0039
 def marked(
-    text, # a report
-    colours=COLOURS, # of each state
-)->str: # HTML
+    text,  # a report
+    colours=COLOURS,  # of each state
+) -> str:  # HTML
     "A report with its mentions coloured and the deciding cues underlined"
     lines = []
     for s in split(text):
-        tags = {(m.start, m.stop, f'<mark style="background:{colours[m.state]}" title="{m.label}: {m.state}">', "</mark>") for m in mentions(s)}
+        tags = {
+            (
+                m.start,
+                m.stop,
+                f'<mark style="background:{colours[m.state]}" title="{m.label}: {m.state}">',
+                "</mark>",
+            )
+            for m in mentions(s)
+        }
         tags |= {(*m.cue, "<u>", "</u>") for m in mentions(s) if m.cue}
         opens, out = {}, []
         for start, stop, left, right in sorted(tags, key=lambda t: (t[0], -t[1], t[2])):
-            opens[start] = opens.get(start, "")+left
-            opens[stop] = right+opens.get(stop, "")
-        for i in range(len(s)+1): out.append(opens.get(i, "")+html.escape(s[i:i+1]))
+            opens[start] = opens.get(start, "") + left
+            opens[stop] = right + opens.get(stop, "")
+        for i in range(len(s) + 1):
+            out.append(opens.get(i, "") + html.escape(s[i : i + 1]))
         lines.append("".join(out))
     return "<br>".join(lines)

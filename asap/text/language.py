@@ -20,204 +20,393 @@ from ..train import few_threads, fit
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0006
 def train_pieces(
-    texts, # of the train split
-    vocab:int, # pieces, at most; 258 are taken by bytes, the end and the padding
-): # tokenizer
+    texts,  # of the train split
+    vocab: int,  # pieces, at most; 258 are taken by bytes, the end and the padding
+):  # tokenizer
     "Byte-pair encoding, numbers apart; the same texts give the same pieces"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
-    t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre.Sequence([pre.Digits(individual_digits=False), pre.ByteLevel(add_prefix_space=False)]), decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<pad>", "<end>"], initial_alphabet=sorted(pre.ByteLevel.alphabet()), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", eos_token="<end>", clean_up_tokenization_spaces=False)
 
-def ids(tokenizer, texts)->list: # of lists
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = (
+        pre.Sequence([pre.Digits(individual_digits=False), pre.ByteLevel(add_prefix_space=False)]),
+        decoders.ByteLevel(),
+    )
+    t.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=["<pad>", "<end>"],
+            initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, pad_token="<pad>", eos_token="<end>", clean_up_tokenization_spaces=False
+    )
+
+
+def ids(tokenizer, texts) -> list:  # of lists
     "Token ids, nothing added"
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0009
-def put(tokenizer, questions)->list: # of lists of ids
+def put(tokenizer, questions) -> list:  # of lists of ids
     "Questions as the model wants them, up to where its answer begins"
-    if not getattr(tokenizer, "chat_template", None): return ids(tokenizer, [f"{q}\n" for q in questions])
-    return ids(tokenizer, [tokenizer.apply_chat_template([dict(role="user", content=q)], tokenize=False, add_generation_prompt=True) for q in questions])
+    if not getattr(tokenizer, "chat_template", None):
+        return ids(tokenizer, [f"{q}\n" for q in questions])
+    return ids(
+        tokenizer,
+        [
+            tokenizer.apply_chat_template(
+                [dict(role="user", content=q)], tokenize=False, add_generation_prompt=True
+            )
+            for q in questions
+        ],
+    )
 
-def answered(tokenizer, answers)->list: # of lists of ids
+
+def answered(tokenizer, answers) -> list:  # of lists of ids
     "Answers with their end"
     return [[*a, tokenizer.eos_token_id] for a in ids(tokenizer, answers)]
 
-def fitting(before, after, names, limit:int):
+
+def fitting(before, after, names, limit: int):
     "Error that names the first question that is too long; nothing is cut"
     for b, a, name in zip(before, after, names):
-        if len(b)+len(a) > limit: raise ValueError(f"{name}: question and answer take {len(b)+len(a)} tokens, expected at most {limit}: raise `vqa.max_length`, or take the question out")
+        if len(b) + len(a) > limit:
+            raise ValueError(
+                f"{name}: question and answer take {len(b) + len(a)} tokens, expected at most {limit}: raise `vqa.max_length`, or take the question out"
+            )
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0012
 def batch(
-    rows, # of (before, after), lists of ids
-    pad_id:int,
-)->dict: # ids, labels (-100 where nothing is asked), mask: (B,L) int64
+    rows,  # of (before, after), lists of ids
+    pad_id: int,
+) -> dict:  # ids, labels (-100 where nothing is asked), mask: (B,L) int64
     "Rows of different length side by side"
-    n = max(len(b)+len(a) for b, a in rows)
-    out = dict(ids=np.full((len(rows), n), pad_id), labels=np.full((len(rows), n), -100), mask=np.zeros((len(rows), n), np.int64))
+    n = max(len(b) + len(a) for b, a in rows)
+    out = dict(
+        ids=np.full((len(rows), n), pad_id),
+        labels=np.full((len(rows), n), -100),
+        mask=np.zeros((len(rows), n), np.int64),
+    )
     for i, (b, a) in enumerate(rows):
-        out["ids"][i, :len(b)+len(a)], out["labels"][i, len(b):len(b)+len(a)], out["mask"][i, :len(b)+len(a)] = [*b, *a], a, 1
+        (
+            out["ids"][i, : len(b) + len(a)],
+            out["labels"][i, len(b) : len(b) + len(a)],
+            out["mask"][i, : len(b) + len(a)],
+        ) = [*b, *a], a, 1
     return {k: torch.from_numpy(v) for k, v in out.items()}
 
-def _plain(model): return model.get_base_model() if hasattr(model, "get_base_model") else model # without peft's wrapping
+
+def _plain(model):
+    return (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # without peft's wrapping
+
 
 def losses(
-    model, # causal language model
-    b, # of `batch`
-    seen=None, # (B,Q,E) embeddings that come before the text
-)->torch.Tensor: # (B,) mean cross-entropy of each row's answer
+    model,  # causal language model
+    b,  # of `batch`
+    seen=None,  # (B,Q,E) embeddings that come before the text
+) -> torch.Tensor:  # (B,) mean cross-entropy of each row's answer
     "How surprised the model is by each answer"
     x, mask = model.get_input_embeddings()(b["ids"]), b["mask"]
-    if seen is not None: x, mask = torch.cat([seen.to(x.dtype), x], 1), torch.cat([mask.new_ones(seen.shape[:2]), mask], 1)
-    h = _plain(model).get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state[:, -b["ids"].shape[1]-1:]
-    h = h[:, :-1] if seen is not None else F.pad(h[:, :-1], (0, 0, 1, 0)) # what stands before each token
+    if seen is not None:
+        x, mask = (
+            torch.cat([seen.to(x.dtype), x], 1),
+            torch.cat([mask.new_ones(seen.shape[:2]), mask], 1),
+        )
+    h = (
+        _plain(model)
+        .get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=False)
+        .last_hidden_state[:, -b["ids"].shape[1] - 1 :]
+    )
+    h = (
+        h[:, :-1] if seen is not None else F.pad(h[:, :-1], (0, 0, 1, 0))
+    )  # what stands before each token
     asked = b["labels"] != -100
-    each = F.cross_entropy(model.get_output_embeddings()(h[asked]).float(), b["labels"][asked], reduction="none")
+    each = F.cross_entropy(
+        model.get_output_embeddings()(h[asked]).float(), b["labels"][asked], reduction="none"
+    )
     row = asked.nonzero()[:, 0]
-    return torch.zeros(len(asked), device=each.device).index_add(0, row, each)/asked.sum(1)
+    return torch.zeros(len(asked), device=each.device).index_add(0, row, each) / asked.sum(1)
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0014
-WHOLE = "disorder" # the kind whose answer says what a scan shows
+WHOLE = "disorder"  # the kind whose answer says what a scan shows
 
-def lessons(questions)->pd.DataFrame: # case, kind, question, answer, context
+
+def lessons(questions) -> pd.DataFrame:  # case, kind, question, answer, context
     "Each question below the line that says what there is, the one about all of it too; cases without such a line are left out"
     shown = questions[questions.kind == WHOLE].drop_duplicates("case").set_index("case").answer
     rest = questions[questions.case.isin(shown.index)]
     return rest.assign(context=rest.case.map(shown)).reset_index(drop=True)
 
+
 class Lessons:
     "For `asap.train.fit`: a case, one of its questions, presence as often as all others together"
+
     def __init__(self, table, tokenizer, seed):
-        before = [c+q for c, q in zip(ids(tokenizer, table.context+"\n"), put(tokenizer, table.question))]
+        before = [
+            c + q
+            for c, q in zip(ids(tokenizer, table.context + "\n"), put(tokenizer, table.question))
+        ]
         self.rows, self.seed = list(zip(before, answered(tokenizer, table.answer))), seed
         groups = table.reset_index(drop=True).groupby("case", sort=False)
-        self.of = [[g.index[(g.kind == "presence") == yes].to_numpy() for yes in (True, False)] for _, g in groups]
+        self.of = [
+            [g.index[(g.kind == "presence") == yes].to_numpy() for yes in (True, False)]
+            for _, g in groups
+        ]
         self.of = [[k for k in kinds if len(k)] for kinds in self.of]
-    def __len__(self): return len(self.of)
+
+    def __len__(self):
+        return len(self.of)
+
     def __getitem__(self, at):
         r = rng("lesson", self.seed, *at)
         kinds = self.of[at[1]]
         return self.rows[int(r.choice(kinds[r.integers(len(kinds))]))]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0015
-def small(tokenizer, p): # `p`: params `vqa.small`
+def small(tokenizer, p):  # `p`: params `vqa.small`
     "A Llama of the study's size, untrained"
     from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=p.dim, intermediate_size=2*p.dim, num_hidden_layers=p.depth, num_attention_heads=p.heads,
-        max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=p.dim**-0.5, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=p.dim,
+            intermediate_size=2 * p.dim,
+            num_hidden_layers=p.depth,
+            num_attention_heads=p.heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=p.dim**-0.5,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
 
 def train_language(
-    train, # of `lessons`, of the train split
-    p, # params `vqa.small`
+    train,  # of `lessons`, of the train split
+    p,  # params `vqa.small`
     seed,
-    folder=None, fp=None, # for resume
-)->tuple: # model in eval mode, tokenizer
+    folder=None,
+    fp=None,  # for resume
+) -> tuple:  # model in eval mode, tokenizer
     "Pieces and a model from the train split's questions and answers"
     tokenizer = train_pieces([*train.context, *train.question, *train.answer], p.vocab)
     torch.manual_seed(seed32("language", seed))
     model = small(tokenizer, p)
     turned = [q for name, q in model.named_parameters() if q.ndim == 2 and "embed" not in name]
-    held = torch.nn.ModuleList([model]) # what is handed to `fit` keeps its precision for good
+    held = torch.nn.ModuleList([model])  # what is handed to `fit` keeps its precision for good
     with few_threads(model):
-        fit(held, lambda m, b, step: (losses(m[0], b).mean(), {}), Lessons(train, tokenizer, seed), steps=p.steps, batch=p.batch, lr=p.lr, matrices=turned, matrix_lr=p.matrix_lr,
-            warmup=p.steps//20, weight_decay=0.01, seed=("language", seed), folder=folder, fp=fp, collate=lambda rows: batch(rows, tokenizer.pad_token_id), label="language")
+        fit(
+            held,
+            lambda m, b, step: (losses(m[0], b).mean(), {}),
+            Lessons(train, tokenizer, seed),
+            steps=p.steps,
+            batch=p.batch,
+            lr=p.lr,
+            matrices=turned,
+            matrix_lr=p.matrix_lr,
+            warmup=p.steps // 20,
+            weight_decay=0.01,
+            seed=("language", seed),
+            folder=folder,
+            fp=fp,
+            collate=lambda rows: batch(rows, tokenizer.pad_token_id),
+            label="language",
+        )
     return model.eval(), tokenizer
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0017
-def _beside(rows, pad_id)->tuple: # ids and mask (B,L), padded on the left
+def _beside(rows, pad_id) -> tuple:  # ids and mask (B,L), padded on the left
     n = max(map(len, rows))
-    return torch.tensor([[pad_id]*(n-len(r))+list(r) for r in rows]), torch.tensor([[0]*(n-len(r))+[1]*len(r) for r in rows])
+    return torch.tensor([[pad_id] * (n - len(r)) + list(r) for r in rows]), torch.tensor(
+        [[0] * (n - len(r)) + [1] * len(r) for r in rows]
+    )
+
 
 @torch.no_grad()
 def write(
-    model, tokenizer,
-    before, # n lists of ids
-    most:int, # tokens of an answer
-    beams:int=1,
-    seen=None, # list of places -> (B,Q,E) embeddings that come before the text
-    many:int=64, # rows at a time
-)->list: # n strings
+    model,
+    tokenizer,
+    before,  # n lists of ids
+    most: int,  # tokens of an answer
+    beams: int = 1,
+    seen=None,  # list of places -> (B,Q,E) embeddings that come before the text
+    many: int = 64,  # rows at a time
+) -> list:  # n strings
     "What the model says to each"
-    order, out, where = sorted(range(len(before)), key=lambda i: (len(before[i]), i)), [""]*len(before), next(model.parameters()).device
-    for part in (order[i:i+many] for i in range(0, len(order), many)):
+    order, out, where = (
+        sorted(range(len(before)), key=lambda i: (len(before[i]), i)),
+        [""] * len(before),
+        next(model.parameters()).device,
+    )
+    for part in (order[i : i + many] for i in range(0, len(order), many)):
         x, mask = (v.to(where) for v in _beside([before[i] for i in part], tokenizer.pad_token_id))
         x = model.get_input_embeddings()(x)
-        if seen is not None: x, mask = torch.cat([(s := seen(part).to(x)), x], 1), torch.cat([mask.new_ones(s.shape[:2]), mask], 1)
-        said = model.generate(inputs_embeds=x, attention_mask=mask, max_new_tokens=most, num_beams=beams, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-        for i, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True)): out[i] = text.strip()
+        if seen is not None:
+            x, mask = (
+                torch.cat([(s := seen(part).to(x)), x], 1),
+                torch.cat([mask.new_ones(s.shape[:2]), mask], 1),
+            )
+        said = model.generate(
+            inputs_embeds=x,
+            attention_mask=mask,
+            max_new_tokens=most,
+            num_beams=beams,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for i, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True)):
+            out[i] = text.strip()
     return out
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0021
-def read_off(model, tokenizer, table, most:int=6)->dict: # shares of presence questions answered rightly
+def read_off(
+    model, tokenizer, table, most: int = 6
+) -> dict:  # shares of presence questions answered rightly
     "Can it read? With the line that answers, and without"
     t = table[table.kind == "presence"]
-    if not len(t): return {}
+    if not len(t):
+        return {}
     asked = put(tokenizer, t.question)
-    lines = ids(tokenizer, t.context+"\n")
-    right = lambda before: round(float(np.mean([s == a for s, a in zip(write(model, tokenizer, before, most), t.answer)])), 4)
-    return dict(with_the_line=right([c+q for c, q in zip(lines, asked)]), without=right(asked))
+    lines = ids(tokenizer, t.context + "\n")
+    right = lambda before: round(
+        float(np.mean([s == a for s, a in zip(write(model, tokenizer, before, most), t.answer)])), 4
+    )
+    return dict(with_the_line=right([c + q for c, q in zip(lines, asked)]), without=right(asked))
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0024
-OWN = "build/language" # the folder of the study's own model
+OWN = "build/language"  # the folder of the study's own model
+
 
 def make(
-    p, # params `vqa`
-    questions, # case, kind, question, answer
-    split:dict, # case -> train, val, test
+    p,  # params `vqa`
+    questions,  # case, kind, question, answer
+    split: dict,  # case -> train, val, test
     seed,
-    out, # folder of the model
-    folder=None, # where it can resume from
-)->dict: # its scores; only its name when it is not the study's own
+    out,  # folder of the model
+    folder=None,  # where it can resume from
+) -> dict:  # its scores; only its name when it is not the study's own
     "Train the study's own language model, or note that another one is used"
     from transformers.utils import logging
+
     if p.language != OWN:
-        write_json(dict(language=p.language), Path(out)/"elsewhere.json")
+        write_json(dict(language=p.language), Path(out) / "elsewhere.json")
         return dict(language=p.language)
-    if not len(questions): write_json(dict(language="none: nothing is asked"), Path(out)/"elsewhere.json"); return {}
+    if not len(questions):
+        write_json(dict(language="none: nothing is asked"), Path(out) / "elsewhere.json")
+        return {}
     table = lessons(questions).assign(split=lambda t: t.case.map(split))
     train, val = (table[table.split == s] for s in ("train", "val"))
-    if not len(train): raise ValueError(f"no case of the train split has an answer of kind `{WHOLE}` and another question: give `vqa.language` a model that exists")
-    fp = fingerprint(small=p.small, seed=seed, lessons=seed32(*train[["context", "question", "answer"]].to_numpy().ravel()))
+    if not len(train):
+        raise ValueError(
+            f"no case of the train split has an answer of kind `{WHOLE}` and another question: give `vqa.language` a model that exists"
+        )
+    fp = fingerprint(
+        small=p.small,
+        seed=seed,
+        lessons=seed32(*train[["context", "question", "answer"]].to_numpy().ravel()),
+    )
     model, tokenizer = train_language(train, p.small, seed, folder, fp)
-    logging.set_verbosity_error(); logging.disable_progress_bar()
-    model.save_pretrained(out); tokenizer.save_pretrained(out)
-    return dict(language=p.language, parameters=sum(q.numel() for q in model.parameters()), pieces=len(tokenizer), **read_off(model, tokenizer, val))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return dict(
+        language=p.language,
+        parameters=sum(q.numel() for q in model.parameters()),
+        pieces=len(tokenizer),
+        **read_off(model, tokenizer, val),
+    )
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0025
 def load(
-    name, # folder, or a Hugging Face id
-)->tuple: # model, frozen, in eval mode; tokenizer
+    name,  # folder, or a Hugging Face id
+) -> tuple:  # model, frozen, in eval mode; tokenizer
     "A causal language model from a folder or a hub; never runs code that came with it"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-    local = next((f for f in (Path(name), root()/name) if f.is_dir()), None)
-    if local is None and str(name).startswith(("build/", "/", ".")): raise FileNotFoundError(f"vqa.language: there is no folder {name}: run `dvc repro language`")
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+
+    local = next((f for f in (Path(name), root() / name) if f.is_dir()), None)
+    if local is None and str(name).startswith(("build/", "/", ".")):
+        raise FileNotFoundError(
+            f"vqa.language: there is no folder {name}: run `dvc repro language`"
+        )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model, how = AutoModelForCausalLM.from_pretrained(local or name, output_loading_info=True)
-    if lost := sorted(how["missing_keys"]): raise ValueError(f"vqa.language {name}: {len(lost)} weights are not there, such as {lost[0]}, and would be random: is it another kind of model?")
+    if lost := sorted(how["missing_keys"]):
+        raise ValueError(
+            f"vqa.language {name}: {len(lost)} weights are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+        )
     tokenizer = AutoTokenizer.from_pretrained(local or name)
-    if tokenizer.eos_token_id is None: raise ValueError(f"vqa.language {name}: its tokenizer has no end of text (eos_token), so no answer would ever end: set one in its tokenizer_config.json")
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"vqa.language {name}: its tokenizer has no end of text (eos_token), so no answer would ever end: set one in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer
 
-def mark(model, tokenizer)->str:
+
+def mark(model, tokenizer) -> str:
     "Hash of the weights and the pieces"
     h = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
-    for name, v in model.state_dict().items(): h.update(name.encode()); h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for name, v in model.state_dict().items():
+        h.update(name.encode())
+        h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0028
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn", "c_proj", "c_fc", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+MATRICES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "c_attn",
+    "c_proj",
+    "c_fc",
+    "query_key_value",
+    "dense",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+)
+
 
 def adapted(
-    model, # frozen
-    rank:int, alpha:float, dropout:float,
-): # the model, with low-rank matrices that learn; nothing else does
+    model,  # frozen
+    rank: int,
+    alpha: float,
+    dropout: float,
+):  # the model, with low-rank matrices that learn; nothing else does
     "LoRA on the attention's and the feed-forward's matrices; the answer is the same until they learn"
     from peft import LoraConfig, get_peft_model
-    found = sorted({n for name, _ in model.named_modules() if (n := name.rsplit(".", 1)[-1]) in MATRICES})
-    if not found: raise ValueError(f"{type(model).__name__} has no layer that is named like {', '.join(MATRICES[:7])}: add its names to asap.text.language.MATRICES")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=found, fan_in_fan_out=any(n.startswith("c_") for n in found)))
+
+    found = sorted(
+        {n for name, _ in model.named_modules() if (n := name.rsplit(".", 1)[-1]) in MATRICES}
+    )
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that is named like {', '.join(MATRICES[:7])}: add its names to asap.text.language.MATRICES"
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=found,
+            fan_in_fan_out=any(n.startswith("c_") for n in found),
+        ),
+    )

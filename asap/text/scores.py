@@ -20,133 +20,193 @@ from ..train import few_threads
 # %% ../../nbs/4_text/44_scores.ipynb #scor0006
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]\w*(?:[-'’]\w+)*|\w+")
 
-def words(text:str)->list:
+
+def words(text: str) -> list:
     "Lower-cased words and numbers, without punctuation"
     return _WORD.findall(clean(text).lower())
 
-def _checked(said, true)->tuple: # strings of words with a blank between, twice
-    if len(said) != len(true): raise ValueError(f"{len(said)} texts for {len(true)} references: hand over one for each")
+
+def _checked(said, true) -> tuple:  # strings of words with a blank between, twice
+    if len(said) != len(true):
+        raise ValueError(f"{len(said)} texts for {len(true)} references: hand over one for each")
     for i, (s, t) in enumerate(zip(said, true)):
-        if not isinstance(s, str) or not isinstance(t, str): raise ValueError(f"text {i} is {s!r}, its reference {t!r}, expected two strings; a model that says nothing says ''")
-        if not words(t): raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
+        if not isinstance(s, str) or not isinstance(t, str):
+            raise ValueError(
+                f"text {i} is {s!r}, its reference {t!r}, expected two strings; a model that says nothing says ''"
+            )
+        if not words(t):
+            raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
     return [" ".join(words(s)) for s in said], [" ".join(words(t)) for t in true]
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0010
 PARTS = ["said", "true", *(f"{k}{n}" for n in range(1, 5) for k in ("grams", "right"))]
 
+
 def counts(
-    said, # n texts
-    true, # their references
-)->pd.DataFrame: # a row a case: words said and true; n-grams said and right, n = 1..4
+    said,  # n texts
+    true,  # their references
+) -> pd.DataFrame:  # a row a case: words said and true; n-grams said and right, n = 1..4
     "What BLEU adds up"
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
     rows = []
     for s, t in zip(*_checked(said, true)):
         c = cook_test(s, cook_refs([t], "average"))
-        rows.append([c["testlen"], c["reflen"], *(v for pair in zip(c["guess"], c["correct"]) for v in pair)])
+        rows.append(
+            [
+                c["testlen"],
+                c["reflen"],
+                *(v for pair in zip(c["guess"], c["correct"]) for v in pair),
+            ]
+        )
     return pd.DataFrame(rows, columns=PARTS, dtype=float)
 
+
 def bleu(
-    c, # of `counts`
-    weight=None, # (n,) how often each case counts, or (draws,n); once each when None
-)->np.ndarray: # (4,) or (draws,4): BLEU-1 .. BLEU-4
+    c,  # of `counts`
+    weight=None,  # (n,) how often each case counts, or (draws,n); once each when None
+) -> np.ndarray:  # (4,) or (draws,4): BLEU-1 .. BLEU-4
     "BLEU of a corpus from its sums, smoothed as pycocoevalcap does"
     w = np.ones(len(c)) if weight is None else np.asarray(weight, float)
-    total = dict(zip(PARTS, np.moveaxis(w@c[PARTS].to_numpy(float), -1, 0)))
-    precise = np.stack([(total[f"right{n}"]+1e-15)/(total[f"grams{n}"]+1e-9) for n in range(1, 5)], -1)
-    ratio = np.minimum((total["said"]+1e-15)/(total["true"]+1e-9), 1)
-    return np.cumprod(precise, -1)**(1/np.arange(1, 5))*np.exp(1-1/ratio)[..., None]
+    total = dict(zip(PARTS, np.moveaxis(w @ c[PARTS].to_numpy(float), -1, 0)))
+    precise = np.stack(
+        [(total[f"right{n}"] + 1e-15) / (total[f"grams{n}"] + 1e-9) for n in range(1, 5)], -1
+    )
+    ratio = np.minimum((total["said"] + 1e-15) / (total["true"] + 1e-9), 1)
+    return np.cumprod(precise, -1) ** (1 / np.arange(1, 5)) * np.exp(1 - 1 / ratio)[..., None]
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0017
-def rouge(said, true)->np.ndarray: # (n,) 0..1
+def rouge(said, true) -> np.ndarray:  # (n,) 0..1
     "ROUGE-L of each case"
     from pycocoevalcap.rouge.rouge import Rouge
+
     one, pairs = Rouge().calc_score, list(zip(*_checked(said, true)))
     known = {pair: one([pair[0]], [pair[1]]) for pair in dict.fromkeys(pairs)}
     return np.array([known[pair] for pair in pairs], float)
 
-def cider(said, true)->np.ndarray: # (n,) 0..10
+
+def cider(said, true) -> np.ndarray:  # (n,) 0..10
     "CIDEr of each case, rarities from these references"
     from pycocoevalcap.cider.cider_scorer import CiderScorer
-    if not len(said): return np.zeros(0)
+
+    if not len(said):
+        return np.zeros(0)
     scorer = CiderScorer()
-    for s, t in zip(*_checked(said, true)): scorer += (s, [t])
+    for s, t in zip(*_checked(said, true)):
+        scorer += (s, [t])
     return np.asarray(scorer.compute_score()[1], float)
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0021
-def _java()->str: # "" or why there is none
-    if not shutil.which("java"): return "METEOR is left out: it needs Java, and there is no `java` on PATH"
+def _java() -> str:  # "" or why there is none
+    if not shutil.which("java"):
+        return "METEOR is left out: it needs Java, and there is no `java` on PATH"
     done = subprocess.run(["java", "-version"], capture_output=True, text=True, errors="replace")
-    return "" if done.returncode == 0 else f"METEOR is left out: `java -version` ends with {done.returncode}: {done.stderr.strip()[:200]}"
+    return (
+        ""
+        if done.returncode == 0
+        else f"METEOR is left out: `java -version` ends with {done.returncode}: {done.stderr.strip()[:200]}"
+    )
 
-def meteor(said, true)->tuple: # (n,) 0..1, ""; or None, the reason
+
+def meteor(said, true) -> tuple:  # (n,) 0..1, ""; or None, the reason
     "METEOR of each case, where Java is found"
     said, true = _checked(said, true)
-    if why := _java(): return None, why
-    if not said: return np.zeros(0), ""
+    if why := _java():
+        return None, why
+    if not said:
+        return np.zeros(0), ""
     from pycocoevalcap.meteor.meteor import Meteor
+
     names, program = range(len(said)), Meteor()
-    try: return np.array(program.compute_score({i: [true[i]] for i in names}, {i: [said[i]] for i in names})[1], float), ""
-    except (ValueError, OSError) as e: return None, f"METEOR is left out: its Java program answered nothing that can be read ({e})"
+    try:
+        return np.array(
+            program.compute_score({i: [true[i]] for i in names}, {i: [said[i]] for i in names})[1],
+            float,
+        ), ""
+    except (ValueError, OSError) as e:
+        return None, f"METEOR is left out: its Java program answered nothing that can be read ({e})"
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0026
-def _windows(text:str, encoder)->list: # of tuples of ids
-    most, out = encoder.max_length-2, []
+def _windows(text: str, encoder) -> list:  # of tuples of ids
+    most, out = encoder.max_length - 2, []
     for ids in encoder.tokenizer(split(text) or [text], add_special_tokens=False)["input_ids"]:
         for i in range(0, len(ids), most):
-            part = tuple(ids[i:i+most])
-            if out and not getattr(encoder, "by_sentence", False) and len(out[-1])+len(part) <= most: out[-1] += part
-            else: out.append(part)
+            part = tuple(ids[i : i + most])
+            if (
+                out
+                and not getattr(encoder, "by_sentence", False)
+                and len(out[-1]) + len(part) <= most
+            ):
+                out[-1] += part
+            else:
+                out.append(part)
     return out
 
+
 @torch.no_grad()
-def _features(windows, encoder, batch:int=64)->dict: # window -> (L,C), rows of unit length
+def _features(windows, encoder, batch: int = 64) -> dict:  # window -> (L,C), rows of unit length
     t, out = encoder.tokenizer, {}
     todo = sorted(set(windows), key=lambda w: (len(w), w))
     for i in range(0, len(todo), batch):
-        part = todo[i:i+batch]
-        ids, of = (torch.as_tensor(pad([[a, *(w if a != -1 else [0]*len(w)), b] for w in part], v)) for a, b, v in ((t.cls_token_id, t.sep_token_id, t.pad_token_id), (-1, -1, -1)))
-        f = F.normalize(encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu(), dim=-1).numpy()
-        out |= {w: row[1:1+len(w)] for w, row in zip(part, f)}
+        part = todo[i : i + batch]
+        ids, of = (
+            torch.as_tensor(pad([[a, *(w if a != -1 else [0] * len(w)), b] for w in part], v))
+            for a, b, v in ((t.cls_token_id, t.sep_token_id, t.pad_token_id), (-1, -1, -1))
+        )
+        f = F.normalize(
+            encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu(), dim=-1
+        ).numpy()
+        out |= {w: row[1 : 1 + len(w)] for w, row in zip(part, f)}
     return out
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0027
 def bert(
-    said, true, # n texts each
-    encoder, # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
-)->np.ndarray: # (n,3) precision, recall, F1; 0 where nothing was said
+    said,
+    true,  # n texts each
+    encoder,  # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
+) -> np.ndarray:  # (n,3) precision, recall, F1; 0 where nothing was said
     "BERTScore by a given encoder"
     _checked(said, true)
     cut = {text: _windows(text, encoder) for text in {*said, *true}}
-    with few_threads(encoder): f = _features([w for ws in cut.values() for w in ws], encoder)
+    with few_threads(encoder):
+        f = _features([w for ws in cut.values() for w in ws], encoder)
     whole = {text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in cut.items()}
     found = {pair: _near(*(whole[text] for text in pair)) for pair in set(zip(said, true))}
     return np.array([found[pair] for pair in zip(said, true)], float).reshape(-1, 3)
 
-def _near(a, b)->tuple: # (L,C), (M,C) -> precision, recall, F1
-    if a is None: return 0., 0., 0.
-    cosine = a@b.T
+
+def _near(a, b) -> tuple:  # (L,C), (M,C) -> precision, recall, F1
+    if a is None:
+        return 0.0, 0.0, 0.0
+    cosine = a @ b.T
     p, r = float(cosine.max(1).mean()), float(cosine.max(0).mean())
-    return p, r, 2*p*r/(p+r) if p+r > 0 else 0.
+    return p, r, 2 * p * r / (p + r) if p + r > 0 else 0.0
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0033
 def scores(
-    said, # n texts
-    true, # their references
-    encoder=None, # for BERTScore; left out when None
-)->pd.DataFrame: # a row a case: what BLEU adds up, rouge, cider, and bert where there; `meteor` starts Java and is asked for all texts at once
+    said,  # n texts
+    true,  # their references
+    encoder=None,  # for BERTScore; left out when None
+) -> pd.DataFrame:  # a row a case: what BLEU adds up, rouge, cider, and bert where there; `meteor` starts Java and is asked for all texts at once
     "Everything that the figures of a corpus need, case by case"
     t = counts(said, true).assign(rouge=rouge(said, true), cider=cider(said, true))
-    if encoder is not None: t[["bert_precision", "bert_recall", "bert"]] = bert(said, true, encoder)
+    if encoder is not None:
+        t[["bert_precision", "bert_recall", "bert"]] = bert(said, true, encoder)
     return t
+
 
 NAMES = dict(rouge="ROUGE-L", cider="CIDEr", meteor="METEOR", bert="BERTScore")
 
+
 def corpus(
-    t, # of `scores`
-    weight=None, # as `bleu`
-)->dict: # metric -> float, or (draws,)
+    t,  # of `scores`
+    weight=None,  # as `bleu`
+) -> dict:  # metric -> float, or (draws,)
     "Figures of a set of cases"
     w = np.ones(len(t)) if weight is None else np.asarray(weight, float)
     out = {f"BLEU-{n}": v for n, v in enumerate(np.moveaxis(bleu(t, w), -1, 0), 1)}
-    return out | {name: w@t[c].to_numpy(float)/np.maximum(w.sum(-1), 1e-9) for c, name in NAMES.items() if c in t}
+    return out | {
+        name: w @ t[c].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
+        for c, name in NAMES.items()
+        if c in t
+    }

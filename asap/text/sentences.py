@@ -11,87 +11,129 @@ import re
 # %% ../../nbs/4_text/40_sentences.ipynb #f0027c4b
 _MISSING = ("", "nan", "none", "null", "<na>")
 
+
 def clean(
-    text, # None and NaN are allowed
-)->str: # lines end in "\n", other white space is one space
+    text,  # None and NaN are allowed
+) -> str:  # lines end in "\n", other white space is one space
     "A report's text; nothing for None, NaN, 'nan' and blanks"
     lines = re.sub("[\u200b\ufeff]", "", str(text)).splitlines()
     text = "\n".join(" ".join(line.split()) for line in lines).strip()
     return "" if text.lower() in _MISSING else text
 
-def join(findings, impression)->str:
+
+def join(findings, impression) -> str:
     "Findings and impression as one text, a blank line between them"
     return "\n\n".join(s for s in (clean(findings), clean(impression)) if s)
 
 # %% ../../nbs/4_text/40_sentences.ipynb #13cf7085
 _NAMES = set("dr prof mr mrs ms st doç uzm fig figs vs cf approx bzw ggf incl".split())
-_NUMBERED = set("no nr ser se im img abb vol ca env max min avg prev "
-                "jan feb mar apr jun jul aug sep sept oct nov dec".split())
-_SHORT = set("mm cm ml cc мм см sec hr hrs wk wks mo mos yr yrs a.m p.m i.v etc vb al resp "
-             "rt lt ant post sup inf lat med seg pt hx dx".split())
+_NUMBERED = set(
+    "no nr ser se im img abb vol ca env max min avg prev "
+    "jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
+_SHORT = set(
+    "mm cm ml cc мм см sec hr hrs wk wks mo mos yr yrs a.m p.m i.v etc vb al resp "
+    "rt lt ant post sup inf lat med seg pt hx dx".split()
+)
 _STARTS = set("no none not there the this these those it otherwise".split())
 _CLASS = "(?:rads|segments?|image|series|slice|type|stage|grade|level|zone|station|category|score|group|hepatitis)"
-_ORDINAL = re.compile(r"(?:ribs?|[ck]osta\w*|vertebra\w*|corpus|segment\w*|intercostal|thoracic|lumbar|and|or|to|ve|und)\b")
-_GERMAN = re.compile(r"(?:Segment|Rippe|BWK|LWK|Januar|Februar|März|April|Mai|Juni|Juli|August"
-                     r"|September|Oktober|November|Dezember)\b")
+_ORDINAL = re.compile(
+    r"(?:ribs?|[ck]osta\w*|vertebra\w*|corpus|segment\w*|intercostal|thoracic|lumbar|and|or|to|ve|und)\b"
+)
+_GERMAN = re.compile(
+    r"(?:Segment|Rippe|BWK|LWK|Januar|Februar|März|April|Mai|Juni|Juli|August"
+    r"|September|Oktober|November|Dezember)\b"
+)
 
 # %% ../../nbs/4_text/40_sentences.ipynb #c06e4779
-_ENDS = {"name": "", "initial": "Start", "numbered": "Capital Start start", "short": "Capital Start start digit",
-         "number": "Capital Start start small", "level": "Capital Start start small digit",
-         "word": "Capital Start start small digit"}
+_ENDS = {
+    "name": "",
+    "initial": "Start",
+    "numbered": "Capital Start start",
+    "short": "Capital Start start digit",
+    "number": "Capital Start start small",
+    "level": "Capital Start start small digit",
+    "word": "Capital Start start small digit",
+}
 
-def _kind(word:str, prior:str)->str: # a key of `_ENDS`
+
+def _kind(word: str, prior: str) -> str:  # a key of `_ENDS`
     "What stands before a stop"
     for kind, words in (("name", _NAMES), ("numbered", _NUMBERED), ("short", _SHORT)):
-        if word.lower() in words: return kind
-    classed = re.search(_CLASS+"$", prior, re.I)
-    if re.fullmatch(r"(?:\d{1,3}\.?[-–/])?\d{1,3}", word): return "level" if classed else "number"
-    if re.fullmatch(r"(?:th|[tlcs])\d{1,2}", word, re.I): return "level"
+        if word.lower() in words:
+            return kind
+    classed = re.search(_CLASS + "$", prior, re.I)
+    if re.fullmatch(r"(?:\d{1,3}\.?[-–/])?\d{1,3}", word):
+        return "level" if classed else "number"
+    if re.fullmatch(r"(?:th|[tlcs])\d{1,2}", word, re.I):
+        return "level"
     return "initial" if re.fullmatch(r"(?:[^\W\d_]\.)*[^\W\d_]", word) and not classed else "word"
 
-def _next(word:str)->str: # a word of `_ENDS`
+
+def _next(word: str) -> str:  # a word of `_ENDS`
     "What stands after a stop"
-    if word[0].isdigit(): return "digit"
-    if word.lower() in _STARTS: return "start" if word[0].islower() else "Start"
+    if word[0].isdigit():
+        return "digit"
+    if word.lower() in _STARTS:
+        return "start" if word[0].islower() else "Start"
     return "small" if word[0].islower() else "Capital"
 
 # %% ../../nbs/4_text/40_sentences.ipynb #fa221734
-_STOP = re.compile(r"(?<![.!?…])(?<![.!?…] )([.!?…]++(?: [.!?…]++(?=\s|$))*+[\"”’»')\]]*+)(\s+|(?=[^\W\d_]))")
+_STOP = re.compile(
+    r"(?<![.!?…])(?<![.!?…] )([.!?…]++(?: [.!?…]++(?=\s|$))*+[\"”’»')\]]*+)(\s+|(?=[^\W\d_]))"
+)
 
-def _in_bracket(left:str, right:str)->bool:
+
+def _in_bracket(left: str, right: str) -> bool:
     "Whether a bracket is open at this place, and closed soon"
     opened, closed = (max(map(left.rfind, pair)) for pair in ("([", ")]"))
     return opened > closed and bool(re.match(r"[^([]{0,100}[)\]]", right))
 
-def _ends(left:str, stop:str, gap:str, right:str)->bool:
+
+def _ends(left: str, stop: str, gap: str, right: str) -> bool:
     "Whether the stop between `left` and `right` ends a sentence"
     right = right.lstrip("([\"“'«-–<>≥≤~±*?+ ")
     after, words = re.match(r"\w*", right)[0], left.split()[-2:]
-    if not after or not words or _in_bracket(left+stop, right): return False
+    if not after or not words or _in_bracket(left + stop, right):
+        return False
     word = re.sub(r"^(?:[(\[\"“'«]+|[dl]['’])", "", words[-1])
     kind, follows = _kind(word, words[0] if len(words) > 1 else ""), _next(after)
-    if kind in ("number", "level") and _ORDINAL.match(right) or kind == "number" and _GERMAN.match(right): return False
-    if not gap and (kind in ("name", "initial") or left[-1] == " " or len(after) == 1 or follows == "small"): return False
+    if (
+        kind in ("number", "level")
+        and _ORDINAL.match(right)
+        or kind == "number"
+        and _GERMAN.match(right)
+    ):
+        return False
+    if not gap and (
+        kind in ("name", "initial") or left[-1] == " " or len(after) == 1 or follows == "small"
+    ):
+        return False
     return follows in _ENDS["short" if re.search(r"[!?…]|\.{3}", stop) else kind].split()
 
 # %% ../../nbs/4_text/40_sentences.ipynb #ff818fde
-def _cut(text:str)->list: # of a paragraph
+def _cut(text: str) -> list:  # of a paragraph
     "Cut at the stops that end a sentence"
     out, start = [], 0
     for m in _STOP.finditer(text):
-        if _ends(text[max(start, m.start()-200):m.start()], m[1], m[2], text[m.end():m.end()+120]):
-            out.append(text[start:m.end(1)])
+        if _ends(
+            text[max(start, m.start() - 200) : m.start()], m[1], m[2], text[m.end() : m.end() + 120]
+        ):
+            out.append(text[start : m.end(1)])
             start = m.end()
     return [*out, text[start:]]
 
 # %% ../../nbs/4_text/40_sentences.ipynb #5fa5c47f
-_OPEN = re.compile(rf"(?:[,(/-]|\b(?:a|an|the|of|in|on|at|by|with|from|for|to|and|or|is|are|was|were|than|since|{_CLASS})"
-                   rf"|\b(?:{'|'.join(sorted(_NAMES|_NUMBERED))})\.)$", re.I)
+_OPEN = re.compile(
+    rf"(?:[,(/-]|\b(?:a|an|the|of|in|on|at|by|with|from|for|to|and|or|is|are|was|were|than|since|{_CLASS})"
+    rf"|\b(?:{'|'.join(sorted(_NAMES | _NUMBERED))})\.)$",
+    re.I,
+)
 _MARK = re.compile(r"(?:[-–*•▪●]|\(?(?:\d{1,2}|[a-h])\)|(\d{1,2})[.-])(?:\s+|$)")
 _INLINE = re.compile(r"(^| )(?=\(?(\d{1,2})[.)-] (\w))", re.M)
 
 # %% ../../nbs/4_text/40_sentences.ipynb #5839aab3
-def _one_a_line(text:str)->str:
+def _one_a_line(text: str) -> str:
     "Items of a list that share a line get lines of their own"
     text = re.sub(r" ?([•▪●]) ?", r"\n\1 ", text)
     text = re.sub(r"((?:^|[.;:] )\d{1,2}[.)])(?=[^\W\da-z_])", r"\1 ", text, flags=re.M)
@@ -99,61 +141,77 @@ def _one_a_line(text:str)->str:
     heads, every = {int(m[2]) for m in found if not m[1]}, {int(m[2]) for m in found}
     out, at, last = [], 0, 0
     for m in found:
-        n, left = int(m[2]), text[max(m.start()-40, 0):m.start()]
+        n, left = int(m[2]), text[max(m.start() - 40, 0) : m.start()]
         if m[1]:
-            counted = n == last+1 and n not in heads and (last or n+1 in every)
-            if not counted or _OPEN.search(left) or not (m[3].isupper() or last and left[-1] in ".;"): continue
-            out.append(text[at:m.start()])
+            counted = n == last + 1 and n not in heads and (last or n + 1 in every)
+            if (
+                not counted
+                or _OPEN.search(left)
+                or not (m[3].isupper() or last and left[-1] in ".;")
+            ):
+                continue
+            out.append(text[at : m.start()])
             at = m.end()
         last = n
     return "\n".join([*out, text[at:]])
 
 # %% ../../nbs/4_text/40_sentences.ipynb #86ab3184
 def _item(
-    line:str,
-    before:str, # the line before
-    numbers:set, # that begin lines of this text
-)->int: # characters of the mark, 0 if there is none
+    line: str,
+    before: str,  # the line before
+    numbers: set,  # that begin lines of this text
+) -> int:  # characters of the mark, 0 if there is none
     "A list's mark at the start of a line"
     m = _MARK.match(line)
-    if not m or not m[1]: return m.end() if m else 0
-    n, rest, finished = int(m[1]), line[m.end():], not before or before[-1] in ".!?:;"
-    if not rest or rest[0].isdigit(): known = n-1 in numbers or n+1 in numbers and finished
-    elif _OPEN.search(before) or _ORDINAL.match(rest) or _GERMAN.match(rest): known = False
-    else: known = finished or n == 1 or n-1 in numbers
+    if not m or not m[1]:
+        return m.end() if m else 0
+    n, rest, finished = int(m[1]), line[m.end() :], not before or before[-1] in ".!?:;"
+    if not rest or rest[0].isdigit():
+        known = n - 1 in numbers or n + 1 in numbers and finished
+    elif _OPEN.search(before) or _ORDINAL.match(rest) or _GERMAN.match(rest):
+        known = False
+    else:
+        known = finished or n == 1 or n - 1 in numbers
     return m.end() if known else 0
 
 # %% ../../nbs/4_text/40_sentences.ipynb #b65011de
 _HEADING = re.compile(r"[^\W\d_][^.:;,]{0,40}:(?:\s|$)")
 
-def _new(line:str, before:str, room:int)->bool:
+
+def _new(line: str, before: str, room: int) -> bool:
     "Whether a line starts a sentence though the one before has no stop"
-    if not line[0].isupper() or _OPEN.search(before): return False
-    return bool(_HEADING.match(line)) or room < 40 or len(before)+1+len(line.split()[0]) <= room
+    if not line[0].isupper() or _OPEN.search(before):
+        return False
+    return bool(_HEADING.match(line)) or room < 40 or len(before) + 1 + len(line.split()[0]) <= room
 
 # %% ../../nbs/4_text/40_sentences.ipynb #0c54a1e0
-def _paragraphs(text:str)->list:
+def _paragraphs(text: str) -> list:
     "Undo hard line breaks; what stays apart is a paragraph, an item or an entry"
     lines = _one_a_line(text).split("\n")
     numbers = {int(m[1]) for line in lines if (m := _MARK.match(line)) and m[1]}
     room, before, out = max(map(len, lines)), "", []
     for above, line in zip(["", *lines], lines):
-        if not line: continue
+        if not line:
+            continue
         item = _item(line, before, numbers)
         apart = not before.endswith(":") and (not above or item or _new(line, before, room))
         hyphen = re.search(r"[^\W\d_]-$", before) and line[0].islower()
-        if apart or not out: out.append(line[item:])
-        else: out[-1] += ("" if hyphen else " ")+line[item:]
+        if apart or not out:
+            out.append(line[item:])
+        else:
+            out[-1] += ("" if hyphen else " ") + line[item:]
         before = line
     return out
 
 # %% ../../nbs/4_text/40_sentences.ipynb #da6a1846
 def split(
-    text, # a report or a part of it; None and NaN are allowed
-)->list: # sentences, each with a letter or a digit
+    text,  # a report or a part of it; None and NaN are allowed
+) -> list:  # sentences, each with a letter or a digit
     "Split into sentences at stops, items, entries and blank lines"
     out = []
     for s in (s.strip() for p in _paragraphs(clean(text)) for s in _cut(p)):
-        if re.search(r"\w", s): out.append(s)
-        elif out and s: out[-1] += " "+s
+        if re.search(r"\w", s):
+            out.append(s)
+        elif out and s:
+            out[-1] += " " + s
     return out

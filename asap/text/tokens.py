@@ -13,20 +13,37 @@ import numpy as np
 # %% ../../nbs/4_text/41_tokens.ipynb #94ae8623
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
+
 def train_tokenizer(
-    reports, # texts of the train split
-    vocab:int, # word pieces, at most
-    out, # folder, in transformers' layout
+    reports,  # texts of the train split
+    vocab: int,  # word pieces, at most
+    out,  # folder, in transformers' layout
 ):
     "Lower-cased WordPiece, as BERT's; the same reports give the same pieces"
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
+
     kind, reports = dict(lowercase=True, strip_accents=True), list(reports)
     t = BertWordPieceTokenizer(**kind)
-    pieces = [f"##{c}" for c in sorted({c for r in reports for c in t.normalize(r)} - {" "})] # see the prose
-    t.train_from_iterator(reports, vocab_size=vocab, min_frequency=2, special_tokens=SPECIALS+pieces, show_progress=False)
+    pieces = [
+        f"##{c}" for c in sorted({c for r in reports for c in t.normalize(r)} - {" "})
+    ]  # see the prose
+    t.train_from_iterator(
+        reports,
+        vocab_size=vocab,
+        min_frequency=2,
+        special_tokens=SPECIALS + pieces,
+        show_progress=False,
+    )
     t = BertWordPieceTokenizer(t.get_vocab(), **kind)
-    fast = BertTokenizerFast(tokenizer_object=t._tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]", mask_token="[MASK]")
+    fast = BertTokenizerFast(
+        tokenizer_object=t._tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+    )
     Path(out).mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(out)
     return fast
@@ -34,35 +51,43 @@ def train_tokenizer(
 # %% ../../nbs/4_text/41_tokens.ipynb #eab0773d
 def encode(
     tokenizer,
-    sentences:list, # of one report
-    max_length:int,
-)->tuple: # ids (L,), sentence (L,) with -1 for [CLS] and [SEP]; sentences that did not fit
+    sentences: list,  # of one report
+    max_length: int,
+) -> tuple:  # ids (L,), sentence (L,) with -1 for [CLS] and [SEP]; sentences that did not fit
     "Token ids of a report and the sentence that each belongs to"
     ids, of = [tokenizer.cls_token_id], [-1]
-    for s, words in enumerate(tokenizer(sentences, add_special_tokens=False)["input_ids"] if sentences else []):
-        if len(ids)+len(words)+1 > max_length: return _close(ids, of, tokenizer, len(sentences)-s)
-        ids += words; of += [s]*len(words)
+    for s, words in enumerate(
+        tokenizer(sentences, add_special_tokens=False)["input_ids"] if sentences else []
+    ):
+        if len(ids) + len(words) + 1 > max_length:
+            return _close(ids, of, tokenizer, len(sentences) - s)
+        ids += words
+        of += [s] * len(words)
     return _close(ids, of, tokenizer, 0)
+
 
 def _close(ids, of, tokenizer, lost):
     return np.array([*ids, tokenizer.sep_token_id]), np.array([*of, -1]), lost
 
-def pad(rows:list, value:int)->np.ndarray: # (B, L of the longest)
+
+def pad(rows: list, value: int) -> np.ndarray:  # (B, L of the longest)
     "Rows of different length as one array"
     out = np.full((len(rows), max(map(len, rows))), value)
-    for o, r in zip(out, rows): o[:len(r)] = r
+    for o, r in zip(out, rows):
+        o[: len(r)] = r
     return out
 
 # %% ../../nbs/4_text/41_tokens.ipynb #198e35c5
 def mask_words(
-    ids, # (B,L) int64 tensor
-    sentence, # (B,L): -1 for specials and padding
-    share:float, # of the words
-    mask_id:int,
-    generator, # torch.Generator
-)->tuple: # masked ids, labels
+    ids,  # (B,L) int64 tensor
+    sentence,  # (B,L): -1 for specials and padding
+    share: float,  # of the words
+    mask_id: int,
+    generator,  # torch.Generator
+) -> tuple:  # masked ids, labels
     "Hide a share of the real words of each report"
     import torch
+
     real = sentence >= 0
     hide = (torch.rand(ids.shape, generator=generator).to(ids.device) < share) & real
     return ids.masked_fill(hide, mask_id), ids.masked_fill(~hide, -100)

@@ -25,151 +25,255 @@ NAME = "acdc"
 SOURCE = Source(intensity="mr", chest=False)
 LABELS, TARGETS, ORGANS = [], {1: "RV", 2: "MLV", 3: "LVC"}, False
 SHIFT = Shift(noise=1.5, blur=0.4)
-TEST = 0.2 # of the re-pack's patients: the paper tests on 40 of 200 frames
+TEST = 0.2  # of the re-pack's patients: the paper tests on 40 of 200 frames
 UNVERIFIED = "the layout, the names in Info.cfg and the name of the re-pack's list were not checked against the owners' files."
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #287f8df3
-SPACING, SLICES, FRAMES = (1.5, 1.5, 8.), 10, 6
-GROUPS = dict(NOR=(0.40, 0.28, 0.17, 0.62), MINF=(0.46, 0.39, 0.15, 0.62), DCM=(0.52, 0.46, 0.13, 0.62), HCM=(0.36, 0.20, 0.25, 0.58),
-              RV=(0.38, 0.27, 0.17, 0.76)) # cavity at ED, at ES, wall at ED, right ventricle; in radii of the heart
+SPACING, SLICES, FRAMES = (1.5, 1.5, 8.0), 10, 6
+GROUPS = dict(
+    NOR=(0.40, 0.28, 0.17, 0.62),
+    MINF=(0.46, 0.39, 0.15, 0.62),
+    DCM=(0.52, 0.46, 0.13, 0.62),
+    HCM=(0.36, 0.20, 0.25, 0.58),
+    RV=(0.38, 0.27, 0.17, 0.76),
+)  # cavity at ED, at ES, wall at ED, right ventricle; in radii of the heart
 
-def _slab(t, across)->tuple: # Frame with the heart in its middle
-    size, a = (across, across, SLICES), heart_at(t)*t["scale"]*np.float32([t["wide"], t["deep"], t["tall"]])
+
+def _slab(t, across) -> tuple:  # Frame with the heart in its middle
+    size, a = (
+        (across, across, SLICES),
+        heart_at(t) * t["scale"] * np.float32([t["wide"], t["deep"], t["tall"]]),
+    )
     c, s = np.cos(np.deg2rad(t["turn"])), np.sin(np.deg2rad(t["turn"]))
-    return frame(dict(t, shift=[s*a[1]-c*a[0], -s*a[0]-c*a[1], -a[2]]), size, SPACING)
+    return frame(dict(t, shift=[s * a[1] - c * a[0], -s * a[0] - c * a[1], -a[2]]), size, SPACING)
 
-def ventricles(f, t, group, phase)->np.ndarray: # uint8: 1 RV, 2 muscle, 3 cavity
+
+def ventricles(f, t, group, phase) -> np.ndarray:  # uint8: 1 RV, 2 muscle, 3 cavity
     "Both ventricles at one phase"
     ed, es, wall, right = GROUPS[group]
-    k, wall = (ed, wall) if phase == "ED" else (es, wall+(ed-es)/2)
+    k, wall = (ed, wall) if phase == "ED" else (es, wall + (ed - es) / 2)
     at, r = heart_at(t), heart_radii(t)
-    d = ball(f, at+r*np.float32([-0.25, -0.05, 0]), r*np.float32([1, 1, 1.35]))
-    crescent = (ball(f, at+r*np.float32([0.3, 0.12, 0]), r*np.float32([0.85, 1, 1.2])*right) < 1) & (ball(f, at, r) < 1)
-    return np.select([d < k**2, d < (k+wall)**2, crescent], [3, 2, 1], 0).astype(np.uint8)
+    d = ball(f, at + r * np.float32([-0.25, -0.05, 0]), r * np.float32([1, 1, 1.35]))
+    crescent = (
+        ball(f, at + r * np.float32([0.3, 0.12, 0]), r * np.float32([0.85, 1, 1.2]) * right) < 1
+    ) & (ball(f, at, r) < 1)
+    return np.select([d < k**2, d < (k + wall) ** 2, crescent], [3, 2, 1], 0).astype(np.uint8)
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #8b7b0e8d
-def _tissue(f, t, labels)->np.ndarray: # float32, arbitrary units
+def _tissue(f, t, labels) -> np.ndarray:  # float32, arbitrary units
     v, _ = soft(f, dict(t, muscle=95, adipose=170))
     v[v < 0] = 6
-    for lobe in lungs(f, t).values(): v[lobe] = 22
+    for lobe in lungs(f, t).values():
+        v[lobe] = 22
     v[ball(f, heart_at(t), heart_radii(t)) < 1] = 95
     v[bones(f) > 0] = 45
     v[aorta(f, t)] = 240
     return np.choose(labels, [v, 240, 95, 240]).astype(np.float32)
 
-def scan(f, t, labels, key)->np.ndarray: # int16
+
+def scan(f, t, labels, key) -> np.ndarray:  # int16
     "Bright blood, grey muscle, dark lung; a coil that is stronger on one side; noise that is never below 0"
     r = rng("mri", key)
-    v = gaussian_filter(_tissue(f, t, labels), [0.6+SHIFT.blur, 0.6+SHIFT.blur, 0])
-    for axis, k in enumerate(r.uniform(-0.3, 0.3, 2)): v *= 1+k*np.linspace(-1, 1, v.shape[axis], dtype=np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-    noise = r.normal(0, 5*SHIFT.noise, (2, *v.shape))
-    return np.rint(np.hypot(v+noise[0], noise[1])).astype(np.int16)
+    v = gaussian_filter(_tissue(f, t, labels), [0.6 + SHIFT.blur, 0.6 + SHIFT.blur, 0])
+    for axis, k in enumerate(r.uniform(-0.3, 0.3, 2)):
+        v *= 1 + k * np.linspace(-1, 1, v.shape[axis], dtype=np.float32).reshape(
+            [-1 if a == axis else 1 for a in range(3)]
+        )
+    noise = r.normal(0, 5 * SHIFT.noise, (2, *v.shape))
+    return np.rint(np.hypot(v + noise[0], noise[1])).astype(np.int16)
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #5d0741db
-def _draw(key, across)->tuple: # phase -> (image, labels), group
+def _draw(key, across) -> tuple:  # phase -> (image, labels), group
     t = traits(key)
     f, group = _slab(t, across), str(rng("group", key).choice(list(GROUPS)))
     masks = {p: ventricles(f, t, group, p) for p in ("ED", "ES")}
     return {p: (scan(f, t, m, (key, p)), m) for p, m in masks.items()}, group
 
-def _info(t, group, es)->str:
-    return f"ED: 1\nES: {es}\nGroup: {group}\nHeight: {170*t['scale']:.1f}\nNbFrame: {FRAMES}\nWeight: {60+t['fat']:.1f}\n"
+
+def _info(t, group, es) -> str:
+    return f"ED: 1\nES: {es}\nGroup: {group}\nHeight: {170 * t['scale']:.1f}\nNbFrame: {FRAMES}\nWeight: {60 + t['fat']:.1f}\n"
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #c700a6e6
-def _one(seed, split, i, name, folder, owners, across): # one patient
-    key, es = (f"{NAME} {seed}", split, i), 3+i % 2
+def _one(seed, split, i, name, folder, owners, across):  # one patient
+    key, es = (f"{NAME} {seed}", split, i), 3 + i % 2
     (drawn, group), d = _draw(key, across), Path(folder)
     affine = placed((across, across, SLICES), SPACING, "RAS")
     for phase, n in (("ED", 1), ("ES", es)):
-        image, mask = (f"{name}_frame{n:02d}", f"{name}_frame{n:02d}_gt") if owners else (f"imagesTr/{name}_frame{n:02d}_0000", f"labelsTr/{name}_frame{n:02d}")
-        write_volume(drawn[phase][0], affine, d/f"{image}.nii.gz"); write_volume(drawn[phase][1], affine, d/f"{mask}.nii.gz")
+        image, mask = (
+            (f"{name}_frame{n:02d}", f"{name}_frame{n:02d}_gt")
+            if owners
+            else (f"imagesTr/{name}_frame{n:02d}_0000", f"labelsTr/{name}_frame{n:02d}")
+        )
+        write_volume(drawn[phase][0], affine, d / f"{image}.nii.gz")
+        write_volume(drawn[phase][1], affine, d / f"{mask}.nii.gz")
     if owners:
-        beat = 1-abs(np.arange(FRAMES)-es+1).clip(max=es-1)/(es-1) # 0 at ED, 1 at ES
-        whole = np.stack([np.rint(drawn["ED"][0]*(1-w)+drawn["ES"][0]*w) for w in beat], 3)
-        write_volume(whole.astype(np.int16), affine, d/f"{name}_4d.nii.gz"); write_text(_info(traits(key), group, es), d/"Info.cfg")
+        beat = 1 - abs(np.arange(FRAMES) - es + 1).clip(max=es - 1) / (es - 1)  # 0 at ED, 1 at ES
+        whole = np.stack([np.rint(drawn["ED"][0] * (1 - w) + drawn["ES"][0] * w) for w in beat], 3)
+        write_volume(whole.astype(np.int16), affine, d / f"{name}_4d.nii.gz")
+        write_text(_info(traits(key), group, es), d / "Info.cfg")
     return [f"{name}_frame{n:02d}" for n in (1, es)]
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #544e6365
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients of the owners' testing/; in the re-pack all are together
-    jobs:int=1,
-    layout:str="owners", # or "released": the re-pack, whose list splits by frame
-    size=(96, 96, 48), spacing=(3.5, 3.5, 7.), # of the study's phantoms; half their width is the slab's
-    recon_share:float=0., # not used: a frame is reconstructed once
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients of the owners' testing/; in the re-pack all are together
+    jobs: int = 1,
+    layout: str = "owners",  # or "released": the re-pack, whose list splits by frame
+    size=(96, 96, 48),
+    spacing=(3.5, 3.5, 7.0),  # of the study's phantoms; half their width is the slab's
+    recon_share: float = 0.0,  # not used: a frame is reconstructed once
 ):
     "A miniature ACDC of phantoms"
-    root, owners, across = Path(root), layout == "owners", round(size[0]*spacing[0]/2/SPACING[0])
-    todo = [("train", i, i, "training") for i in range(1, train+1)]+[("valid", i, i+(max(100, train) if owners else train), "testing") for i in range(1, test+1)]
-    frames = [f for names in each(_one, [(seed, s, i, f"patient{n:03d}", root/folder/f"patient{n:03d}" if owners else root, owners, across) for s, i, n, folder in todo], jobs, NAME) for f in names]
-    if not owners: _list(root, frames, seed)
+    root, owners, across = (
+        Path(root),
+        layout == "owners",
+        round(size[0] * spacing[0] / 2 / SPACING[0]),
+    )
+    todo = [("train", i, i, "training") for i in range(1, train + 1)] + [
+        ("valid", i, i + (max(100, train) if owners else train), "testing")
+        for i in range(1, test + 1)
+    ]
+    frames = [
+        f
+        for names in each(
+            _one,
+            [
+                (
+                    seed,
+                    s,
+                    i,
+                    f"patient{n:03d}",
+                    root / folder / f"patient{n:03d}" if owners else root,
+                    owners,
+                    across,
+                )
+                for s, i, n, folder in todo
+            ],
+            jobs,
+            NAME,
+        )
+        for f in names
+    ]
+    if not owners:
+        _list(root, frames, seed)
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #693f6e7d
-def _list(root, frames, seed): # the released way: a fifth of the frames, whoever they are of
+def _list(root, frames, seed):  # the released way: a fifth of the frames, whoever they are of
     entry = [dict(image=f"imagesTr/{f}_0000.nii.gz", label=f"labelsTr/{f}.nii.gz") for f in frames]
     order = rng("frames", NAME, seed).permutation(len(frames))
-    test = [entry[i] for i in sorted(order[:max(1, round(TEST*len(frames)))])]
-    write_json(dict(labels={str(k): v for k, v in TARGETS.items()}, training=[e for e in entry if e not in test], validation=test, testing=test), root/"dataset.json")
+    test = [entry[i] for i in sorted(order[: max(1, round(TEST * len(frames)))])]
+    write_json(
+        dict(
+            labels={str(k): v for k, v in TARGETS.items()},
+            training=[e for e in entry if e not in test],
+            validation=test,
+            testing=test,
+        ),
+        root / "dataset.json",
+    )
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #7a793674
-def _facts(path)->dict: # "ED", "ES" as numbers, "Group", ... as text
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: it says which frames are ED and ES; fetch it again")
-    pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
+def _facts(path) -> dict:  # "ED", "ES" as numbers, "Group", ... as text
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: it says which frames are ED and ES; fetch it again"
+        )
+    pairs = [
+        line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line
+    ]
     said = {k.strip(): v.strip() for k, v in pairs}
     for key in ("ED", "ES"):
-        if not said.get(key, "").isdigit(): raise ValueError(f"{path}: `{key}` is {said.get(key)!r}, expected the number of a frame: fetch it again")
+        if not said.get(key, "").isdigit():
+            raise ValueError(
+                f"{path}: `{key}` is {said.get(key)!r}, expected the number of a frame: fetch it again"
+            )
     return said
 
-def _row(case, image, mask, split, **more)->dict:
+
+def _row(case, image, mask, split, **more) -> dict:
     patient = case.split("_")[0]
-    return dict(case=case, scan=case, patient=patient, image=str(image), organ_map="", target_map=str(mask), findings="", impression="",
-                split=split, time_days=None, event=None, **more)
+    return dict(
+        case=case,
+        scan=case,
+        patient=patient,
+        image=str(image),
+        organ_map="",
+        target_map=str(mask),
+        findings="",
+        impression="",
+        split=split,
+        time_days=None,
+        event=None,
+        **more,
+    )
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #ed968f4f
-def _patient(d, split, bad)->list: # rows of both frames
-    try: said = _facts(d/"Info.cfg")
-    except (OSError, ValueError) as e: bad.add(d.name, e); return []
+def _patient(d, split, bad) -> list:  # rows of both frames
+    try:
+        said = _facts(d / "Info.cfg")
+    except (OSError, ValueError) as e:
+        bad.add(d.name, e)
+        return []
     rows = []
     for phase in ("ED", "ES"):
         case = f"{d.name}_frame{int(said[phase]):02d}"
-        image, mask = d/f"{case}.nii.gz", d/f"{case}_gt.nii.gz"
+        image, mask = d / f"{case}.nii.gz", d / f"{case}_gt.nii.gz"
         lost = [f for f in (image, mask) if not f.exists()]
-        if lost: bad.add(case, f"{lost[0]} is missing: Info.cfg names frame {said[phase]} as {phase}")
-        else: rows.append(_row(case, image, mask, split, group=said.get("Group", ""), phase=phase))
+        if lost:
+            bad.add(case, f"{lost[0]} is missing: Info.cfg names frame {said[phase]} as {phase}")
+        else:
+            rows.append(_row(case, image, mask, split, group=said.get("Group", ""), phase=phase))
     return rows
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #f8122364
-def _owners(root)->tuple:
+def _owners(root) -> tuple:
     rows, bad = [], Quarantine()
     for folder, split in (("training", "train"), ("testing", "test")):
-        if not (root/folder).is_dir(): raise FileNotFoundError(f"{root/folder} is missing: ACDC publishes training/ (patient001 to 100) and testing/ (101 to 150); fetch both")
-        for d in visible(root/folder, "patient*"): rows += _patient(d, split, bad)
-    if not rows: raise ValueError(f"{root}: no patient with an outlined frame; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}")
+        if not (root / folder).is_dir():
+            raise FileNotFoundError(
+                f"{root / folder} is missing: ACDC publishes training/ (patient001 to 100) and testing/ (101 to 150); fetch both"
+            )
+        for d in visible(root / folder, "patient*"):
+            rows += _patient(d, split, bad)
+    if not rows:
+        raise ValueError(
+            f"{root}: no patient with an outlined frame; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #5bfc9bc0
-def _released(root)->tuple: # split anew by patient
+def _released(root) -> tuple:  # split anew by patient
     rows, bad = [], Quarantine()
     for image, mask in decathlon(root):
-        case, lost = image.name.removesuffix(".nii.gz").removesuffix("_0000"), [f for f in (image, mask) if not f.exists()]
-        if lost: bad.add(case, f"{lost[0]} is missing, and the list names it")
-        else: rows.append(_row(case, image, mask, "train", group="", phase=""))
-    if not rows: raise ValueError(f"{root}: none of the {len(bad)} frames of the list is there, the first: {bad.rows[0]['reason'] if bad.rows else 'it names none'}")
+        case, lost = (
+            image.name.removesuffix(".nii.gz").removesuffix("_0000"),
+            [f for f in (image, mask) if not f.exists()],
+        )
+        if lost:
+            bad.add(case, f"{lost[0]} is missing, and the list names it")
+        else:
+            rows.append(_row(case, image, mask, "train", group="", phase=""))
+    if not rows:
+        raise ValueError(
+            f"{root}: none of the {len(bad)} frames of the list is there, the first: {bad.rows[0]['reason'] if bad.rows else 'it names none'}"
+        )
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #674fc6ff
 def read(
-    root, # folder that holds training/ and testing/, or dataset.json and imagesTr/
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds training/ and testing/, or dataset.json and imagesTr/
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every outlined frame; says which of the two layouts it found"
     root = Path(root)
     caution(NAME, UNVERIFIED)
-    if (root/"training").is_dir() or (root/"testing").is_dir():
+    if (root / "training").is_dir() or (root / "testing").is_dir():
         say(f"{NAME}: the owners' layout")
         return _owners(root)
     if visible(root, "dataset*.json"):
         say(f"{NAME}: the benchmark's re-pack, split anew by patient")
         return _released(root)
-    raise FileNotFoundError(f"{root}: neither training/ and testing/ (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")
+    raise FileNotFoundError(
+        f"{root}: neither training/ and testing/ (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there"
+    )

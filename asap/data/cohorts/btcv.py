@@ -23,93 +23,179 @@ from ...phantom.words import case
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #e183e9ad
 NAME = "btcv"
 SOURCE = Source(chest=False)
-ORGAN_NAMES = ["spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta", "inferior vena cava",
-               "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland"]
+ORGAN_NAMES = [
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "inferior vena cava",
+    "portal and splenic veins",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+]
 LABELS, TARGETS, ORGANS = [], dict(enumerate(ORGAN_NAMES, 1)), False
-TRAIN, TEST = [*range(1, 11), *range(21, 35)], [*range(35, 41)] # numbers of the owners' training cases
-SHIFT = Shift(spacing=(1., 1., 0.85), noise=0.8, contrast=1.) # portal venous phase: every scan has contrast medium
+TRAIN, TEST = (
+    [*range(1, 11), *range(21, 35)],
+    [*range(35, 41)],
+)  # numbers of the owners' training cases
+SHIFT = Shift(
+    spacing=(1.0, 1.0, 0.85), noise=0.8, contrast=1.0
+)  # portal venous phase: every scan has contrast medium
 UNVERIFIED = "the names of both layouts, and that the re-pack's numbers are the owners', were not checked against the files."
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #ae7297c6
-SHAPES = { # class: (HU, function of the frame that is < 1 inside), painted in this order
-    7: (None, lambda f: ball(f, (-70, 20, -128), (44, 46, 42))), 6: (None, None), # the phantom's own stomach and liver
+SHAPES = {  # class: (HU, function of the frame that is < 1 inside), painted in this order
+    7: (None, lambda f: ball(f, (-70, 20, -128), (44, 46, 42))),
+    6: (None, None),  # the phantom's own stomach and liver
     1: (110, lambda f: ball(f, (-96, -28, -116), (26, 32, 32))),
-    2: (150, lambda f: ball(f, (56, -46, -124), (24, 20, 36))), 3: (150, lambda f: ball(f, (-54, -48, -120), (24, 20, 36))),
-    4: (8, lambda f: ball(f, (44, 46, -118), (16, 18, 22))), 11: (85, lambda f: ball(f, (-12, 6, -118), (40, 14, 14))),
-    10: (140, lambda f: tube(f, (30, 0, -106), (-62, -18, -110), 9)), 9: (130, lambda f: tube(f, (22, -26, -76), (20, -36, -220), 12)),
-    12: (75, lambda f: ball(f, (36, -40, -100), (12, 9, 14))), 13: (75, lambda f: ball(f, (-34, -42, -98), (12, 9, 14)))}
-_OWN = {6: 5, 5: 15, 8: 52} # class -> TotalSegmentator's id
+    2: (150, lambda f: ball(f, (56, -46, -124), (24, 20, 36))),
+    3: (150, lambda f: ball(f, (-54, -48, -120), (24, 20, 36))),
+    4: (8, lambda f: ball(f, (44, 46, -118), (16, 18, 22))),
+    11: (85, lambda f: ball(f, (-12, 6, -118), (40, 14, 14))),
+    10: (140, lambda f: tube(f, (30, 0, -106), (-62, -18, -110), 9)),
+    9: (130, lambda f: tube(f, (22, -26, -76), (20, -36, -220), 12)),
+    12: (75, lambda f: ball(f, (36, -40, -100), (12, 9, 14))),
+    13: (75, lambda f: ball(f, (-34, -42, -98), (12, 9, 14))),
+}
+_OWN = {6: 5, 5: 15, 8: 52}  # class -> TotalSegmentator's id
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #4a19a520
-def abdomen(r, t, key)->tuple: # int16 HU, uint8 classes
+def abdomen(r, t, key) -> tuple:  # int16 HU, uint8 classes
     "A reconstruction with the organs of the abdomen, and their map"
-    f = frame(t, r.hu.shape, np.sqrt((r.affine[:3, :3]**2).sum(0)))
-    free = np.broadcast_to(((f.x/124)**2+((f.y+2)/92)**2 < 1) & (f.z < -70), r.hu.shape) & np.isin(r.labels, (0, 5)) & ~(bones(f) > 0)
+    f = frame(t, r.hu.shape, np.sqrt((r.affine[:3, :3] ** 2).sum(0)))
+    free = (
+        np.broadcast_to(((f.x / 124) ** 2 + ((f.y + 2) / 92) ** 2 < 1) & (f.z < -70), r.hu.shape)
+        & np.isin(r.labels, (0, 5))
+        & ~(bones(f) > 0)
+    )
     hu, out, g = r.hu.copy(), np.zeros(r.hu.shape, np.uint8), rng("abdomen", key)
     for k, (value, shape) in SHAPES.items():
         mask = free & (shape(f) < 1) if shape else r.labels == _OWN[k]
         out[mask] = k
-        if value is not None: hu[mask] = np.rint(g.normal(value, 12*SHIFT.noise, int(mask.sum())))
-    for k in (5, 8): out[r.labels == _OWN[k]] = k
+        if value is not None:
+            hu[mask] = np.rint(g.normal(value, 12 * SHIFT.noise, int(mask.sum())))
+    for k in (5, 8):
+        out[r.labels == _OWN[k]] = k
     return hu, out
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #2cc64876
-def _one(seed, split, i, n, root, owners, kw): # one patient
+def _one(seed, split, i, n, root, owners, kw):  # one patient
     key = (f"{NAME} {seed}", split, i)
     r = case(*key, shift=SHIFT, **kw).recons[0]
     hu, classes = abdomen(r, traits(key, SHIFT.contrast), key)
-    image, mask = (f"RawData/Training/img/img{n:04d}", f"RawData/Training/label/label{n:04d}") if owners else (f"imagesTr/btcv_{n:03d}", f"labelsTr/btcv_{n:03d}")
-    write_volume(hu, r.affine, root/f"{image}.nii.gz"); write_volume(classes, r.affine, root/f"{mask}.nii.gz")
+    image, mask = (
+        (f"RawData/Training/img/img{n:04d}", f"RawData/Training/label/label{n:04d}")
+        if owners
+        else (f"imagesTr/btcv_{n:03d}", f"labelsTr/btcv_{n:03d}")
+    )
+    write_volume(hu, r.affine, root / f"{image}.nii.gz")
+    write_volume(classes, r.affine, root / f"{mask}.nii.gz")
     return dict(image=f"{image}.nii.gz", label=f"{mask}.nii.gz")
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #0b78acf9
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients, at most 24
-    test:int, # patients, at most 6
-    jobs:int=1,
-    layout:str="owners", # or "released": the re-pack
-    **kw, # size, spacing, recon_share of the phantom; one reconstruction is written
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients, at most 24
+    test: int,  # patients, at most 6
+    jobs: int = 1,
+    layout: str = "owners",  # or "released": the re-pack
+    **kw,  # size, spacing, recon_share of the phantom; one reconstruction is written
 ):
     "A miniature BTCV of phantoms"
-    if train > len(TRAIN) or test > len(TEST): raise ValueError(f"train={train}, test={test}: BTCV has {len(TRAIN)} and {len(TEST)} cases with outlines")
-    todo = [("train", i, n) for i, n in enumerate(TRAIN[:train], 1)]+[("valid", i, n) for i, n in enumerate(TEST[:test], 1)]
-    made = each(_one, [(seed, s, i, n, Path(root), layout == "owners", kw) for s, i, n in todo], jobs, NAME)
-    if layout != "owners": write_json(dict(labels={str(k): v for k, v in TARGETS.items()}, training=made[:train], validation=made[train:], testing=made[train:]), Path(root)/"dataset_5.json")
+    if train > len(TRAIN) or test > len(TEST):
+        raise ValueError(
+            f"train={train}, test={test}: BTCV has {len(TRAIN)} and {len(TEST)} cases with outlines"
+        )
+    todo = [("train", i, n) for i, n in enumerate(TRAIN[:train], 1)] + [
+        ("valid", i, n) for i, n in enumerate(TEST[:test], 1)
+    ]
+    made = each(
+        _one, [(seed, s, i, n, Path(root), layout == "owners", kw) for s, i, n in todo], jobs, NAME
+    )
+    if layout != "owners":
+        write_json(
+            dict(
+                labels={str(k): v for k, v in TARGETS.items()},
+                training=made[:train],
+                validation=made[train:],
+                testing=made[train:],
+            ),
+            Path(root) / "dataset_5.json",
+        )
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #f3a1ced4
-def _pairs(root)->list: # (image, label, number as text)
+def _pairs(root) -> list:  # (image, label, number as text)
     "The owners' images and labels, by number"
-    d = root/"RawData/Training"
+    d = root / "RawData/Training"
     for folder in ("img", "label"):
-        if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected img/img0001.nii.gz and label/label0001.nii.gz: unpack RawData.zip there")
-    numbers = {f.name[len(p):].removesuffix(".nii.gz") for p in ("img", "label") for f in visible(d/p, f"{p}*.nii.gz")}
-    return [(d/f"img/img{n}.nii.gz", d/f"label/label{n}.nii.gz", n) for n in sorted(numbers)]
+        if not (d / folder).is_dir():
+            raise FileNotFoundError(
+                f"{d / folder} is missing: expected img/img0001.nii.gz and label/label0001.nii.gz: unpack RawData.zip there"
+            )
+    numbers = {
+        f.name[len(p) :].removesuffix(".nii.gz")
+        for p in ("img", "label")
+        for f in visible(d / p, f"{p}*.nii.gz")
+    }
+    return [(d / f"img/img{n}.nii.gz", d / f"label/label{n}.nii.gz", n) for n in sorted(numbers)]
 
-def _listed(root)->list:
-    found = [(image, mask, image.name.removesuffix(".nii.gz").split("_")[-1]) for image, mask in decathlon(root)]
+
+def _listed(root) -> list:
+    found = [
+        (image, mask, image.name.removesuffix(".nii.gz").split("_")[-1])
+        for image, mask in decathlon(root)
+    ]
     return sorted(found, key=lambda e: e[2])
 
-def _row(image, mask, n, split)->dict:
+
+def _row(image, mask, n, split) -> dict:
     name = f"btcv_{int(n):03d}"
-    return dict(case=name, scan=name, patient=name, image=str(image), organ_map="", target_map=str(mask), findings="", impression="",
-                split=split, time_days=None, event=None)
+    return dict(
+        case=name,
+        scan=name,
+        patient=name,
+        image=str(image),
+        organ_map="",
+        target_map=str(mask),
+        findings="",
+        impression="",
+        split=split,
+        time_days=None,
+        event=None,
+    )
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #5eb3dee9
 def read(
-    root, # folder that holds RawData/, or dataset_5.json and imagesTr/
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds RawData/, or dataset_5.json and imagesTr/
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every outlined abdomen; says which of the two layouts it found"
     root, rows, bad = Path(root), [], Quarantine()
     caution(NAME, UNVERIFIED)
-    owners, released = (root/"RawData").is_dir(), visible(root, "dataset*.json")
-    if not owners and not released: raise FileNotFoundError(f"{root}: neither RawData/Training (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there")
+    owners, released = (root / "RawData").is_dir(), visible(root, "dataset*.json")
+    if not owners and not released:
+        raise FileNotFoundError(
+            f"{root}: neither RawData/Training (the owners' layout) nor dataset*.json with imagesTr/ (the re-pack) is there: put one of them there"
+        )
     say(f"{NAME}: the owners' layout" if owners else f"{NAME}: the benchmark's re-pack")
     for image, mask, n in _pairs(root) if owners else _listed(root):
         lost = [f for f in (image, mask) if not f.exists()]
-        if not n.isdigit(): bad.add(image.name, f"{image}: no number in its name, expected img0001.nii.gz or btcv_001.nii.gz")
-        elif lost: bad.add(f"btcv_{int(n):03d}", f"{lost[0]} is missing: fetch it again")
-        else: rows.append(_row(image, mask, n, "test" if int(n) in TEST else "train"))
-    if not rows: raise ValueError(f"{root}: no image with its label; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}")
+        if not n.isdigit():
+            bad.add(
+                image.name,
+                f"{image}: no number in its name, expected img0001.nii.gz or btcv_001.nii.gz",
+            )
+        elif lost:
+            bad.add(f"btcv_{int(n):03d}", f"{lost[0]} is missing: fetch it again")
+        else:
+            rows.append(_row(image, mask, n, "test" if int(n) in TEST else "train"))
+    if not rows:
+        raise ValueError(
+            f"{root}: no image with its label; the first of {len(bad)} left out: {bad.rows[0]['reason'] if bad.rows else 'none is there'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad

@@ -22,87 +22,139 @@ from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #eab268ef
 NAME = "cc_ccii"
-SOURCE = Source(intensity=("window", -1350, 150), spacing=(0.7, 0.7, 5.), axes="LPS") # all assumed
+SOURCE = Source(
+    intensity=("window", -1350, 150), spacing=(0.7, 0.7, 5.0), axes="LPS"
+)  # all assumed
 LABELS, TARGETS, ORGANS = ["NCP", "CP", "Normal"], {}, False
-SHIFT = Shift(spacing=(1., 1., 1.1), noise=1.2, blur=0.2, contrast=0.1)
-TEST = 1008/3393 # of the patients, as of the paper's scans
-UNVERIFIED = ("window -1350 to 150 HU, spacing 0.7 x 0.7 x 5 mm and axes LPS are assumed, since the owners give pictures alone; "
-              "the names of the pictures were not checked against the owners' files")
+SHIFT = Shift(spacing=(1.0, 1.0, 1.1), noise=1.2, blur=0.2, contrast=0.1)
+TEST = 1008 / 3393  # of the patients, as of the paper's scans
+UNVERIFIED = (
+    "window -1350 to 150 HU, spacing 0.7 x 0.7 x 5 mm and axes LPS are assumed, since the owners give pictures alone; "
+    "the names of the pictures were not checked against the owners' files"
+)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b82a58e2
-_LUNG = ["Lung opacity", "Consolidation", "Atelectasis", "Interlobular septal thickening", "Pleural effusion", "Peribronchial thickening", "Bronchiectasis", "Mosaic attenuation pattern"]
-_ODDS = {"NCP": {"Lung opacity": 12, "Consolidation": -1}, "CP": {"Consolidation": 12, "Lung opacity": -12}, "Normal": {n: -12 for n in _LUNG}}
+_LUNG = [
+    "Lung opacity",
+    "Consolidation",
+    "Atelectasis",
+    "Interlobular septal thickening",
+    "Pleural effusion",
+    "Peribronchial thickening",
+    "Bronchiectasis",
+    "Mosaic attenuation pattern",
+]
+_ODDS = {
+    "NCP": {"Lung opacity": 12, "Consolidation": -1},
+    "CP": {"Consolidation": 12, "Lung opacity": -12},
+    "Normal": {n: -12 for n in _LUNG},
+}
 
-def shift_of(kind:str)->Shift: # the hospital's, with the class's abnormalities
+
+def shift_of(kind: str) -> Shift:  # the hospital's, with the class's abnormalities
     "How scans of a class are drawn"
     return replace(SHIFT, odds=_ODDS[kind])
 
-def grey(hu, affine)->np.ndarray: # uint8 (columns, rows, slices) in the declared axes
+
+def grey(hu, affine) -> np.ndarray:  # uint8 (columns, rows, slices) in the declared axes
     "The declared window on the declared grid"
     s = np.array(SOURCE.spacing)
-    block = max(1, round(abs(affine[0, 0])/s[0]))
-    shape, new = grid(hu.shape, affine, s*[block, block, 1])
-    v = resample(hu, affine, shape, new)[::-1, ::-1] # RAS -> LPS
-    out = int(abs(affine[2, 2])/2/s[2]) # beyond the middle of the last slice every new one would be the same
+    block = max(1, round(abs(affine[0, 0]) / s[0]))
+    shape, new = grid(hu.shape, affine, s * [block, block, 1])
+    v = resample(hu, affine, shape, new)[::-1, ::-1]  # RAS -> LPS
+    out = int(
+        abs(affine[2, 2]) / 2 / s[2]
+    )  # beyond the middle of the last slice every new one would be the same
     _, lo, hi = SOURCE.intensity
-    v = np.rint(np.clip((v[:, :, out:v.shape[2]-out]-lo)/(hi-lo), 0, 1)*255).astype(np.uint8)
+    v = np.rint(np.clip((v[:, :, out : v.shape[2] - out] - lo) / (hi - lo), 0, 1) * 255).astype(
+        np.uint8
+    )
     return v.repeat(block, 0).repeat(block, 1)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #905d5d2e
-def _one(seed, split, i, n, root, kw): # one patient, the n-th of all
+def _one(seed, split, i, n, root, kw):  # one patient, the n-th of all
     from PIL import Image
+
     kind = LABELS[n % 3]
     k = case(f"{NAME} {seed}", split, i, shift=shift_of(kind), **kw)
     for j, r in enumerate(k.recons):
-        with atomic(Path(root)/kind/str(n)/str(3000+2*n+j)) as tmp:
+        with atomic(Path(root) / kind / str(n) / str(3000 + 2 * n + j)) as tmp:
             tmp.mkdir()
-            for z, picture in enumerate(np.moveaxis(grey(r.hu, r.affine), 2, 0), 1): Image.fromarray(picture.T).save(tmp/f"{z:04d}.png", compress_level=3)
+            for z, picture in enumerate(np.moveaxis(grey(r.hu, r.affine), 2, 0), 1):
+                Image.fromarray(picture.T).save(tmp / f"{z:04d}.png", compress_level=3)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #86e982e3
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # further patients: the owners publish no split
-    jobs:int=1,
-    **kw, # size, spacing, recon_share of the phantom
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # further patients: the owners publish no split
+    jobs: int = 1,
+    **kw,  # size, spacing, recon_share of the phantom
 ):
     "A miniature CC-CCII of phantoms: folders of pictures"
-    todo = [("train", i, i) for i in range(1, train+1)]+[("valid", i, train+i) for i in range(1, test+1)]
+    todo = [("train", i, i) for i in range(1, train + 1)] + [
+        ("valid", i, train + i) for i in range(1, test + 1)
+    ]
     each(_one, [(seed, s, i, n, root, kw) for s, i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #b9376dba
-def _pictures(scan)->list: # sorted by number
+def _pictures(scan) -> list:  # sorted by number
     "The slices of a scan; a gap in their numbers is named"
     files = [f for f in visible(scan) if f.suffix.lower() in PICTURES]
-    if not files: raise ValueError(f"{scan}: no picture in it, expected one a slice: unpack it again")
+    if not files:
+        raise ValueError(f"{scan}: no picture in it, expected one a slice: unpack it again")
     number = {f: re.findall(r"\d+", f.stem) for f in files}
     odd = [f for f, n in number.items() if not n]
-    if odd: raise ValueError(f"{odd[0]}: no number in its name, expected 0001.png: is this a slice?")
+    if odd:
+        raise ValueError(f"{odd[0]}: no number in its name, expected 0001.png: is this a slice?")
     at = sorted(int(n[-1]) for n in number.values())
     steps = np.diff(at)
     if len(steps) and (steps != steps.min()).any():
-        raise ValueError(f"{scan}: after slice {at[int((steps != steps.min()).argmax())]} the numbers jump; expected even steps: slices are missing or there twice")
+        raise ValueError(
+            f"{scan}: after slice {at[int((steps != steps.min()).argmax())]} the numbers jump; expected even steps: slices are missing or there twice"
+        )
     return files
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #4545fa0d
 def read(
-    root, # folder that holds NCP/, CP/, Normal/
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds NCP/, CP/, Normal/
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every scan of the three classes; test is carved by patient"
     root, rows, bad = Path(root), [], Quarantine()
     caution(NAME, UNVERIFIED)
     for kind in LABELS:
-        if not (root/kind).is_dir(): raise FileNotFoundError(f"{root/kind} is missing: expected {', '.join(LABELS)}, each with patient/scan/0001.png: unpack the archives there")
-        for scan in (d for d in visible(root/kind, "*/*") if d.is_dir()):
+        if not (root / kind).is_dir():
+            raise FileNotFoundError(
+                f"{root / kind} is missing: expected {', '.join(LABELS)}, each with patient/scan/0001.png: unpack the archives there"
+            )
+        for scan in (d for d in visible(root / kind, "*/*") if d.is_dir()):
             name = f"{kind}_{scan.parent.name}_{scan.name}"
-            try: _pictures(scan)
-            except ValueError as e: bad.add(name, e); continue
+            try:
+                _pictures(scan)
+            except ValueError as e:
+                bad.add(name, e)
+                continue
             rows.append(_row(name, scan, kind))
-    if not rows: raise ValueError(f"{root}: none of {len(bad)} scans is whole: expected patient/scan/0001.png in {', '.join(LABELS)}")
+    if not rows:
+        raise ValueError(
+            f"{root}: none of {len(bad)} scans is whole: expected patient/scan/0001.png in {', '.join(LABELS)}"
+        )
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #a02638be
-def _row(name, scan, kind)->dict:
-    return dict(case=name, scan=name, patient=scan.parent.name, image=str(scan), organ_map="", target_map="", findings="", impression="",
-                split="train", time_days=None, event=None, **{f"label:{n}": int(n == kind) for n in LABELS})
+def _row(name, scan, kind) -> dict:
+    return dict(
+        case=name,
+        scan=name,
+        patient=scan.parent.name,
+        image=str(scan),
+        organ_map="",
+        target_map="",
+        findings="",
+        impression="",
+        split="train",
+        time_days=None,
+        event=None,
+        **{f"label:{n}": int(n == kind) for n in LABELS},
+    )

@@ -18,50 +18,69 @@ from ...phantom.abnormalities import Shift
 from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #191cd972
-NAME, SHARE = "covid_19_20", 40/199 # of the cases with labels that are test
-SOURCE = Source() # HU, spacing and orientation as the file says
+NAME, SHARE = "covid_19_20", 40 / 199  # of the cases with labels that are test
+SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "lesion"}
 ORGANS = False
-UNVERIFIED = "the folders COVID-19-20_v2/Train and Validation are not verified against the owners' archive."
-LESIONS = ["Lung opacity", "Consolidation"] # of the phantom
-SHIFT = Shift(spacing=(1., 1., 1.1), noise=1.2, contrast=0.1, odds={"Lung opacity": 9, "Consolidation": 1}) # every case has a lesion
+UNVERIFIED = (
+    "the folders COVID-19-20_v2/Train and Validation are not verified against the owners' archive."
+)
+LESIONS = ["Lung opacity", "Consolidation"]  # of the phantom
+SHIFT = Shift(
+    spacing=(1.0, 1.0, 1.1), noise=1.2, contrast=0.1, odds={"Lung opacity": 9, "Consolidation": 1}
+)  # every case has a lesion
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #5a572949
 def write_case(d, seed, i, folder, kw):
     "Image and target of one patient"
     k = case(f"{NAME} {seed}", folder, i, shift=SHIFT, masks=LESIONS, **{**kw, "recon_share": 0})
-    stem, r = d/folder/f"volume-covid19-A-{i:04d}", k.recons[0]
+    stem, r = d / folder / f"volume-covid19-A-{i:04d}", k.recons[0]
     write_volume(r.hu, r.affine, f"{stem}_ct.nii.gz")
-    if folder == "Train": write_volume(k.union(LESIONS), r.affine, f"{stem}_seg.nii.gz")
+    if folder == "Train":
+        write_volume(k.union(LESIONS), r.affine, f"{stem}_seg.nii.gz")
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #6d2c25df
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # patients with a label, together with `test`
-    test:int, # which of them are test is for `read` to say
-    jobs:int=1, **kw, # processes; size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # patients with a label, together with `test`
+    test: int,  # which of them are test is for `read` to say
+    jobs: int = 1,
+    **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-20 of phantoms"
-    d, n = Path(root)/"COVID-19-20_v2", train+test
-    todo = [("Train", i) for i in range(1, n+1)]+[("Validation", n+1)]
+    d, n = Path(root) / "COVID-19-20_v2", train + test
+    todo = [("Train", i) for i in range(1, n + 1)] + [("Validation", n + 1)]
     each(write_case, [(d, seed, i, s, kw) for s, i in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #d2ceef00
-def patient_of(case:str)->str: # "volume-covid19-A-0011_1" -> "volume-covid19-A-0011"
+def patient_of(case: str) -> str:  # "volume-covid19-A-0011_1" -> "volume-covid19-A-0011"
     "The patient in a file's name"
     found = re.match(r"volume-covid19-[A-Za-z]+-\d+", case)
     return found[0] if found else case
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #a007a0f5
 def read(
-    root, # folder that holds COVID-19-20_v2, or is it
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds COVID-19-20_v2, or is it
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every case of Train; 40 of 199 are test"
     caution(NAME, UNVERIFIED)
-    d = Path(root)/"COVID-19-20_v2" if (Path(root)/"COVID-19-20_v2").is_dir() else Path(root)
-    if not (d/"Train").is_dir(): raise FileNotFoundError(f"{d/'Train'} is missing: expected COVID-19-20's Train/ with *_ct.nii.gz and *_seg.nii.gz; fetch it")
-    names = sorted({re.sub(r"_(ct|seg)\.nii\.gz$", "", f.name) for f in visible(d/"Train", "*.nii.gz")})
-    if not names: raise FileNotFoundError(f"{d/'Train'} is empty: expected *_ct.nii.gz and *_seg.nii.gz; fetch it again")
-    return pairs_table([(d/f"Train/{n}_ct.nii.gz", d/f"Train/{n}_seg.nii.gz") for n in names], SHARE, NAME, patient_of)
+    d = Path(root) / "COVID-19-20_v2" if (Path(root) / "COVID-19-20_v2").is_dir() else Path(root)
+    if not (d / "Train").is_dir():
+        raise FileNotFoundError(
+            f"{d / 'Train'} is missing: expected COVID-19-20's Train/ with *_ct.nii.gz and *_seg.nii.gz; fetch it"
+        )
+    names = sorted(
+        {re.sub(r"_(ct|seg)\.nii\.gz$", "", f.name) for f in visible(d / "Train", "*.nii.gz")}
+    )
+    if not names:
+        raise FileNotFoundError(
+            f"{d / 'Train'} is empty: expected *_ct.nii.gz and *_seg.nii.gz; fetch it again"
+        )
+    return pairs_table(
+        [(d / f"Train/{n}_ct.nii.gz", d / f"Train/{n}_seg.nii.gz") for n in names],
+        SHARE,
+        NAME,
+        patient_of,
+    )

@@ -21,68 +21,116 @@ from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #ed4d3ff7
 NAME = "covid_ct_seg"
-LESIONS = ["Lung opacity", "Consolidation"] # of the phantom, as the cohort has them on which the tested model is trained
-SOURCE = Source() # HU, spacing and orientation as the file says
+LESIONS = [
+    "Lung opacity",
+    "Consolidation",
+]  # of the phantom, as the cohort has them on which the tested model is trained
+SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
-TARGETS = {1: "lesion"} # of target_map
-LUNGS = {1: "left lung", 2: "right lung"} # of what `lungs` returns for lung_map
+TARGETS = {1: "lesion"}  # of target_map
+LUNGS = {1: "left lung", 2: "right lung"}  # of what `lungs` returns for lung_map
 ORGANS = False
 UNVERIFIED = "which of 1 and 2 is the left lung is not verified against the owners' files; `lungs` goes by where each lung lies."
-SHIFT = Shift(spacing=(1.1, 1.1, 1.2), noise=1.9, blur=0.6, contrast=0., odds={"Lung opacity": 9, "Consolidation": 2}) # another hospital
+SHIFT = Shift(
+    spacing=(1.1, 1.1, 1.2),
+    noise=1.9,
+    blur=0.6,
+    contrast=0.0,
+    odds={"Lung opacity": 9, "Consolidation": 2},
+)  # another hospital
 FOLDERS = ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask")
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #5b471f63
 def write_case(root, seed, i, name, kw):
     "Scan, lungs and lesions of one patient"
-    k = case(f"{NAME} {seed}", name.split("_")[0], i, shift=SHIFT, masks=LESIONS, **{**kw, "recon_share": 0})
+    k = case(
+        f"{NAME} {seed}",
+        name.split("_")[0],
+        i,
+        shift=SHIFT,
+        masks=LESIONS,
+        **{**kw, "recon_share": 0},
+    )
     r = k.recons[0]
-    lung = np.isin(r.labels, (10, 11))+2*np.isin(r.labels, (12, 13, 14))
-    hu = r.hu if name.startswith("coronacases") else np.clip((r.hu+1250.)*255/1500, 0, 255).round()
-    for folder, data in zip(FOLDERS, (hu.astype(np.int16), lung.astype(np.uint8), k.union(LESIONS))):
-        write_volume(data, r.affine, Path(root)/folder/f"{name}.nii.gz")
+    lung = np.isin(r.labels, (10, 11)) + 2 * np.isin(r.labels, (12, 13, 14))
+    hu = (
+        r.hu
+        if name.startswith("coronacases")
+        else np.clip((r.hu + 1250.0) * 255 / 1500, 0, 255).round()
+    )
+    for folder, data in zip(
+        FOLDERS, (hu.astype(np.int16), lung.astype(np.uint8), k.union(LESIONS))
+    ):
+        write_volume(data, r.affine, Path(root) / folder / f"{name}.nii.gz")
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #e0058ee6
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # not used: all of it is test
-    test:int, # patients
-    jobs:int=1, **kw, # processes; size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # not used: all of it is test
+    test: int,  # patients
+    jobs: int = 1,
+    **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature COVID-19-CT-Seg of phantoms"
-    todo = [(i, f"coronacases_{i:03d}") for i in range(1, test+1)]+[(1, "radiopaedia_1_1_0")]
+    todo = [(i, f"coronacases_{i:03d}") for i in range(1, test + 1)] + [(1, "radiopaedia_1_1_0")]
     each(write_case, [(root, seed, i, n, kw) for i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #1a5cec34
-def _row(name, image, lung, lesion)->dict:
-    return dict(case=name, scan=name, patient=name, image=str(image), organ_map="", target_map=str(lesion), findings="", impression="",
-                split="test", time_days=None, event=None, lung_map=str(lung))
+def _row(name, image, lung, lesion) -> dict:
+    return dict(
+        case=name,
+        scan=name,
+        patient=name,
+        image=str(image),
+        organ_map="",
+        target_map=str(lesion),
+        findings="",
+        impression="",
+        split="test",
+        time_days=None,
+        event=None,
+        lung_map=str(lung),
+    )
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #0dc66fd9
-def _why(name, paths)->str: # a scan is left out, or ""
-    if not name.startswith("coronacases_"): return "an 8-bit picture of a display window, not Hounsfield units; expected coronacases_*"
+def _why(name, paths) -> str:  # a scan is left out, or ""
+    if not name.startswith("coronacases_"):
+        return "an 8-bit picture of a display window, not Hounsfield units; expected coronacases_*"
     return next((f"{p} is missing: fetch it again" for p in paths if not p.exists()), "")
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #4595eb82
 def lungs(
-    path, # `lung_map` of a case
-)->tuple: # uint8 (W,H,D), affine
+    path,  # `lung_map` of a case
+) -> tuple:  # uint8 (W,H,D), affine
     "The two lungs; 1 is the left one whichever the file calls so"
     v = read_volume(path)
     return sides(v.hu.astype(np.uint8), v.affine, 1, 2), v.affine
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #619ce9e0
 def read(
-    root, # folder that holds the three folders
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds the three folders
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every coronacases_* scan with both masks; all are test"
     caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     for folder in FOLDERS:
-        if not (d/folder).is_dir(): raise FileNotFoundError(f"{d/folder} is missing: expected the folders {', '.join(FOLDERS)}; fetch and unpack it there")
-    for name in sorted({f.name.removesuffix(".nii.gz") for folder in FOLDERS for f in visible(d/folder, "*.nii.gz")}):
-        paths = [d/folder/f"{name}.nii.gz" for folder in FOLDERS]
-        if why := _why(name, paths): bad.add(name, why)
-        else: rows.append(_row(name, *paths))
-    if not rows: raise ValueError(f"{d}: no coronacases_* with scan, lungs and lesions")
+        if not (d / folder).is_dir():
+            raise FileNotFoundError(
+                f"{d / folder} is missing: expected the folders {', '.join(FOLDERS)}; fetch and unpack it there"
+            )
+    for name in sorted(
+        {
+            f.name.removesuffix(".nii.gz")
+            for folder in FOLDERS
+            for f in visible(d / folder, "*.nii.gz")
+        }
+    ):
+        paths = [d / folder / f"{name}.nii.gz" for folder in FOLDERS]
+        if why := _why(name, paths):
+            bad.add(name, why)
+        else:
+            rows.append(_row(name, *paths))
+    if not rows:
+        raise ValueError(f"{d}: no coronacases_* with scan, lungs and lesions")
     return check(pd.DataFrame(rows), NAME), bad

@@ -23,238 +23,413 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #36464e34
 NAME, SHIFT = "ct_rate", SAME
-SOURCE = Source() # HU, spacing and orientation as the files of the fixed release say
+SOURCE = Source()  # HU, spacing and orientation as the files of the fixed release say
 LABELS, TARGETS, ORGANS = ABNORMALITIES, {}, True
 UNVERIFIED = "the place of the organ masks, and what the headers of the first release say, were not checked against the owners' files."
-NAMES = dict(train=("train_fixed", "train_reports.csv", "train_predicted_labels.csv", "train_metadata.csv"),
-             valid=("valid_fixed", "validation_reports.csv", "valid_predicted_labels.csv", "validation_metadata.csv"))
+NAMES = dict(
+    train=("train_fixed", "train_reports.csv", "train_predicted_labels.csv", "train_metadata.csv"),
+    valid=(
+        "valid_fixed",
+        "validation_reports.csv",
+        "valid_predicted_labels.csv",
+        "validation_metadata.csv",
+    ),
+)
 
-_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)") # split, patient, scan, reconstruction
+_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)")  # split, patient, scan, reconstruction
 
-def place(name:str)->str: # "train_1_a_1.nii.gz" -> "train_1/train_1_a/train_1_a_1.nii.gz"
+
+def place(name: str) -> str:  # "train_1_a_1.nii.gz" -> "train_1/train_1_a/train_1_a_1.nii.gz"
     "Folders of a volume, from its name"
     split, patient, scan, _ = name.split("_")
     return f"{split}_{patient}/{split}_{patient}_{scan}/{name}"
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8c778835
-def _lps(array, affine): # flip both horizontal axes
+def _lps(array, affine):  # flip both horizontal axes
     flipped, a = array[::-1, ::-1], affine.copy()
-    a[:3, 3] = affine[:3, :3]@[array.shape[0]-1, array.shape[1]-1, 0]+affine[:3, 3]
-    a[:, 0] *= -1; a[:, 1] *= -1
+    a[:3, 3] = affine[:3, :3] @ [array.shape[0] - 1, array.shape[1] - 1, 0] + affine[:3, 3]
+    a[:, 0] *= -1
+    a[:, 1] *= -1
     return np.ascontiguousarray(flipped), a
 
-def _metadata(name, k:Case, r)->dict:
-    x, y, z = np.sqrt((r.affine[:3, :3]**2).sum(0)).round(3)
-    return dict(VolumeName=name, Manufacturer="phantom", ConvolutionKernel=r.kernel, PatientSex=k.sex, PatientAge=f"{k.age:03d}Y", RescaleIntercept=-1024, RescaleSlope=1,
-                XYSpacing=f"[{x}, {y}]", ZSpacing=z, Rows=r.hu.shape[1], Columns=r.hu.shape[0], NumberofSlices=r.hu.shape[2])
+
+def _metadata(name, k: Case, r) -> dict:
+    x, y, z = np.sqrt((r.affine[:3, :3] ** 2).sum(0)).round(3)
+    return dict(
+        VolumeName=name,
+        Manufacturer="phantom",
+        ConvolutionKernel=r.kernel,
+        PatientSex=k.sex,
+        PatientAge=f"{k.age:03d}Y",
+        RescaleIntercept=-1024,
+        RescaleSlope=1,
+        XYSpacing=f"[{x}, {y}]",
+        ZSpacing=z,
+        Rows=r.hu.shape[1],
+        Columns=r.hu.shape[0],
+        NumberofSlices=r.hu.shape[2],
+    )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fb80cf44
-INTERCEPTS = (-1024, -8192) # of stored values in the first release, by turns
+INTERCEPTS = (-1024, -8192)  # of stored values in the first release, by turns
 
-def _first(k, array, said)->tuple: # stored values, an affine that says nothing of spacing and place
+
+def _first(
+    k, array, said
+) -> tuple:  # stored values, an affine that says nothing of spacing and place
     said["RescaleIntercept"] = INTERCEPTS[int(k.name.split("_")[1]) % 2]
-    return array-np.int16(said["RescaleIntercept"]), np.diag([-1., -1, 1, 1])
+    return array - np.int16(said["RescaleIntercept"]), np.diag([-1.0, -1, 1, 1])
 
-def write_case(k:Case, root, release="fixed")->list: # a row a volume: name, report, labels, metadata
+
+def write_case(
+    k: Case, root, release="fixed"
+) -> list:  # a row a volume: name, report, labels, metadata
     "Volumes and masks of one patient; returns what the tables say of them"
     split, rows = k.name.split("_")[0], []
     for n, r in enumerate(k.recons, 1):
         name = f"{k.name}_a_{n}.nii.gz"
-        said, folder = _metadata(name, k, r), NAMES[split][0].removesuffix("_fixed" if release == "first" else "")
+        said, folder = (
+            _metadata(name, k, r),
+            NAMES[split][0].removesuffix("_fixed" if release == "first" else ""),
+        )
         image, affine = _lps(r.hu, r.affine)
-        if release == "first": image, affine = _first(k, image, said)
-        write_volume(image, affine, Path(root)/"dataset"/folder/place(name))
-        write_volume(*_lps(r.labels, r.affine), Path(root)/"dataset/ts_seg/ts_total"/folder/place(name))
-        rows.append(dict(report=dict(VolumeName=name, ClinicalInformation_EN="Phantom.", Technique_EN="Drawn by a program." + (" With contrast." if k.contrast else ""),
-                                     Findings_EN=k.report.findings, Impressions_EN=k.report.impression),
-                         labels=dict(VolumeName=name, **k.labels), metadata=said))
+        if release == "first":
+            image, affine = _first(k, image, said)
+        write_volume(image, affine, Path(root) / "dataset" / folder / place(name))
+        write_volume(
+            *_lps(r.labels, r.affine), Path(root) / "dataset/ts_seg/ts_total" / folder / place(name)
+        )
+        rows.append(
+            dict(
+                report=dict(
+                    VolumeName=name,
+                    ClinicalInformation_EN="Phantom.",
+                    Technique_EN="Drawn by a program." + (" With contrast." if k.contrast else ""),
+                    Findings_EN=k.report.findings,
+                    Impressions_EN=k.report.impression,
+                ),
+                labels=dict(VolumeName=name, **k.labels),
+                metadata=said,
+            )
+        )
     return rows
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5e7e92c2
-def _one(split, i, root, seed, release, kw, also)->tuple: # rows, what each of `also` gives
+def _one(split, i, root, seed, release, kw, also) -> tuple:  # rows, what each of `also` gives
     k = case(seed, split, i, **kw)
     rows = write_case(k, root, release)
-    image = Path(root)/"dataset"/NAMES[split][0]/place(rows[0]["metadata"]["VolumeName"])
+    image = Path(root) / "dataset" / NAMES[split][0] / place(rows[0]["metadata"]["VolumeName"])
     return rows, [f(k.chest, (seed, split, i), image) for f in also]
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #1a322fee
 def write(
-    root, # of the cohort; `dataset/` is made in it
-    seed:int, # of the study
-    train:int, # patients
-    test:int, # patients of the owners' validation
-    jobs:int=1,
-    release:str="fixed", # or "first"
-    also=(), # (chest, key, its first volume) -> anything: what is drawn beside each patient of the fixed release
-    **kw, # size, spacing, recon_share of the phantom
-)->dict: # split -> a row a patient of what `also` gave
+    root,  # of the cohort; `dataset/` is made in it
+    seed: int,  # of the study
+    train: int,  # patients
+    test: int,  # patients of the owners' validation
+    jobs: int = 1,
+    release: str = "fixed",  # or "first"
+    also=(),  # (chest, key, its first volume) -> anything: what is drawn beside each patient of the fixed release
+    **kw,  # size, spacing, recon_share of the phantom
+) -> dict:  # split -> a row a patient of what `also` gave
     "A miniature CT-RATE of phantoms: volumes, masks, reports, labels, metadata"
-    if release not in ("fixed", "first"): raise ValueError(f"release is {release!r}, expected 'fixed' or 'first'")
-    todo = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n+1)]
+    if release not in ("fixed", "first"):
+        raise ValueError(f"release is {release!r}, expected 'fixed' or 'first'")
+    todo = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n + 1)]
     rows, beside = dict(train=[], valid=[]), dict(train=[], valid=[])
-    for (split, _), (r, more) in zip(todo, each(_one, [(s, i, root, seed, release, kw, also) for s, i in todo], jobs, "phantoms")): rows[split] += r; beside[split].append(more)
+    for (split, _), (r, more) in zip(
+        todo, each(_one, [(s, i, root, seed, release, kw, also) for s, i in todo], jobs, "phantoms")
+    ):
+        rows[split] += r
+        beside[split].append(more)
     for split, (_, reports, labels, metadata) in NAMES.items():
-        d = Path(root)/"dataset"
-        write_csv(pd.DataFrame([r["report"] for r in rows[split]]), d/"radiology_text_reports"/reports)
-        write_csv(pd.DataFrame([r["labels"] for r in rows[split]]), d/"multi_abnormality_labels"/labels)
-        write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d/"metadata"/metadata)
-    write_text("", Path(root)/"dataset/no_chest_train.txt")
+        d = Path(root) / "dataset"
+        write_csv(
+            pd.DataFrame([r["report"] for r in rows[split]]), d / "radiology_text_reports" / reports
+        )
+        write_csv(
+            pd.DataFrame([r["labels"] for r in rows[split]]),
+            d / "multi_abnormality_labels" / labels,
+        )
+        write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d / "metadata" / metadata)
+    write_text("", Path(root) / "dataset/no_chest_train.txt")
     return beside
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
-def release(root)->str: # "fixed" or "first"
+def release(root) -> str:  # "fixed" or "first"
     "Which release lies in `dataset/`"
-    d = Path(root)/"dataset"
-    if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected CT-RATE's dataset/ folder there")
-    fixed = [(d/n[0]).is_dir() for n in NAMES.values()]
-    first = [(d/n[0].removesuffix("_fixed")).is_dir() for n in NAMES.values()]
-    if all(fixed): return "fixed"
-    if all(first) and not any(fixed): return "first"
+    d = Path(root) / "dataset"
+    if not d.is_dir():
+        raise FileNotFoundError(f"{d} is missing: expected CT-RATE's dataset/ folder there")
+    fixed = [(d / n[0]).is_dir() for n in NAMES.values()]
+    first = [(d / n[0].removesuffix("_fixed")).is_dir() for n in NAMES.values()]
+    if all(fixed):
+        return "fixed"
+    if all(first) and not any(fixed):
+        return "first"
     lost = next(n[0] for n, there in zip(NAMES.values(), fixed) if not there)
-    if any(first) and not any(fixed): lost = next(n[0] for n, there in zip(NAMES.values(), first) if not there).removesuffix("_fixed")
+    if any(first) and not any(fixed):
+        lost = next(n[0] for n, there in zip(NAMES.values(), first) if not there).removesuffix(
+            "_fixed"
+        )
     raise FileNotFoundError(_which(d, lost))
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #de827156
-def _which(d, folder)->str:
+def _which(d, folder) -> str:
     old = folder.removesuffix("_fixed")
-    return (f"{d/folder} is missing"+(f", but {d/old} is there: that is the first release, whose volumes still need slope and intercept; fetch the fixed release" if (d/old).is_dir() else ""))
+    return f"{d / folder} is missing" + (
+        f", but {d / old} is there: that is the first release, whose volumes still need slope and intercept; fetch the fixed release"
+        if (d / old).is_dir()
+        else ""
+    )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #467743e4
-def _table(path, need=(), key="VolumeName")->pd.DataFrame:
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: CT-RATE publishes it beside the volumes")
+def _table(path, need=(), key="VolumeName") -> pd.DataFrame:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: CT-RATE publishes it beside the volumes")
     try:
-        with open(path, newline="", encoding="utf8") as f: fields = {len(r) for r in csv.reader(f) if r}
+        with open(path, newline="", encoding="utf8") as f:
+            fields = {len(r) for r in csv.reader(f) if r}
         t = pd.read_csv(path)
-    except (csv.Error, ValueError) as e: raise ValueError(f"{path} is broken or no CSV ({type(e).__name__}: {e}): fetch it again") from None
+    except (csv.Error, ValueError) as e:
+        raise ValueError(
+            f"{path} is broken or no CSV ({type(e).__name__}: {e}): fetch it again"
+        ) from None
     lost = [n for n in (key, *need) if n not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[str(c)[:40] for c in list(t)[:6]]}")
-    if len(fields) > 1: raise ValueError(f"{path}: rows of {min(fields)} to {max(fields)} fields, expected {len(t.columns)}: the file is cut off; fetch it again")
+    if lost:
+        raise ValueError(
+            f"{path}: no column `{lost[0]}`; there are {[str(c)[:40] for c in list(t)[:6]]}"
+        )
+    if len(fields) > 1:
+        raise ValueError(
+            f"{path}: rows of {min(fields)} to {max(fields)} fields, expected {len(t.columns)}: the file is cut off; fetch it again"
+        )
     return t.drop_duplicates(key).set_index(key)
 
-def _labels(path)->pd.DataFrame:
+
+def _labels(path) -> pd.DataFrame:
     t = _table(path)
     lost = [n for n in ABNORMALITIES if n not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; expected the 18 abnormalities of CT-RATE")
+    if lost:
+        raise ValueError(f"{path}: no column `{lost[0]}`; expected the 18 abnormalities of CT-RATE")
     return t.dropna(subset=ABNORMALITIES)[ABNORMALITIES].rename(columns=lambda n: f"label:{n}")
 
-def _text(x)->str: return "" if pd.isna(x) else str(x).strip()
+
+def _text(x) -> str:
+    return "" if pd.isna(x) else str(x).strip()
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #68b670fc
 HOW = ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
 
-def stored(row, path)->dict: # slope, intercept, spacing
+
+def stored(row, path) -> dict:  # slope, intercept, spacing
     "What the metadata table says of how a volume was stored"
     xy = re.findall(r"\d+\.?\d*(?:[eE]-?\d+)?", str(row.XYSpacing))
-    try: slope, intercept, *mm = [float(x) for x in (row.RescaleSlope, row.RescaleIntercept, *xy[:2], row.ZSpacing)]
-    except ValueError: mm = []
+    try:
+        slope, intercept, *mm = [
+            float(x) for x in (row.RescaleSlope, row.RescaleIntercept, *xy[:2], row.ZSpacing)
+        ]
+    except ValueError:
+        mm = []
     if len(mm) != 3 or not np.isfinite([slope, intercept, *mm]).all() or slope <= 0 or min(mm) <= 0:
-        raise ValueError(f"{path}: {', '.join(f'{n} {row[n]!r}' for n in HOW)}; expected numbers, and [x, y] for XYSpacing")
+        raise ValueError(
+            f"{path}: {', '.join(f'{n} {row[n]!r}' for n in HOW)}; expected numbers, and [x, y] for XYSpacing"
+        )
     return dict(slope=slope, intercept=intercept, spacing=" ".join(f"{x:g}" for x in mm))
 
+
 @cache
-def _known(path, stamp)->pd.DataFrame: return _table(path, HOW) # once a file
+def _known(path, stamp) -> pd.DataFrame:
+    return _table(path, HOW)  # once a file
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8f34635f
-def open_volume(path)->Volume: # in HU
+def open_volume(path) -> Volume:  # in HU
     "A volume of either release; slope, intercept and spacing of the metadata table are applied to the first one's, once"
     path = Path(path)
     d = next((p for p in path.parents if p.name == "dataset"), None)
     m = _NAME.fullmatch(path.name.removesuffix(".nii.gz"))
-    if d is None or not m: raise ValueError(f"{path}: expected dataset/.../train_1_a_1.nii.gz")
-    if path.relative_to(d).parts[0].endswith("_fixed"): return read_volume(path, SOURCE)
-    table = d/"metadata"/NAMES[m[1]][3]
+    if d is None or not m:
+        raise ValueError(f"{path}: expected dataset/.../train_1_a_1.nii.gz")
+    if path.relative_to(d).parts[0].endswith("_fixed"):
+        return read_volume(path, SOURCE)
+    table = d / "metadata" / NAMES[m[1]][3]
     said = _known(table, table.stat().st_mtime_ns) if table.exists() else _table(table)
-    if path.name not in said.index: raise ValueError(f"{table}: no row for {path.name}, expected its slope, intercept and spacing")
+    if path.name not in said.index:
+        raise ValueError(
+            f"{table}: no row for {path.name}, expected its slope, intercept and spacing"
+        )
     how, v = stored(said.loc[path.name], f"{table}, {path.name}"), read_volume(path)
-    hu = v.hu.astype(np.float32)*np.float32(how["slope"])+np.float32(how["intercept"])
-    return Volume(small(np.rint(hu).astype(np.int32)), _spaced(v, how["spacing"]), {**{k: x for k, x in v.facts.items() if k != "zooms"}, "spaced": True})
+    hu = v.hu.astype(np.float32) * np.float32(how["slope"]) + np.float32(how["intercept"])
+    return Volume(
+        small(np.rint(hu).astype(np.int32)),
+        _spaced(v, how["spacing"]),
+        {**{k: x for k, x in v.facts.items() if k != "zooms"}, "spaced": True},
+    )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8b8ac102
-def _spaced(v, spacing)->np.ndarray: # the header's directions, the table's spacing
+def _spaced(v, spacing) -> np.ndarray:  # the header's directions, the table's spacing
     mm = np.array([float(x) for x in spacing.split()])
-    if np.allclose(v.spacing, mm, rtol=0.02): return v.affine
+    if np.allclose(v.spacing, mm, rtol=0.02):
+        return v.affine
     a = v.affine.copy()
-    a[:3, :3] *= mm/np.array(v.spacing)
-    a[:3, 3] = -a[:3, :3]@((np.array(v.hu.shape)-1)/2)
+    a[:3, :3] *= mm / np.array(v.spacing)
+    a[:3, 3] = -a[:3, :3] @ ((np.array(v.hu.shape) - 1) / 2)
     return a
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #dfe8c520
-_WORDS = r"(?:(?!with\b|after\b|following\b)\w+[-\s]+){0,6}?" # between the two ends of a phrase
+_WORDS = r"(?:(?!with\b|after\b|following\b)\w+[-\s]+){0,6}?"  # between the two ends of a phrase
 _GIVEN = r"(?:given|used|administered|applied|injected|obtained|taken|performed|made)\b"
-_BOTH = re.compile(rf"\b(?:with|without|before|after|pre)[-\s]*(?:and|or|/|&)\s*(?:with|without|before|after|post)\b[-\s]*{_WORDS}contrast")
-_NO = re.compile("|".join([rf"\b(?:non|no|not|without|before|(?:lack|absence) of)\b[-\s]*{_WORDS}contrast", r"\b(?:non|pre)contrast", r"\b(?:un|non)-?\s?enhanced",
-                           r"\bpre[-\s]contrast", rf"\bcontrast(?:[-\s]+\w+){{0,5}}?[-\s]+not\s+(?:be\s+|been\s+)?{_GIVEN}"]))
-_YES = re.compile("|".join([r"\bcontrast[-\s]*enhanc(?:ed|ement)", rf"\b(?:with|after|following|using)[-\s]+{_WORDS}contrast(?![-\s]+(?:resolution|ratio))", r"\bpost[-\s]?contrast",
-                            r"\b(?:iv|intravenous)[-\s]+contrast", rf"\bcontrast(?:[-\s]+\w+){{0,4}}?[-\s]+(?:was|were|is|been)\s+{_GIVEN}"]))
-_ORAL = re.compile(r"\boral\s+(?:and|or)\s+|(?<=\biv)\s+(?:and|or)\s+oral\b|(?<=\bintravenous)\s+(?:and|or)\s+oral\b|(?:\b(?:with|without|after|no)\s+)?\boral\s+contrast")
+_BOTH = re.compile(
+    rf"\b(?:with|without|before|after|pre)[-\s]*(?:and|or|/|&)\s*(?:with|without|before|after|post)\b[-\s]*{_WORDS}contrast"
+)
+_NO = re.compile(
+    "|".join(
+        [
+            rf"\b(?:non|no|not|without|before|(?:lack|absence) of)\b[-\s]*{_WORDS}contrast",
+            r"\b(?:non|pre)contrast",
+            r"\b(?:un|non)-?\s?enhanced",
+            r"\bpre[-\s]contrast",
+            rf"\bcontrast(?:[-\s]+\w+){{0,5}}?[-\s]+not\s+(?:be\s+|been\s+)?{_GIVEN}",
+        ]
+    )
+)
+_YES = re.compile(
+    "|".join(
+        [
+            r"\bcontrast[-\s]*enhanc(?:ed|ement)",
+            rf"\b(?:with|after|following|using)[-\s]+{_WORDS}contrast(?![-\s]+(?:resolution|ratio))",
+            r"\bpost[-\s]?contrast",
+            r"\b(?:iv|intravenous)[-\s]+contrast",
+            rf"\bcontrast(?:[-\s]+\w+){{0,4}}?[-\s]+(?:was|were|is|been)\s+{_GIVEN}",
+        ]
+    )
+)
+_ORAL = re.compile(
+    r"\boral\s+(?:and|or)\s+|(?<=\biv)\s+(?:and|or)\s+oral\b|(?<=\bintravenous)\s+(?:and|or)\s+oral\b|(?:\b(?:with|without|after|no)\s+)?\boral\s+contrast"
+)
+
 
 def contrast(
-    text:str, # Technique_EN
-)->int|None: # 1, 0; None where nothing, or both, is said
+    text: str,  # Technique_EN
+) -> int | None:  # 1, 0; None where nothing, or both, is said
     "Was contrast medium given into a vein, as the report tells it?"
     t = _ORAL.sub(" ", re.sub("[\u2010-\u2014]", "-", text.lower()).replace("i.v.", "iv"))
-    if _BOTH.search(t): return None
+    if _BOTH.search(t):
+        return None
     rest, denied = _NO.subn(";", t)
     given = bool(_YES.search(rest))
     return None if given == bool(denied) else int(given)
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #6bedc6f1
-def _said_of(path, old)->pd.DataFrame: # the metadata table, with a column ConvolutionKernel
+def _said_of(path, old) -> pd.DataFrame:  # the metadata table, with a column ConvolutionKernel
     there = f"{path.parent.name}/{path.name}"
     if not old and not path.exists():
         say(f"{NAME}: {there} is missing: the kernels of its volumes are not known")
         return pd.DataFrame(columns=["ConvolutionKernel"])
     t = _table(path, HOW if old else ())
-    if "ConvolutionKernel" in t: return t
-    say(f"{NAME}: {there} has no column ConvolutionKernel: the kernels of its volumes are not known")
+    if "ConvolutionKernel" in t:
+        return t
+    say(
+        f"{NAME}: {there} has no column ConvolutionKernel: the kernels of its volumes are not known"
+    )
     return t.assign(ConvolutionKernel="")
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fe8659fa
-def _row(f, mask, said, has, split, how, kernel)->dict:
+def _row(f, mask, said, has, split, how, kernel) -> dict:
     name = f.name.removesuffix(".nii.gz")
     s, p, scan, _ = name.split("_")
-    return dict(case=name, scan=f"{s}_{p}_{scan}", patient=f"{s}_{p}", image=str(f), organ_map=str(mask) if mask.exists() else "", target_map="",
-                findings=_text(said.Findings_EN), impression=_text(said.Impressions_EN), split=split, time_days=None, event=None, **has.to_dict(), **how,
-                kernel=_text(kernel), contrast=contrast(_text(said.get("Technique_EN"))))
+    return dict(
+        case=name,
+        scan=f"{s}_{p}_{scan}",
+        patient=f"{s}_{p}",
+        image=str(f),
+        organ_map=str(mask) if mask.exists() else "",
+        target_map="",
+        findings=_text(said.Findings_EN),
+        impression=_text(said.Impressions_EN),
+        split=split,
+        time_days=None,
+        event=None,
+        **has.to_dict(),
+        **how,
+        kernel=_text(kernel),
+        contrast=contrast(_text(said.get("Technique_EN"))),
+    )
 
-def _left_out(path)->set: # names without suffix
+
+def _left_out(path) -> set:  # names without suffix
     text = path.read_text(encoding="utf8", errors="replace") if path.exists() else ""
     names = {m[0] for m in _NAME.finditer(text)}
-    if text.strip() and not names: raise ValueError(f"{path}: no name of a volume in it, expected one a line: fetch it again")
+    if text.strip() and not names:
+        raise ValueError(f"{path}: no name of a volume in it, expected one a line: fetch it again")
     return names
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
-def _volumes(folder, bad)->list: # files in the order of their numbers
+def _volumes(folder, bad) -> list:  # files in the order of their numbers
     every = visible(folder, "*/*/*.nii.gz")
     files = [f for f in every if _NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
-    for f in sorted(set(every)-set(files)): bad.add(f.name, "not named as train_1_a_1.nii.gz")
-    return sorted(files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")])
+    for f in sorted(set(every) - set(files)):
+        bad.add(f.name, "not named as train_1_a_1.nii.gz")
+    return sorted(
+        files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")]
+    )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5c8f6976
-def _split(d, split, old, skip, bad)->list: # rows
+def _split(d, split, old, skip, bad) -> list:  # rows
     folder, reports, labels, metadata = NAMES[split]
     folder = folder.removesuffix("_fixed" if old else "")
-    said, has = _table(d/"radiology_text_reports"/reports, ["Findings_EN", "Impressions_EN"]), _labels(d/"multi_abnormality_labels"/labels)
-    how, rows = _said_of(d/"metadata"/metadata, old), []
-    for f in _volumes(d/folder, bad):
-        if f.name.removesuffix(".nii.gz") in skip: continue
-        lost = [f"{what} in {file}" for t, what, file in ((said, "report", reports), (has, "labels", labels), (how if old else None, "slope and spacing", metadata)) if t is not None and f.name not in t.index]
-        if lost: bad.add(f.name, f"no {lost[0]}"); continue
-        try: more = stored(how.loc[f.name], metadata) if old else {}
-        except ValueError as e: bad.add(f.name, e); continue
-        rows.append(_row(f, d/"ts_seg/ts_total"/folder/place(f.name), said.loc[f.name], has.loc[f.name], "train" if split == "train" else "test", more, how.ConvolutionKernel.get(f.name)))
+    said, has = (
+        _table(d / "radiology_text_reports" / reports, ["Findings_EN", "Impressions_EN"]),
+        _labels(d / "multi_abnormality_labels" / labels),
+    )
+    how, rows = _said_of(d / "metadata" / metadata, old), []
+    for f in _volumes(d / folder, bad):
+        if f.name.removesuffix(".nii.gz") in skip:
+            continue
+        lost = [
+            f"{what} in {file}"
+            for t, what, file in (
+                (said, "report", reports),
+                (has, "labels", labels),
+                (how if old else None, "slope and spacing", metadata),
+            )
+            if t is not None and f.name not in t.index
+        ]
+        if lost:
+            bad.add(f.name, f"no {lost[0]}")
+            continue
+        try:
+            more = stored(how.loc[f.name], metadata) if old else {}
+        except ValueError as e:
+            bad.add(f.name, e)
+            continue
+        rows.append(
+            _row(
+                f,
+                d / "ts_seg/ts_total" / folder / place(f.name),
+                said.loc[f.name],
+                has.loc[f.name],
+                "train" if split == "train" else "test",
+                more,
+                how.ConvolutionKernel.get(f.name),
+            )
+        )
     return rows
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #15894313
 def read(
-    root, # folder that holds `dataset/`
-)->tuple: # cohort table with raw paths, Quarantine; the first release has columns slope, intercept, spacing too
+    root,  # folder that holds `dataset/`
+) -> tuple:  # cohort table with raw paths, Quarantine; the first release has columns slope, intercept, spacing too
     "Every volume of both splits that has a report and labels, with its kernel and contrast; what has not is left out by name"
-    d, bad, which = Path(root)/"dataset", Quarantine(), release(root)
+    d, bad, which = Path(root) / "dataset", Quarantine(), release(root)
     caution(NAME, UNVERIFIED)
-    say(f"{NAME}: the {which} release"+(", whose volumes are read by open_volume" if which == "first" else ""))
-    skip = _left_out(d/"no_chest_train.txt")
+    say(
+        f"{NAME}: the {which} release"
+        + (", whose volumes are read by open_volume" if which == "first" else "")
+    )
+    skip = _left_out(d / "no_chest_train.txt")
     rows = [r for split in NAMES for r in _split(d, split, which == "first", skip, bad)]
-    if not rows: raise ValueError(f"{d}: no volume with report and labels was found")
+    if not rows:
+        raise ValueError(f"{d}: no volume with report and labels was found")
     table = pd.DataFrame(rows)
     return check(table, NAME), bad

@@ -22,141 +22,260 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #2b35d0b1
 NAME = "ctrg"
-SOURCE = Source(intensity=("window", -1000, 1000), spacing=(0.7, 0.7, 1.0)) # all of it assumed
+SOURCE = Source(intensity=("window", -1000, 1000), spacing=(0.7, 0.7, 1.0))  # all of it assumed
 LABELS, TARGETS, ORGANS = [], {}, True
 UNVERIFIED = "layout, display window (-1000 to 1000 HU), spacing (0.7 x 0.7 x 1.0 mm) and order of the slices are assumed; the owners do not give them."
-SHARE = 360/1804 # of the scans become test, as many as in the released list
-SHIFT = Shift(spacing=(1.05, 1.05, 0.9), noise=0.9, blur=0.3, contrast=0.2, odds={"Lung nodule": 0.4, "Pulmonary fibrotic sequela": 0.4})
+SHARE = 360 / 1804  # of the scans become test, as many as in the released list
+SHIFT = Shift(
+    spacing=(1.05, 1.05, 0.9),
+    noise=0.9,
+    blur=0.3,
+    contrast=0.2,
+    odds={"Lung nodule": 0.4, "Pulmonary fibrotic sequela": 0.4},
+)
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #df82563a
-def _grey(hu)->np.ndarray: # uint8
+def _grey(hu) -> np.ndarray:  # uint8
     _, lo, hi = SOURCE.intensity
-    return np.rint((np.clip(hu, lo, hi).astype(np.float32)-lo)*np.float32(255/(hi-lo))).astype(np.uint8)
+    return np.rint(
+        (np.clip(hu, lo, hi).astype(np.float32) - lo) * np.float32(255 / (hi - lo))
+    ).astype(np.uint8)
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #a8e7d4d4
 def write_pictures(hu, affine, folder):
     "A volume as numbered JPG slices at the assumed spacing and axes"
     from PIL import Image
-    mm = np.abs(affine[:3, :3]).sum(0) # between the middles of its first and last voxels, so that no slice is repeated
-    shape = tuple(np.floor((np.array(hu.shape)-1)*mm/SOURCE.spacing).astype(int).tolist())
+
+    mm = np.abs(affine[:3, :3]).sum(
+        0
+    )  # between the middles of its first and last voxels, so that no slice is repeated
+    shape = tuple(np.floor((np.array(hu.shape) - 1) * mm / SOURCE.spacing).astype(int).tolist())
     v = _grey(resample(hu, affine, shape, placed(shape, SOURCE.spacing, SOURCE.axes)))
     with atomic(folder) as tmp:
         tmp.mkdir()
-        for k in range(shape[2]): Image.fromarray(np.ascontiguousarray(v[:, :, k].T)).save(tmp/f"{k+1:03d}.jpg", quality=90)
+        for k in range(shape[2]):
+            Image.fromarray(np.ascontiguousarray(v[:, :, k].T)).save(
+                tmp / f"{k + 1:03d}.jpg", quality=90
+            )
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #04c8790c
-def write_case(k:Case, name:str, root, pictures=False)->dict: # what the table says of it
+def write_case(k: Case, name: str, root, pictures=False) -> dict:  # what the table says of it
     "The volume of one scan"
     r = k.recons[0]
-    if pictures: write_pictures(r.hu, r.affine, Path(root)/"images"/name)
-    else: write_volume(_grey(r.hu), r.affine, Path(root)/f"images/{name}.nii.gz")
+    if pictures:
+        write_pictures(r.hu, r.affine, Path(root) / "images" / name)
+    else:
+        write_volume(_grey(r.hu), r.affine, Path(root) / f"images/{name}.nii.gz")
     return dict(id=name, finding=k.report.findings, impression=k.report.impression)
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #09cb0992
-def _one(split, i, name, root, seed, pictures, kw): return write_case(case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), name, root, pictures)
+def _one(split, i, name, root, seed, pictures, kw):
+    return write_case(case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), name, root, pictures)
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #cdfa18b3
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients; which become test, `read` draws
-    jobs:int=1,
-    pictures:int=0, # how many of them as folders of JPG
-    **kw, # size, spacing of the phantom; there is one reconstruction
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients; which become test, `read` draws
+    jobs: int = 1,
+    pictures: int = 0,  # how many of them as folders of JPG
+    **kw,  # size, spacing of the phantom; there is one reconstruction
 ):
     "A miniature CTRG of phantoms: images and reports"
-    todo, kw = [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n+1)], dict(kw, recon_share=0.)
-    write_json(each(_one, [(s, i, str(100+n), root, seed, n < pictures, kw) for n, (s, i) in enumerate(todo)], jobs, "phantoms"), Path(root)/"CTRG-Chest-548K.json")
+    todo, kw = (
+        [(s, i) for s, n in (("train", train), ("valid", test)) for i in range(1, n + 1)],
+        dict(kw, recon_share=0.0),
+    )
+    write_json(
+        each(
+            _one,
+            [(s, i, str(100 + n), root, seed, n < pictures, kw) for n, (s, i) in enumerate(todo)],
+            jobs,
+            "phantoms",
+        ),
+        Path(root) / "CTRG-Chest-548K.json",
+    )
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #86ffe21c
-KEYS = dict(id=("id", "Id", "ID", "name"), findings=("finding", "findings", "report"), impression=("impression", "impressions", "result"), split=("split",))
+KEYS = dict(
+    id=("id", "Id", "ID", "name"),
+    findings=("finding", "findings", "report"),
+    impression=("impression", "impressions", "result"),
+    split=("split",),
+)
 
-def _get(record, key)->str:
+
+def _get(record, key) -> str:
     x = next((record[k] for k in KEYS[key] if k in record), None)
-    return "" if x is None else re.sub(r"\.nii(\.gz)?$", "", str(x).strip()) if key == "id" else str(x).strip()
+    return (
+        ""
+        if x is None
+        else re.sub(r"\.nii(\.gz)?$", "", str(x).strip())
+        if key == "id"
+        else str(x).strip()
+    )
 
-def _records(path)->list: # dictionaries, with `split` where the file tells it
-    if path.suffix == ".csv": found = read_table(path, what="CTRG's reports").to_dict("records")
+
+def _records(path) -> list:  # dictionaries, with `split` where the file tells it
+    if path.suffix == ".csv":
+        found = read_table(path, what="CTRG's reports").to_dict("records")
     else:
-        try: found = json.loads(path.read_text(encoding="utf8"))
-        except ValueError as e: raise ValueError(f"{path} is not valid JSON ({type(e).__name__}: {e}): fetch it again") from None
-        if isinstance(found, dict) and all(isinstance(v, list) for v in found.values()): found = [dict(r, split=s) if isinstance(r, dict) else r for s, rs in found.items() for r in rs]
-    if not isinstance(found, list) or not found or not all(isinstance(r, dict) for r in found): raise ValueError(f"{path}: expected a list of records with id, finding and impression")
+        try:
+            found = json.loads(path.read_text(encoding="utf8"))
+        except ValueError as e:
+            raise ValueError(
+                f"{path} is not valid JSON ({type(e).__name__}: {e}): fetch it again"
+            ) from None
+        if isinstance(found, dict) and all(isinstance(v, list) for v in found.values()):
+            found = [
+                dict(r, split=s) if isinstance(r, dict) else r
+                for s, rs in found.items()
+                for r in rs
+            ]
+    if not isinstance(found, list) or not found or not all(isinstance(r, dict) for r in found):
+        raise ValueError(f"{path}: expected a list of records with id, finding and impression")
     for key in ("id", "findings"):
-        if not any(k in r for r in found for k in KEYS[key]): raise ValueError(f"{path}: no record has one of {KEYS[key]}; the first has {[str(k)[:40] for k in list(found[0])[:8]]}")
+        if not any(k in r for r in found for k in KEYS[key]):
+            raise ValueError(
+                f"{path}: no record has one of {KEYS[key]}; the first has {[str(k)[:40] for k in list(found[0])[:8]]}"
+            )
     return found
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #7cd1ae4f
-def _place(root, table)->Path: # of the reports
-    if not (Path(root)/"images").is_dir(): raise FileNotFoundError(f"{Path(root)/'images'} is missing: expected CTRG's scans there, a NIfTI file or a folder of JPG each")
-    if table: return Path(root)/table
+def _place(root, table) -> Path:  # of the reports
+    if not (Path(root) / "images").is_dir():
+        raise FileNotFoundError(
+            f"{Path(root) / 'images'} is missing: expected CTRG's scans there, a NIfTI file or a folder of JPG each"
+        )
+    if table:
+        return Path(root) / table
     there = [f for f in visible(root) if f.suffix in (".json", ".csv")]
-    if len(there) != 1: raise FileNotFoundError(f"{root}: expected one JSON or CSV with id, finding and impression, there are {[f.name for f in there]}: put it there, or name it in read(root, table=NAME)")
+    if len(there) != 1:
+        raise FileNotFoundError(
+            f"{root}: expected one JSON or CSV with id, finding and impression, there are {[f.name for f in there]}: put it there, or name it in read(root, table=NAME)"
+        )
     return there[0]
 
-def _image(root, name)->str: # "" where there is none
-    d = Path(root).absolute()/"images"
-    found = [p for p in (d/f"{name}.nii.gz", d/f"{name}.nii") if p.is_file()]
-    if (d/name).is_dir() and any(f.suffix.lower() in PICTURES for f in visible(d/name)): found.append(d/name)
+
+def _image(root, name) -> str:  # "" where there is none
+    d = Path(root).absolute() / "images"
+    found = [p for p in (d / f"{name}.nii.gz", d / f"{name}.nii") if p.is_file()]
+    if (d / name).is_dir() and any(f.suffix.lower() in PICTURES for f in visible(d / name)):
+        found.append(d / name)
     return str(found[0]) if found else ""
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #e054d42e
-_SIDES = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test", **{"": ""})
+_SIDES = dict(
+    train="train",
+    training="train",
+    val="val",
+    valid="val",
+    validation="val",
+    test="test",
+    testing="test",
+    **{"": ""},
+)
 
-def _without_leak(records)->list: # a validation list that is the test list is dropped
+
+def _without_leak(records) -> list:  # a validation list that is the test list is dropped
     ids = lambda s: {_get(r, "id") for r in records if _SIDES.get(_get(r, "split").lower()) == s}
-    if not ids("val") & ids("test"): return records
-    say(f"CTRG: {len(ids('val') & ids('test'))} of {len(ids('val'))} validation scans are in the test list: an epoch chosen on them is chosen on the test; they count as test")
-    return [r for r in records if not (_SIDES.get(_get(r, "split").lower()) == "val" and _get(r, "id") in ids("test"))]
+    if not ids("val") & ids("test"):
+        return records
+    say(
+        f"CTRG: {len(ids('val') & ids('test'))} of {len(ids('val'))} validation scans are in the test list: an epoch chosen on them is chosen on the test; they count as test"
+    )
+    return [
+        r
+        for r in records
+        if not (_SIDES.get(_get(r, "split").lower()) == "val" and _get(r, "id") in ids("test"))
+    ]
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #5d18b3f9
-def _row(root, r)->dict: # ValueError says what is wrong with the case
+def _row(root, r) -> dict:  # ValueError says what is wrong with the case
     name, side = _get(r, "id"), _get(r, "split").lower()
-    if not re.fullmatch(r"[\w-]+", name): raise ValueError(f"id `{name}`: expected letters, digits, _ and - only")
-    if side not in _SIDES: raise ValueError(f"split `{side}`, expected train, val or test")
-    if not _get(r, "findings") and not _get(r, "impression"): raise ValueError("no report")
-    if not _image(root, name): raise ValueError(f"no scan: expected images/{name}.nii.gz or a folder of pictures images/{name}")
-    return dict(case=name, scan=name, patient=name, image=_image(root, name), organ_map="", target_map="", findings=_get(r, "findings"), impression=_get(r, "impression"),
-                split=_SIDES[side], time_days=None, event=None)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"id `{name}`: expected letters, digits, _ and - only")
+    if side not in _SIDES:
+        raise ValueError(f"split `{side}`, expected train, val or test")
+    if not _get(r, "findings") and not _get(r, "impression"):
+        raise ValueError("no report")
+    if not _image(root, name):
+        raise ValueError(
+            f"no scan: expected images/{name}.nii.gz or a folder of pictures images/{name}"
+        )
+    return dict(
+        case=name,
+        scan=name,
+        patient=name,
+        image=_image(root, name),
+        organ_map="",
+        target_map="",
+        findings=_get(r, "findings"),
+        impression=_get(r, "impression"),
+        split=_SIDES[side],
+        time_days=None,
+        event=None,
+    )
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #c2ea32cd
-def _rows(root, records, bad)->list:
+def _rows(root, records, bad) -> list:
     rows, words = [], {}
-    for r in records: words.setdefault(_get(r, "id"), []).append((_get(r, "findings"), _get(r, "impression"), _SIDES.get(_get(r, "split").lower())))
+    for r in records:
+        words.setdefault(_get(r, "id"), []).append(
+            (_get(r, "findings"), _get(r, "impression"), _SIDES.get(_get(r, "split").lower()))
+        )
     for n, r in enumerate(records):
         name = _get(r, "id")
-        if name and name not in words: continue
-        if name and len(set(words[name])) > 1: bad.add(name, f"is there {len(words[name])} times with different reports or splits, expected once")
+        if name and name not in words:
+            continue
+        if name and len(set(words[name])) > 1:
+            bad.add(
+                name,
+                f"is there {len(words[name])} times with different reports or splits, expected once",
+            )
         else:
-            try: rows.append(_row(root, r))
-            except ValueError as e: bad.add(name or f"record {n}", str(e))
+            try:
+                rows.append(_row(root, r))
+            except ValueError as e:
+                bad.add(name or f"record {n}", str(e))
         words.pop(name, None)
     return rows
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #08cd7857
 def read(
-    root, # folder that holds the reports and `images/`
-    table=None, # name of the reports' file; None: the only JSON or CSV there
-)->tuple: # cohort table with raw paths, Quarantine; `report_in_train`: a test report that is in train word for word
+    root,  # folder that holds the reports and `images/`
+    table=None,  # name of the reports' file; None: the only JSON or CSV there
+) -> tuple:  # cohort table with raw paths, Quarantine; `report_in_train`: a test report that is in train word for word
     "Every scan with its report; what is not whole is left out by name"
     path, bad = _place(root, table), Quarantine()
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected CTRG's reports there")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected CTRG's reports there")
     caution(NAME, UNVERIFIED)
     records = _without_leak(_records(path))
     rows = _rows(root, records, bad)
     ids = {_get(r, "id") for r in records}
-    for f in visible(Path(root)/"images"):
-        if f.name.split(".")[0] not in ids: bad.add(f.name.split(".")[0], f"no report in {path.name}")
-    if not rows: raise ValueError(f"{path}: none of {len(records)} records is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""))
+    for f in visible(Path(root) / "images"):
+        if f.name.split(".")[0] not in ids:
+            bad.add(f.name.split(".")[0], f"no report in {path.name}")
+    if not rows:
+        raise ValueError(
+            f"{path}: none of {len(records)} records is whole"
+            + (f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else "")
+        )
     return check(_repeated(_divided(pd.DataFrame(rows), path)), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #b4a21aa2
-def _divided(t, path)->pd.DataFrame: # as the file says, or drawn
-    if (t.split != "").all(): return t
-    if (t.split != "").any(): raise ValueError(f"{path}: case {t.case[t.split == ''].iloc[0]} has no split, others have")
+def _divided(t, path) -> pd.DataFrame:  # as the file says, or drawn
+    if (t.split != "").all():
+        return t
+    if (t.split != "").any():
+        raise ValueError(f"{path}: case {t.case[t.split == ''].iloc[0]} has no split, others have")
     return carve(t.assign(split="train"), SHARE, seed=0, into="test")
 
-def _repeated(t)->pd.DataFrame:
-    words = t.findings+"\n"+t.impression
-    return t.assign(report_in_train=(t.split == "test") & words.isin(set(words[t.split == "train"])))
+
+def _repeated(t) -> pd.DataFrame:
+    words = t.findings + "\n" + t.impression
+    return t.assign(
+        report_in_train=(t.split == "test") & words.isin(set(words[t.split == "train"]))
+    )

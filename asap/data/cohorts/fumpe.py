@@ -24,136 +24,223 @@ from ...phantom.words import case
 NAME = "fumpe"
 SOURCE = Source()
 LABELS, TARGETS, ORGANS = [], {1: "PE"}, False
-SHIFT = Shift(spacing=(0.95, 0.95, 0.9), noise=0.9, contrast=1.) # an angiography: every scan has contrast medium
-TEST = 7/33 # of the patients, as in the released list
-VARIABLE, LEFT_OUT = "Mask", ("PAT024", "PAT032") # of the .mat files; of the released list
+SHIFT = Shift(
+    spacing=(0.95, 0.95, 0.9), noise=0.9, contrast=1.0
+)  # an angiography: every scan has contrast medium
+TEST = 7 / 33  # of the patients, as in the released list
+VARIABLE, LEFT_OUT = "Mask", ("PAT024", "PAT032")  # of the .mat files; of the released list
 UNVERIFIED = "the names of the slices, the variable `Mask` and the order of its axes were not checked against the owners' files."
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #344e7224
-def clots(r, key)->np.ndarray: # bool, on the grid of a reconstruction
+def clots(r, key) -> np.ndarray:  # bool, on the grid of a reconstruction
     "One to three balls inside the bright blood"
-    g, mm = rng("clots", key), np.sqrt((r.affine[:3, :3]**2).sum(0))
+    g, mm = rng("clots", key), np.sqrt((r.affine[:3, :3] ** 2).sum(0))
     bright = np.isin(r.labels, (51, 52)) & (r.hu > 100)
     inside, mask = np.argwhere(bright), np.zeros(r.hu.shape, bool)
     for _ in range(g.integers(1, 4)):
         at = inside[g.integers(len(inside))]
-        d = sum((((np.arange(n)-c)*s)**2).reshape([-1 if a == axis else 1 for a in range(3)]) for axis, (n, c, s) in enumerate(zip(mask.shape, at, mm)))
-        mask |= d <= max(g.uniform(6, 14), 0.9*mm.max())**2
+        d = sum(
+            (((np.arange(n) - c) * s) ** 2).reshape([-1 if a == axis else 1 for a in range(3)])
+            for axis, (n, c, s) in enumerate(zip(mask.shape, at, mm))
+        )
+        mask |= d <= max(g.uniform(6, 14), 0.9 * mm.max()) ** 2
     return mask & bright
 
-def fill(hu, mask, key)->np.ndarray: # int16
+
+def fill(hu, mask, key) -> np.ndarray:  # int16
     "The scan with its clots, at 40 HU"
     out = hu.copy()
-    out[mask] = np.rint(rng("fill", key).normal(40, 10*SHIFT.noise, int(mask.sum())))
+    out[mask] = np.rint(rng("fill", key).normal(40, 10 * SHIFT.noise, int(mask.sum())))
     return out
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #35b883a0
-def _slice(hu, k, a, s, uid): # `a`: LPS affine, `s`: spacing
+def _slice(hu, k, a, s, uid):  # `a`: LPS affine, `s`: spacing
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
     d = Dataset()
     d.file_meta = FileMetaDataset()
-    d.file_meta.MediaStorageSOPClassUID, d.file_meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID, d.StudyInstanceUID = CTImageStorage, uid(k), uid("series"), uid("study")
-    d.Modality, d.SeriesNumber, d.InstanceNumber, d.PatientName, d.ImageType = "CT", 1, k+1, "Phantom", ["ORIGINAL", "PRIMARY", "AXIAL"]
-    d.Rows, d.Columns, d.SamplesPerPixel, d.PhotometricInterpretation = hu.shape[1], hu.shape[0], 1, "MONOCHROME2"
+    d.file_meta.MediaStorageSOPClassUID, d.file_meta.TransferSyntaxUID = (
+        CTImageStorage,
+        ExplicitVRLittleEndian,
+    )
+    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID, d.StudyInstanceUID = (
+        CTImageStorage,
+        uid(k),
+        uid("series"),
+        uid("study"),
+    )
+    d.Modality, d.SeriesNumber, d.InstanceNumber, d.PatientName, d.ImageType = (
+        "CT",
+        1,
+        k + 1,
+        "Phantom",
+        ["ORIGINAL", "PRIMARY", "AXIAL"],
+    )
+    d.Rows, d.Columns, d.SamplesPerPixel, d.PhotometricInterpretation = (
+        hu.shape[1],
+        hu.shape[0],
+        1,
+        "MONOCHROME2",
+    )
     d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 1
     d.RescaleSlope, d.RescaleIntercept, d.PixelSpacing = 1, -1024, [float(s[1]), float(s[0])]
-    d.ImageOrientationPatient = [float(v) for v in np.r_[a[:3, 0]/s[0], a[:3, 1]/s[1]]]
-    d.ImagePositionPatient = [round(float(v), 4) for v in a[:3, 3]+k*a[:3, 2]]
-    d.PixelData = np.ascontiguousarray(hu[:, :, k].T.astype(np.int32)+1024).astype(np.int16).tobytes()
+    d.ImageOrientationPatient = [float(v) for v in np.r_[a[:3, 0] / s[0], a[:3, 1] / s[1]]]
+    d.ImagePositionPatient = [round(float(v), 4) for v in a[:3, 3] + k * a[:3, 2]]
+    d.PixelData = (
+        np.ascontiguousarray(hu[:, :, k].T.astype(np.int32) + 1024).astype(np.int16).tobytes()
+    )
     return d
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #e125002b
-def _series(hu, affine, folder, key): # D0001.dcm is the first along the last axis
+def _series(hu, affine, folder, key):  # D0001.dcm is the first along the last axis
     from pydicom.uid import generate_uid
-    a = LPS@affine
-    s = np.sqrt((a[:3, :3]**2).sum(0)).round(4)
+
+    a = LPS @ affine
+    s = np.sqrt((a[:3, :3] ** 2).sum(0)).round(4)
     with atomic(folder) as tmp:
         tmp.mkdir()
         for k in range(hu.shape[2]):
             d = _slice(hu, k, a, s, lambda what: generate_uid(entropy_srcs=[repr(key), str(what)]))
-            d.save_as(tmp/f"D{k+1:04d}.dcm", enforce_file_format=True)
+            d.save_as(tmp / f"D{k + 1:04d}.dcm", enforce_file_format=True)
 
-def _mat(mask, path): # rows, columns, slices
+
+def _mat(mask, path):  # rows, columns, slices
     from scipy.io import savemat
+
     out = io.BytesIO()
-    savemat(out, {VARIABLE: np.ascontiguousarray(mask.transpose(1, 0, 2)).astype(np.uint8)}, do_compression=True)
-    with atomic(path) as tmp: tmp.write_bytes(b"MATLAB 5.0 MAT-file, phantom".ljust(116)+out.getvalue()[116:])
+    savemat(
+        out,
+        {VARIABLE: np.ascontiguousarray(mask.transpose(1, 0, 2)).astype(np.uint8)},
+        do_compression=True,
+    )
+    with atomic(path) as tmp:
+        tmp.write_bytes(b"MATLAB 5.0 MAT-file, phantom".ljust(116) + out.getvalue()[116:])
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #99200902
-def _turned(array, affine): # head first, axes L, P, I, as a scanner numbers its slices
-    a, last = affine.copy(), np.array(array.shape)-1
-    a[:3, 3] = affine[:3, :3]@last+affine[:3, 3]
+def _turned(array, affine):  # head first, axes L, P, I, as a scanner numbers its slices
+    a, last = affine.copy(), np.array(array.shape) - 1
+    a[:3, 3] = affine[:3, :3] @ last + affine[:3, 3]
     a[:3, :3] = -affine[:3, :3]
     return np.ascontiguousarray(array[::-1, ::-1, ::-1]), a
 
-def _one(seed, split, i, n, root, kw): # one patient
+
+def _one(seed, split, i, n, root, kw):  # one patient
     key = (f"{NAME} {seed}", split, i)
     r = case(*key, shift=SHIFT, **kw).recons[0]
     mask = clots(r, key)
-    _series(*_turned(fill(r.hu, mask, key), r.affine), root/f"CT_scans/PAT{n:03d}", key)
-    _mat(_turned(mask, r.affine)[0], root/f"GroundTruth/PAT{n:03d}.mat")
+    _series(*_turned(fill(r.hu, mask, key), r.affine), root / f"CT_scans/PAT{n:03d}", key)
+    _mat(_turned(mask, r.affine)[0], root / f"GroundTruth/PAT{n:03d}.mat")
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #be3cda2e
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # further patients: the owners publish no split
-    jobs:int=1,
-    **kw, # size, spacing, recon_share of the phantom; one reconstruction is written
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # further patients: the owners publish no split
+    jobs: int = 1,
+    **kw,  # size, spacing, recon_share of the phantom; one reconstruction is written
 ):
     "A miniature FUMPE of phantoms: DICOM series and .mat masks"
-    todo = [("train", i, i) for i in range(1, train+1)]+[("valid", i, train+i) for i in range(1, test+1)]
+    todo = [("train", i, i) for i in range(1, train + 1)] + [
+        ("valid", i, train + i) for i in range(1, test + 1)
+    ]
     each(_one, [(seed, s, i, n, Path(root), kw) for s, i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #b505906e
 def read(
-    root, # folder that holds CT_scans/ and GroundTruth/
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds CT_scans/ and GroundTruth/
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every patient with a series and a mask; test is carved by patient"
     root, rows, bad = Path(root), [], Quarantine()
     caution(NAME, UNVERIFIED)
     for folder in ("CT_scans", "GroundTruth"):
-        if not (root/folder).is_dir(): raise FileNotFoundError(f"{root/folder} is missing: expected CT_scans/PAT001/D0001.dcm and GroundTruth/PAT001.mat: unpack FUMPE's archives there")
-    scans, masks = {d.name: d for d in visible(root/"CT_scans") if d.is_dir()}, {f.stem: f for f in visible(root/"GroundTruth", "*.mat")}
+        if not (root / folder).is_dir():
+            raise FileNotFoundError(
+                f"{root / folder} is missing: expected CT_scans/PAT001/D0001.dcm and GroundTruth/PAT001.mat: unpack FUMPE's archives there"
+            )
+    scans, masks = (
+        {d.name: d for d in visible(root / "CT_scans") if d.is_dir()},
+        {f.stem: f for f in visible(root / "GroundTruth", "*.mat")},
+    )
     for name in sorted({*scans, *masks}):
-        if name not in masks: bad.add(name, f"{root/'GroundTruth'/name}.mat is missing: its emboli are not known")
-        elif name not in scans or not visible(scans[name]): bad.add(name, f"{root/'CT_scans'/name} is missing or empty: expected its DICOM series there")
-        else: rows.append(_row(name, scans[name], masks[name]))
-    if not rows: raise ValueError(f"{root}: no patient with both a series and a mask")
+        if name not in masks:
+            bad.add(name, f"{root / 'GroundTruth' / name}.mat is missing: its emboli are not known")
+        elif name not in scans or not visible(scans[name]):
+            bad.add(
+                name,
+                f"{root / 'CT_scans' / name} is missing or empty: expected its DICOM series there",
+            )
+        else:
+            rows.append(_row(name, scans[name], masks[name]))
+    if not rows:
+        raise ValueError(f"{root}: no patient with both a series and a mask")
     return check(carve(pd.DataFrame(rows), TEST, 0, "test"), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #3da455b7
-def _row(name, scan, mask)->dict:
-    return dict(case=name, scan=name, patient=name, image=str(scan), organ_map="", target_map=str(mask), findings="", impression="",
-                split="train", time_days=None, event=None, released=name not in LEFT_OUT, contrast=1) # an angiography: every scan has contrast medium
+def _row(name, scan, mask) -> dict:
+    return dict(
+        case=name,
+        scan=name,
+        patient=name,
+        image=str(scan),
+        organ_map="",
+        target_map=str(mask),
+        findings="",
+        impression="",
+        split="train",
+        time_days=None,
+        event=None,
+        released=name not in LEFT_OUT,
+        contrast=1,
+    )  # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #27826d81
-def _values(path)->np.ndarray: # uint8 (columns, rows, slices)
+def _values(path) -> np.ndarray:  # uint8 (columns, rows, slices)
     from scipy.io import loadmat
+
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing")
-    try: said = {k: v for k, v in loadmat(path).items() if not k.startswith("__")}
-    except NotImplementedError: raise ValueError(f"{path} is of MATLAB 7.3, expected an older format: save it again in MATLAB with -v7") from None
-    except (PermissionError, MemoryError): raise
-    except Exception as e: raise ValueError(f"{path} cannot be read as MATLAB's ({type(e).__name__}: {e}): fetch it again") from None
-    if VARIABLE not in said: raise ValueError(f"{path}: no variable `{VARIABLE}`; there are {sorted(said)}: is this FUMPE's mask?")
-    if said[VARIABLE].ndim != 3: raise ValueError(f"{path}: `{VARIABLE}` has shape {said[VARIABLE].shape}, expected rows, columns, slices")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        said = {k: v for k, v in loadmat(path).items() if not k.startswith("__")}
+    except NotImplementedError:
+        raise ValueError(
+            f"{path} is of MATLAB 7.3, expected an older format: save it again in MATLAB with -v7"
+        ) from None
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f"{path} cannot be read as MATLAB's ({type(e).__name__}: {e}): fetch it again"
+        ) from None
+    if VARIABLE not in said:
+        raise ValueError(
+            f"{path}: no variable `{VARIABLE}`; there are {sorted(said)}: is this FUMPE's mask?"
+        )
+    if said[VARIABLE].ndim != 3:
+        raise ValueError(
+            f"{path}: `{VARIABLE}` has shape {said[VARIABLE].shape}, expected rows, columns, slices"
+        )
     return (said[VARIABLE] != 0).astype(np.uint8).transpose(1, 0, 2)
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #cf495b4b
 def target(
-    path, # GroundTruth/PAT001.mat; its series lies in CT_scans/PAT001/
-)->tuple: # uint8 (W,H,D), 4x4
+    path,  # GroundTruth/PAT001.mat; its series lies in CT_scans/PAT001/
+) -> tuple:  # uint8 (W,H,D), 4x4
     "The emboli on the grid of their image"
     path = Path(path)
-    mask, folder = _values(path), path.parent.parent/"CT_scans"/path.stem
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: it says where the mask of {path} lies")
+    mask, folder = _values(path), path.parent.parent / "CT_scans" / path.stem
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: it says where the mask of {path} lies")
     v = read_volume(folder, SOURCE)
-    if mask.shape != v.hu.shape: raise ValueError(f"{path}: {mask.shape} columns, rows, slices, but {folder} has {v.hu.shape}: is it of another scan, or are slices missing?")
+    if mask.shape != v.hu.shape:
+        raise ValueError(
+            f"{path}: {mask.shape} columns, rows, slices, but {folder} has {v.hu.shape}: is it of another scan, or are slices missing?"
+        )
     named = sorted(choose_series(headers(folder), folder), key=lambda s: s[0].name)
     x, y = np.reshape([float(n) for n in named[0][1].ImageOrientationPatient], (2, 3))
-    place = [float(np.dot([float(n) for n in h.ImagePositionPatient], np.cross(x, y))) for _, h in named]
+    place = [
+        float(np.dot([float(n) for n in h.ImagePositionPatient], np.cross(x, y))) for _, h in named
+    ]
     return np.ascontiguousarray(mask[:, :, np.argsort(place, kind="stable")]), v.affine

@@ -21,141 +21,224 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #dcb8c180
 NAME = "inspect"
-SOURCE = Source() # HU, spacing and axes as the files say
-HORIZONS = {1: 30, 6: 182, 12: 365} # months -> days
-FLAGS = {f"{m}_month_{what}": f"{what} {m} month{'s'*(m > 1)}" for what in ("mortality", "readmission") for m in HORIZONS} # column -> label
+SOURCE = Source()  # HU, spacing and axes as the files say
+HORIZONS = {1: 30, 6: 182, 12: 365}  # months -> days
+FLAGS = {
+    f"{m}_month_{what}": f"{what} {m} month{'s' * (m > 1)}"
+    for what in ("mortality", "readmission")
+    for m in HORIZONS
+}  # column -> label
 LABELS = ["PE", *FLAGS.values()]
 TARGETS, ORGANS = {}, False
-TABLES = dict(splits=["split"], study_mapping=["image_id", "person_id"], labels=["pe_positive_nlp", *FLAGS], impressions=["impressions"])
+TABLES = dict(
+    splits=["split"],
+    study_mapping=["image_id", "person_id"],
+    labels=["pe_positive_nlp", *FLAGS],
+    impressions=["impressions"],
+)
 SPLITS = dict(train="train", valid="val", test="test")
 UNVERIFIED = "names and columns of the tables, and that tte_mortality counts minutes, were not checked against the owners' files."
-SHIFT = Shift(spacing=(0.95, 0.95, 0.9), noise=1.2, contrast=1., odds={"Pleural effusion": 0.6, "Cardiomegaly": 0.3})
+SHIFT = Shift(
+    spacing=(0.95, 0.95, 0.9),
+    noise=1.2,
+    contrast=1.0,
+    odds={"Pleural effusion": 0.6, "Cardiomegaly": 0.3},
+)
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #bf1aa990
-def pe(k:Case, *key)->int: # 0 or 1
+def pe(k: Case, *key) -> int:  # 0 or 1
     "A label for PE out of the seed, likelier with a pleural effusion"
     return int(rng("PE", *key).random() < (0.45 if k.labels["Pleural effusion"] else 0.1))
 
-def flags(what, days, event)->dict: # the owners' columns
-    "True, False or Censored at each horizon, the time in minutes, and whether it ended without an event"
-    said = {f"{m}_month_{what}": "False" if days > h else "True" if event else "Censored" for m, h in HORIZONS.items()}
-    return said | {f"tte_{what}": days*1440, f"is_censored_{what}": str(not event)}
 
-def back(k:Case, *key)->tuple: # days, 1 if readmitted
+def flags(what, days, event) -> dict:  # the owners' columns
+    "True, False or Censored at each horizon, the time in minutes, and whether it ended without an event"
+    said = {
+        f"{m}_month_{what}": "False" if days > h else "True" if event else "Censored"
+        for m, h in HORIZONS.items()
+    }
+    return said | {f"tte_{what}": days * 1440, f"is_censored_{what}": str(not event)}
+
+
+def back(k: Case, *key) -> tuple:  # days, 1 if readmitted
     "Time to readmission or to the end of watching"
     r = rng("readmission", *key)
-    days, end = r.exponential(900*np.exp(-2*k.outcome["severity"])), r.uniform(100, 1500)
+    days, end = r.exponential(900 * np.exp(-2 * k.outcome["severity"])), r.uniform(100, 1500)
     return int(np.ceil(min(days, end))), int(days <= end)
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #99ee4ef7
-def write_lps(r, path): # `r`: a Recon
+def write_lps(r, path):  # `r`: a Recon
     "A reconstruction as NIfTI, both horizontal axes turned to LPS"
     a = r.affine.copy()
-    a[:2, 3] += (np.array(r.hu.shape[:2])-1)*a.diagonal()[:2]
-    a[0, 0] *= -1; a[1, 1] *= -1
+    a[:2, 3] += (np.array(r.hu.shape[:2]) - 1) * a.diagonal()[:2]
+    a[0, 0] *= -1
+    a[1, 1] *= -1
     write_volume(np.ascontiguousarray(r.hu[::-1, ::-1]), a, path)
 
-def _one(n, split, i, root, seed, kw)->dict: # `n`: number of the study; a row a table
+
+def _one(n, split, i, root, seed, kw) -> dict:  # `n`: number of the study; a row a table
     k, key = case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), (NAME, seed, split, i)
     image = f"PE{seed32('image', *key):08x}"
-    write_lps(k.recons[0], Path(root)/f"CTPA/{image}.nii.gz")
+    write_lps(k.recons[0], Path(root) / f"CTPA/{image}.nii.gz")
     died = flags("mortality", k.outcome["time_days"], k.outcome["event"])
-    return dict(splits=dict(split=split), study_mapping=dict(image_id=image, person_id=100000+n),
-                labels=dict(pe_positive_nlp=str(bool(pe(k, *key))), **died, **flags("readmission", *back(k, *key))),
-                impressions=dict(impressions=k.report.impression))
+    return dict(
+        splits=dict(split=split),
+        study_mapping=dict(image_id=image, person_id=100000 + n),
+        labels=dict(
+            pe_positive_nlp=str(bool(pe(k, *key))), **died, **flags("readmission", *back(k, *key))
+        ),
+        impressions=dict(impressions=k.report.impression),
+    )
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #f5562724
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients; as many again are the owners' validation
-    jobs:int=1,
-    **kw, # size, spacing of the phantom; recon_share is not used: one study a patient
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients; as many again are the owners' validation
+    jobs: int = 1,
+    **kw,  # size, spacing of the phantom; recon_share is not used: one study a patient
 ):
     "A miniature INSPECT of phantoms"
-    todo, kw = [(s, i) for s, n in zip(SPLITS, (train, test, test)) for i in range(1, n+1)], kw | dict(recon_share=0)
-    rows = each(_one, [(n, s, i, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms")
+    todo, kw = (
+        [(s, i) for s, n in zip(SPLITS, (train, test, test)) for i in range(1, n + 1)],
+        kw | dict(recon_share=0),
+    )
+    rows = each(
+        _one, [(n, s, i, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms"
+    )
     for name in TABLES:
         t = pd.DataFrame([dict(impression_id=n, **r[name]) for n, r in enumerate(rows, 1)])
-        write_text(t.to_csv(sep="\t", index=False, lineterminator="\n"), Path(root)/f"{name}_20250611.tsv")
+        write_text(
+            t.to_csv(sep="\t", index=False, lineterminator="\n"),
+            Path(root) / f"{name}_20250611.tsv",
+        )
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #c58e717d
-def table(root, name)->pd.DataFrame: # text, by impression_id
+def table(root, name) -> pd.DataFrame:  # text, by impression_id
     "The newest table of a name"
-    found = visible(root, f"{name}_*.tsv") or [Path(root)/f"{name}.tsv"]
+    found = visible(root, f"{name}_*.tsv") or [Path(root) / f"{name}.tsv"]
     path = found[-1]
-    if not path.is_file(): raise FileNotFoundError(f"{Path(root)/name}_*.tsv is missing: expected the owners' table with impression_id, {', '.join(TABLES[name])}; fetch it again")
-    try: t = pd.read_csv(path, sep="\t", dtype=str)
-    except ValueError as e: raise ValueError(f"{path} is no table of tabs ({e}): fetch it again") from None
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{Path(root) / name}_*.tsv is missing: expected the owners' table with impression_id, {', '.join(TABLES[name])}; fetch it again"
+        )
+    try:
+        t = pd.read_csv(path, sep="\t", dtype=str)
+    except ValueError as e:
+        raise ValueError(f"{path} is no table of tabs ({e}): fetch it again") from None
     lost = [c for c in ("impression_id", *TABLES[name]) if c not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}")
-    return t.dropna(subset=["impression_id"]).drop_duplicates("impression_id").set_index("impression_id").fillna("")
+    if lost:
+        raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}")
+    return (
+        t.dropna(subset=["impression_id"])
+        .drop_duplicates("impression_id")
+        .set_index("impression_id")
+        .fillna("")
+    )
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #168d6ec8
 FLAG = {"true": 1, "1": 1, "1.0": 1, "false": 0, "0": 0, "0.0": 0, "censored": None, "": None}
-def flag(x)->int|None: # 1, 0, or None where nobody knows
+
+
+def flag(x) -> int | None:  # 1, 0, or None where nobody knows
     "A flag as the owners write it"
     return FLAG.get(str(x).strip().lower())
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #99854c53
-def survival(t, path="labels")->pd.DataFrame: # time_days, event; None where the table has no times
+def survival(
+    t, path="labels"
+) -> pd.DataFrame:  # time_days, event; None where the table has no times
     "Time to death or to the end of watching"
     out = pd.DataFrame(dict(time_days=None, event=None), index=t.index, dtype=object)
-    if not {"tte_mortality", "is_censored_mortality"} <= set(t): return out
-    days, ended = pd.to_numeric(t.tte_mortality, errors="coerce")/1440, t.is_censored_mortality.map(flag).astype(float)
+    if not {"tte_mortality", "is_censored_mortality"} <= set(t):
+        return out
+    days, ended = (
+        pd.to_numeric(t.tte_mortality, errors="coerce") / 1440,
+        t.is_censored_mortality.map(flag).astype(float),
+    )
     dead = t["12_month_mortality"].map(flag).astype(float)
     wrong = ((dead == 1) & (ended == 0) & (days > 372)) | ((dead == 0) & (days < 358))
     judged = dead.notna() & days.notna()
-    if wrong.sum() > 0.05*judged.sum():
-        raise ValueError(f"{path}: tte_mortality as minutes contradicts 12_month_mortality in {wrong.sum()} of {judged.sum()} studies: the unit is another; look at the owners' notes")
+    if wrong.sum() > 0.05 * judged.sum():
+        raise ValueError(
+            f"{path}: tte_mortality as minutes contradicts 12_month_mortality in {wrong.sum()} of {judged.sum()} studies: the unit is another; look at the owners' notes"
+        )
     ok = days.ge(0) & ended.notna()
-    out.loc[ok, "time_days"], out.loc[ok, "event"] = days[ok], (1-ended[ok]).astype(int)
+    out.loc[ok, "time_days"], out.loc[ok, "event"] = days[ok], (1 - ended[ok]).astype(int)
     return out
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #15d2df5c
-def _doubt(r)->str: # why a study is left out, or ""
+def _doubt(r) -> str:  # why a study is left out, or ""
     lost = [n for n in TABLES if pd.isna(r[TABLES[n][0]])]
-    if lost: return f"no row in the table {lost[0]}"
-    if r["split"] not in SPLITS: return f"split `{r['split']}`, expected {', '.join(SPLITS)}"
-    if not r["person_id"]: return "no person_id in the table study_mapping: it cannot be kept on one side of the split"
-    if not r["image"]: return f"{r['image_id'] or 'a study without image_id'}: no such volume in CTPA/; fetch it again"
-    if flag(r["pe_positive_nlp"]) is None: return f"pe_positive_nlp is `{r['pe_positive_nlp']}`, expected True or False"
+    if lost:
+        return f"no row in the table {lost[0]}"
+    if r["split"] not in SPLITS:
+        return f"split `{r['split']}`, expected {', '.join(SPLITS)}"
+    if not r["person_id"]:
+        return "no person_id in the table study_mapping: it cannot be kept on one side of the split"
+    if not r["image"]:
+        return f"{r['image_id'] or 'a study without image_id'}: no such volume in CTPA/; fetch it again"
+    if flag(r["pe_positive_nlp"]) is None:
+        return f"pe_positive_nlp is `{r['pe_positive_nlp']}`, expected True or False"
     odd = [c for c in FLAGS if str(r[c]).strip().lower() not in FLAG]
     return f"{odd[0]} is `{r[odd[0]]}`, expected True, False or Censored" if odd else ""
 
-def _row(name, r)->dict:
-    return dict(case=name, scan=r["image_id"], patient=r["person_id"], image=r["image"], organ_map="", target_map="", findings="", impression=r["impressions"].strip(),
-                split=SPLITS[r["split"]], time_days=r["time_days"], event=r["event"], **{c: r[c] for c in FLAGS},
-                **{f"label:{n}": flag(r[c]) for c, n in dict(pe_positive_nlp="PE", **FLAGS).items()},
-                contrast=1) # an angiography: every scan has contrast medium
+
+def _row(name, r) -> dict:
+    return dict(
+        case=name,
+        scan=r["image_id"],
+        patient=r["person_id"],
+        image=r["image"],
+        organ_map="",
+        target_map="",
+        findings="",
+        impression=r["impressions"].strip(),
+        split=SPLITS[r["split"]],
+        time_days=r["time_days"],
+        event=r["event"],
+        **{c: r[c] for c in FLAGS},
+        **{f"label:{n}": flag(r[c]) for c, n in dict(pe_positive_nlp="PE", **FLAGS).items()},
+        contrast=1,
+    )  # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #ce123143
-def _volume(d, name, r)->str: # path, or ""
+def _volume(d, name, r) -> str:  # path, or ""
     names = [n for n in (str(r["image_id"]).removesuffix(".nii.gz"), name) if n]
-    return next((str(d/f"{n}.nii.gz") for n in names if (d/f"{n}.nii.gz").is_file()), "")
+    return next((str(d / f"{n}.nii.gz") for n in names if (d / f"{n}.nii.gz").is_file()), "")
 
-def joined(root)->dict: # impression_id -> what the four tables say, and its volume
+
+def joined(root) -> dict:  # impression_id -> what the four tables say, and its volume
     "One row a study"
     said = {n: table(root, n)[TABLES[n]] if n != "labels" else table(root, n) for n in TABLES}
-    said["labels"] = said["labels"][TABLES["labels"]].join(survival(said["labels"], Path(root)/"labels_*.tsv"))
+    said["labels"] = said["labels"][TABLES["labels"]].join(
+        survival(said["labels"], Path(root) / "labels_*.tsv")
+    )
     rows = pd.concat(said.values(), axis=1).astype(object).to_dict("index")
-    return {n: r | dict(image=_volume(Path(root)/"CTPA", n, r)) for n, r in rows.items()}
+    return {n: r | dict(image=_volume(Path(root) / "CTPA", n, r)) for n, r in rows.items()}
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #5689702b
 def read(
-    root, # folder that holds CTPA/ and the tables
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds CTPA/ and the tables
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every study with a split, labels, an impression and a volume; what has not is left out by name"
     caution(NAME, UNVERIFIED)
-    d, bad = Path(root)/"CTPA", Quarantine()
-    if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected the volumes, one {{image_id}}.nii.gz each; put INSPECT's CTPA/ there")
+    d, bad = Path(root) / "CTPA", Quarantine()
+    if not d.is_dir():
+        raise FileNotFoundError(
+            f"{d} is missing: expected the volumes, one {{image_id}}.nii.gz each; put INSPECT's CTPA/ there"
+        )
     every, rows = joined(root), []
     for name, r in every.items():
         why = _doubt(r)
         bad.add(name, why) if why else rows.append(_row(name, r))
     known = {r["image"] for r in every.values()}
     for f in visible(d, "*.nii.gz"):
-        if str(f) not in known: bad.add(f.name.removesuffix(".nii.gz"), "no row in the table study_mapping")
-    if not rows: raise ValueError(f"{d}: none of {len(every)} studies could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the tables are empty'}")
+        if str(f) not in known:
+            bad.add(f.name.removesuffix(".nii.gz"), "no row in the table study_mapping")
+    if not rows:
+        raise ValueError(
+            f"{d}: none of {len(every)} studies could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the tables are empty'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad

@@ -21,132 +21,226 @@ from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #5b0f1541
-NAME, TEST = "luna16", (7, 8, 9) # folds that are the test set
-SOURCE = Source() # HU, spacing and orientation as the .mhd says
+NAME, TEST = "luna16", (7, 8, 9)  # folds that are the test set
+SOURCE = Source()  # HU, spacing and orientation as the .mhd says
 LABELS = ["nodule"]
-TARGETS = {3: "left lung", 4: "right lung", 5: "trachea"} # of what `target` returns
+TARGETS = {3: "left lung", 4: "right lung", 5: "trachea"}  # of what `target` returns
 ORGANS = False
 UNVERIFIED = "which of the values 3 and 4 is the left lung is not verified against the owners' files; `target` goes by where each lung lies."
-SHIFT = Shift(noise=1.3, blur=0.1, contrast=0.35, odds={"Lung nodule": 0.6}) # screening and diagnostic scans of many hospitals
+SHIFT = Shift(
+    noise=1.3, blur=0.1, contrast=0.35, odds={"Lung nodule": 0.6}
+)  # screening and diagnostic scans of many hospitals
 FIELDS = ["seriesuid", "coordX", "coordY", "coordZ", "diameter_mm"]
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #e5a344d4
 TYPES = {"int16": "MET_SHORT", "uint8": "MET_UCHAR"}
 
+
 def write_mhd(
-    data:np.ndarray, # int16 or uint8 (W,H,D)
-    affine:np.ndarray, # 4x4, RAS+ mm, axis-aligned
-    path, # .mhd; the voxels go beside it
-    compress:bool=False, # to .zraw
+    data: np.ndarray,  # int16 or uint8 (W,H,D)
+    affine: np.ndarray,  # 4x4, RAS+ mm, axis-aligned
+    path,  # .mhd; the voxels go beside it
+    compress: bool = False,  # to .zraw
 ):
     "A MetaImage with its axes along left, posterior, superior"
     path, data = Path(path), np.ascontiguousarray(data[::-1, ::-1].T)
-    last = np.array([*data.shape[:0:-1], 1])-1 # the voxel that comes first in LPS
-    start = (LPS@affine@[last[0], last[1], 0, 1])[:3]
+    last = np.array([*data.shape[:0:-1], 1]) - 1  # the voxel that comes first in LPS
+    start = (LPS @ affine @ [last[0], last[1], 0, 1])[:3]
     raw = zlib.compress(data.tobytes(), 6) if compress else data.tobytes()
-    with atomic(path.with_suffix(".zraw" if compress else ".raw")) as tmp: tmp.write_bytes(raw)
-    write_text(_header(data, affine, start, len(raw), path.with_suffix(".zraw" if compress else ".raw").name, compress), path)
+    with atomic(path.with_suffix(".zraw" if compress else ".raw")) as tmp:
+        tmp.write_bytes(raw)
+    write_text(
+        _header(
+            data,
+            affine,
+            start,
+            len(raw),
+            path.with_suffix(".zraw" if compress else ".raw").name,
+            compress,
+        ),
+        path,
+    )
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #0babe143
-def _header(data, affine, start, size, name, compress)->str:
+def _header(data, affine, start, size, name, compress) -> str:
     some = lambda v: " ".join(f"{float(x):.9g}" for x in v)
-    lines = dict(ObjectType="Image", NDims=3, BinaryData=True, BinaryDataByteOrderMSB=False, CompressedData=compress)
-    if compress: lines["CompressedDataSize"] = size
-    lines |= dict(TransformMatrix="1 0 0 0 1 0 0 0 1", Offset=some(start), CenterOfRotation="0 0 0", AnatomicalOrientation="RAI",
-                  ElementSpacing=some(np.abs(np.diag(affine)[:3])), DimSize=" ".join(map(str, data.shape[::-1])),
-                  ElementType=TYPES[data.dtype.name], ElementDataFile=name)
+    lines = dict(
+        ObjectType="Image",
+        NDims=3,
+        BinaryData=True,
+        BinaryDataByteOrderMSB=False,
+        CompressedData=compress,
+    )
+    if compress:
+        lines["CompressedDataSize"] = size
+    lines |= dict(
+        TransformMatrix="1 0 0 0 1 0 0 0 1",
+        Offset=some(start),
+        CenterOfRotation="0 0 0",
+        AnatomicalOrientation="RAI",
+        ElementSpacing=some(np.abs(np.diag(affine)[:3])),
+        DimSize=" ".join(map(str, data.shape[::-1])),
+        ElementType=TYPES[data.dtype.name],
+        ElementDataFile=name,
+    )
     return "".join(f"{k} = {v}\n" for k, v in lines.items())
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #23a242cf
-def uid(seed, split, i)->str: # of a phantom, such as 2.25.123
+def uid(seed, split, i) -> str:  # of a phantom, such as 2.25.123
     "A series UID out of the seed"
     return f"2.25.{rng(NAME, seed, split, i).integers(10**17, 10**18)}"
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #8de320c2
-def lungs(labels)->np.ndarray: # uint8: 3 left lung, 4 right lung, 5 trachea
+def lungs(labels) -> np.ndarray:  # uint8: 3 left lung, 4 right lung, 5 trachea
     "The phantom's organs as LUNA16 numbers them"
     out = np.zeros(labels.shape, np.uint8)
-    for value, ids in ((3, (10, 11)), (4, (12, 13, 14)), (5, (16,))): out[np.isin(labels, ids)] = value
+    for value, ids in ((3, (10, 11)), (4, (12, 13, 14)), (5, (16,))):
+        out[np.isin(labels, ids)] = value
     return out
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #a870c9b2
-def nodules(k:Case, name)->list: # rows of annotations.csv
+def nodules(k: Case, name) -> list:  # rows of annotations.csv
     "Centre (LPS) and diameter of each lump"
     from scipy.ndimage import center_of_mass, label
+
     mask, affine = k.masks.get("Lung nodule"), k.recons[0].affine
-    if mask is None: return []
+    if mask is None:
+        return []
     lumps, n = label(mask)
-    sizes, at = np.bincount(lumps.ravel())[1:]*abs(np.linalg.det(affine)), center_of_mass(mask, lumps, range(1, n+1))
-    return [dict(zip(FIELDS, [name, *np.round((LPS@affine@[*p, 1])[:3], 3), round((6*s/np.pi)**(1/3), 3)])) for p, s in zip(at, sizes)]
+    sizes, at = (
+        np.bincount(lumps.ravel())[1:] * abs(np.linalg.det(affine)),
+        center_of_mass(mask, lumps, range(1, n + 1)),
+    )
+    return [
+        dict(
+            zip(
+                FIELDS,
+                [
+                    name,
+                    *np.round((LPS @ affine @ [*p, 1])[:3], 3),
+                    round((6 * s / np.pi) ** (1 / 3), 3),
+                ],
+            )
+        )
+        for p, s in zip(at, sizes)
+    ]
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #8464f44a
-def write_case(root, seed, split, i, kw)->list: # rows of annotations.csv
+def write_case(root, seed, split, i, kw) -> list:  # rows of annotations.csv
     "Scan and lungs of one patient, in a fold of the split"
-    k = case(f"{NAME} {seed}", split, i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 0})
+    k = case(
+        f"{NAME} {seed}", split, i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 0}
+    )
     name, r = uid(seed, split, i), k.recons[0]
-    fold = TEST[(i-1) % 3] if split == "test" else (i-1) % 7
-    write_mhd(r.hu, r.affine, Path(root)/f"subset{fold}/{name}.mhd")
-    write_mhd(lungs(r.labels), r.affine, Path(root)/f"seg-lungs-LUNA16/{name}.mhd", compress=True)
+    fold = TEST[(i - 1) % 3] if split == "test" else (i - 1) % 7
+    write_mhd(r.hu, r.affine, Path(root) / f"subset{fold}/{name}.mhd")
+    write_mhd(lungs(r.labels), r.affine, Path(root) / f"seg-lungs-LUNA16/{name}.mhd", compress=True)
     return nodules(k, name)
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #20201dae
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # patients in subset0..6; 7 or more fill each
-    test:int, # patients in subset7..9; 3 or more fill each
-    jobs:int=1, **kw, # processes; size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # patients in subset0..6; 7 or more fill each
+    test: int,  # patients in subset7..9; 3 or more fill each
+    jobs: int = 1,
+    **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature LUNA16 of phantoms"
-    todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n+1)]
-    rows = [r for one in each(write_case, [(root, seed, s, i, kw) for s, i in todo], jobs, NAME) for r in one]
-    write_csv(pd.DataFrame(rows, columns=FIELDS), Path(root)/"annotations.csv")
+    todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n + 1)]
+    rows = [
+        r
+        for one in each(write_case, [(root, seed, s, i, kw) for s, i in todo], jobs, NAME)
+        for r in one
+    ]
+    write_csv(pd.DataFrame(rows, columns=FIELDS), Path(root) / "annotations.csv")
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #1d26a155
-def _annotations(path)->pd.Series: # seriesuid -> number of nodules
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: LUNA16 publishes it beside the subsets; fetch it")
-    try: t = pd.read_csv(path)
-    except ValueError as e: raise ValueError(f"{path} cannot be read as CSV ({e}): fetch it again") from None
+def _annotations(path) -> pd.Series:  # seriesuid -> number of nodules
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: LUNA16 publishes it beside the subsets; fetch it"
+        )
+    try:
+        t = pd.read_csv(path)
+    except ValueError as e:
+        raise ValueError(f"{path} cannot be read as CSV ({e}): fetch it again") from None
     lost = [c for c in FIELDS if c not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}, expected {FIELDS}")
+    if lost:
+        raise ValueError(
+            f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}, expected {FIELDS}"
+        )
     cut = t[FIELDS].isna().any(axis=1)
-    if cut.any(): raise ValueError(f"{path}: line {int(cut.idxmax())+2} is not whole: fetch it again")
+    if cut.any():
+        raise ValueError(f"{path}: line {int(cut.idxmax()) + 2} is not whole: fetch it again")
     return t.seriesuid.value_counts()
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #c970ebf0
-def _why(f, mask)->str: # a scan is left out, or ""
-    if not f.exists(): return f"{f} is missing: fetch {f.parent.name} again"
-    if not f.with_suffix(".raw").exists(): return f"{f.with_suffix('.raw')} is missing: fetch {f.parent.name} again"
+def _why(f, mask) -> str:  # a scan is left out, or ""
+    if not f.exists():
+        return f"{f} is missing: fetch {f.parent.name} again"
+    if not f.with_suffix(".raw").exists():
+        return f"{f.with_suffix('.raw')} is missing: fetch {f.parent.name} again"
     return "" if mask.exists() else f"{mask} is missing: fetch seg-lungs-LUNA16 again"
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #bd7b1fb0
 def read(
-    root, # folder that holds subset0..9
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds subset0..9
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every scan of the ten folds with its label and its lungs"
     caution(NAME, UNVERIFIED)
-    d, masks, rows, bad = Path(root), Path(root)/"seg-lungs-LUNA16", [], Quarantine()
-    if not masks.is_dir(): raise FileNotFoundError(f"{masks} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}")
-    found = _annotations(d/"annotations.csv")
+    d, masks, rows, bad = Path(root), Path(root) / "seg-lungs-LUNA16", [], Quarantine()
+    if not masks.is_dir():
+        raise FileNotFoundError(
+            f"{masks} is missing: expected LUNA16's subset0 to subset9 and seg-lungs-LUNA16 in {d}"
+        )
+    found = _annotations(d / "annotations.csv")
     for fold in range(10):
-        files = sorted({f.with_suffix(".mhd") for f in visible(d/f"subset{fold}") if f.suffix in (".mhd", ".raw")})
-        if not files: bad.add(f"subset{fold}", f"{d/f'subset{fold}'} is missing or empty: its scans are not in the table; fetch it")
+        files = sorted(
+            {
+                f.with_suffix(".mhd")
+                for f in visible(d / f"subset{fold}")
+                if f.suffix in (".mhd", ".raw")
+            }
+        )
+        if not files:
+            bad.add(
+                f"subset{fold}",
+                f"{d / f'subset{fold}'} is missing or empty: its scans are not in the table; fetch it",
+            )
         for f in files:
-            if why := _why(f, masks/f.name): bad.add(f.stem.replace(".", "_"), why)
-            else: rows.append(_row(f, masks/f.name, fold, int(found.get(f.stem, 0))))
-    if not rows: raise ValueError(f"{d}: no scan in subset0 to subset9")
+            if why := _why(f, masks / f.name):
+                bad.add(f.stem.replace(".", "_"), why)
+            else:
+                rows.append(_row(f, masks / f.name, fold, int(found.get(f.stem, 0))))
+    if not rows:
+        raise ValueError(f"{d}: no scan in subset0 to subset9")
     return check(pd.DataFrame(rows), NAME), bad
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #4e0e67a9
-def _row(f, mask, fold, n)->dict:
-    case = f.stem.replace(".", "_") # a case names files: no dots
-    return dict(case=case, scan=f.stem, patient=f.stem, image=str(f), organ_map="", target_map=str(mask), findings="", impression="",
-                split="test" if fold in TEST else "train", time_days=None, event=None, fold=fold, nodules=n, **{"label:nodule": int(n > 0)})
+def _row(f, mask, fold, n) -> dict:
+    case = f.stem.replace(".", "_")  # a case names files: no dots
+    return dict(
+        case=case,
+        scan=f.stem,
+        patient=f.stem,
+        image=str(f),
+        organ_map="",
+        target_map=str(mask),
+        findings="",
+        impression="",
+        split="test" if fold in TEST else "train",
+        time_days=None,
+        event=None,
+        fold=fold,
+        nodules=n,
+        **{"label:nodule": int(n > 0)},
+    )
 
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #b7b23f5a
 def target(
-    path, # `target_map` of a case
-)->tuple: # uint8 (W,H,D), affine
+    path,  # `target_map` of a case
+) -> tuple:  # uint8 (W,H,D), affine
     "Lungs and trachea; 3 is the left lung whichever the file calls so"
     v = read_volume(path)
     return sides(v.hu.astype(np.uint8), v.affine, 3, 4), v.affine

@@ -17,34 +17,45 @@ from ...phantom.abnormalities import Shift
 from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #c971f2d3
-NAME, SHARE = "msd_lung", 13/63 # of the cases with labels that are test
-SOURCE = Source() # HU, spacing and orientation as the file says
+NAME, SHARE = "msd_lung", 13 / 63  # of the cases with labels that are test
+SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "cancer"}
 ORGANS = False
 UNVERIFIED = "the folder Task06_Lung and imagesTs are general knowledge, not verified against the owners' archive."
-SHIFT = Shift(noise=0.9, contrast=0.9, odds={"Lung nodule": 9}) # staging CT with contrast medium; every case has a lesion
+SHIFT = Shift(
+    noise=0.9, contrast=0.9, odds={"Lung nodule": 9}
+)  # staging CT with contrast medium; every case has a lesion
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #b8bf7980
-def write_case(d, seed, i, folder, kw)->dict: # its entry in dataset.json
+def write_case(d, seed, i, folder, kw) -> dict:  # its entry in dataset.json
     "Image and target of one patient"
-    k = case(f"{NAME} {seed}", "train" if folder == "Tr" else "hidden", i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 0})
+    k = case(
+        f"{NAME} {seed}",
+        "train" if folder == "Tr" else "hidden",
+        i,
+        shift=SHIFT,
+        masks=["Lung nodule"],
+        **{**kw, "recon_share": 0},
+    )
     name, r = f"lung_{i:03d}.nii.gz", k.recons[0]
-    write_volume(r.hu, r.affine, d/f"images{folder}"/name)
-    if folder == "Tr": write_volume(k.masks["Lung nodule"].astype(np.uint8), r.affine, d/"labelsTr"/name)
+    write_volume(r.hu, r.affine, d / f"images{folder}" / name)
+    if folder == "Tr":
+        write_volume(k.masks["Lung nodule"].astype(np.uint8), r.affine, d / "labelsTr" / name)
     return dict(image=f"./images{folder}/{name}", label=f"./labels{folder}/{name}")
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #104eaf6e
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # patients with a label, together with `test`
-    test:int, # which of them are test is for `read` to say
-    jobs:int=1, **kw, # processes; size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # patients with a label, together with `test`
+    test: int,  # which of them are test is for `read` to say
+    jobs: int = 1,
+    **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature Task06_Lung of phantoms"
-    d = Path(root)/"Task06_Lung"
-    todo = [("Tr", i) for i in range(1, train+test+1)]+[("Ts", train+test+1)]
+    d = Path(root) / "Task06_Lung"
+    todo = [("Tr", i) for i in range(1, train + test + 1)] + [("Ts", train + test + 1)]
     rows = each(write_case, [(d, seed, i, s, kw) for s, i in todo], jobs, NAME)
     index(d, rows[:-1], [rows[-1]["image"]], {"0": "background", "1": "cancer"}, "Lung")
 
@@ -53,9 +64,9 @@ def write(
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #ba1480b5
 def read(
-    root, # folder that holds Task06_Lung, or is it
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds Task06_Lung, or is it
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every case with a label; 13 of 63 are test"
     caution(NAME, UNVERIFIED)
-    d = Path(root)/"Task06_Lung" if (Path(root)/"Task06_Lung").is_dir() else Path(root)
-    return pairs_table(decathlon(d/"dataset.json", TARGETS), SHARE, NAME)
+    d = Path(root) / "Task06_Lung" if (Path(root) / "Task06_Lung").is_dir() else Path(root)
+    return pairs_table(decathlon(d / "dataset.json", TARGETS), SHARE, NAME)

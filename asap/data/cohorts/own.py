@@ -22,171 +22,303 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #77282468
 NAME = "own"
-SOURCE = Source() # HU and spacing as the files say
-LABELS = ABNORMALITIES # found by their names where the CSV has them; others through `columns`
+SOURCE = Source()  # HU and spacing as the files say
+LABELS = ABNORMALITIES  # found by their names where the CSV has them; others through `columns`
 TARGETS, ORGANS, UNVERIFIED = {}, True, ""
-SHARE = 0.2 # of the patients become test where the CSV has no `split`
-NAMES = ["case", "image", "patient", "scan", "report", "findings", "impression", "organ_map", "split", "time_days", "event"]
-SHIFT = Shift(spacing=(0.95, 0.95, 0.9), noise=1.2, blur=0.2, contrast=0.7, odds={"Pleural effusion": 0.5, "Medical material": 0.4})
+SHARE = 0.2  # of the patients become test where the CSV has no `split`
+NAMES = [
+    "case",
+    "image",
+    "patient",
+    "scan",
+    "report",
+    "findings",
+    "impression",
+    "organ_map",
+    "split",
+    "time_days",
+    "event",
+]
+SHIFT = Shift(
+    spacing=(0.95, 0.95, 0.9),
+    noise=1.2,
+    blur=0.2,
+    contrast=0.7,
+    odds={"Pleural effusion": 0.5, "Medical material": 0.4},
+)
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #16fb2ff6
-def _header(k:int, hu, a, s, key): # of slice k
+def _header(k: int, hu, a, s, key):  # of slice k
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
     d, series = Dataset(), f"2.25.{seed32('series', key)}"
     d.file_meta = FileMetaDataset()
-    d.file_meta.MediaStorageSOPClassUID, d.file_meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID = CTImageStorage, f"{series}.{k+1}", series
-    d.StudyInstanceUID, d.Modality, d.PatientName, d.PatientID = f"2.25.{seed32('study', key)}", "CT", "Phantom^Nobody", "phantom"
-    d.SeriesNumber, d.InstanceNumber, d.ImageType = 1, k+1, ["ORIGINAL", "PRIMARY", "AXIAL"]
-    d.Rows, d.Columns, d.SamplesPerPixel, d.PhotometricInterpretation = hu.shape[1], hu.shape[0], 1, "MONOCHROME2"
+    d.file_meta.MediaStorageSOPClassUID, d.file_meta.TransferSyntaxUID = (
+        CTImageStorage,
+        ExplicitVRLittleEndian,
+    )
+    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID = (
+        CTImageStorage,
+        f"{series}.{k + 1}",
+        series,
+    )
+    d.StudyInstanceUID, d.Modality, d.PatientName, d.PatientID = (
+        f"2.25.{seed32('study', key)}",
+        "CT",
+        "Phantom^Nobody",
+        "phantom",
+    )
+    d.SeriesNumber, d.InstanceNumber, d.ImageType = 1, k + 1, ["ORIGINAL", "PRIMARY", "AXIAL"]
+    d.Rows, d.Columns, d.SamplesPerPixel, d.PhotometricInterpretation = (
+        hu.shape[1],
+        hu.shape[0],
+        1,
+        "MONOCHROME2",
+    )
     d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0
-    d.RescaleSlope, d.RescaleIntercept, d.PixelSpacing = 1, -2000, [round(float(s[1]), 4), round(float(s[0]), 4)]
-    d.ImageOrientationPatient = [round(float(v), 6) for v in np.r_[a[:3, 0]/s[0], a[:3, 1]/s[1]]]
-    d.ImagePositionPatient = [round(float(v), 4) for v in a[:3, 3]+k*a[:3, 2]]
+    d.RescaleSlope, d.RescaleIntercept, d.PixelSpacing = (
+        1,
+        -2000,
+        [round(float(s[1]), 4), round(float(s[0]), 4)],
+    )
+    d.ImageOrientationPatient = [
+        round(float(v), 6) for v in np.r_[a[:3, 0] / s[0], a[:3, 1] / s[1]]
+    ]
+    d.ImagePositionPatient = [round(float(v), 4) for v in a[:3, 3] + k * a[:3, 2]]
     return d
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #887ead2a
 def write_dicom(
-    hu:np.ndarray, # int16
-    affine:np.ndarray,
-    folder, # one file a slice
-    *key, # UIDs belong to it
+    hu: np.ndarray,  # int16
+    affine: np.ndarray,
+    folder,  # one file a slice
+    *key,  # UIDs belong to it
 ):
     "A CT series, the same bytes for the same voxels and key"
-    a, s = LPS@affine, np.sqrt((affine[:3, :3]**2).sum(0))
+    a, s = LPS @ affine, np.sqrt((affine[:3, :3] ** 2).sum(0))
     with atomic(folder) as tmp:
         tmp.mkdir()
         for k in range(hu.shape[2]):
             d = _header(k, hu, a, s, key)
-            d.PixelData = np.ascontiguousarray((hu[:, :, k].T.astype(np.int32)+2000).astype(np.uint16)).tobytes()
-            d.save_as(tmp/f"{k:04d}.dcm", enforce_file_format=True)
+            d.PixelData = np.ascontiguousarray(
+                (hu[:, :, k].T.astype(np.int32) + 2000).astype(np.uint16)
+            ).tobytes()
+            d.save_as(tmp / f"{k:04d}.dcm", enforce_file_format=True)
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #3b0051c6
-def write_case(k:Case, number:int, split:str, root, seed)->list: # a row a volume
+def write_case(k: Case, number: int, split: str, root, seed) -> list:  # a row a volume
     "Files of one patient; returns what the CSV says of them"
     patient, rows, root = f"p{number:04d}", [], Path(root)
     for n, r in enumerate(k.recons, 1):
         name = f"{patient}_{n}"
-        image = f"images/{patient}/{name}"+(".nii.gz" if number % 2 else "")
-        if number % 2: write_volume(r.hu, r.affine, root/image)
-        else: write_dicom(r.hu, r.affine, root/image, NAME, seed, name)
-        write_volume(r.labels, r.affine, root/f"organs/{name}.nii.gz")
+        image = f"images/{patient}/{name}" + (".nii.gz" if number % 2 else "")
+        if number % 2:
+            write_volume(r.hu, r.affine, root / image)
+        else:
+            write_dicom(r.hu, r.affine, root / image, NAME, seed, name)
+        write_volume(r.labels, r.affine, root / f"organs/{name}.nii.gz")
         text = f"FINDINGS:\n{k.report.findings}\n\nIMPRESSION:\n{k.report.impression}"
-        rows.append(dict(case=name, patient=patient, scan=f"{patient}_a", image=image, report=text, organ_map=f"organs/{name}.nii.gz", split=split,
-                         time_days=k.outcome["time_days"], event=k.outcome["event"], name="Phantom Nobody", **k.labels))
+        rows.append(
+            dict(
+                case=name,
+                patient=patient,
+                scan=f"{patient}_a",
+                image=image,
+                report=text,
+                organ_map=f"organs/{name}.nii.gz",
+                split=split,
+                time_days=k.outcome["time_days"],
+                event=k.outcome["event"],
+                name="Phantom Nobody",
+                **k.labels,
+            )
+        )
     return rows
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #69352e72
 def _one(split, i, number, root, seed, kw):
-    return write_case(case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), number, split, root, seed)
+    return write_case(
+        case(f"{NAME} {seed}", split, i, shift=SHIFT, **kw), number, split, root, seed
+    )
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #2129adb3
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients
-    jobs:int=1,
-    **kw, # size, spacing, recon_share of the phantom
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients
+    jobs: int = 1,
+    **kw,  # size, spacing, recon_share of the phantom
 ):
     "A miniature hospital of phantoms: images, organ maps, one CSV"
-    todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n+1)]
-    rows = [r for patient in each(_one, [(s, i, n, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms") for r in patient]
-    write_csv(pd.DataFrame(rows), Path(root)/"cases.csv")
+    todo = [(s, i) for s, n in (("train", train), ("test", test)) for i in range(1, n + 1)]
+    rows = [
+        r
+        for patient in each(
+            _one, [(s, i, n, root, seed, kw) for n, (s, i) in enumerate(todo, 1)], jobs, "phantoms"
+        )
+        for r in patient
+    ]
+    write_csv(pd.DataFrame(rows), Path(root) / "cases.csv")
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #7fcc26af
-_HEADING = re.compile(r"^[ \t]*(?i:impressions?|conclusions?)[ \t]*(?::|$)|\b(?:IMPRESSIONS?|CONCLUSIONS?)[ \t]*:", re.M)
+_HEADING = re.compile(
+    r"^[ \t]*(?i:impressions?|conclusions?)[ \t]*(?::|$)|\b(?:IMPRESSIONS?|CONCLUSIONS?)[ \t]*:",
+    re.M,
+)
 _FIRST = re.compile(r"^\s*findings?[ \t]*(?::|$)", re.I | re.M)
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #43cf3092
-def split_report(text:str)->tuple: # findings, impression; impression "" where there is no heading
+def split_report(
+    text: str,
+) -> tuple:  # findings, impression; impression "" where there is no heading
     "A report in one piece at its first heading IMPRESSION or CONCLUSION"
     at = _HEADING.search(text)
-    findings, impression = (text[:at.start()], text[at.end():]) if at else (text, "")
+    findings, impression = (text[: at.start()], text[at.end() :]) if at else (text, "")
     return _FIRST.sub("", findings, count=1).strip(), impression.strip()
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #f8d7795e
-def inside(root:Path, base:Path, name:str)->Path:
+def inside(root: Path, base: Path, name: str) -> Path:
     "A path relative to the CSV that must lie in the cohort's folder and exist"
-    p = Path(os.path.normpath(base/name))
-    if not p.is_relative_to(os.path.normpath(root)): raise ValueError(f"`{name}` leads out of the cohort's folder: copy or link the file into it")
-    if not p.exists(): raise ValueError(f"`{name}` is missing: expected a file or a DICOM folder")
+    p = Path(os.path.normpath(base / name))
+    if not p.is_relative_to(os.path.normpath(root)):
+        raise ValueError(
+            f"`{name}` leads out of the cohort's folder: copy or link the file into it"
+        )
+    if not p.exists():
+        raise ValueError(f"`{name}` is missing: expected a file or a DICOM folder")
     return p
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #ff24fa46
-def _number(name, x, allowed=None)->float|None: # None where empty
-    try: v = float(x) if x else None
-    except ValueError: v = np.nan
-    if v is None or (np.isfinite(v) and v >= 0 and (allowed is None or v in allowed)): return v
-    raise ValueError(f"`{name}` is {x!r}, expected {'0, 1' if allowed else 'a number of days'} or empty")
+def _number(name, x, allowed=None) -> float | None:  # None where empty
+    try:
+        v = float(x) if x else None
+    except ValueError:
+        v = np.nan
+    if v is None or (np.isfinite(v) and v >= 0 and (allowed is None or v in allowed)):
+        return v
+    raise ValueError(
+        f"`{name}` is {x!r}, expected {'0, 1' if allowed else 'a number of days'} or empty"
+    )
 
-def _words(get)->tuple: # findings, impression
+
+def _words(get) -> tuple:  # findings, impression
     findings, impression = get("findings"), get("impression")
-    if not findings and not impression: findings, impression = split_report(get("report"))
-    if not findings and not impression: raise ValueError("no report")
+    if not findings and not impression:
+        findings, impression = split_report(get("report"))
+    if not findings and not impression:
+        raise ValueError("no report")
     return findings, impression
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #98365abf
 _SPLITS = dict(train="train", val="val", valid="val", validation="val", test="test")
 
-def _names(columns, t, path)->tuple: # {ours: theirs}, labels
+
+def _names(columns, t, path) -> tuple:  # {ours: theirs}, labels
     given = dict(columns or {})
     labels = given.pop("labels", None)
     odd = [k for k in given if k not in NAMES]
-    if odd: raise ValueError(f"columns: `{odd[0]}` is none of {[*NAMES, 'labels']}")
+    if odd:
+        raise ValueError(f"columns: `{odd[0]}` is none of {[*NAMES, 'labels']}")
     lost = [c for c in [*given.values(), *(labels or [])] if c not in t]
     names = {k: given.get(k, k) for k in NAMES if given.get(k, k) in t}
     lost += [k for k in ("case", "image", "patient") if k not in names]
-    if not {"report", "findings", "impression"} & set(names): lost.append("report")
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in list(t)[:12]]}: name yours in `columns` (params.yaml: cohorts.own.columns)")
+    if not {"report", "findings", "impression"} & set(names):
+        lost.append("report")
+    if lost:
+        raise ValueError(
+            f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in list(t)[:12]]}: name yours in `columns` (params.yaml: cohorts.own.columns)"
+        )
     return names, [n for n in LABELS if n in t] if labels is None else labels
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #a2692012
-def _row(raw, names, labels, root, base)->dict: # ValueError says what is wrong with the case
+def _row(raw, names, labels, root, base) -> dict:  # ValueError says what is wrong with the case
     get = lambda k: raw[names[k]] if k in names else ""
     for k in ("case", "patient"):
-        if not re.fullmatch(r"[\w-]+", get(k)): raise ValueError(f"{k} `{get(k)}`: expected letters, digits, _ and - only, because files are named by it")
-    if not get("image"): raise ValueError("no image")
+        if not re.fullmatch(r"[\w-]+", get(k)):
+            raise ValueError(
+                f"{k} `{get(k)}`: expected letters, digits, _ and - only, because files are named by it"
+            )
+    if not get("image"):
+        raise ValueError("no image")
     findings, impression = _words(get)
-    if "split" in names and get("split").lower() not in _SPLITS: raise ValueError(f"split `{get('split')}`, expected train, val or test")
+    if "split" in names and get("split").lower() not in _SPLITS:
+        raise ValueError(f"split `{get('split')}`, expected train, val or test")
     organs = str(inside(root, base, get("organ_map"))) if get("organ_map") else ""
-    return dict(case=get("case"), scan=get("scan") or get("case"), patient=get("patient"), image=str(inside(root, base, get("image"))), organ_map=organs, target_map="",
-                findings=findings, impression=impression, split=_SPLITS.get(get("split").lower(), "train"), time_days=_number("time_days", get("time_days")),
-                event=_number("event", get("event"), (0, 1)), **{f"label:{n}": _number(n, raw[n], (0, 1)) for n in labels})
+    return dict(
+        case=get("case"),
+        scan=get("scan") or get("case"),
+        patient=get("patient"),
+        image=str(inside(root, base, get("image"))),
+        organ_map=organs,
+        target_map="",
+        findings=findings,
+        impression=impression,
+        split=_SPLITS.get(get("split").lower(), "train"),
+        time_days=_number("time_days", get("time_days")),
+        event=_number("event", get("event"), (0, 1)),
+        **{f"label:{n}": _number(n, raw[n], (0, 1)) for n in labels},
+    )
 
-def _once(t, names, bad)->pd.DataFrame: # without cases that are there twice and patients in two splits
+
+def _once(
+    t, names, bad
+) -> pd.DataFrame:  # without cases that are there twice and patients in two splits
     twice = t[names["case"]][t[names["case"]].duplicated() & (t[names["case"]] != "")].unique()
-    for c in twice: bad.add(c, f"is there {int((t[names['case']] == c).sum())} times, expected once: give each volume a name of its own")
+    for c in twice:
+        bad.add(
+            c,
+            f"is there {int((t[names['case']] == c).sum())} times, expected once: give each volume a name of its own",
+        )
     return t[~t[names["case"]].isin(twice)]
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #8d12520f
-def _one_side(rows, bad)->list: # a patient in two splits teaches the test: all of them are left out
+def _one_side(
+    rows, bad
+) -> list:  # a patient in two splits teaches the test: all of them are left out
     sides = {}
-    for r in rows: sides.setdefault(r["patient"], set()).add(r["split"])
     for r in rows:
-        if len(sides[r["patient"]]) > 1: bad.add(r["case"], f"patient `{r['patient']}` is in {' and '.join(sorted(sides[r['patient']]))}: split by patient")
+        sides.setdefault(r["patient"], set()).add(r["split"])
+    for r in rows:
+        if len(sides[r["patient"]]) > 1:
+            bad.add(
+                r["case"],
+                f"patient `{r['patient']}` is in {' and '.join(sorted(sides[r['patient']]))}: split by patient",
+            )
     return [r for r in rows if len(sides[r["patient"]]) == 1]
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #ffaa889b
 class NoneWhole(ValueError):
     "No case of a table can be used; `bad` says of each why"
-    def __init__(self, text:str, bad:Quarantine): super().__init__(text); self.bad = bad
+
+    def __init__(self, text: str, bad: Quarantine):
+        super().__init__(text)
+        self.bad = bad
+
 
 def read(
-    root, # folder that holds the CSV and the images
-    columns:dict|None=None, # {our name: your column}; `labels`: a list of columns
-    csv:str="cases.csv", # relative to `root`
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds the CSV and the images
+    columns: dict | None = None,  # {our name: your column}; `labels`: a list of columns
+    csv: str = "cases.csv",  # relative to `root`
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every case of the CSV that is whole; what is not is left out by name"
     root, rows, bad = Path(root).absolute(), [], Quarantine()
-    if not root.is_dir(): raise FileNotFoundError(f"{root} is missing: expected a folder with {csv} and images in it")
-    t = table(root/csv, what="a line a volume with case, image, patient and report")
-    names, labels = _names(columns, t, root/csv)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is missing: expected a folder with {csv} and images in it")
+    t = table(root / csv, what="a line a volume with case, image, patient and report")
+    names, labels = _names(columns, t, root / csv)
     for n, raw in _once(t, names, bad).iterrows():
-        try: rows.append(_row(raw, names, labels, root, (root/csv).parent))
-        except ValueError as e: bad.add(raw[names["case"]] or f"row {n+2}", str(e))
+        try:
+            rows.append(_row(raw, names, labels, root, (root / csv).parent))
+        except ValueError as e:
+            bad.add(raw[names["case"]] or f"row {n + 2}", str(e))
     rows = _one_side(rows, bad)
-    if not rows: raise NoneWhole(f"{root/csv}: none of {len(t)} cases is whole"+(f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""), bad)
+    if not rows:
+        raise NoneWhole(
+            f"{root / csv}: none of {len(t)} cases is whole"
+            + (f"; the first: {bad.rows[0]['case']}: {bad.rows[0]['reason']}" if bad.rows else ""),
+            bad,
+        )
     whole = pd.DataFrame(rows)
     return check(whole if "split" in names else carve(whole, SHARE, seed=0, into="test"), NAME), bad

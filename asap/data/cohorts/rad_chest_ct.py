@@ -20,132 +20,242 @@ from ...phantom.abnormalities import Shift
 from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #370d2f93
-MADE_OF = { # label -> the owners' abnormalities
-    "Medical material": ["pacemaker_or_defib", "catheter_or_port", "chest_tube", "tracheal_tube", "gi_tube", "stent", "clip", "staple", "suture",
-                         "hardware", "heart_valve_replacement", "breast_implant"],
-    "Calcification": ["calcification"], "Cardiomegaly": ["cardiomegaly"], "Pericardial effusion": ["pericardial_effusion"],
-    "Hiatal hernia": ["hernia"], "Lymphadenopathy": ["lymphadenopathy"], "Emphysema": ["emphysema"], "Atelectasis": ["atelectasis"],
-    "Lung nodule": ["nodule", "nodulegr1cm"], "Lung opacity": ["opacity"], "Pulmonary fibrotic sequela": ["fibrosis"],
-    "Pleural effusion": ["pleural_effusion"], "Peribronchial thickening": ["bronchial_wall_thickening"], "Consolidation": ["consolidation"],
-    "Bronchiectasis": ["bronchiectasis"], "Interlobular septal thickening": ["septal_thickening"]}
+MADE_OF = {  # label -> the owners' abnormalities
+    "Medical material": [
+        "pacemaker_or_defib",
+        "catheter_or_port",
+        "chest_tube",
+        "tracheal_tube",
+        "gi_tube",
+        "stent",
+        "clip",
+        "staple",
+        "suture",
+        "hardware",
+        "heart_valve_replacement",
+        "breast_implant",
+    ],
+    "Calcification": ["calcification"],
+    "Cardiomegaly": ["cardiomegaly"],
+    "Pericardial effusion": ["pericardial_effusion"],
+    "Hiatal hernia": ["hernia"],
+    "Lymphadenopathy": ["lymphadenopathy"],
+    "Emphysema": ["emphysema"],
+    "Atelectasis": ["atelectasis"],
+    "Lung nodule": ["nodule", "nodulegr1cm"],
+    "Lung opacity": ["opacity"],
+    "Pulmonary fibrotic sequela": ["fibrosis"],
+    "Pleural effusion": ["pleural_effusion"],
+    "Peribronchial thickening": ["bronchial_wall_thickening"],
+    "Consolidation": ["consolidation"],
+    "Bronchiectasis": ["bronchiectasis"],
+    "Interlobular septal thickening": ["septal_thickening"],
+}
 LABELS = list(MADE_OF)
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #340ae88d
 NAME = "rad_chest_ct"
 SOURCE = Source(spacing=(0.8, 0.8, 0.8), axes="IPL")
 TARGETS, ORGANS = {}, False
-TABLES = {"trn": ("train", "imgtrain_Abnormality_and_Location_Labels.csv"), "val": ("val", "imgvalid_Abnormality_and_Location_Labels.csv"),
-          "tst": ("test", "imgtest_Abnormality_and_Location_Labels.csv")}
+TABLES = {
+    "trn": ("train", "imgtrain_Abnormality_and_Location_Labels.csv"),
+    "val": ("val", "imgvalid_Abnormality_and_Location_Labels.csv"),
+    "tst": ("test", "imgtest_Abnormality_and_Location_Labels.csv"),
+}
 UNVERIFIED = "names and columns of the label tables, which of the owners' abnormalities make a label, and that splits are by patient, were not checked against the owners' files."
-SHIFT = Shift(spacing=(1., 1., 0.8), noise=0.9, contrast=0.4, odds={"Lung nodule": 0.3})
+SHIFT = Shift(spacing=(1.0, 1.0, 0.8), noise=0.9, contrast=0.4, odds={"Lung nodule": 0.3})
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #b11a6817
-LUNGS, PLACES = ("left lung", "right lung"), dict(pacemaker_or_defib=["heart"], calcification=["aorta", "heart"], cardiomegaly=["heart"],
-    pericardial_effusion=["heart"], hernia=["esophagus"], lymphadenopathy=["mediastinum"]) # the rest is in the lungs
+LUNGS, PLACES = (
+    ("left lung", "right lung"),
+    dict(
+        pacemaker_or_defib=["heart"],
+        calcification=["aorta", "heart"],
+        cardiomegaly=["heart"],
+        pericardial_effusion=["heart"],
+        hernia=["esophagus"],
+        lymphadenopathy=["mediastinum"],
+    ),
+)  # the rest is in the lungs
 
-def _columns(k:Case)->dict: # "pleural_effusion*left lung" -> 0 or 1
+
+def _columns(k: Case) -> dict:  # "pleural_effusion*left lung" -> 0 or 1
     found = {f.name: f.side for f in k.findings}
-    phantom = lambda label: ["Arterial wall calcification", "Coronary artery wall calcification"] if label == "Calcification" else [label]
+    phantom = lambda label: (
+        ["Arterial wall calcification", "Coronary artery wall calcification"]
+        if label == "Calcification"
+        else [label]
+    )
     out = {}
     for label, (name, *_) in MADE_OF.items():
         sides = [found.get(n) for n in phantom(label)]
         for i, place in enumerate(PLACES.get(name, LUNGS)):
-            seen = sides[i % len(sides)] if name in PLACES else sides[0] if (sides[0] or "both sides") in ("both sides", place.split()[0]) else None
+            seen = (
+                sides[i % len(sides)]
+                if name in PLACES
+                else sides[0]
+                if (sides[0] or "both sides") in ("both sides", place.split()[0])
+                else None
+            )
             out[f"{name}*{place}"] = int(seen is not None)
     return out
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #c67cfc77
-def write_npz(r, path): # `r`: a Recon
+def write_npz(r, path):  # `r`: a Recon
     "A reconstruction as the owners store it: upper slice first, then rows, then columns"
-    ct, s = np.ascontiguousarray(np.clip(r.hu, -1000, 1000)[::-1, ::-1, ::-1].transpose(2, 1, 0)), r.affine.diagonal()[:3]
-    with atomic(path) as tmp: np.savez_compressed(tmp, ct=ct, spacing=s[::-1])
+    ct, s = (
+        np.ascontiguousarray(np.clip(r.hu, -1000, 1000)[::-1, ::-1, ::-1].transpose(2, 1, 0)),
+        r.affine.diagonal()[:3],
+    )
+    with atomic(path) as tmp:
+        np.savez_compressed(tmp, ct=ct, spacing=s[::-1])
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #afb6a9b5
 def _one(prefix, i, root, seed, kw):
     k = case(f"{NAME} {seed}", TABLES[prefix][0], i, shift=SHIFT, **kw)
-    write_npz(k.recons[0], Path(root)/f"{prefix}{i:05d}.npz")
+    write_npz(k.recons[0], Path(root) / f"{prefix}{i:05d}.npz")
     return dict(NoteAcc_DEID=f"{prefix}{i:05d}", **_columns(k))
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #a3f0d475
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients; as many again are the owners' validation
-    jobs:int=1,
-    **kw, # size, spacing of the phantom; recon_share is not used: one volume a patient
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients; as many again are the owners' validation
+    jobs: int = 1,
+    **kw,  # size, spacing of the phantom; recon_share is not used: one volume a patient
 ):
     "A miniature RAD-ChestCT of phantoms"
-    todo, kw = [(p, i) for p, n in zip(TABLES, (train, test, test)) for i in range(1, n+1)], kw | dict(recon_share=0)
+    todo, kw = (
+        [(p, i) for p, n in zip(TABLES, (train, test, test)) for i in range(1, n + 1)],
+        kw | dict(recon_share=0),
+    )
     t = pd.DataFrame(each(_one, [(p, i, root, seed, kw) for p, i in todo], jobs, "phantoms"))
-    for prefix, (_, name) in TABLES.items(): write_csv(t[t.NoteAcc_DEID.str.startswith(prefix)], Path(root)/name)
+    for prefix, (_, name) in TABLES.items():
+        write_csv(t[t.NoteAcc_DEID.str.startswith(prefix)], Path(root) / name)
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #59a54ce7
-WHAT = "put the owners' "+", ".join(n for _, n in TABLES.values())+" beside the volumes; all labels are made from them"
+WHAT = (
+    "put the owners' "
+    + ", ".join(n for _, n in TABLES.values())
+    + " beside the volumes; all labels are made from them"
+)
+
 
 def refuse_copy(t, path):
     "Refuse the released benchmark's table, one of whose columns is a copy of another"
     names = {str(n).strip().lower().replace("_", " "): n for n in t}
     both = [names.get("pericardial effusion"), names.get("pleural effusion")]
-    if None in both or not (t[both[0]] == t[both[1]]).all(): return
-    raise ValueError(f"{path}: `{both[0]}` and `{both[1]}` are the same in all {len(t)} rows: this is the released benchmark's table, in which one is a copy of the other; {WHAT}")
+    if None in both or not (t[both[0]] == t[both[1]]).all():
+        return
+    raise ValueError(
+        f"{path}: `{both[0]}` and `{both[1]}` are the same in all {len(t)} rows: this is the released benchmark's table, in which one is a copy of the other; {WHAT}"
+    )
 
-def _csv(path)->pd.DataFrame:
-    try: return pd.read_csv(path, dtype={"NoteAcc_DEID": str})
-    except ValueError as e: raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
+
+def _csv(path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype={"NoteAcc_DEID": str})
+    except ValueError as e:
+        raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #4cbb2036
-def _made(t, path)->pd.DataFrame: # NoteAcc_DEID -> 16 labels, NaN where a column is neither 0 nor 1
+def _made(
+    t, path
+) -> pd.DataFrame:  # NoteAcc_DEID -> 16 labels, NaN where a column is neither 0 nor 1
     out, pairs = {}, {c: str(c).split("*")[0].strip().lower() for c in t if "*" in str(c)}
     for label, parts in MADE_OF.items():
         columns = [c for c, name in pairs.items() if name in parts]
-        if not columns: raise ValueError(f"{path}: no column `{parts[0]}*<place>` for `{label}`; there are {list(t)[:4]}; {WHAT}")
+        if not columns:
+            raise ValueError(
+                f"{path}: no column `{parts[0]}*<place>` for `{label}`; there are {list(t)[:4]}; {WHAT}"
+            )
         values = t[columns].apply(pd.to_numeric, errors="coerce")
         out[f"label:{label}"] = values.max(axis=1).where(values.isin([0, 1]).all(axis=1))
     return pd.DataFrame(out).set_index(pd.Index(t.NoteAcc_DEID, name="case"))
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #b71b88ee
-def labels(root)->pd.DataFrame: # case -> 16 labels, split
+def labels(root) -> pd.DataFrame:  # case -> 16 labels, split
     "The three tables in one"
     tables = []
     for split, name in TABLES.values():
-        path = Path(root)/name
+        path = Path(root) / name
         if not path.is_file():
-            for f in visible(root, "*.csv"): refuse_copy(_csv(f), f)
+            for f in visible(root, "*.csv"):
+                refuse_copy(_csv(f), f)
             raise FileNotFoundError(f"{path} is missing: {WHAT}")
         t = _csv(path)
         refuse_copy(t, path)
-        if "NoteAcc_DEID" not in t: raise ValueError(f"{path}: no column `NoteAcc_DEID`; there are {list(t)[:4]}; {WHAT}")
-        tables.append(_made(t.dropna(subset=["NoteAcc_DEID"]).drop_duplicates("NoteAcc_DEID"), path).assign(split=split))
+        if "NoteAcc_DEID" not in t:
+            raise ValueError(f"{path}: no column `NoteAcc_DEID`; there are {list(t)[:4]}; {WHAT}")
+        tables.append(
+            _made(t.dropna(subset=["NoteAcc_DEID"]).drop_duplicates("NoteAcc_DEID"), path).assign(
+                split=split
+            )
+        )
     return pd.concat(tables)
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #4a2a2357
-def _doubt(name, t, f)->str: # why a volume is left out, or ""
-    if name not in t.index: return "in none of the three label tables"
-    if not f.is_file(): return f"{f} is missing: fetch it again"
-    if name[:3] not in TABLES or TABLES[name[:3]][0] != t.split[name]: return f"named {name[:3]}, but in the table of {t.split[name]}: look at the label tables"
+def _doubt(name, t, f) -> str:  # why a volume is left out, or ""
+    if name not in t.index:
+        return "in none of the three label tables"
+    if not f.is_file():
+        return f"{f} is missing: fetch it again"
+    if name[:3] not in TABLES or TABLES[name[:3]][0] != t.split[name]:
+        return f"named {name[:3]}, but in the table of {t.split[name]}: look at the label tables"
     empty = t.columns[t.loc[name].isna()].tolist()
-    return f"`{empty[0].removeprefix('label:')}` has values other than 0 and 1 in its table" if empty else ""
+    return (
+        f"`{empty[0].removeprefix('label:')}` has values other than 0 and 1 in its table"
+        if empty
+        else ""
+    )
 
-def _row(name, f, has)->dict:
-    return dict(case=name, scan=name, patient=name, image=str(f), organ_map="", target_map="", findings="", impression="", time_days=None, event=None,
-                split=has["split"], **{c: int(has[c]) for c in has if c != "split"})
+
+def _row(name, f, has) -> dict:
+    return dict(
+        case=name,
+        scan=name,
+        patient=name,
+        image=str(f),
+        organ_map="",
+        target_map="",
+        findings="",
+        impression="",
+        time_days=None,
+        event=None,
+        split=has["split"],
+        **{c: int(has[c]) for c in has if c != "split"},
+    )
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #4150e206
 def read(
-    root, # folder that holds the volumes and the tables
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds the volumes and the tables
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every volume with 16 labels; what has not is left out by name"
     caution(NAME, UNVERIFIED)
     root, bad = Path(root), Quarantine()
-    if not root.is_dir(): raise FileNotFoundError(f"{root} is missing: expected trnNNNNN.npz, valNNNNN.npz, tstNNNNN.npz and three label tables there")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{root} is missing: expected trnNNNNN.npz, valNNNNN.npz, tstNNNNN.npz and three label tables there"
+        )
     t = labels(root)
-    if t.index.duplicated().any(): raise ValueError(f"{root}: {t.index[t.index.duplicated()][0]} is in two label tables, expected one: {WHAT}")
-    if len(t) > 50 and (t["label:Pericardial effusion"] == t["label:Pleural effusion"]).all(): raise ValueError(f"{root}: both effusions are the same in all {len(t)} rows; {WHAT}")
-    doubts = {n: _doubt(n, t, root/f"{n}.npz") for n in sorted({*t.index, *(f.stem for f in visible(root, "*.npz"))})}
+    if t.index.duplicated().any():
+        raise ValueError(
+            f"{root}: {t.index[t.index.duplicated()][0]} is in two label tables, expected one: {WHAT}"
+        )
+    if len(t) > 50 and (t["label:Pericardial effusion"] == t["label:Pleural effusion"]).all():
+        raise ValueError(f"{root}: both effusions are the same in all {len(t)} rows; {WHAT}")
+    doubts = {
+        n: _doubt(n, t, root / f"{n}.npz")
+        for n in sorted({*t.index, *(f.stem for f in visible(root, "*.npz"))})
+    }
     for name, why in doubts.items():
-        if why: bad.add(name, why)
+        if why:
+            bad.add(name, why)
     has = t.to_dict("index")
-    rows = [_row(n, root/f"{n}.npz", has[n]) for n, why in doubts.items() if not why]
-    if not rows: raise ValueError(f"{root}: no volume with labels was found; the first of {len(bad)} left out: {bad.rows[0]['reason'] if len(bad) else 'none is there'}")
+    rows = [_row(n, root / f"{n}.npz", has[n]) for n, why in doubts.items() if not why]
+    if not rows:
+        raise ValueError(
+            f"{root}: no volume with labels was found; the first of {len(bad)} left out: {bad.rows[0]['reason'] if len(bad) else 'none is there'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad

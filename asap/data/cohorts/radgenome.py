@@ -14,7 +14,13 @@ import pandas as pd
 from ...core import Quarantine, each, rng, write_csv
 from ..cohort import check, place as place_cohort
 from ..layouts import caution, table as read_table
-from .ct_rate import NAMES as VOLUMES, SOURCE, open_volume, read as read_volumes, write as write_volumes
+from asap.data.cohorts.ct_rate import (
+    NAMES as VOLUMES,
+    SOURCE,
+    open_volume,
+    read as read_volumes,
+    write as write_volumes,
+)
 from ...phantom.abnormalities import ABNORMALITIES, SAME, chest
 from ...phantom.words import report
 
@@ -22,132 +28,240 @@ from ...phantom.words import report
 NAME = "radgenome"
 LABELS, TARGETS, ORGANS = [], {}, True
 UNVERIFIED = "names and columns of its tables are those that public code reads; they were not checked against the owners' files."
-SHIFT = SAME # its volumes are CT-RATE's
+SHIFT = SAME  # its volumes are CT-RATE's
 SPLITS = dict(train="train", validation="valid")
-FILES = dict(abnormality="vqa_abnormality", presence="vqa_presence", location="vqa_location", size="vqa_size", disorder="case_disorders")
-WHOLE = "whole scan" # where Anatomy is empty
+FILES = dict(
+    abnormality="vqa_abnormality",
+    presence="vqa_presence",
+    location="vqa_location",
+    size="vqa_size",
+    disorder="case_disorders",
+)
+WHOLE = "whole scan"  # where Anatomy is empty
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #231ef109
-ASK = dict( # kind: (question, columns in it, column of the answer)
+ASK = dict(  # kind: (question, columns in it, column of the answer)
     abnormality=("What abnormality is seen here: {Anatomy}?", ["Anatomy"], "Abnormality"),
     presence=("Is there {Finding}?", ["Finding"], "Presence"),
     location=("Where is it: {Abnormality}?", ["Abnormality"], "Anatomy"),
     size=("How large is it, in mm: {Abnormality}?", ["Abnormality"], "Size"),
-    disorder=("Which disorders does this scan show?", [], "Disorders"))
+    disorder=("Which disorders does this scan show?", [], "Disorders"),
+)
 
-COLUMNS_OF = dict(region=["Volumename", "Anatomy", "Sentence"], abnormality=["Volumename", "Anatomy", "Abnormality"], presence=["Volumename", "Anatomy", "Finding", "Presence"],
-                  location=["Volumename", "Anatomy", "Abnormality"], size=["Volumename", "Anatomy", "Abnormality", "Size"], disorder=["Volumename", "Disorders"])
+COLUMNS_OF = dict(
+    region=["Volumename", "Anatomy", "Sentence"],
+    abnormality=["Volumename", "Anatomy", "Abnormality"],
+    presence=["Volumename", "Anatomy", "Finding", "Presence"],
+    location=["Volumename", "Anatomy", "Abnormality"],
+    size=["Volumename", "Anatomy", "Abnormality", "Size"],
+    disorder=["Volumename", "Disorders"],
+)
 
-def _answer(kind, text)->str:
-    if kind == "presence": return text.lower().rstrip(".")
-    return "/".join(p.strip() for p in text.replace("/", ",").split(",")) if kind == "disorder" else text
+
+def _answer(kind, text) -> str:
+    if kind == "presence":
+        return text.lower().rstrip(".")
+    return (
+        "/".join(p.strip() for p in text.replace("/", ",").split(","))
+        if kind == "disorder"
+        else text
+    )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #5315f556
-def _asked(c, key)->dict: # kind -> rows without Volumename
+def _asked(c, key) -> dict:  # kind -> rows without Volumename
     place, names = {}, [f.name for f in c.findings]
-    for f in c.findings: place.setdefault(f.place, []).append(f.name.lower())
+    for f in c.findings:
+        place.setdefault(f.place, []).append(f.name.lower())
     absent = [n for n in ABNORMALITIES if not c.has(n)]
-    absent = [str(n) for n in rng("radgenome absent", key).permutation(absent)[:max(len(names), 1)]]
-    return dict(abnormality=[dict(Anatomy=p, Abnormality="/".join(sorted(n))) for p, n in place.items()] or [dict(Anatomy="", Abnormality="no findings")],
-                presence=[dict(Anatomy="", Finding=n.lower(), Presence="Yes." if c.has(n) else "No.") for n in names+absent],
-                location=[dict(Anatomy=f.place, Abnormality=f.name.lower()) for f in c.findings],
-                size=[dict(Anatomy=f.place, Abnormality=f.name.lower(), Size=f"{round(f.size_mm)} mm") for f in c.findings],
-                disorder=[dict(Disorders=", ".join(n.lower() for n in names) or "no findings")])
+    absent = [
+        str(n) for n in rng("radgenome absent", key).permutation(absent)[: max(len(names), 1)]
+    ]
+    return dict(
+        abnormality=[dict(Anatomy=p, Abnormality="/".join(sorted(n))) for p, n in place.items()]
+        or [dict(Anatomy="", Abnormality="no findings")],
+        presence=[
+            dict(Anatomy="", Finding=n.lower(), Presence="Yes." if c.has(n) else "No.")
+            for n in names + absent
+        ],
+        location=[dict(Anatomy=f.place, Abnormality=f.name.lower()) for f in c.findings],
+        size=[
+            dict(Anatomy=f.place, Abnormality=f.name.lower(), Size=f"{round(f.size_mm)} mm")
+            for f in c.findings
+        ],
+        disorder=[dict(Disorders=", ".join(n.lower() for n in names) or "no findings")],
+    )
 
-def _said(c, key)->list: # rows of the region report
-    return [dict(Anatomy="", Sentence=f"{s.rstrip('.')}.") for s in report(c, key).findings.split(". ")]
+
+def _said(c, key) -> list:  # rows of the region report
+    return [
+        dict(Anatomy="", Sentence=f"{s.rstrip('.')}.") for s in report(c, key).findings.split(". ")
+    ]
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #c4d22847
-def _patient(tree, seed, split, i, size, spacing)->dict: # file -> rows
+def _patient(tree, seed, split, i, size, spacing) -> dict:  # file -> rows
     key, name = (seed, split, i), f"{split}_{i}_a_1.nii.gz"
     c = chest(key, size, spacing)
-    if name not in tree.index: raise ValueError(f"the CT-RATE tree beside has no {name}: write it with as many patients, or take it away")
-    if tree[name] != report(c, key).findings: raise ValueError(f"the CT-RATE tree beside tells another report of {name}: it was written with another seed or size")
+    if name not in tree.index:
+        raise ValueError(
+            f"the CT-RATE tree beside has no {name}: write it with as many patients, or take it away"
+        )
+    if tree[name] != report(c, key).findings:
+        raise ValueError(
+            f"the CT-RATE tree beside tells another report of {name}: it was written with another seed or size"
+        )
     return _rows(c, key, name)
 
-def _rows(c, key, name)->dict: # file -> rows
-    return {kind: [dict(Volumename=name, **r) for r in rows] for kind, rows in dict(_asked(c, key), region=_said(c, key)).items()}
 
-def along(c, key, image, root, patients)->dict|None: # as `ct_rate.write` calls it; None past `patients`, train and test
+def _rows(c, key, name) -> dict:  # file -> rows
+    return {
+        kind: [dict(Volumename=name, **r) for r in rows]
+        for kind, rows in dict(_asked(c, key), region=_said(c, key)).items()
+    }
+
+
+def along(
+    c, key, image, root, patients
+) -> dict | None:  # as `ct_rate.write` calls it; None past `patients`, train and test
     "Rows of one patient, while the chest is there"
     return _rows(c, key, image.name) if key[2] <= patients[key[1] == "valid"] else None
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #0a3f8494
-def _file(root, split, kind)->Path: # split: train, validation
-    return Path(root)/"dataset/radgenome_files"/f"{split}_{dict(FILES, region='region_report')[kind]}.csv"
+def _file(root, split, kind) -> Path:  # split: train, validation
+    return (
+        Path(root)
+        / "dataset/radgenome_files"
+        / f"{split}_{dict(FILES, region='region_report')[kind]}.csv"
+    )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #54a6c8f9
 def write(
-    root, # of the cohort; CT-RATE's tree lies beside it and is written where it is not there
-    seed, # of the study, the same as CT-RATE's
-    train:int, # patients
-    test:int, # patients
-    jobs:int=1,
-    size=(96, 96, 48), # of the phantom
-    spacing=(3.5, 3.5, 7.), # mm
-    drawn:dict|None=None, # split of CT-RATE -> what `along` gave for each patient
-    **kw, # recon_share
+    root,  # of the cohort; CT-RATE's tree lies beside it and is written where it is not there
+    seed,  # of the study, the same as CT-RATE's
+    train: int,  # patients
+    test: int,  # patients
+    jobs: int = 1,
+    size=(96, 96, 48),  # of the phantom
+    spacing=(3.5, 3.5, 7.0),  # mm
+    drawn: dict | None = None,  # split of CT-RATE -> what `along` gave for each patient
+    **kw,  # recon_share
 ):
     "The tables of a miniature RadGenome-ChestCT over phantoms"
-    beside = Path(root).parent/"ct_rate"
-    if not (beside/"dataset").is_dir(): write_volumes(beside, seed, train, test, jobs, size=size, spacing=spacing, **kw)
+    beside = Path(root).parent / "ct_rate"
+    if not (beside / "dataset").is_dir():
+        write_volumes(beside, seed, train, test, jobs, size=size, spacing=spacing, **kw)
     for split, (ours, n) in dict(train=("train", train), validation=("valid", test)).items():
-        said = read_table(beside/"dataset/radiology_text_reports"/VOLUMES[ours][1], ["VolumeName"]).set_index("VolumeName").Findings_EN
-        all_rows = drawn[ours][:n] if drawn else each(_patient, [(said, seed, ours, i, size, spacing) for i in range(1, n+1)], jobs, "questions")
+        said = (
+            read_table(beside / "dataset/radiology_text_reports" / VOLUMES[ours][1], ["VolumeName"])
+            .set_index("VolumeName")
+            .Findings_EN
+        )
+        all_rows = (
+            drawn[ours][:n]
+            if drawn
+            else each(
+                _patient,
+                [(said, seed, ours, i, size, spacing) for i in range(1, n + 1)],
+                jobs,
+                "questions",
+            )
+        )
         for kind, names in COLUMNS_OF.items():
-            write_csv(pd.DataFrame([r for p in all_rows for r in p[kind]], columns=names), _file(root, split, kind))
+            write_csv(
+                pd.DataFrame([r for p in all_rows for r in p[kind]], columns=names),
+                _file(root, split, kind),
+            )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #236ba38f
-def _tree(root, given)->Path: # of CT-RATE
-    if given is not None: return Path(given)
-    try: return place_cohort("ct_rate", Path(root).absolute().parent)
-    except FileNotFoundError as e: raise FileNotFoundError(f"RadGenome-ChestCT asks about CT-RATE's volumes, expected them beside {root} or in read(root, ct_rate=FOLDER): {e}") from None
+def _tree(root, given) -> Path:  # of CT-RATE
+    if given is not None:
+        return Path(given)
+    try:
+        return place_cohort("ct_rate", Path(root).absolute().parent)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f"RadGenome-ChestCT asks about CT-RATE's volumes, expected them beside {root} or in read(root, ct_rate=FOLDER): {e}"
+        ) from None
 
-def _every(root, kind)->pd.DataFrame: # both splits, with `case`
-    both = [read_table(_file(root, s, kind), COLUMNS_OF[kind], f"RadGenome-ChestCT's table of kind {kind}").assign(side=ours) for s, ours in SPLITS.items()]
-    return pd.concat(both, ignore_index=True).assign(case=lambda t: t.Volumename.str.removesuffix(".nii.gz"))
+
+def _every(root, kind) -> pd.DataFrame:  # both splits, with `case`
+    both = [
+        read_table(
+            _file(root, s, kind), COLUMNS_OF[kind], f"RadGenome-ChestCT's table of kind {kind}"
+        ).assign(side=ours)
+        for s, ours in SPLITS.items()
+    ]
+    return pd.concat(both, ignore_index=True).assign(
+        case=lambda t: t.Volumename.str.removesuffix(".nii.gz")
+    )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #07f8bee2
 def read(
-    root, # folder that holds `dataset/`
-    ct_rate=None, # folder of CT-RATE; None: the one beside `root`
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds `dataset/`
+    ct_rate=None,  # folder of CT-RATE; None: the one beside `root`
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every volume of CT-RATE that is asked about; what CT-RATE's tree lacks is left out by name"
-    if not (Path(root)/"dataset").is_dir(): raise FileNotFoundError(f"{Path(root)/'dataset'} is missing: expected RadGenome-ChestCT's dataset/ folder there")
+    if not (Path(root) / "dataset").is_dir():
+        raise FileNotFoundError(
+            f"{Path(root) / 'dataset'} is missing: expected RadGenome-ChestCT's dataset/ folder there"
+        )
     caution(NAME, UNVERIFIED)
-    asked = pd.concat([_every(root, k)[["case", "side"]] for k in COLUMNS_OF], ignore_index=True).drop_duplicates()
+    asked = pd.concat(
+        [_every(root, k)[["case", "side"]] for k in COLUMNS_OF], ignore_index=True
+    ).drop_duplicates()
     wrong = asked[[not c.startswith(f"{s}_") for c, s in zip(asked.case, asked.side)]]
-    if len(wrong): raise ValueError(f"{root}: `{wrong.case.iloc[0]}` is in a table of {wrong.side.iloc[0]}, expected volumes named {wrong.side.iloc[0]}_...: the test would be trained on")
+    if len(wrong):
+        raise ValueError(
+            f"{root}: `{wrong.case.iloc[0]}` is in a table of {wrong.side.iloc[0]}, expected volumes named {wrong.side.iloc[0]}_...: the test would be trained on"
+        )
     t, bad = read_volumes(_tree(root, ct_rate))
     why, left = {r["case"].removesuffix(".nii.gz"): r["reason"] for r in bad.rows}, Quarantine()
-    for c in sorted(set(asked.case)-set(t.case)): left.add(c, f"is asked about, but CT-RATE's tree has no such case{': '+why[c] if c in why else ''}")
+    for c in sorted(set(asked.case) - set(t.case)):
+        left.add(
+            c,
+            f"is asked about, but CT-RATE's tree has no such case{': ' + why[c] if c in why else ''}",
+        )
     t = t[t.case.isin(set(asked.case))].reset_index(drop=True)
-    if not len(t): raise ValueError(f"{root}: none of its {asked.case.nunique()} volumes is in CT-RATE's tree")
+    if not len(t):
+        raise ValueError(f"{root}: none of its {asked.case.nunique()} volumes is in CT-RATE's tree")
     return check(t.drop(columns=[c for c in t if c.startswith("label:")]), NAME), left
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #a73a59aa
-def _of(rows, table, left_out, what)->pd.DataFrame: # those whose volume is there
+def _of(rows, table, left_out, what) -> pd.DataFrame:  # those whose volume is there
     rows = rows[~rows.case.isin({c.removesuffix(".nii.gz") for c in left_out})]
     lost = rows[~rows.case.isin(set(table.case))]
-    if len(lost): raise ValueError(f"{lost.case.iloc[0]} has {int((lost.case == lost.case.iloc[0]).sum())} {what}, but is not in the table of cases ({lost.case.nunique()} such volumes): fetch the volume, or name it in left_out")
+    if len(lost):
+        raise ValueError(
+            f"{lost.case.iloc[0]} has {int((lost.case == lost.case.iloc[0]).sum())} {what}, but is not in the table of cases ({lost.case.nunique()} such volumes): fetch the volume, or name it in left_out"
+        )
     return rows
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #9f4b0165
 def questions(
-    root, # folder that holds `dataset/`
-    table, # of `read`, or what was left of it
-    left_out=(), # cases known to be missing, such as those of a Quarantine
-)->pd.DataFrame: # case, kind, question, answer
+    root,  # folder that holds `dataset/`
+    table,  # of `read`, or what was left of it
+    left_out=(),  # cases known to be missing, such as those of a Quarantine
+) -> pd.DataFrame:  # case, kind, question, answer
     "The questions of five kinds; one whose volume is missing is an error that names the volume"
     out = []
     for kind, (words, needs, answer) in ASK.items():
         t = _of(_every(root, kind), table, left_out, f"questions ({kind})")
-        if "Anatomy" in t: t = t.assign(Anatomy=t.Anatomy.replace("", WHOLE))
-        for r in t.to_dict("records"): out.append(dict(case=r["case"], kind=kind, question=words.format(**{n: r[n] for n in needs}), answer=_answer(kind, r[answer])))
+        if "Anatomy" in t:
+            t = t.assign(Anatomy=t.Anatomy.replace("", WHOLE))
+        for r in t.to_dict("records"):
+            out.append(
+                dict(
+                    case=r["case"],
+                    kind=kind,
+                    question=words.format(**{n: r[n] for n in needs}),
+                    answer=_answer(kind, r[answer]),
+                )
+            )
     return pd.DataFrame(out, columns=["case", "kind", "question", "answer"])
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #44e6d49e
-def regions(root, table, left_out=())->pd.DataFrame: # case, region, sentence
+def regions(root, table, left_out=()) -> pd.DataFrame:  # case, region, sentence
     "The reports by region"
     t = _of(_every(root, "region"), table, left_out, "sentences")
-    return t.assign(region=t.Anatomy.replace("", WHOLE), sentence=t.Sentence)[["case", "region", "sentence"]].reset_index(drop=True)
+    return t.assign(region=t.Anatomy.replace("", WHOLE), sentence=t.Sentence)[
+        ["case", "region", "sentence"]
+    ].reset_index(drop=True)

@@ -24,166 +24,281 @@ from ...phantom.words import report, sentence
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #df69db43
 NAME = "rex_grounding_ct"
-BESIDE = "ct_rate" # the cohort whose volumes these are
+BESIDE = "ct_rate"  # the cohort whose volumes these are
 UNVERIFIED = "that its masks lie voxel for voxel on CT-RATE's files was not checked against the owners' files."
 LISTS = ("train", "val", "test")
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #6b697a3d
-LABELS = { # label: the owners' category, what its sentence must say
-    "Emphysema": ("1c", ""), "Atelectasis": ("2b", "atelecta|collapse"), "Lung nodule": ("2d", ""), "Lung opacity": ("2c", ""),
-    "Pulmonary fibrotic sequela": ("2a", "fibro|scar|sequel"), "Pleural effusion": ("2e", "effusion|fluid"),
-    "Peribronchial thickening": ("1a", ""), "Consolidation": ("2b", "consolidat"),
-    "Bronchiectasis": ("1b", ""), "Interlobular septal thickening": ("1d", "")}
+LABELS = {  # label: the owners' category, what its sentence must say
+    "Emphysema": ("1c", ""),
+    "Atelectasis": ("2b", "atelecta|collapse"),
+    "Lung nodule": ("2d", ""),
+    "Lung opacity": ("2c", ""),
+    "Pulmonary fibrotic sequela": ("2a", "fibro|scar|sequel"),
+    "Pleural effusion": ("2e", "effusion|fluid"),
+    "Peribronchial thickening": ("1a", ""),
+    "Consolidation": ("2b", "consolidat"),
+    "Bronchiectasis": ("1b", ""),
+    "Interlobular septal thickening": ("1d", ""),
+}
+
 
 def label_of(
-    category:str, # such as "2b"
-    sentence:str,
-)->str: # one of the 18, or ""
+    category: str,  # such as "2b"
+    sentence: str,
+) -> str:  # one of the 18, or ""
     "Which label a sentence is about, where that is plain"
-    found = [n for n, (code, words) in LABELS.items() if code == category and re.search(words, sentence.lower())]
+    found = [
+        n
+        for n, (code, words) in LABELS.items()
+        if code == category and re.search(words, sentence.lower())
+    ]
     return found[0] if len(found) == 1 else ""
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #95a49761
-def _file(tree, name:str)->Path: # of a volume, whether or not it is there
+def _file(tree, name: str) -> Path:  # of a volume, whether or not it is there
     "Where a volume lies in CT-RATE's tree"
-    folder = VOLUMES[name.split("_")[0]][0].removesuffix("_fixed" if release(tree) == "first" else "")
-    return Path(tree)/"dataset"/folder/place(name)
+    folder = VOLUMES[name.split("_")[0]][0].removesuffix(
+        "_fixed" if release(tree) == "first" else ""
+    )
+    return Path(tree) / "dataset" / folder / place(name)
 
-def _affine(image)->np.ndarray: # 4x4
+
+def _affine(image) -> np.ndarray:  # 4x4
     "Where a volume's voxels lie"
     fixed = any(p.endswith("_fixed") for p in Path(image).parts)
     return np.asarray(open_nifti(image).affine, float) if fixed else open_volume(image).affine
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #6d012149
 def _keep(
-    masks:np.ndarray, # (F,H,W,D) uint8
+    masks: np.ndarray,  # (F,H,W,D) uint8
     path,
 ):
     "Write masks with a fixed header, so that the same voxels are the same bytes"
-    with atomic(path) as tmp: tmp.write_bytes(gzip.compress(nib.Nifti1Image(masks, np.eye(4)).to_bytes(), 9, mtime=0))
+    with atomic(path) as tmp:
+        tmp.write_bytes(gzip.compress(nib.Nifti1Image(masks, np.eye(4)).to_bytes(), 9, mtime=0))
 
-def _lesions(mask, affine, shape, new)->np.ndarray: # uint8, lesions 1, 2, ...
+
+def _lesions(mask, affine, shape, new) -> np.ndarray:  # uint8, lesions 1, 2, ...
     "A phantom's mask on the grid of a file, each connected part with a value of its own"
     from scipy.ndimage import label
-    return np.minimum(label(resample(mask.astype(np.uint8), affine, shape, new, order=0, fill=0))[0], 255).astype(np.uint8)
+
+    return np.minimum(
+        label(resample(mask.astype(np.uint8), affine, shape, new, order=0, fill=0))[0], 255
+    ).astype(np.uint8)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #a3695808
-def _said(c, key, told:str)->list: # (finding, its sentence) of what is in lungs and pleura
+def _said(c, key, told: str) -> list:  # (finding, its sentence) of what is in lungs and pleura
     "What the report says of each finding"
-    r = rng("report", key) # as `asap.phantom.words.report` draws
+    r = rng("report", key)  # as `asap.phantom.words.report` draws
     pairs = [(f, sentence(f, r)) for f in c.findings]
     lost = [s for _, s in pairs if s not in told]
-    if lost or report(c, key).findings != told: raise ValueError(f"the CT-RATE tree beside tells another report of {key[1]}_{key[2]}: it was written with another seed or size")
+    if lost or report(c, key).findings != told:
+        raise ValueError(
+            f"the CT-RATE tree beside tells another report of {key[1]}_{key[2]}: it was written with another seed or size"
+        )
     return [(f, s) for f, s in pairs if f.name in LABELS]
 
-def _entry(c, key, image, told, root)->dict|None: # of dataset.json; its masks are written
+
+def _entry(c, key, image, told, root) -> dict | None:  # of dataset.json; its masks are written
     shape, affine = open_nifti(image).shape, _affine(image)
     found = [(f, s, _lesions(f.mask, c.affine, shape, affine)) for f, s in _said(c, key, told)]
     found = [x for x in found if x[2].any()]
-    if not found: return None
-    _keep(np.stack([m for _, _, m in found]), Path(root)/"segmentations"/image.name)
+    if not found:
+        return None
+    _keep(np.stack([m for _, _, m in found]), Path(root) / "segmentations" / image.name)
     by = lambda value: {str(n): value(*x) for n, x in enumerate(found)}
-    return dict(name=image.name, findings=by(lambda f, s, m: s), entity_counts=by(lambda f, s, m: int(m.max())), shape=list(shape),
-                pixels=by(lambda f, s, m: int((m > 0).sum())), categories=by(lambda f, s, m: LABELS[f.name][0]), protocol="protocol1")
+    return dict(
+        name=image.name,
+        findings=by(lambda f, s, m: s),
+        entity_counts=by(lambda f, s, m: int(m.max())),
+        shape=list(shape),
+        pixels=by(lambda f, s, m: int((m > 0).sum())),
+        categories=by(lambda f, s, m: LABELS[f.name][0]),
+        protocol="protocol1",
+    )
 
-def _one(split, i, root, image, told, seed, size, spacing): return _entry(chest((seed, split, i), size, spacing), (seed, split, i), image, told, root)
 
-def along(c, key, image, root, patients=None): # as `ct_rate.write` calls it
+def _one(split, i, root, image, told, seed, size, spacing):
+    return _entry(chest((seed, split, i), size, spacing), (seed, split, i), image, told, root)
+
+
+def along(c, key, image, root, patients=None):  # as `ct_rate.write` calls it
     "Masks and entry of one patient, while the chest is there"
     return _entry(c, key, image, report(c, key).findings, root)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8e8aeef1
-def _reports(tree, split)->pd.Series: # file name -> findings
-    return read_table(Path(tree)/"dataset/radiology_text_reports"/VOLUMES[split][1], ["VolumeName"]).set_index("VolumeName").Findings_EN
+def _reports(tree, split) -> pd.Series:  # file name -> findings
+    return (
+        read_table(
+            Path(tree) / "dataset/radiology_text_reports" / VOLUMES[split][1], ["VolumeName"]
+        )
+        .set_index("VolumeName")
+        .Findings_EN
+    )
+
 
 def write(
-    root, # of the set; CT-RATE's tree lies beside it
-    seed, # of the study, the same as CT-RATE's
-    train:int, # patients
-    test:int, # patients of CT-RATE's validation, listed as `val`
-    jobs:int=1,
-    size=(96, 96, 48), # of the phantom
-    spacing=(3.5, 3.5, 7.), # mm
-    drawn:dict|None=None, # split of CT-RATE -> what `along` gave for each patient
-    **kw, # recon_share
+    root,  # of the set; CT-RATE's tree lies beside it
+    seed,  # of the study, the same as CT-RATE's
+    train: int,  # patients
+    test: int,  # patients of CT-RATE's validation, listed as `val`
+    jobs: int = 1,
+    size=(96, 96, 48),  # of the phantom
+    spacing=(3.5, 3.5, 7.0),  # mm
+    drawn: dict | None = None,  # split of CT-RATE -> what `along` gave for each patient
+    **kw,  # recon_share
 ):
     "Masks and list of a miniature ReXGroundingCT over phantoms"
-    tree, entries = Path(root).parent/BESIDE, dict(train=[], val=[], test=[])
+    tree, entries = Path(root).parent / BESIDE, dict(train=[], val=[], test=[])
     for split, to, n in (("train", "train", train), ("valid", "val", test)):
-        told, names = _reports(tree, split) if n else None, [f"{split}_{i}_a_1.nii.gz" for i in range(1, n+1)]
+        told, names = (
+            _reports(tree, split) if n else None,
+            [f"{split}_{i}_a_1.nii.gz" for i in range(1, n + 1)],
+        )
         lost = [x for x in names if x not in told.index]
-        if lost: raise ValueError(f"the CT-RATE tree beside has no {lost[0]}: write it with as many patients, or take it away")
-        todo = [(split, i, root, _file(tree, x), told[x], seed, size, spacing) for i, x in enumerate(names, 1)]
-        entries[to] = [e for e in (drawn[split] if drawn else each(_one, todo, jobs, "lesion masks")) if e]
-    write_json(entries, Path(root)/"dataset.json")
+        if lost:
+            raise ValueError(
+                f"the CT-RATE tree beside has no {lost[0]}: write it with as many patients, or take it away"
+            )
+        todo = [
+            (split, i, root, _file(tree, x), told[x], seed, size, spacing)
+            for i, x in enumerate(names, 1)
+        ]
+        entries[to] = [
+            e for e in (drawn[split] if drawn else each(_one, todo, jobs, "lesion masks")) if e
+        ]
+    write_json(entries, Path(root) / "dataset.json")
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8f9d35ea
-def _told(root)->list: # (list, entry)
+def _told(root) -> list:  # (list, entry)
     "What dataset.json holds"
-    path = Path(root)/"dataset.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected ReXGroundingCT's dataset.json beside segmentations/")
-    try: told = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as e: raise ValueError(f"{path} is not valid JSON ({e}): fetch it again") from None
-    if not isinstance(told, dict) or not any(isinstance(told.get(k), list) for k in LISTS): raise ValueError(f"{path}: no list {', '.join(LISTS)} in it: is this ReXGroundingCT's list?")
+    path = Path(root) / "dataset.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected ReXGroundingCT's dataset.json beside segmentations/"
+        )
+    try:
+        told = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON ({e}): fetch it again") from None
+    if not isinstance(told, dict) or not any(isinstance(told.get(k), list) for k in LISTS):
+        raise ValueError(
+            f"{path}: no list {', '.join(LISTS)} in it: is this ReXGroundingCT's list?"
+        )
     return [(k, e) for k in LISTS for e in told.get(k) or []]
 
-def _known(e)->bool: # an entry with name and findings
-    named = isinstance(e, dict) and isinstance(e.get("name"), str) and re.fullmatch(r"(train|valid)_\d+_[a-z]+_\d+\.nii\.gz", e["name"])
-    return bool(named) and isinstance(e.get("findings"), dict) and all(str(k).isdigit() for k in e["findings"])
+
+def _known(e) -> bool:  # an entry with name and findings
+    named = (
+        isinstance(e, dict)
+        and isinstance(e.get("name"), str)
+        and re.fullmatch(r"(train|valid)_\d+_[a-z]+_\d+\.nii\.gz", e["name"])
+    )
+    return (
+        bool(named)
+        and isinstance(e.get("findings"), dict)
+        and all(str(k).isdigit() for k in e["findings"])
+    )
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #183d3ead
 def fits(
-    mask, # path of (F,H,W,D)
-    image, # path of its volume
-    channels, # that are asked for
+    mask,  # path of (F,H,W,D)
+    image,  # path of its volume
+    channels,  # that are asked for
 ):
     "Does a file of masks lie on its volume and hold these channels? `ValueError` says what does not"
     shape, want = open_nifti(mask).shape, open_nifti(image).shape
-    if len(shape) != 4: raise ValueError(f"{mask}: shape {shape}, expected four axes (finding, H, W, D): fetch it again")
-    if shape[1:] != want: raise ValueError(f"{mask}: masks of {shape[1:]} voxels, expected {want} as {image}: is it of another volume, or of a resampled copy?")
+    if len(shape) != 4:
+        raise ValueError(
+            f"{mask}: shape {shape}, expected four axes (finding, H, W, D): fetch it again"
+        )
+    if shape[1:] != want:
+        raise ValueError(
+            f"{mask}: masks of {shape[1:]} voxels, expected {want} as {image}: is it of another volume, or of a resampled copy?"
+        )
     high = max(channels, default=0)
-    if high >= shape[0]: raise ValueError(f"{mask}: finding {high} is listed, but there are {shape[0]} channels, 0 to {shape[0]-1}: fetch mask and dataset.json of the same release")
+    if high >= shape[0]:
+        raise ValueError(
+            f"{mask}: finding {high} is listed, but there are {shape[0]} channels, 0 to {shape[0] - 1}: fetch mask and dataset.json of the same release"
+        )
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #da99792a
-def _rows(root, tree, e)->list: # a row a sentence of one volume
-    mask, image = Path(root)/"segmentations"/e["name"], _file(tree, e["name"])
+def _rows(root, tree, e) -> list:  # a row a sentence of one volume
+    mask, image = Path(root) / "segmentations" / e["name"], _file(tree, e["name"])
     for f, what in ((mask, "its mask"), (image, "its volume in CT-RATE's tree")):
-        if not f.exists(): raise FileNotFoundError(f"{f} is missing: expected {what} there; fetch it")
+        if not f.exists():
+            raise FileNotFoundError(f"{f} is missing: expected {what} there; fetch it")
     fits(mask, image, [int(k) for k in e["findings"]])
     rows = []
     for k, s in e["findings"].items():
         words, code = " ".join(str(s).split()), str((e.get("categories") or {}).get(k, ""))
-        if words: rows.append(dict(case=e["name"].removesuffix(".nii.gz"), channel=int(k), sentence=words, category=code, label=label_of(code, words), mask=str(mask), image=str(image)))
+        if words:
+            rows.append(
+                dict(
+                    case=e["name"].removesuffix(".nii.gz"),
+                    channel=int(k),
+                    sentence=words,
+                    category=code,
+                    label=label_of(code, words),
+                    mask=str(mask),
+                    image=str(image),
+                )
+            )
     return rows
+
 
 ODD = "an entry of dataset.json without the name of a CT-RATE volume or without numbered findings"
 COLUMNS = ["case", "channel", "sentence", "category", "label", "mask", "image"]
 
+
 def read(
-    root, # folder that holds dataset.json
-    ct_rate=None, # folder of CT-RATE; None: the one beside `root`
-)->tuple: # a row a sentence (COLUMNS), Quarantine
+    root,  # folder that holds dataset.json
+    ct_rate=None,  # folder of CT-RATE; None: the one beside `root`
+) -> tuple:  # a row a sentence (COLUMNS), Quarantine
     "Every sentence whose mask and volume are there; what has not is left out by name"
     caution(NAME, UNVERIFIED)
-    tree, rows, bad, withheld = place_cohort(BESIDE, Path(root).absolute().parent) if ct_rate is None else Path(ct_rate), [], Quarantine(), 0
+    tree, rows, bad, withheld = (
+        place_cohort(BESIDE, Path(root).absolute().parent) if ct_rate is None else Path(ct_rate),
+        [],
+        Quarantine(),
+        0,
+    )
     for key, e in _told(root):
-        if not _known(e): bad.add(str(e.get("name") if isinstance(e, dict) else e)[:60], ODD); continue
-        if key == "test" and not (Path(root)/"segmentations"/e["name"]).exists(): withheld += 1; continue
-        try: rows += _rows(root, tree, e)
-        except (OSError, ValueError) as why: bad.add(e["name"].removesuffix(".nii.gz"), why)
-    if withheld: say(f"{NAME}: {withheld} volumes of the owners' test, whose masks they keep to themselves")
+        if not _known(e):
+            bad.add(str(e.get("name") if isinstance(e, dict) else e)[:60], ODD)
+            continue
+        if key == "test" and not (Path(root) / "segmentations" / e["name"]).exists():
+            withheld += 1
+            continue
+        try:
+            rows += _rows(root, tree, e)
+        except (OSError, ValueError) as why:
+            bad.add(e["name"].removesuffix(".nii.gz"), why)
+    if withheld:
+        say(f"{NAME}: {withheld} volumes of the owners' test, whose masks they keep to themselves")
     return pd.DataFrame(rows, columns=COLUMNS), bad
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #4c50fd43
 def masks(
-    path, # of (F,H,W,D)
-    image, # its volume, as CT-RATE stores it
-    channels, # findings wanted, in order
-    shape, affine, # of the standard volume
-)->np.ndarray: # (len(channels),W,H,D) bool
+    path,  # of (F,H,W,D)
+    image,  # its volume, as CT-RATE stores it
+    channels,  # findings wanted, in order
+    shape,
+    affine,  # of the standard volume
+) -> np.ndarray:  # (len(channels),W,H,D) bool
     "Lesion masks of some sentences on the standard grid"
     fits(path, image, channels)
-    try: data = np.asanyarray(open_nifti(path).dataobj)
-    except (OSError, EOFError, ValueError, zlib.error) as e: raise ValueError(f"{path} is truncated or broken ({type(e).__name__}: {e}): fetch it again") from None
+    try:
+        data = np.asanyarray(open_nifti(path).dataobj)
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise ValueError(
+            f"{path} is truncated or broken ({type(e).__name__}: {e}): fetch it again"
+        ) from None
     its = _affine(image)
-    return np.stack([resample((data[c] > 0).astype(np.uint8), its, shape, affine, order=0, fill=0) > 0 for c in channels])
+    return np.stack(
+        [
+            resample((data[c] > 0).astype(np.uint8), its, shape, affine, order=0, fill=0) > 0
+            for c in channels
+        ]
+    )

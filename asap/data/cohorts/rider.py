@@ -22,73 +22,115 @@ from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #6c2cc223
 NAME = "rider"
-SOURCE = Source() # HU, spacing and orientation as the file says
+SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "cancer"}
 ORGANS = False
 UNVERIFIED = "the names after mask_rtstruct_ are not verified: the target of a CT is the mask with a word that begins with `man`, else the first by name."
-SHIFT = Shift(spacing=(0.88, 0.88, 1.2), noise=2.2, blur=0.5, contrast=0., odds={"Lung nodule": 9, "Emphysema": 1.5}) # another hospital
+SHIFT = Shift(
+    spacing=(0.88, 0.88, 1.2),
+    noise=2.2,
+    blur=0.5,
+    contrast=0.0,
+    odds={"Lung nodule": 9, "Emphysema": 1.5},
+)  # another hospital
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #f37955b3
 def write_ct(folder, name, recon, mask):
     "A CT with a manual and an automatic mask"
     from scipy.ndimage import binary_dilation
-    write_volume(recon.hu, recon.affine, folder/"ct.nii.gz")
+
+    write_volume(recon.hu, recon.affine, folder / "ct.nii.gz")
     for how, m in (("man", mask), ("auto", binary_dilation(mask))):
-        write_volume(m.astype(np.uint8), recon.affine, folder/f"mask_rtstruct_GTVp_{name}_{how}.nii.gz")
+        write_volume(
+            m.astype(np.uint8), recon.affine, folder / f"mask_rtstruct_GTVp_{name}_{how}.nii.gz"
+        )
+
 
 def write_case(root, seed, i, kw):
     "Test and retest of one patient"
-    k = case(f"{NAME} {seed}", "test", i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 1})
+    k = case(
+        f"{NAME} {seed}", "test", i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 1}
+    )
     r, first = rng(NAME, seed, i), k.recons[0]
-    patient = Path(root)/f"RIDER-{r.integers(10**9, 10**10)}"
+    patient = Path(root) / f"RIDER-{r.integers(10**9, 10**10)}"
     for name, recon in zip(("test", "retest"), k.recons):
-        mask = resample(k.masks["Lung nodule"].astype(np.uint8), first.affine, recon.hu.shape, recon.affine, order=0, fill=0)
-        write_ct(patient/f"2.25.{r.integers(10**17, 10**18)}", name, recon, mask > 0)
+        mask = resample(
+            k.masks["Lung nodule"].astype(np.uint8),
+            first.affine,
+            recon.hu.shape,
+            recon.affine,
+            order=0,
+            fill=0,
+        )
+        write_ct(patient / f"2.25.{r.integers(10**17, 10**18)}", name, recon, mask > 0)
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #5596f35c
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # not used: all of RIDER is test
-    test:int, # patients, each with two CTs
-    jobs:int=1, **kw, # processes; size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # not used: all of RIDER is test
+    test: int,  # patients, each with two CTs
+    jobs: int = 1,
+    **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature RIDER of phantoms"
-    each(write_case, [(root, seed, i, kw) for i in range(1, test+1)], jobs, NAME)
+    each(write_case, [(root, seed, i, kw) for i in range(1, test + 1)], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #5eb38c00
-def is_manual(path)->bool:
+def is_manual(path) -> bool:
     "Has the name a word that begins with `man`?"
     return any(w.startswith("man") for w in re.split(r"[^a-z]+", Path(path).name.lower()))
 
-def order(masks)->list: # the target first
+
+def order(masks) -> list:  # the target first
     "Manual masks before the others, then the alphabet"
     return sorted(masks, key=lambda f: (not is_manual(f), Path(f).name))
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #737a01a7
-def _row(folder, masks)->dict:
+def _row(folder, masks) -> dict:
     patient, series = folder.parent.name, folder.name
-    return dict(case=f"{patient}_{series}".replace(".", "_"), scan=f"{patient}_{series}", patient=patient, image=str(folder/"ct.nii.gz"), organ_map="",
-                target_map=str(masks[0]), findings="", impression="", split="test", time_days=None, event=None,
-                manual=is_manual(masks[0]), other_maps=";".join(map(str, masks[1:])))
+    return dict(
+        case=f"{patient}_{series}".replace(".", "_"),
+        scan=f"{patient}_{series}",
+        patient=patient,
+        image=str(folder / "ct.nii.gz"),
+        organ_map="",
+        target_map=str(masks[0]),
+        findings="",
+        impression="",
+        split="test",
+        time_days=None,
+        event=None,
+        manual=is_manual(masks[0]),
+        other_maps=";".join(map(str, masks[1:])),
+    )
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #ac469bb1
-def _why(folder, masks)->str: # a CT is left out, or ""
-    if not (folder/"ct.nii.gz").exists(): return f"{folder/'ct.nii.gz'} is missing: convert it again"
+def _why(folder, masks) -> str:  # a CT is left out, or ""
+    if not (folder / "ct.nii.gz").exists():
+        return f"{folder / 'ct.nii.gz'} is missing: convert it again"
     return "" if masks else f"{folder}: no mask_rtstruct_* in it: convert it again"
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #05152d3f
 def read(
-    root, # folder that holds the patients
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds the patients
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every CT with a mask; all are test"
     caution(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
-    if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*")
+    if not d.is_dir():
+        raise FileNotFoundError(
+            f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*"
+        )
     for folder in (f for f in visible(d, "*/*") if f.is_dir()):
         masks = order(visible(folder, "mask_rtstruct_*"))
-        if why := _why(folder, masks): bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), why)
-        else: rows.append(_row(folder, masks))
-    if not rows: raise ValueError(f"{d}: no CT with a mask; expected {{patient}}/{{series}}/ct.nii.gz and mask_rtstruct_* beside it")
+        if why := _why(folder, masks):
+            bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), why)
+        else:
+            rows.append(_row(folder, masks))
+    if not rows:
+        raise ValueError(
+            f"{d}: no CT with a mask; expected {{patient}}/{{series}}/ct.nii.gz and mask_rtstruct_* beside it"
+        )
     return check(pd.DataFrame(rows), NAME), bad

@@ -21,123 +21,233 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #0dd02a0f
 NAME = "rspect"
-SOURCE = Source() # HU, spacing and axes as the headers say
+SOURCE = Source()  # HU, spacing and axes as the headers say
 LABELS = ["PE"]
 TARGETS, ORGANS = {}, False
-UIDS, FLAGS = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"], ["negative_exam_for_pe", "indeterminate"]
-OTHERS = ["pe_present_on_image", "qa_motion", "qa_contrast", "flow_artifact", "rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "leftsided_pe", "chronic_pe",
-          "true_filling_defect_not_pe", "rightsided_pe", "acute_and_chronic_pe", "central_pe"] # of train.csv, not read
+UIDS, FLAGS = (
+    ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"],
+    ["negative_exam_for_pe", "indeterminate"],
+)
+OTHERS = [
+    "pe_present_on_image",
+    "qa_motion",
+    "qa_contrast",
+    "flow_artifact",
+    "rv_lv_ratio_gte_1",
+    "rv_lv_ratio_lt_1",
+    "leftsided_pe",
+    "chronic_pe",
+    "true_filling_defect_not_pe",
+    "rightsided_pe",
+    "acute_and_chronic_pe",
+    "central_pe",
+]  # of train.csv, not read
 UNVERIFIED = "the folders, the columns of train.csv and the compression of the slices were not checked against the owners' files."
-SHIFT = Shift(spacing=(1.08, 1.08, 0.75), noise=1.8, blur=0.6, contrast=1., odds={"Pleural effusion": 0.8, "Cardiomegaly": 0.6, "Consolidation": 0.5, "Emphysema": -0.5})
+SHIFT = Shift(
+    spacing=(1.08, 1.08, 0.75),
+    noise=1.8,
+    blur=0.6,
+    contrast=1.0,
+    odds={"Pleural effusion": 0.8, "Cardiomegaly": 0.6, "Consolidation": 0.5, "Emphysema": -0.5},
+)
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #0c14eef3
-def answer(k:Case, *key)->dict: # the exam's columns of train.csv
+def answer(k: Case, *key) -> dict:  # the exam's columns of train.csv
     "PE out of the seed, likelier with a pleural effusion; a few exams are indeterminate"
     r = rng("PE", *key)
-    there, unclear = r.random() < (0.6 if k.labels["Pleural effusion"] else 0.2), r.random() < 1/15
+    there, unclear = (
+        r.random() < (0.6 if k.labels["Pleural effusion"] else 0.2),
+        r.random() < 1 / 15,
+    )
     return dict(negative_exam_for_pe=int(not there and not unclear), indeterminate=int(unclear))
 
-def uid(*key)->str: # 12 hexadecimal digits
+
+def uid(*key) -> str:  # 12 hexadecimal digits
     "A name out of the seed"
     return f"{int(rng('uid', *key).integers(2**48)):012x}"
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #4513a708
-def _header(r, names)->dict: # of a series; `r`: a Recon
-    s, far = r.affine.diagonal()[:3], r.affine[:3, 3]+(np.array(r.hu.shape)-1)*r.affine.diagonal()[:3]
+def _header(r, names) -> dict:  # of a series; `r`: a Recon
+    s, far = (
+        r.affine.diagonal()[:3],
+        r.affine[:3, 3] + (np.array(r.hu.shape) - 1) * r.affine.diagonal()[:3],
+    )
     dotted = {n: f"2.25.{int(v, 16)}" for n, v in zip(UIDS, names)}
-    return dict(dotted, SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT", ImageType=["ORIGINAL", "PRIMARY", "AXIAL"], PatientName="Phantom", SeriesNumber=1,
-                Rows=r.hu.shape[1], Columns=r.hu.shape[0], SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15,
-                PixelRepresentation=0, RescaleSlope=1, RescaleIntercept=-1024, PixelSpacing=[round(float(s[1]), 5), round(float(s[0]), 5)],
-                ImageOrientationPatient=[1, 0, 0, 0, 1, 0], ImagePositionPatient=[round(float(v), 5) for v in (-far[0], -far[1], r.affine[2, 3])])
+    return dict(
+        dotted,
+        SOPClassUID="1.2.840.10008.5.1.4.1.1.2",
+        Modality="CT",
+        ImageType=["ORIGINAL", "PRIMARY", "AXIAL"],
+        PatientName="Phantom",
+        SeriesNumber=1,
+        Rows=r.hu.shape[1],
+        Columns=r.hu.shape[0],
+        SamplesPerPixel=1,
+        PhotometricInterpretation="MONOCHROME2",
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+        PixelRepresentation=0,
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+        PixelSpacing=[round(float(s[1]), 5), round(float(s[0]), 5)],
+        ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        ImagePositionPatient=[round(float(v), 5) for v in (-far[0], -far[1], r.affine[2, 3])],
+    )
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #15b21345
-def write_series(r, folder, names, compress:bool)->list: # names of the slices, from the feet up
+def write_series(r, folder, names, compress: bool) -> list:  # names of the slices, from the feet up
     "A reconstruction as DICOM, one file a slice, both horizontal axes turned to LPS"
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, RLELossless
-    head, stored = _header(r, names), (r.hu[::-1, ::-1].astype(np.int32)+1024).astype(np.uint16)
+
+    head, stored = _header(r, names), (r.hu[::-1, ::-1].astype(np.int32) + 1024).astype(np.uint16)
     slices = [uid(*names, n) for n in range(r.hu.shape[2])]
     for n, name in enumerate(slices):
         d = Dataset()
         d.file_meta = FileMetaDataset()
-        d.file_meta.TransferSyntaxUID, d.file_meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, head["SOPClassUID"]
-        for key, value in head.items(): setattr(d, key, value)
-        d.SOPInstanceUID, d.InstanceNumber, d.PixelData = f"2.25.{int(name, 16)}", n+1, np.ascontiguousarray(stored[:, :, n].T).tobytes()
+        d.file_meta.TransferSyntaxUID, d.file_meta.MediaStorageSOPClassUID = (
+            ExplicitVRLittleEndian,
+            head["SOPClassUID"],
+        )
+        for key, value in head.items():
+            setattr(d, key, value)
+        d.SOPInstanceUID, d.InstanceNumber, d.PixelData = (
+            f"2.25.{int(name, 16)}",
+            n + 1,
+            np.ascontiguousarray(stored[:, :, n].T).tobytes(),
+        )
         x, y, z = head["ImagePositionPatient"]
-        d.ImagePositionPatient = [x, y, round(z+n*float(r.affine[2, 2]), 5)]
-        if compress: d.compress(RLELossless, generate_instance_uid=False)
-        with atomic(Path(folder)/f"{name}.dcm") as tmp: d.save_as(tmp, enforce_file_format=True)
+        d.ImagePositionPatient = [x, y, round(z + n * float(r.affine[2, 2]), 5)]
+        if compress:
+            d.compress(RLELossless, generate_instance_uid=False)
+        with atomic(Path(folder) / f"{name}.dcm") as tmp:
+            d.save_as(tmp, enforce_file_format=True)
     return slices
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #95b60a51
-def _one(i, root, seed, kw)->pd.DataFrame: # the rows of an exam
+def _one(i, root, seed, kw) -> pd.DataFrame:  # the rows of an exam
     k, key = case(f"{NAME} {seed}", "test", i, shift=SHIFT, **kw), (NAME, seed, i)
     names, said = (uid("study", *key), uid("series", *key)), answer(k, *key)
-    slices = write_series(k.recons[0], Path(root)/"train"/names[0]/names[1], names, compress=i % 2 == 0)
-    t = pd.DataFrame(0, index=range(len(slices)), columns=[*UIDS, *OTHERS, *FLAGS]).assign(**dict(zip(UIDS, names)), SOPInstanceUID=slices, **said)
+    slices = write_series(
+        k.recons[0], Path(root) / "train" / names[0] / names[1], names, compress=i % 2 == 0
+    )
+    t = pd.DataFrame(0, index=range(len(slices)), columns=[*UIDS, *OTHERS, *FLAGS]).assign(
+        **dict(zip(UIDS, names)), SOPInstanceUID=slices, **said
+    )
     positive = int(not any(said.values()))
-    middle = (t.index >= len(t)//2-2) & (t.index <= len(t)//2+2)
-    return t.assign(pe_present_on_image=positive*middle, rightsided_pe=positive, rv_lv_ratio_lt_1=positive)
+    middle = (t.index >= len(t) // 2 - 2) & (t.index <= len(t) // 2 + 2)
+    return t.assign(
+        pe_present_on_image=positive * middle, rightsided_pe=positive, rv_lv_ratio_lt_1=positive
+    )
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #87d2db44
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # not used: this data set is for testing alone
-    test:int, # exams
-    jobs:int=1,
-    **kw, # size, spacing of the phantom; recon_share is not used: one series an exam
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # not used: this data set is for testing alone
+    test: int,  # exams
+    jobs: int = 1,
+    **kw,  # size, spacing of the phantom; recon_share is not used: one series an exam
 ):
     "A miniature RSPECT of phantoms"
     kw = kw | dict(recon_share=0)
-    write_csv(pd.concat(each(_one, [(i, root, seed, kw) for i in range(1, test+1)], jobs, "phantoms")), Path(root)/"train.csv")
+    write_csv(
+        pd.concat(each(_one, [(i, root, seed, kw) for i in range(1, test + 1)], jobs, "phantoms")),
+        Path(root) / "train.csv",
+    )
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #01b1b27e
-def exams(path)->pd.DataFrame: # study, series, slices, the lowest and highest of both flags
+def exams(path) -> pd.DataFrame:  # study, series, slices, the lowest and highest of both flags
     "One row an exam"
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected the owners' table, a row a slice, with {', '.join(UIDS[:2]+FLAGS)}; fetch it again")
-    try: t = pd.read_csv(path, dtype=str, usecols=lambda c: c in UIDS[:2]+FLAGS)
-    except ValueError as e: raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
-    lost = [c for c in UIDS[:2]+FLAGS if c not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; expected a row a slice with {', '.join(UIDS[:2]+FLAGS)}")
-    values = t[FLAGS].apply(pd.to_numeric, errors="coerce").fillna(-1) # -1: no answer
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected the owners' table, a row a slice, with {', '.join(UIDS[:2] + FLAGS)}; fetch it again"
+        )
+    try:
+        t = pd.read_csv(path, dtype=str, usecols=lambda c: c in UIDS[:2] + FLAGS)
+    except ValueError as e:
+        raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
+    lost = [c for c in UIDS[:2] + FLAGS if c not in t]
+    if lost:
+        raise ValueError(
+            f"{path}: no column `{lost[0]}`; expected a row a slice with {', '.join(UIDS[:2] + FLAGS)}"
+        )
+    values = t[FLAGS].apply(pd.to_numeric, errors="coerce").fillna(-1)  # -1: no answer
     groups = values.groupby([t[c] for c in UIDS[:2]])
-    out = groups.size().to_frame("slices").join(groups.min().add_prefix("low_")).join(groups.max().add_prefix("high_"))
+    out = (
+        groups.size()
+        .to_frame("slices")
+        .join(groups.min().add_prefix("low_"))
+        .join(groups.max().add_prefix("high_"))
+    )
     return out.reset_index()
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #f24b39c5
-def _doubt(e, folder)->str: # why an exam is left out, or ""
+def _doubt(e, folder) -> str:  # why an exam is left out, or ""
     low, high = [[e[f"{edge}_{c}"] for c in FLAGS] for edge in ("low", "high")]
-    if low != high: return "the slices of train.csv give different answers for one exam"
-    if not set(low) <= {0, 1}: return f"train.csv: {FLAGS[0]} and {FLAGS[1]} are {low}, expected 0 or 1"
-    if low[1]: return "indeterminate: the readers gave no answer"
+    if low != high:
+        return "the slices of train.csv give different answers for one exam"
+    if not set(low) <= {0, 1}:
+        return f"train.csv: {FLAGS[0]} and {FLAGS[1]} are {low}, expected 0 or 1"
+    if low[1]:
+        return "indeterminate: the readers gave no answer"
     sizes = {f.name: f.stat().st_size for f in visible(folder, "*.dcm")}
-    if len(sizes) != e["slices"]: return f"{folder}: {len(sizes)} slices, and {e['slices']} in train.csv: fetch the exam again"
+    if len(sizes) != e["slices"]:
+        return (
+            f"{folder}: {len(sizes)} slices, and {e['slices']} in train.csv: fetch the exam again"
+        )
     least = min(sizes, key=sizes.get)
-    if sizes[least] < 0.2*np.median(list(sizes.values())): return f"{folder/least} has {sizes[least]} bytes, far fewer than the others: fetch it again"
+    if sizes[least] < 0.2 * np.median(list(sizes.values())):
+        return (
+            f"{folder / least} has {sizes[least]} bytes, far fewer than the others: fetch it again"
+        )
     return ""
 
-def _row(name, e, folder)->dict:
-    return dict(case=name, scan=name, patient=e[UIDS[0]], image=str(folder), organ_map="", target_map="", findings="", impression="", split="test",
-                time_days=None, event=None, **{c: int(e[f"low_{c}"]) for c in FLAGS}, **{"label:PE": int(e[f"low_{FLAGS[0]}"] == 0)},
-                contrast=1) # an angiography: every scan has contrast medium
+
+def _row(name, e, folder) -> dict:
+    return dict(
+        case=name,
+        scan=name,
+        patient=e[UIDS[0]],
+        image=str(folder),
+        organ_map="",
+        target_map="",
+        findings="",
+        impression="",
+        split="test",
+        time_days=None,
+        event=None,
+        **{c: int(e[f"low_{c}"]) for c in FLAGS},
+        **{"label:PE": int(e[f"low_{FLAGS[0]}"] == 0)},
+        contrast=1,
+    )  # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #4ecd9e08
 def read(
-    root, # folder that holds train/ and train.csv
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds train/ and train.csv
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every exam with an answer and all its slices, as test; what has not is left out by name"
     caution(NAME, UNVERIFIED)
-    d, rows, bad = Path(root)/"train", [], Quarantine()
-    if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected {{StudyInstanceUID}}/{{SeriesInstanceUID}}/*.dcm there; put the training exams of RSPECT there")
-    t = exams(Path(root)/"train.csv")
+    d, rows, bad = Path(root) / "train", [], Quarantine()
+    if not d.is_dir():
+        raise FileNotFoundError(
+            f"{d} is missing: expected {{StudyInstanceUID}}/{{SeriesInstanceUID}}/*.dcm there; put the training exams of RSPECT there"
+        )
+    t = exams(Path(root) / "train.csv")
     several = set(t[UIDS[0]][t[UIDS[0]].duplicated()])
     for e in t.to_dict("records"):
         study, series = e[UIDS[0]], e[UIDS[1]]
-        name = (f"{study}_{series}" if study in several else study).replace(".", "-") # a case names a file
-        why = _doubt(e, d/study/series)
-        bad.add(name, why) if why else rows.append(_row(name, e, d/study/series))
+        name = (f"{study}_{series}" if study in several else study).replace(
+            ".", "-"
+        )  # a case names a file
+        why = _doubt(e, d / study / series)
+        bad.add(name, why) if why else rows.append(_row(name, e, d / study / series))
     for f in visible(d):
-        if f.is_dir() and f.name not in set(t[UIDS[0]]): bad.add(f.name, "no row in train.csv")
-    if not rows: raise ValueError(f"{d}: none of {len(t)} exams could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'train.csv is empty'}")
+        if f.is_dir() and f.name not in set(t[UIDS[0]]):
+            bad.add(f.name, "no row in train.csv")
+    if not rows:
+        raise ValueError(
+            f"{d}: none of {len(t)} exams could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'train.csv is empty'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad

@@ -19,62 +19,95 @@ from ...phantom.body import LABELS as ORGAN_IDS
 from ...phantom.words import case
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #81800dba
-NAME, SHARE = "segthor", 8/40 # of the cases with labels that are test
-SOURCE = Source() # HU, spacing and orientation as the file says
+NAME, SHARE = "segthor", 8 / 40  # of the cases with labels that are test
+SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "oesophagus", 2: "heart", 3: "trachea", 4: "aorta"}
 ORGANS = False
 UNVERIFIED = "the owners' layout (train/Patient_01/Patient_01.nii.gz with GT.nii.gz) is not verified against their archive."
-SHIFT = Shift(noise=0.8, contrast=0.4, odds={"Lymphadenopathy": 0.8}) # planning CT
+SHIFT = Shift(noise=0.8, contrast=0.4, odds={"Lymphadenopathy": 0.8})  # planning CT
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #96b2643f
-PLACES = dict(owners=("train/{0}/{0}.nii.gz", "train/{0}/GT.nii.gz"), released=("imagesTr/{0}.nii.gz", "labelsTr/{0}_GT.nii.gz"))
+PLACES = dict(
+    owners=("train/{0}/{0}.nii.gz", "train/{0}/GT.nii.gz"),
+    released=("imagesTr/{0}.nii.gz", "labelsTr/{0}_GT.nii.gz"),
+)
 
-def organs(labels)->np.ndarray: # uint8, 1..4
+
+def organs(labels) -> np.ndarray:  # uint8, 1..4
     "The phantom's organs as SegTHOR numbers them"
     out = np.zeros(labels.shape, np.uint8)
-    for value, name in TARGETS.items(): out[labels == ORGAN_IDS["esophagus" if value == 1 else name]] = value
+    for value, name in TARGETS.items():
+        out[labels == ORGAN_IDS["esophagus" if value == 1 else name]] = value
     return out
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #a71dff71
-def write_case(d, seed, i, layout, labelled, kw)->dict: # its entry in dataset.json
+def write_case(d, seed, i, layout, labelled, kw) -> dict:  # its entry in dataset.json
     "Image and target of one patient"
-    k = case(f"{NAME} {seed}", "train" if labelled else "hidden", i, shift=SHIFT, **{**kw, "recon_share": 0})
+    k = case(
+        f"{NAME} {seed}",
+        "train" if labelled else "hidden",
+        i,
+        shift=SHIFT,
+        **{**kw, "recon_share": 0},
+    )
     image, label = (p.format(f"Patient_{i:02d}") for p in PLACES[layout])
-    if not labelled: image = f"test/{Path(image).name}"
-    write_volume(k.recons[0].hu, k.recons[0].affine, d/image)
-    if labelled: write_volume(organs(k.recons[0].labels), k.recons[0].affine, d/label)
+    if not labelled:
+        image = f"test/{Path(image).name}"
+    write_volume(k.recons[0].hu, k.recons[0].affine, d / image)
+    if labelled:
+        write_volume(organs(k.recons[0].labels), k.recons[0].affine, d / label)
     return dict(image=f"./{image}", label=f"./{label}")
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #ee28f043
 def write(
-    root, # of the cohort
-    seed:int, # of the study
-    train:int, # patients with a label, together with `test`
-    test:int, # which of them are test is for `read` to say
-    jobs:int=1, layout:str="owners", # or "released"
-    **kw, # size, spacing of the phantom
+    root,  # of the cohort
+    seed: int,  # of the study
+    train: int,  # patients with a label, together with `test`
+    test: int,  # which of them are test is for `read` to say
+    jobs: int = 1,
+    layout: str = "owners",  # or "released"
+    **kw,  # size, spacing of the phantom
 ):
     "A miniature SegTHOR of phantoms"
-    d, n = Path(root), train+test
-    todo = [(i, i <= n) for i in range(1, n+1+(layout == "owners"))]
+    d, n = Path(root), train + test
+    todo = [(i, i <= n) for i in range(1, n + 1 + (layout == "owners"))]
     rows = each(write_case, [(d, seed, i, layout, l, kw) for i, l in todo], jobs, NAME)
-    if layout == "released": index(d, rows, [], {"0": "background", "1": "Esophagus", "2": "Heart", "3": "Trachea", "4": "Aorta"}, "SegTHOR")
+    if layout == "released":
+        index(
+            d,
+            rows,
+            [],
+            {"0": "background", "1": "Esophagus", "2": "Heart", "3": "Trachea", "4": "Aorta"},
+            "SegTHOR",
+        )
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #cb975ecb
-def _owners(d)->list: # (image, label) paths
-    names = [f.name for f in visible(d/"train") if f.is_dir()]
-    if not names: raise FileNotFoundError(f"{d/'train'} is empty: expected Patient_01/ and so on; fetch it again")
-    return [(d/f"train/{n}/{n}.nii.gz", d/f"train/{n}/GT.nii.gz") for n in names]
+def _owners(d) -> list:  # (image, label) paths
+    names = [f.name for f in visible(d / "train") if f.is_dir()]
+    if not names:
+        raise FileNotFoundError(
+            f"{d / 'train'} is empty: expected Patient_01/ and so on; fetch it again"
+        )
+    return [(d / f"train/{n}/{n}.nii.gz", d / f"train/{n}/GT.nii.gz") for n in names]
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #ea1f64ba
 def read(
-    root, # folder that holds train/, or dataset.json
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds train/, or dataset.json
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every patient with a label, of either layout; 8 of 40 are test"
     d = Path(root)
-    if (d/"train").is_dir(): caution(NAME, UNVERIFIED); pairs, which = _owners(d), "the owners' layout, train/Patient_01/"
-    elif (d/"dataset.json").exists() or (d/"imagesTr").is_dir(): pairs, which = decathlon(d/"dataset.json", TARGETS), "the re-pack of the released benchmark, dataset.json"
-    else: raise FileNotFoundError(f"{d}: neither train/ (the owners' layout) nor dataset.json (the re-pack) is there: fetch one of them")
+    if (d / "train").is_dir():
+        caution(NAME, UNVERIFIED)
+        pairs, which = _owners(d), "the owners' layout, train/Patient_01/"
+    elif (d / "dataset.json").exists() or (d / "imagesTr").is_dir():
+        pairs, which = (
+            decathlon(d / "dataset.json", TARGETS),
+            "the re-pack of the released benchmark, dataset.json",
+        )
+    else:
+        raise FileNotFoundError(
+            f"{d}: neither train/ (the owners' layout) nor dataset.json (the re-pack) is there: fetch one of them"
+        )
     say(f"{NAME}: read {which}")
     return pairs_table(pairs, SHARE, NAME)

@@ -21,85 +21,133 @@ from ...phantom.words import Case, case
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #8f397e22
 NAME = "stoic"
-SOURCE = Source() # HU, spacing and axes as the .mha files say
+SOURCE = Source()  # HU, spacing and axes as the .mha files say
 LABELS = ["COVID-19", "severe"]
 TARGETS, ORGANS = {}, False
-TEST = 0.2 # share of the patients
-COLUMNS = dict(zip(["probCOVID", "probSevere"], LABELS)) # of reference.csv
+TEST = 0.2  # share of the patients
+COLUMNS = dict(zip(["probCOVID", "probSevere"], LABELS))  # of reference.csv
 UNVERIFIED = "names of folders and columns (data/mha, metadata/reference.csv, probCOVID, probSevere) were not checked against the owners' files."
-SHIFT = Shift(spacing=(0.95, 0.95, 0.85), noise=1.1, contrast=0.1, odds={"Lung opacity": 1., "Consolidation": 0.5})
+SHIFT = Shift(
+    spacing=(0.95, 0.95, 0.85),
+    noise=1.1,
+    contrast=0.1,
+    odds={"Lung opacity": 1.0, "Consolidation": 0.5},
+)
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #96ca58c8
-def answers(k:Case, *key)->dict: # column of reference.csv -> 0 or 1
+def answers(k: Case, *key) -> dict:  # column of reference.csv -> 0 or 1
     "COVID-19 with chance 0.9 under a lung opacity and 0.2 without; severe by the phantom's severity"
     covid = int(rng("COVID-19", *key).random() < (0.9 if k.labels["Lung opacity"] else 0.2))
     return dict(probCOVID=covid, probSevere=int(covid and k.outcome["severity"] > 0.5))
 
-def write_mha(r, path): # `r`: a Recon
+
+def write_mha(r, path):  # `r`: a Recon
     "A reconstruction as MetaImage, both horizontal axes turned to LPS"
     import SimpleITK as sitk
-    img, s = sitk.GetImageFromArray(np.ascontiguousarray(r.hu[::-1, ::-1].transpose(2, 1, 0))), r.affine.diagonal()[:3]
-    far = r.affine[:3, 3]+(np.array(r.hu.shape)-1)*s
-    img.SetSpacing(s.tolist()); img.SetOrigin([-far[0], -far[1], r.affine[2, 3]])
-    with atomic(path) as tmp: sitk.WriteImage(img, str(tmp), useCompression=True)
+
+    img, s = (
+        sitk.GetImageFromArray(np.ascontiguousarray(r.hu[::-1, ::-1].transpose(2, 1, 0))),
+        r.affine.diagonal()[:3],
+    )
+    far = r.affine[:3, 3] + (np.array(r.hu.shape) - 1) * s
+    img.SetSpacing(s.tolist())
+    img.SetOrigin([-far[0], -far[1], r.affine[2, 3]])
+    with atomic(path) as tmp:
+        sitk.WriteImage(img, str(tmp), useCompression=True)
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #f402a372
 def _one(i, root, seed, kw):
     k = case(f"{NAME} {seed}", "train", i, shift=SHIFT, **kw)
-    write_mha(k.recons[0], Path(root)/f"data/mha/{i}.mha")
+    write_mha(k.recons[0], Path(root) / f"data/mha/{i}.mha")
     return dict(PatientID=i, **answers(k, NAME, seed, i))
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #878eb3fa
 def write(
-    root, # of the cohort
-    seed, # of the study
-    train:int, # patients
-    test:int, # patients; the owners mark none, so they are further rows of one table
-    jobs:int=1,
-    **kw, # size, spacing of the phantom; recon_share is not used: one volume a patient
+    root,  # of the cohort
+    seed,  # of the study
+    train: int,  # patients
+    test: int,  # patients; the owners mark none, so they are further rows of one table
+    jobs: int = 1,
+    **kw,  # size, spacing of the phantom; recon_share is not used: one volume a patient
 ):
     "A miniature STOIC of phantoms"
-    n, kw = train+test, kw | dict(recon_share=0)
-    write_csv(pd.DataFrame(each(_one, [(i, root, seed, kw) for i in range(1, n+1)], jobs, "phantoms")), Path(root)/"metadata/reference.csv")
+    n, kw = train + test, kw | dict(recon_share=0)
+    write_csv(
+        pd.DataFrame(each(_one, [(i, root, seed, kw) for i in range(1, n + 1)], jobs, "phantoms")),
+        Path(root) / "metadata/reference.csv",
+    )
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #2f9627b8
-def _reference(path)->pd.DataFrame: # text, one row a patient
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: expected the owners' table with PatientID, {', '.join(COLUMNS)}; fetch metadata/ again")
-    try: t = pd.read_csv(path, dtype=str)
-    except ValueError as e: raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
+def _reference(path) -> pd.DataFrame:  # text, one row a patient
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: expected the owners' table with PatientID, {', '.join(COLUMNS)}; fetch metadata/ again"
+        )
+    try:
+        t = pd.read_csv(path, dtype=str)
+    except ValueError as e:
+        raise ValueError(f"{path} is no CSV table ({e}): fetch it again") from None
     lost = [c for c in ("PatientID", *COLUMNS) if c not in t]
-    if lost: raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}")
+    if lost:
+        raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}")
     return t.dropna(subset=["PatientID"]).drop_duplicates("PatientID")
 
-def flag(x)->int|None: # 0 or 1; None where it is neither
+
+def flag(x) -> int | None:  # 0 or 1; None where it is neither
     "A label as the table writes it"
     return {"0": 0, "1": 1}.get(str(x).strip().removesuffix(".0"))
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #ebd49fbf
-def _row(r, f)->dict: # a row of reference.csv with its split
-    return dict(case=r["PatientID"], scan=r["PatientID"], patient=r["PatientID"], image=str(f), organ_map="", target_map="", findings="", impression="",
-                split=r["split"], time_days=None, event=None, **{f"label:{n}": flag(r[c]) for c, n in COLUMNS.items()})
+def _row(r, f) -> dict:  # a row of reference.csv with its split
+    return dict(
+        case=r["PatientID"],
+        scan=r["PatientID"],
+        patient=r["PatientID"],
+        image=str(f),
+        organ_map="",
+        target_map="",
+        findings="",
+        impression="",
+        split=r["split"],
+        time_days=None,
+        event=None,
+        **{f"label:{n}": flag(r[c]) for c, n in COLUMNS.items()},
+    )
 
-def _doubt(r, f)->str: # why a patient is left out, or ""
-    if not f.is_file(): return f"{f} is missing: fetch it again"
+
+def _doubt(r, f) -> str:  # why a patient is left out, or ""
+    if not f.is_file():
+        return f"{f} is missing: fetch it again"
     wrong = [c for c in COLUMNS if flag(r[c]) is None]
     return f"reference.csv: {wrong[0]} is {r[wrong[0]]}, expected 0 or 1" if wrong else ""
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #8d73729c
 def read(
-    root, # folder that holds data/ and metadata/
-)->tuple: # cohort table with raw paths, Quarantine
+    root,  # folder that holds data/ and metadata/
+) -> tuple:  # cohort table with raw paths, Quarantine
     "Every patient with a volume and both labels; who has not is left out by name"
     caution(NAME, UNVERIFIED)
-    d, bad = Path(root)/"data/mha", Quarantine()
-    if not d.is_dir(): raise FileNotFoundError(f"{d} is missing: expected the volumes, one {{PatientID}}.mha each; put STOIC's data/ there")
-    t = _reference(Path(root)/"metadata/reference.csv")
+    d, bad = Path(root) / "data/mha", Quarantine()
+    if not d.is_dir():
+        raise FileNotFoundError(
+            f"{d} is missing: expected the volumes, one {{PatientID}}.mha each; put STOIC's data/ there"
+        )
+    t = _reference(Path(root) / "metadata/reference.csv")
     t = carve(t.assign(patient=t.PatientID, split="train"), TEST, 0, into="test")
-    doubts = {r["PatientID"]: _doubt(r, d/f"{r['PatientID']}.mha") for r in t.to_dict("records")}
+    doubts = {r["PatientID"]: _doubt(r, d / f"{r['PatientID']}.mha") for r in t.to_dict("records")}
     for name, why in doubts.items():
-        if why: bad.add(name, why)
+        if why:
+            bad.add(name, why)
     for f in visible(d, "*.mha"):
-        if f.stem not in doubts: bad.add(f.stem, "no row in metadata/reference.csv")
-    rows = [_row(r, d/f"{r['PatientID']}.mha") for r in t.to_dict("records") if not doubts[r["PatientID"]]]
-    if not rows: raise ValueError(f"{d}: none of the {len(t)} patients of metadata/reference.csv could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the table is empty'}")
+        if f.stem not in doubts:
+            bad.add(f.stem, "no row in metadata/reference.csv")
+    rows = [
+        _row(r, d / f"{r['PatientID']}.mha")
+        for r in t.to_dict("records")
+        if not doubts[r["PatientID"]]
+    ]
+    if not rows:
+        raise ValueError(
+            f"{d}: none of the {len(t)} patients of metadata/reference.csv could be used; the first: {bad.rows[0]['reason'] if len(bad) else 'the table is empty'}"
+        )
     return check(pd.DataFrame(rows), NAME), bad

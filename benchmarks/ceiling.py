@@ -14,27 +14,27 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from asap.core import code_hash, progress, rng, root, say, write_csv, write_json
-from asap.phantom.abnormalities import ABNORMALITIES, chest, twin_auc
+from asap.core import code_hash, progress_bar, rng, project_root, log_message, write_csv, write_json
+from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest, twin_auc
 from asap.phantom.body import VERSION
 
 
 def draw(split, i):  # other patients than the study's: the key says so
-    c = chest(("development", split, i))
+    c = synthesize_chest(("development", split, i))
     return np.clip(c.hu, -1000, 1000), np.array([c.has(n) for n in ABNORMALITIES], np.float32)
 
 
 def cases(split, n, jobs):
     "Volumes (n,96,96,48) int16 and labels (n,18), kept in build/ceiling"
     kept = (
-        root()
+        project_root()
         / f"build/ceiling/{split}-{n}-{code_hash('asap.phantom.body', 'asap.phantom.abnormalities')}.npz"
     )
     if not kept.exists():
         done = joblib.Parallel(jobs, return_as="generator")(
             joblib.delayed(draw)(split, i) for i in range(n)
         )
-        x, y = zip(*progress(done, total=n, label=f"{split} phantoms"))
+        x, y = zip(*progress_bar(done, total=n, label=f"{split} phantoms"))
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, x=np.stack(x), y=np.stack(y))
     z = np.load(kept)
@@ -119,7 +119,7 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.0):
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.15)
     weight = torch.from_numpy((1 - yt.mean(0)) / yt.mean(0)).sqrt()
     best, kept, start, log = 0, None, time.monotonic(), []
-    bar = progress(total=steps, label="CNN")
+    bar = progress_bar(total=steps, label="CNN")
     for epoch in range(epochs):
         net.train()
         order = rng("ceiling order", epoch).permutation(len(xt))
@@ -137,7 +137,7 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.0):
             bar.update()
         score = macro(yv, predict(net, xv))
         log.append(score)
-        say(
+        log_message(
             f"epoch {epoch + 1}: loss {loss.item():.3f}, macro AUC on val {score:.3f}, {(time.monotonic() - start) / 60:.1f} min"
         )
         if score > best:
@@ -176,12 +176,12 @@ def main():
             joblib.delayed(twin_auc)(n, [("development", "twin", i) for i in range(a.twins)])
             for n in ABNORMALITIES
         )
-        table["twin_auc"] = list(progress(jobs, total=len(ABNORMALITIES), label="twins"))
-    say(table.round(3).to_string())
+        table["twin_auc"] = list(progress_bar(jobs, total=len(ABNORMALITIES), label="twins"))
+    log_message(table.round(3).to_string())
     if a.epochs:
         table["cnn_auc"], how = cnn(*sets, a.epochs, a.widths, a.lr)
-        say(table.round(3).to_string())
-        say(f"CNN: macro {table.cnn_auc.mean():.3f}, lowest {table.cnn_auc.min():.3f}")
+        log_message(table.round(3).to_string())
+        log_message(f"CNN: macro {table.cnn_auc.mean():.3f}, lowest {table.cnn_auc.min():.3f}")
         write_csv(table.round(4), a.out / "ceiling.csv")
         write_json(
             dict(

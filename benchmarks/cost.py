@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import step
-from asap.core import load_params, root
-from asap.train import keep_memory
+from asap.core import load_params, project_root
+from asap.train import retain_freed_memory
 
 
 def counted(model, b) -> dict:  # GFLOP of one volume, forward and whole; attention and products
@@ -32,8 +32,8 @@ def main():
     a.add_argument("--save", action="store_true")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
-    keep_memory()
-    p = load_params(root() / "params/paper.yaml")
+    retain_freed_memory()
+    p = load_params(project_root() / "params/paper.yaml")
     model, run = step.ours(p, vocab=p.text.vocab)
     gflop = counted(model, step.batch(p, 1, p.text.vocab))
     model.zero_grad()

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import joblib, pandas as pd
 
-from asap.core import root, say, write_json
-from asap.data.cohort import prepare
+from asap.core import project_root, log_message, write_json
+from asap.data.cohort import prepare_cases
 from asap.data.volumes import write
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 
 HOW = dict(spacing=[3.5, 3.5, 7.0], hu=[-1000, 1000])
 
 
 def scans(folder, n, kinds=20):  # n small scans on disk, of `kinds` phantoms
     for i in range(kinds):
-        k = chest(("many", i), (64, 64, 32), (5.0, 5.0, 10.0))
+        k = synthesize_chest(("many", i), (64, 64, 32), (5.0, 5.0, 10.0))
         write(k.hu, k.affine, folder / f"kind{i}.nii.gz")
     rows = []
     for i in range(n):
@@ -45,7 +45,7 @@ def scans(folder, n, kinds=20):  # n small scans on disk, of `kinds` phantoms
 
 def seconds(table, folder, jobs):
     start = time.perf_counter()
-    prepare(table, folder / f"v{jobs}", folder / "o", HOW, jobs=jobs)
+    prepare_cases(table, folder / f"v{jobs}", folder / "o", HOW, jobs=jobs)
     taken = time.perf_counter() - start
     shutil.rmtree(folder / f"v{jobs}")
     return taken
@@ -61,7 +61,9 @@ def main():
     a = a.parse_args()
     with tempfile.TemporaryDirectory() as t:
         table = scans(Path(t), a.n)
-        prepare(table[:20], Path(t) / "warm", Path(t) / "o", HOW, jobs=2)  # starts the workers
+        prepare_cases(
+            table[:20], Path(t) / "warm", Path(t) / "o", HOW, jobs=2
+        )  # starts the workers
         took = {j: [] for j in (1, 2)}
         for _ in range(a.repeat):
             for j in took:
@@ -74,9 +76,9 @@ def main():
         ratio=round(best[1] / best[2], 2),
         cores=joblib.cpu_count(),
     )
-    say(str(out))
+    log_message(str(out))
     if a.save:
-        write_json(out, root() / "benchmarks/many.json")
+        write_json(out, project_root() / "benchmarks/many.json")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ import nibabel as nib
 import numpy as np
 
 from asap.core import write_json
-from asap.data.checks import check
-from asap.data.volumes import Volume, crop, read, standard, write
+from asap.data.checks import check_volume
+from asap.data.volumes import Volume, read_crop, read, standardize, write
 
 SPACING, HU, CROP = (1.5, 1.5, 3.0), (-1000, 1000), (224, 224, 112)
 
 
 def scan(slices, to):  # a phantom on a scanner's grid, with noise in every voxel
     from scipy.ndimage import zoom
-    from asap.phantom.abnormalities import chest
+    from asap.phantom.abnormalities import synthesize_chest
 
-    c = chest(("benchmark", 0))
+    c = synthesize_chest(("benchmark", 0))
     size = (512, 512, slices)
     big = zoom(c.clean, [n / m for n, m in zip(size, c.hu.shape)], order=1)
     big = np.rint(big + np.random.default_rng(0).normal(0, 15, size)).astype(np.int16)
@@ -57,9 +57,9 @@ def plain(path, to):
 
 
 def ours_rest(v, to):
-    errors = [f for f in check(v) if f.level == "error"]
+    errors = [f for f in check_volume(v) if f.level == "error"]
     assert not errors, errors
-    s = standard(v, SPACING, HU)
+    s = standardize(v, SPACING, HU)
     write(s.hu, s.affine, to)
 
 
@@ -75,7 +75,7 @@ def plain_crop(path):
 
 def our_crop(path):
     shape = nib.load(path).shape
-    return crop(path, [(n - m) // 2 for n, m in zip(shape, CROP)], CROP)
+    return read_crop(path, [(n - m) // 2 for n, m in zip(shape, CROP)], CROP)
 
 
 def timed(f, *args, repeat):

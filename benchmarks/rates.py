@@ -11,20 +11,22 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from asap.core import load_params, root, say, write_csv
+from asap.core import load_params, project_root, log_message, write_csv
 from asap.data.cohort import load
 from asap.pretrain import embed
-from asap.pretrain.batches import Pairs
-from asap.pretrain.pretrain import begin, build, train
+from asap.pretrain.batches import ImageReportDataset
+from asap.pretrain.pretrain import fit_stem, build_model, train
 from asap.tasks import classify
-from asap.tasks.metrics import auc, mean_of
+from asap.tasks.metrics import auc, nan_mean
 from asap.text import encoder
 
 
 def probe(model, table, p) -> float:  # macro AUC
-    f = embed.features(model.vit.eval(), table.image, p.volumes.size, p.volumes.hu)
-    found = classify.by_scan(classify.predict(f, table, table.split == "train", "ct_rate"))
-    return mean_of(
+    f = embed.extract_features(model.vit.eval(), table.image, p.volumes.size, p.volumes.hu)
+    found = classify.average_by_scan(
+        classify.fit_predict(f, table, table.split == "train", "ct_rate")
+    )
+    return nan_mean(
         [auc(g.truth, g.chance) for _, g in found.dropna(subset="truth").groupby("label")]
     )
 
@@ -35,10 +37,16 @@ def one(arm, factor, steps, p, table, text) -> dict:
         study=p.study, volumes=p.volumes, model=p.model, anatomy=p.anatomy, pretrain=t
     )
     parts = table[table.split == "train"].reset_index(drop=True)
-    model = build(q, dict(p.arms[arm].model_dump(by_alias=True), rate=factor), text, p.study.seed)
-    begin(model, Pairs(parts.head(16), q, text, p.study.seed, augment=False))
+    model = build_model(
+        q, dict(p.arms[arm].model_dump(by_alias=True), rate=factor), text, p.study.seed
+    )
+    fit_stem(model, ImageReportDataset(parts.head(16), q, text, p.study.seed, augment=False))
     log = train(
-        model, Pairs(parts, q, text, p.study.seed), q, p.study.seed, label=f"{arm} x {factor:g}"
+        model,
+        ImageReportDataset(parts, q, text, p.study.seed),
+        q,
+        p.study.seed,
+        label=f"{arm} x {factor:g}",
     )
     return dict(
         arm=arm,
@@ -68,7 +76,7 @@ def main():
         raise SystemExit(
             "study.seed is 1, the study's own: choose on a development seed, such as 4001"
         )
-    table = load(root() / "build/corpus/corpus.parquet", root())
+    table = load(project_root() / "build/corpus/corpus.parquet", project_root())
     done = (
         pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=["arm", "factor", "steps"])
     )
@@ -80,7 +88,7 @@ def main():
                 [done, pd.DataFrame([one(arm, factor, a.steps, p, table, text)])], ignore_index=True
             )
             write_csv(done, a.out)
-            say(done.tail(1).to_string(index=False, header=False))
+            log_message(done.tail(1).to_string(index=False, header=False))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from asap.anatomy.masks import shares
-from asap.anatomy.organs import group_map
+from asap.anatomy.masks import organ_fractions
+from asap.anatomy.organs import map_to_groups
 from asap.core import load_params, write_json
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 
 AXES = "(h p) (w q) (d r) c -> (h w d) (p q r) c"
 SIZES = dict(built_in=((96, 96, 48), (12, 12, 6)), paper=((224, 224, 112), (16, 16, 8)))
@@ -33,7 +33,7 @@ def onehot_torch(organs, patch, n):
 
 
 def ours(organs, patch, n):
-    return shares(organs, patch, n)[0]
+    return organ_fractions(organs, patch, n)[0]
 
 
 def ours_torch(organs, patch, n):
@@ -60,7 +60,7 @@ def megabytes(f, *args):  # at the peak
 def measure(organs, patch, n, repeat):
     ways = (onehot, onehot_torch, ours, ours_torch)
     took = {f.__name__: [] for f in ways}
-    want = shares(organs, patch, n)[0]
+    want = organ_fractions(organs, patch, n)[0]
     for _ in range(repeat):
         for f in ways:
             start = time.perf_counter()
@@ -86,7 +86,7 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(1)
     groups = load_params().anatomy.groups
-    small, out = group_map(chest(("shares", 0)).labels, groups), {}
+    small, out = map_to_groups(synthesize_chest(("shares", 0)).labels, groups), {}
     for name, (size, patch) in SIZES.items():
         organs = small[np.ix_(*[np.arange(m) * k // m for m, k in zip(size, small.shape)])]
         out[name] = dict(size=size, patch=patch, **measure(organs, patch, len(groups), a.repeat))

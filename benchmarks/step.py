@@ -13,13 +13,13 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 
 import plain
-from asap.core import load_params, root, say
-from asap.model.asap import ASAP, config
-from asap.train import keep_memory, precision
+from asap.core import load_params, project_root, log_message
+from asap.model.asap import ASAP, build_config
+from asap.train import retain_freed_memory, resolve_precision
 
 DTYPES = (
     dict(fp32=torch.float32, bf16=torch.bfloat16)
-    if precision() == "bf16"
+    if resolve_precision() == "bf16"
     else dict(fp32=torch.float32)
 )  # the fast ones, the fastest last
 TOKENS, REAL, SENTENCES = (
@@ -43,7 +43,9 @@ class Ours(torch.nn.Module):
         )
         self.anew, self.known = anew, None
         self.model = ASAP(
-            config(p, p.arms[arm].model_dump(by_alias=True), self.text.config.hidden_size, vocab)
+            build_config(
+                p, p.arms[arm].model_dump(by_alias=True), self.text.config.hidden_size, vocab
+            )
         )
 
     def forward(self, b):
@@ -119,7 +121,7 @@ def released():
 
 
 def paper():
-    return load_params(root() / "params/paper.yaml")
+    return load_params(project_root() / "params/paper.yaml")
 
 
 def memory(
@@ -185,7 +187,7 @@ def main():
     a.add_argument("--no-memory", action="store_true")
     a = a.parse_args()
     torch.set_num_threads(a.threads)
-    keep_memory()  # as `fit` does; in one process the plain arm has it too
+    retain_freed_memory()  # as `fit` does; in one process the plain arm has it too
     if a.profile:
         return profile()
     arms = {
@@ -199,7 +201,7 @@ def main():
             t = clock(lambda: arms[which](dtype))
             if r:
                 best[which, dtype] = min(best[which, dtype], t)
-            say(f"turn {r}: {which} {dtype} {t:.2f} s")
+            log_message(f"turn {r}: {which} {dtype} {t:.2f} s")
     fastest = {w: min(best[w, d] for d in DTYPES) for w in arms}
     out = dict(
         seconds={f"{w} {d}": round(t, 3) for (w, d), t in best.items()},
@@ -218,7 +220,7 @@ def main():
             d: round(out["memory_gb"][f"ours {d}"] / out["memory_gb"][f"released {d}"], 3)
             for d in DTYPES
         }
-    p = load_params(root() / "params.yaml")
+    p = load_params(project_root() / "params.yaml")
     small = ours(
         p,
         16,

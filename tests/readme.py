@@ -34,29 +34,29 @@ def readme() -> str:
 def picture(to):
     "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
     import matplotlib.pyplot as plt, numpy as np, tempfile, textwrap
-    from asap.core import atomic, rng
+    from asap.core import atomic_write, rng
     from asap.data.volumes import Volume, write
-    from asap.phantom.abnormalities import chest
-    from asap.phantom.body import planes
-    from asap.phantom.words import sentence
+    from asap.phantom.abnormalities import synthesize_chest
+    from asap.phantom.body import orthogonal_planes
+    from asap.phantom.words import finding_sentence
     from asap.study import scan
-    from asap.study.grounding import outlines, tint
+    from asap.study.grounding import plot_contours, overlay_heatmap
 
-    model, text = scan.opened()
+    model, text = scan.load_model_and_text()
     fig, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
     with tempfile.TemporaryDirectory() as tmp:
         for ax, label in zip(axes, ("Lung nodule", "Atelectasis", "Consolidation", "Lung opacity")):
-            c = chest(("readme", label), present=[label])
-            lesion, said = c.findings[0].mask, sentence(c.findings[0], rng("readme", label))
+            c = synthesize_chest(("readme", label), present=[label])
+            lesion, said = c.findings[0].mask, finding_sentence(c.findings[0], rng("readme", label))
             write(c.hu, c.affine, Path(tmp) / "scan.nii.gz")
-            seen = scan.see(Path(tmp) / "scan.nii.gz", model.vit)
-            g = scan.ground(model, text, seen, [said])
+            seen = scan.load_scan(Path(tmp) / "scan.nii.gz", model.vit)
+            g = scan.ground_sentences(model, text, seen, [said])
             heat, region = g.back(0, seen.volume)
             at = [
                 int(x.argmax())
                 for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
             ]
-            on = lambda x: planes(
+            on = lambda x: orthogonal_planes(
                 Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
             )[0]
             (img, aspect), (h, _), (r, _), (m, _) = map(
@@ -64,11 +64,11 @@ def picture(to):
             )
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
-            tint(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect)
-            outlines(ax, np.zeros_like(m), m)
+            overlay_heatmap(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect)
+            plot_contours(ax, np.zeros_like(m), m)
             ax.set_title(textwrap.fill(said, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)
-    with atomic(Path(to)) as tmp:
+    with atomic_write(Path(to)) as tmp:
         fig.savefig(tmp, format="png", dpi=90, bbox_inches="tight", metadata=dict(Software=None))
 
 

@@ -8,10 +8,18 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from asap.core import load_params, read_json, write_json
-from asap.model.asap import config
-from asap.model.vit import ViT3D, positions
+from asap.model.asap import build_config
+from asap.model.vit import ViT3D, sincos_pos_embed
 from asap.pretrain import checkpoint
-from asap.pretrain.checkpoint import FILES, Model, from_mae2d, load, load_model, resize, save
+from asap.pretrain.checkpoint import (
+    CHECKPOINT_FILES,
+    ASAPHubModel,
+    load_mae2d_blocks,
+    load,
+    load_model,
+    set_input_size,
+    save,
+)
 
 
 def table(grid, dim) -> np.ndarray:  # (N,dim), patch by patch
@@ -156,10 +164,10 @@ def test_a_small_file_gives_the_tokens_of_a_reading_by_hand(tmp_path, capsys, le
 
 def test_the_grid_is_read_off_sines_and_cosines(small):
     for grid in ((2, 3, 4), (1, 1, 24), (24, 1, 1), (5, 1, 2)):
-        assert checkpoint._grid(positions(grid, 48)) == grid
+        assert checkpoint._sincos_grid(sincos_pos_embed(grid, 48)) == grid
     assert (
-        checkpoint._grid(torch.randn(24, 48)) is None
-        and checkpoint._grid(positions((2, 3, 4), 48)[:23]) is None
+        checkpoint._sincos_grid(torch.randn(24, 48)) is None
+        and checkpoint._sincos_grid(sincos_pos_embed((2, 3, 4), 48)[:23]) is None
     )
     assert load(small, heads=3).size == SIZE
 
@@ -405,7 +413,7 @@ def test_another_grid_is_as_if_it_had_been_made_for_it(small, capsys):
     )
     before = load(small, heads=3)
     assert torch.allclose(
-        resize(encoder, SIZE).tokens(torch.ones(1, 1, *SIZE)),
+        set_input_size(encoder, SIZE).tokens(torch.ones(1, 1, *SIZE)),
         before.tokens(torch.ones(1, 1, *SIZE)),
         atol=1e-5,
     ), "there and back"
@@ -417,7 +425,7 @@ def test_a_learnt_table_is_stretched_along_each_axis(capsys):
     vit.pos = (
         torch.stack([h / 2, w / 3, d / 4], -1).reshape(-1, 3).repeat(1, 16)
     )  # place as a share of each side
-    resize(vit, (16, 36, 24))
+    set_input_size(vit, (16, 36, 24))
     assert (
         vit.pos.shape == (4 * 6 * 12, 48)
         and "stretched by trilinear interpolation" in capsys.readouterr().err
@@ -435,9 +443,9 @@ def test_a_learnt_table_is_stretched_along_each_axis(capsys):
 
 def test_a_resized_encoder_keeps_its_precision_and_says_nothing_where_nothing_changes(capsys):
     vit = ViT3D((8, 18, 8), (4, 6, 2), 48, 1, 3).bfloat16()
-    resize(vit, (8, 18, 8))
+    set_input_size(vit, (8, 18, 8))
     assert capsys.readouterr().err == ""
-    resize(vit, [8, 18, 16])
+    set_input_size(vit, [8, 18, 16])
     assert (
         vit.pos.dtype == torch.bfloat16
         and "made anew" in capsys.readouterr().err
@@ -449,7 +457,7 @@ def test_a_resized_encoder_keeps_its_precision_and_says_nothing_where_nothing_ch
 def test_a_size_that_is_no_whole_number_of_patches_is_refused(small, size):
     encoder = load(small, heads=3)
     with pytest.raises(ValueError, match="is not a whole number of patches \\(4, 6, 2\\)"):
-        resize(encoder, size)
+        set_input_size(encoder, size)
     assert encoder.size == SIZE
 
 
@@ -466,7 +474,7 @@ def test_blocks_of_an_image_model(tmp_path, capsys):
     kept = {
         k: v.clone() for k, v in vit.state_dict().items() if not k.startswith(("blocks", "norm"))
     }
-    assert from_mae2d(vit, file) is vit
+    assert load_mae2d_blocks(vit, file) is vit
     said = capsys.readouterr().err
     assert (
         "1 of cls_token" in said
@@ -500,7 +508,7 @@ def test_an_image_model_of_another_size_is_refused(small, dim, depth, expected):
     vit = ViT3D(SIZE, (4, 6, 2), dim, depth, 3)
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     with pytest.raises(ValueError) as e:
-        from_mae2d(vit, small)
+        load_mae2d_blocks(vit, small)
     assert f"take a ViT's file of {depth} blocks of width {dim}" in str(e.value) and (
         expected in str(e.value) or dim == 96
     )
@@ -511,8 +519,8 @@ def test_an_image_models_head_is_no_part_of_the_blocks(tmp_path):
     file = write(tmp_path / "mae.pth", weights(**SMALL) | {"head.weight": torch.ones(9, 48)})
     vit = ViT3D(SIZE, (4, 6, 2), 48, 2, 3)
     with pytest.raises(ValueError, match="not known .'head.weight'"):
-        from_mae2d(vit, file)
-    from_mae2d(vit, file, leave_out="head")
+        load_mae2d_blocks(vit, file)
+    load_mae2d_blocks(vit, file, leave_out="head")
 
 
 # from a BERT
@@ -559,7 +567,7 @@ def test_any_bert_is_a_text_encoder(tmp_path, kind):
 def model():
     p = load_params(TOP / "params/smoke.yaml")
     torch.manual_seed(0)
-    return Model(config(p, p.arms["asap"], 20, 50)).eval()
+    return ASAPHubModel(build_config(p, p.arms["asap"], 20, 50)).eval()
 
 
 @pytest.fixture
@@ -573,16 +581,18 @@ def content(folder):
 
 
 def test_there_and_back_to_the_bit(model, folder, tmp_path):
-    again = Model.from_pretrained(folder)
+    again = ASAPHubModel.from_pretrained(folder)
     assert (
         all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
         and not again.training
         and again.config == model.config
     )
     again.save_pretrained(tmp_path / "copy")
-    assert content(tmp_path / "copy") == content(folder) and set(content(folder)) == set(FILES)
-    Model(model.config).save_pretrained(tmp_path / "copy", card="# Another\n")
-    assert Model.from_pretrained(str(tmp_path / "copy")).card == "# Another\n"
+    assert content(tmp_path / "copy") == content(folder) and set(content(folder)) == set(
+        CHECKPOINT_FILES
+    )
+    ASAPHubModel(model.config).save_pretrained(tmp_path / "copy", card="# Another\n")
+    assert ASAPHubModel.from_pretrained(str(tmp_path / "copy")).card == "# Another\n"
     x = torch.rand(1, 1, *model.config["size"])
     assert torch.equal(load(folder).tokens(x), model.vit.tokens(x))
     assert load(folder, size=(48, 24, 24)).size == (48, 24, 24)
@@ -594,15 +604,17 @@ def test_a_hubs_id_is_found_in_its_cache(folder, tmp_path):
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("0123")
     assert (
-        Model.from_pretrained(
+        ASAPHubModel.from_pretrained(
             "someone/asap", cache_dir=tmp_path / "hub", local_files_only=True
         ).card
         == "# A card\n"
     )
     with pytest.raises(LocalEntryNotFoundError):
-        Model.from_pretrained("someone/else", cache_dir=tmp_path / "hub", local_files_only=True)
+        ASAPHubModel.from_pretrained(
+            "someone/else", cache_dir=tmp_path / "hub", local_files_only=True
+        )
     with pytest.raises(FileNotFoundError, match="no folder, and no hub's id"):
-        Model.from_pretrained("runs/pretrain/none/checkpoint")
+        ASAPHubModel.from_pretrained("runs/pretrain/none/checkpoint")
 
 
 def test_what_is_pushed_is_the_folder(folder, tmp_path, monkeypatch):
@@ -621,7 +633,7 @@ def test_what_is_pushed_is_the_folder(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
     assert (
-        Model.from_pretrained(folder).save_pretrained(
+        ASAPHubModel.from_pretrained(folder).save_pretrained(
             tmp_path / "mine", push_to_hub=True, repo_id="someone/asap"
         )
         == "url"
@@ -656,7 +668,7 @@ def respoil(folder, f):
 )
 def test_a_folder_that_does_not_fit_is_refused(folder, spoil, expected):
     respoil(folder, spoil)
-    for f in (load, load_model, Model.from_pretrained):
+    for f in (load, load_model, ASAPHubModel.from_pretrained):
         with pytest.raises(ValueError) as e:
             f(folder)
         assert (
@@ -685,18 +697,18 @@ def test_a_broken_folder_is_refused(folder, tmp_path):
     ):
         write_json(wrong, folder / "config.json")
         with pytest.raises(ValueError, match="config.json describes no model"):
-            Model.from_pretrained(folder)
+            ASAPHubModel.from_pretrained(folder)
     for name in ("config.json", "model.safetensors"):
         for f, b in whole.items():
             (folder / f).write_bytes(b)
         (folder / name).unlink()
         with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
-            Model.from_pretrained(folder)
+            ASAPHubModel.from_pretrained(folder)
 
 
 def test_a_model_whose_encoder_was_resized_is_not_saved(model, folder, tmp_path):
     again = load_model(folder)
-    resize(again.vit, (48, 24, 24))
+    set_input_size(again.vit, (48, 24, 24))
     with pytest.raises(ValueError, match="the encoder was resized to"):
         again.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -757,7 +769,7 @@ STUDY = dict(
 
 
 def test_the_card_says_what_it_is(model):
-    text = checkpoint.card("asap", model.config, dict(steps=700), STUDY)
+    text = checkpoint.model_card("asap", model.config, dict(steps=700), STUDY)
     for s in (
         "Arm `asap`",
         "600 volumes of ct_rate, 40 volumes of inspect",
@@ -781,7 +793,7 @@ def test_the_card_says_what_it_is(model):
         phantom="none: real scans",
         train=640,
     )
-    text = checkpoint.card(
+    text = checkpoint.model_card(
         "asap",
         model.config,
         dict(steps=700, seconds=3212.4, encoder=1234567, parameters=7654321),
@@ -800,13 +812,13 @@ def test_the_card_says_what_it_is(model):
         "owners' terms",
     ):
         assert s in text, s
-    assert "phantom" not in text and "Not trained" in checkpoint.card(
+    assert "phantom" not in text and "Not trained" in checkpoint.model_card(
         "scratch", model.config, dict(steps=0), STUDY
     )
 
 
 def test_licence_and_revision(tmp_path, monkeypatch):
-    assert checkpoint.licence() == "Apache-2.0"
+    assert checkpoint.code_license() == "Apache-2.0"
     git = lambda *a: subprocess.run(
         ["git", "-c", "user.name=a", "-c", "user.email=a@b", *a],
         cwd=tmp_path,
@@ -816,15 +828,15 @@ def test_licence_and_revision(tmp_path, monkeypatch):
     ).stdout.strip()
     monkeypatch.setenv("ASAP_ROOT", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert checkpoint.revision() is None and checkpoint.licence() == "not said"
+    assert checkpoint.git_revision() is None and checkpoint.code_license() == "not said"
     (tmp_path / "f").write_text("1")
     git("init", "-q")
     git("add", "f")
     git("commit", "-qm", "one")
     git("tag", "v1")
-    assert checkpoint.revision() == git("rev-parse", "HEAD")
+    assert checkpoint.git_revision() == git("rev-parse", "HEAD")
     (tmp_path / "f").write_text("2")
-    assert checkpoint.revision() == git("rev-parse", "HEAD") + "-dirty"
+    assert checkpoint.git_revision() == git("rev-parse", "HEAD") + "-dirty"
 
 
 # everywhere

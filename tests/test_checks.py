@@ -5,11 +5,11 @@ from files import dicom, itk, nifti, npz, pictures
 from PIL import Image
 
 from asap.cli import main
-from asap.data.checks import check_mask, load
+from asap.data.checks import check_mask, load_checked
 from asap.data.volumes import Source, read
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 
-C = chest(("checks", 11), (96, 96, 48), (3.5, 3.5, 7.0), present=["Lung nodule"])
+C = synthesize_chest(("checks", 11), (96, 96, 48), (3.5, 3.5, 7.0), present=["Lung nodule"])
 HU, AT = C.hu[::-1, ::-1], np.diag([-1, -1, 1, 1.0]) @ C.affine  # LPS, as scanners write
 
 
@@ -260,14 +260,14 @@ def test_refused(what, tmp_path):
     make, source, words = REFUSED[what]
     path = make(tmp_path)
     with pytest.raises(ValueError) as e:
-        load(path, source)
+        load_checked(path, source)
     assert words in str(e.value) and (path.name in str(e.value) or path.is_dir()), str(e.value)
 
 
 @pytest.mark.parametrize("what", PASSES)
 def test_passes(what, tmp_path):
     make, source = PASSES[what]
-    v, warnings = load(make(tmp_path), source)
+    v, warnings = load_checked(make(tmp_path), source)
     assert v.hu.ndim == 3 and not [w for w in warnings if w.level == "error"]
 
 

@@ -10,9 +10,9 @@ from asap.cli import main
 from asap.core import load_params
 from asap.data import real
 from asap.data.volumes import read, write
-from asap.phantom.abnormalities import ABNORMALITIES, chest
+from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest
 
-C = chest(("cli", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
+C = synthesize_chest(("cli", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
 SAID = "There is pleural effusion."
 COMMANDS = dict(
     zeroshot=lambda out: ["-o", str(out / "all.csv")],
@@ -406,7 +406,7 @@ def test_help_has_an_example(command, capsys):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    found, why = real.fetch(load_params().real, tmp_path_factory.mktemp("real"))
+    found, why = real.fetch_scans(load_params().real, tmp_path_factory.mktemp("real"))
     if len(found) < len(real.SCANS):
         pytest.skip(f"the real scans could not be fetched: {'; '.join(why)}")
     return {n: found[n] / s.image for n, s in real.SCANS.items()}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, pytest
 
-from asap.data.checks import load
-from asap.data.cohort import check, prepare
-from asap.data.volumes import grid, standard
-from asap.phantom.words import case
+from asap.data.checks import load_checked
+from asap.data.cohort import check_table, prepare_cases
+from asap.data.volumes import standard_grid, standardize
+from asap.phantom.words import synthesize_case
 
 NAMES = ["stoic", "rad_chest_ct", "inspect", "rspect"]
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
@@ -68,7 +68,7 @@ def made(tmp_path_factory):
 
 
 def ready(table, bad, folder, source):
-    return prepare(
+    return prepare_cases(
         table,
         folder / "volumes",
         folder / "organs",
@@ -99,7 +99,7 @@ def test_counts(made, name):
 def test_contract(made, name, tmp_path):
     _, t, _ = made[name]
     t.to_parquet(tmp_path / "t.parquet")
-    check(pd.read_parquet(tmp_path / "t.parquet"), name)
+    check_table(pd.read_parquet(tmp_path / "t.parquet"), name)
     a = ADAPTERS[name]
     assert (
         t.groupby("patient").split.nunique().max() == 1
@@ -118,12 +118,12 @@ def test_prepared(made, name, tmp_path):
     out = ready(t, bad, tmp_path, ADAPTERS[name].SOURCE)
     assert len(out) == len(t) and len(bad) == before, bad.rows
     for raw, new in zip(t.image[:3], out.image[:3]):
-        img, v = nib.load(new), load(raw, ADAPTERS[name].SOURCE)[0]
+        img, v = nib.load(new), load_checked(raw, ADAPTERS[name].SOURCE)[0]
         assert (
             np.allclose(img.header.get_zooms(), HOW["spacing"])
-            and img.shape == grid(v.hu.shape, v.affine, HOW["spacing"])[0]
+            and img.shape == standard_grid(v.hu.shape, v.affine, HOW["spacing"])[0]
         )
-        assert np.array_equal(np.asarray(img.dataobj), standard(v, HOW["spacing"]).hu)
+        assert np.array_equal(np.asarray(img.dataobj), standardize(v, HOW["spacing"]).hu)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_rad_refuses_a_copy_in_the_owners_form(made, tmp_path):
 def test_rad_labels_of_places(made):
     a = ADAPTERS["rad_chest_ct"]
     k, row = (
-        case("rad_chest_ct 1", "train", 1, shift=a.SHIFT, recon_share=0, **SMALL),
+        synthesize_case("rad_chest_ct 1", "train", 1, shift=a.SHIFT, recon_share=0, **SMALL),
         made["rad_chest_ct"][1].set_index("case").loc["trn00001"],
     )
     assert (

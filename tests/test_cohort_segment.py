@@ -7,8 +7,8 @@ import numpy as np, pandas as pd, pytest
 
 from asap.core import write_text
 from asap.data import layouts
-from asap.data.checks import check_mask, load
-from asap.data.cohort import label_columns, prepare
+from asap.data.checks import check_mask, load_checked
+from asap.data.cohort import label_columns, prepare_cases
 from asap.data.volumes import read as read_volume
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
@@ -101,7 +101,7 @@ def complaints(
     if not len(t):
         return said
     try:
-        prepare(
+        prepare_cases(
             t,
             tmp / "volumes",
             tmp / "organs",
@@ -148,12 +148,12 @@ def test_counts(name, made):
 def test_volumes_and_targets(name, made, tmp_path):
     mod = adapter(name)
     t, _ = mod.read(made(name))
-    ready = prepare(t, tmp_path / "volumes", tmp_path / "organs", HOW, source=mod.SOURCE)
+    ready = prepare_cases(t, tmp_path / "volumes", tmp_path / "organs", HOW, source=mod.SOURCE)
     assert ready.case.tolist() == t.case.tolist()
     for row in ready.itertuples():
         s, (v, _), (mask, affine) = (
             read_volume(row.image),
-            load(t.set_index("case").image[row.case], mod.SOURCE),
+            load_checked(t.set_index("case").image[row.case], mod.SOURCE),
             target(mod, row.target_map),
         )
         assert np.allclose(s.spacing, HOW["spacing"], atol=1e-3) and s.axes == "RAS"
@@ -360,7 +360,7 @@ def test_what_is_unverified_is_said_once(name, made, monkeypatch):
     mod, said = adapter(name), []
     for m in (layouts, mod):
         monkeypatch.setattr(m, "say", said.append, raising=False)
-    layouts.caution.cache_clear()
+    layouts.warn_unverified.cache_clear()
     for _ in range(2):
         mod.read(made(name))
     assert sum(mod.UNVERIFIED in s for s in said) == 1

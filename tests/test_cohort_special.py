@@ -7,8 +7,14 @@ import numpy as np, pandas as pd, pytest
 
 from asap.core import Quarantine
 from asap.data import volumes
-from asap.data.checks import check_mask, load
-from asap.data.cohort import check, label_columns, listed, prepare, read_lists
+from asap.data.checks import check_mask, load_checked
+from asap.data.cohort import (
+    check_table,
+    label_columns,
+    apply_splits,
+    prepare_cases,
+    read_split_files,
+)
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 HOW = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000])
@@ -77,7 +83,7 @@ def test_golden_counts(key, raw):
         and m.ORGANS is False
         and isinstance(m.UNVERIFIED, str)
     )
-    assert t.groupby("patient").split.nunique().max() == 1 and check(t, key) is t
+    assert t.groupby("patient").split.nunique().max() == 1 and check_table(t, key) is t
     assert not t.case.str.contains(r"[./]").any()
 
 
@@ -86,7 +92,7 @@ def test_read_prepare_and_lay_the_target_on_the_image(key, raw, tmp_path):
     m = adapter(key)
     t, bad = m.read(raw[key])
     t = t.groupby("split").head(2)
-    made = prepare(
+    made = prepare_cases(
         t,
         tmp_path / "v",
         tmp_path / "o",
@@ -99,7 +105,7 @@ def test_read_prepare_and_lay_the_target_on_the_image(key, raw, tmp_path):
     for row, new in zip(t.itertuples(), made.itertuples()):
         std, v = volumes.read(new.image), volumes.read(row.image, m.SOURCE)
         assert (
-            std.hu.shape == volumes.grid(v.hu.shape, v.affine, HOW["spacing"])[0]
+            std.hu.shape == volumes.standard_grid(v.hu.shape, v.affine, HOW["spacing"])[0]
             and std.axes == "RAS"
             and np.allclose(std.spacing, HOW["spacing"])
         )
@@ -122,7 +128,7 @@ def outcome(
         [str(f) == i or str(f.parent) == i or str(f) == m for i, m in zip(t.image, t.target_map)]
     ].itertuples():
         try:
-            v, _ = load(row.image, m.SOURCE)
+            v, _ = load_checked(row.image, m.SOURCE)
             if m.TARGETS:
                 mask, affine = mask_of(m, row)
                 check_mask(mask.shape, affine, v, row.target_map)
@@ -222,7 +228,7 @@ def test_same_seed_same_bytes_and_other_seed_other_patients(key, tmp_path):
 
 
 def test_cohorts_hold_different_patients(raw):
-    small = lambda v: volumes.standard(v, (14.0, 14.0, 14.0)).hu[8:16, 8:16, 8:16]
+    small = lambda v: volumes.standardize(v, (14.0, 14.0, 14.0)).hu[8:16, 8:16, 8:16]
     fumpe, btcv = (volumes.read(adapter(k).read(raw[k])[0].image[0]) for k in ("fumpe", "btcv"))
     assert not np.array_equal(small(fumpe), small(btcv))
 
@@ -231,11 +237,11 @@ def test_acdc_names_the_patients_that_leak(raw, capsys):
     "The released list is applied with the leak named and mended: patients on both sides are tested on alone"
     m = adapter("acdc")
     t, bad = m.read(raw["acdc-released"])
-    lists = read_lists(raw["acdc-released"] / "dataset.json")
+    lists = read_split_files(raw["acdc-released"] / "dataset.json")
     both = set.intersection(
         *({n.split("_")[0] for n in lists.name[lists.split == s]} for s in ("train", "test"))
     )
-    split = check(listed(t, lists, bad, "acdc"), "acdc")
+    split = check_table(apply_splits(t, lists, bad, "acdc"), "acdc")
     said = capsys.readouterr().err
     assert both and all(p in said for p in both) and "the validation list is the test list" in said
     assert {r["case"].split("_")[0] for r in bad.rows} == both and not both & set(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
-from asap.data.checks import check as check_volume, check_mask, load
-from asap.data.cohort import label_columns, prepare
+from asap.data.checks import check_volume, check_mask, load_checked
+from asap.data.cohort import label_columns, prepare_cases
 from asap.data.cohorts import ct_rate, ctrg, own, radgenome
-from asap.data.volumes import open_nifti, resample, standard
+from asap.data.volumes import open_nifti, resample, standardize
 
 SMALL, HOW = (
     dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0)),
@@ -40,7 +40,7 @@ def through(name, root, out):
     "Read, prepare, ask: everything that a stage does with a cohort"
     m = ADAPTERS[name]
     table, bad = m.read(root)
-    t = prepare(
+    t = prepare_cases(
         table,
         out / "volumes",
         out / "organs",
@@ -101,7 +101,7 @@ def test_prepared(name, minis, tmp_path):
         ), img.shape
         if raw.organ_map:
             v, mask = (
-                load(
+                load_checked(
                     raw.image, ADAPTERS[name].SOURCE, getattr(ADAPTERS[name], "open_volume", None)
                 )[0],
                 open_nifti(raw.organ_map),
@@ -115,24 +115,27 @@ def test_first_release(minis, tmp_path):
     "The same volumes as the fixed release; never read without slope and intercept, never with them twice"
     fixed, _ = ct_rate.read(minis["ct_rate"])
     first, _ = ct_rate.read(minis["first"])
-    assert ct_rate.release(minis["first"]) == "first" and set(first.intercept) == {-1024, -8192}
+    assert ct_rate.detect_release(minis["first"]) == "first" and set(first.intercept) == {
+        -1024,
+        -8192,
+    }
     for a, b in zip(fixed.itertuples(), first.itertuples()):
         v = ct_rate.open_volume(b.image)
         assert not [f for f in check_volume(v) if f.level == "error"]
-        x, y = standard(load(a.image)[0], HOW["spacing"]), standard(v, HOW["spacing"])
+        x, y = standardize(load_checked(a.image)[0], HOW["spacing"]), standardize(v, HOW["spacing"])
         assert (
             x.hu.shape == y.hu.shape
             and np.abs(x.hu.astype(int) - y.hu).max() <= 2
             and np.allclose(x.affine, y.affine, atol=0.02)
         )
         check_mask(open_nifti(b.organ_map).shape, open_nifti(b.organ_map).affine, v, b.organ_map)
-        assert np.array_equal(ct_rate.open_volume(a.image).hu, load(a.image)[0].hu), (
+        assert np.array_equal(ct_rate.open_volume(a.image).hu, load_checked(a.image)[0].hu), (
             "the fixed release is in HU already"
         )
     with pytest.raises(
         ValueError, match="none of .* cases could be prepared.*nothing is darker than"
     ):
-        prepare(first, tmp_path / "v", tmp_path / "o", HOW, organs)
+        prepare_cases(first, tmp_path / "v", tmp_path / "o", HOW, organs)
     v.hu += np.int16(first.intercept.iloc[0])
     assert any("applied twice" in str(f) for f in check_volume(v))
 
@@ -218,8 +221,8 @@ def test_a_deleted_volume_is_not_asked_about(minis, tmp_path):
     t, bad = radgenome.read(tmp_path / "all/radgenome")
     assert [r["case"] for r in bad.rows] == ["train_2_a_1"]
     with pytest.raises(ValueError, match="train_2_a_1"):
-        radgenome.questions(tmp_path / "all/radgenome", t)
-    assert len(radgenome.questions(tmp_path / "all/radgenome", t, ["train_2_a_1.nii.gz"]))
+        radgenome.read_questions(tmp_path / "all/radgenome", t)
+    assert len(radgenome.read_questions(tmp_path / "all/radgenome", t, ["train_2_a_1.nii.gz"]))
 
 
 def test_same_seed_same_bytes(minis, tmp_path):
@@ -264,7 +267,7 @@ def test_pictures_as_published(tmp_path):
     small = dict(size=(48, 48, 24), spacing=(4.5, 4.5, 9.0))  # fewer slices
     ctrg.write(tmp_path / "ctrg", 3, 1, 0, pictures=1, **small)
     t, bad = ctrg.read(tmp_path / "ctrg")
-    v, _ = load(t.image[0], ctrg.SOURCE)
+    v, _ = load_checked(t.image[0], ctrg.SOURCE)
     assert (
         v.facts["format"] == "pictures"
         and np.allclose(v.spacing, (0.7, 0.7, 1.0))
@@ -272,10 +275,10 @@ def test_pictures_as_published(tmp_path):
         and len(bad) == 0
     )
     ctrg.write(tmp_path / "nifti/ctrg", 3, 1, 0, **small)
-    same = standard(
-        load(ctrg.read(tmp_path / "nifti/ctrg")[0].image[0], ctrg.SOURCE)[0], (14, 14, 14)
+    same = standardize(
+        load_checked(ctrg.read(tmp_path / "nifti/ctrg")[0].image[0], ctrg.SOURCE)[0], (14, 14, 14)
     ).hu.astype(float)
-    mine = standard(v, (14, 14, 14)).hu.astype(float)
+    mine = standardize(v, (14, 14, 14)).hu.astype(float)
     assert (
         all(abs(a - b) <= 1 for a, b in zip(same.shape, mine.shape))
         and abs(same.mean() - mine.mean()) < 40
@@ -313,7 +316,7 @@ def test_tables_that_are_none(text, tmp_path):
     (tmp_path / "cases.csv").write_text(text, encoding="latin1")
     with pytest.raises(ValueError) as e:
         own.read(tmp_path)
-    assert type(e.value) in (ValueError, own.NoneWhole) and "cases.csv" in str(e.value)
+    assert type(e.value) in (ValueError, own.NoUsableCaseError) and "cases.csv" in str(e.value)
 
 
 def test_both_spellings_of_a_scan_folder(minis, tmp_path):
@@ -395,7 +398,9 @@ def test_both_spellings_of_a_scan_folder(minis, tmp_path):
     ],
 )
 def test_contrast_as_reports_tell_it(text, given):
-    assert ct_rate.contrast(text) == given and type(ct_rate.contrast(text)) is type(given)
+    assert ct_rate.parse_contrast(text) == given and type(ct_rate.parse_contrast(text)) is type(
+        given
+    )
 
 
 @pytest.mark.parametrize("name", ["ct_rate", "first"])

@@ -8,26 +8,26 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import TOP
 
-from asap.anatomy.organs import classes, from_masks
-from asap.core import Declared, Name, load_params, visible, workers
+from asap.anatomy.organs import totalsegmentator_classes, read_organ_map
+from asap.core import StageParams, CohortName, load_params, list_files, parallel_backend
 from asap.data.cohort import (
-    Store,
-    acquired,
-    fractions,
-    inventory,
+    CaseStore,
+    load_acquisition,
+    label_subsets,
+    hash_inventory,
     label_columns,
     load,
-    prepare,
-    present,
+    prepare_cases,
+    available_cohorts,
     run,
-    sketch,
+    quick_hash,
 )
 from asap.data.volumes import read, write
-from asap.phantom.abnormalities import chest
-from asap.pretrain.batches import Pairs, collate
-from asap.text.encoder import load as load_text, train_encoder
+from asap.phantom.abnormalities import synthesize_chest
+from asap.pretrain.batches import ImageReportDataset, collate
+from asap.text.encoder import load as load_text, train_text_encoder
 
-NAMES = sorted(Name.__args__)
+NAMES = sorted(CohortName.__args__)
 P = load_params(TOP / "params/smoke.yaml")
 HOW = dict(spacing=[7, 7, 14], hu=[-1000, 1000])
 GOLDEN = pd.read_csv(TOP / "tests/cohorts.csv", index_col="cohort", keep_default_na=False)
@@ -38,12 +38,12 @@ def params(**cohorts):  # as a stage sees them
     for n, more in cohorts.items():
         tree["cohorts"][n] |= more
     tree["study"]["jobs"] = 1
-    return Declared(tree, "prepare")
+    return StageParams(tree, "prepare")
 
 
 def ready(name, root, p=None) -> dict:  # status
     p = p or params()
-    organs = partial(from_masks, groups=p.anatomy.groups.model_dump())
+    organs = partial(read_organ_map, groups=p.anatomy.groups.model_dump())
     return run(
         name,
         import_module(f"asap.data.cohorts.{name}"),
@@ -90,7 +90,7 @@ def made(root):
 def text(tmp_path_factory):
     to = tmp_path_factory.mktemp("text") / "text"
     said = [["The heart is normal.", "There is a nodule in the left lung."]] * 8
-    train_encoder(said, said, P.text, 0, to)
+    train_text_encoder(said, said, P.text, 0, to)
     return load_text(to)
 
 
@@ -122,7 +122,7 @@ def test_what_is_in_it(name, made):
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_owners_layout_to_a_batch(name, made, text):
     adapter, (_, t) = import_module(f"asap.data.cohorts.{name}"), made[name]
-    data = Pairs(t.head(3), P, text, seed=0)
+    data = ImageReportDataset(t.head(3), P, text, seed=0)
     b = collate([data[(0, i)] for i in range(len(data))], text, 0.5)
     assert (
         b["image"].shape == (len(data), 1, *P.volumes.size)
@@ -146,7 +146,7 @@ def test_nobody_on_two_sides(name, made):
     ).all()
     if not (t.split == "train").any() or not label_columns(t):
         return
-    f = fractions(t, [0.3, 0.6, 1.0], 0)
+    f = label_subsets(t, [0.3, 0.6, 1.0], 0)
     assert (
         not (f["0.3"] & ~f["0.6"]).any()
         and (f["1.0"] == (t.split == "train")).all()
@@ -159,7 +159,8 @@ def test_no_patient_is_in_two_cohorts(made):
     seen = {}
     for n, (_, t) in made.items():
         for v in {
-            Store(Path(f).parent, Path("."), None).record(Path(f).stem)["voxels"] for f in t.image
+            CaseStore(Path(f).parent, Path("."), None).record(Path(f).stem)["voxels"]
+            for f in t.image
         }:
             seen.setdefault(v, set()).add(n)
     assert {frozenset(s) for s in seen.values() if len(s) > 1} == {
@@ -182,7 +183,7 @@ ANGIOGRAPHY, CT_RATES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_how_each_case_was_acquired(name, root, made):
     "Beside the table, case by case, and nothing of it in the table"
-    (_, t), a = made[name], acquired(name, root)
+    (_, t), a = made[name], load_acquisition(name, root)
     assert a.case.tolist() == t.case.tolist() and not {"kernel", "contrast"} & set(t)
     assert a.slice_mm.between(0.5, 25).all() and a.pixel_mm.between(0.3, 12).all()
     assert (
@@ -195,7 +196,7 @@ def test_how_each_case_was_acquired(name, root, made):
 
 def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
     "As its metadata, its reports and its headers say"
-    a, d = acquired("ct_rate", root).set_index("case"), root / "data/ct_rate/dataset"
+    a, d = load_acquisition("ct_rate", root).set_index("case"), root / "data/ct_rate/dataset"
     both = lambda *files: (
         pd.concat([pd.read_csv(d / f) for f in files])
         .assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz"))
@@ -249,9 +250,9 @@ def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
         and stamp() == after
         and files()[0] == first[0]
     )
-    assert set(acquired("ct_rate", tmp_path).kernel) == {""} and acquired("ct_rate", tmp_path).drop(
-        columns="kernel"
-    ).equals(acquired("ct_rate", root).drop(columns="kernel"))
+    assert set(load_acquisition("ct_rate", tmp_path).kernel) == {""} and load_acquisition(
+        "ct_rate", tmp_path
+    ).drop(columns="kernel").equals(load_acquisition("ct_rate", root).drop(columns="kernel"))
 
 
 def test_a_lost_patient_moves_at_most_one_other(root, made, tmp_path):
@@ -283,7 +284,7 @@ def test_absent_and_pointed_to(root, made, tmp_path, capsys):
         and not status["phantoms"]
         and stamp() == before
     )
-    assert present(["acdc", "stoic"], tmp_path) == ["stoic"]
+    assert available_cohorts(["acdc", "stoic"], tmp_path) == ["stoic"]
     (tmp_path / "data/stoic.path").write_text("/nowhere\n")
     with pytest.raises(FileNotFoundError, match="is the disk mounted"):
         ready("stoic", tmp_path)
@@ -350,7 +351,7 @@ def test_organ_masks_in_a_folder(root, made, tmp_path):
     img = nib.load(one)
     for name in sum(P.anatomy.groups.values(), []):
         write(
-            (np.asanyarray(img.dataobj) == classes()[name]).astype(np.uint8),
+            (np.asanyarray(img.dataobj) == totalsegmentator_classes()[name]).astype(np.uint8),
             img.affine,
             d / f"segmentations/{name}.nii.gz",
         )
@@ -366,7 +367,7 @@ def test_organ_masks_in_a_folder(root, made, tmp_path):
 
 
 def toy(folder, n) -> pd.DataFrame:  # n small scans
-    k = chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+    k = synthesize_chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
     rows = [
         dict(
             case=f"c{i:03d}",
@@ -391,9 +392,9 @@ def toy(folder, n) -> pd.DataFrame:  # n small scans
 def test_a_cluster_makes_the_same_volumes(tmp_path):
     "Dask, on a cluster of this machine"
     t = toy(tmp_path, 6)
-    prepare(t, tmp_path / "a", tmp_path / "o", HOW)
-    with workers("dask"):
-        prepare(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
+    prepare_cases(t, tmp_path / "a", tmp_path / "o", HOW)
+    with parallel_backend("dask"):
+        prepare_cases(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
     assert len(list((tmp_path / "b").glob("*.nii"))) == 6
     for f in (tmp_path / "a").glob("*"):
         assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
@@ -410,7 +411,7 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
         prepare(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
     p = psutil.Popen([sys.executable, "-c", code], cwd=TOP)
     end = time.monotonic() + 60
-    while len(visible(tmp_path / "v", "*.json")) < 20:
+    while len(list_files(tmp_path / "v", "*.json")) < 20:
         assert time.monotonic() < end
     for one in [p, *p.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -418,13 +419,13 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     p.wait()
     done = {
         f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino)
-        for f in visible(tmp_path / "v", "*.json")
+        for f in list_files(tmp_path / "v", "*.json")
     }
     assert 20 <= len(done) < 60
     subprocess.run([sys.executable, "-c", code], cwd=TOP, check=True)
     after = {
         f.stem: (f.stat().st_mtime_ns, f.with_suffix(".nii").stat().st_ino)
-        for f in visible(tmp_path / "v", "*.json")
+        for f in list_files(tmp_path / "v", "*.json")
     }
     assert len(after) == 60 and {k: after[k] for k in done} == done
 
@@ -432,7 +433,9 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
 def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     "What is put aside or taken back is whole, or not there"
     t = toy(tmp_path, 3)
-    go = lambda table: prepare(table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept")
+    go = lambda table: prepare_cases(
+        table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept"
+    )
     go(t)
     first = {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()}
     other = t.assign(image=list(t.image[1:]) + [t.image[0]])
@@ -465,8 +468,8 @@ def test_what_macos_leaves_is_no_scan(name, root, tmp_path):
         t, bad = adapter.read(tmp_path / "data" / name)
         return t, [
             bad.rows,
-            inventory(tmp_path / "data"),
-            [sketch(f) for f in t.image],
+            hash_inventory(tmp_path / "data"),
+            [quick_hash(f) for f in t.image],
             [hashlib.sha256(read(f).hu.tobytes()).hexdigest() for f in t.image[:2]],
         ]
 

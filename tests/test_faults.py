@@ -9,13 +9,13 @@ from conftest import TOP
 from files import FORMS, write as write_as
 
 from asap.cli import main
-from asap.core import atomic, visible, write_json
-from asap.data.checks import load
-from asap.data.cohort import prepare
+from asap.core import atomic_write, list_files, write_json
+from asap.data.checks import load_checked
+from asap.data.cohort import prepare_cases
 from asap.data.volumes import Source, write
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 
-C = chest(("faults", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+C = synthesize_chest(("faults", 0), (48, 48, 24), (7.0, 7.0, 14.0))
 WINDOW = Source(("window", -1000, 1000), C.spacing, "RAS")
 HOW = dict(spacing=[7, 7, 14], hu=[-1000, 1000])
 
@@ -42,11 +42,11 @@ def longest(path):  # the file that holds the voxels
 def test_a_truncated_file_is_named(form, keep, tmp_path):
     path = write_as(C.hu, C.affine, tmp_path, form)
     source = WINDOW if form == "pictures" else Source()
-    load(path, source)
+    load_checked(path, source)
     f = longest(path)
     f.write_bytes(f.read_bytes()[: int(keep * f.stat().st_size)])
     with pytest.raises(ValueError) as e:
-        load(path, source)
+        load_checked(path, source)
     assert f.stem in str(e.value) or path.name in str(e.value), str(e.value)
 
 
@@ -59,7 +59,7 @@ def test_text_under_another_name(name, tmp_path):
     f.write_text("The heart is normal.\n" * 200)
     path = f.parent if name.endswith(".png") else f
     with pytest.raises(ValueError, match=r"cannot be read|truncated|no DICOM image"):
-        load(path, WINDOW if name.endswith(".png") else Source())
+        load_checked(path, WINDOW if name.endswith(".png") else Source())
 
 
 @contextlib.contextmanager
@@ -87,14 +87,14 @@ def test_without_permission(tmp_path):
     locked.chmod(0)
     (shut / "series").chmod(0)
     with nobody():
-        load(good)
+        load_checked(good)
         for p in (locked, shut / "series"):
             with pytest.raises((PermissionError, ValueError)) as e:
-                load(p)
+                load_checked(p)
             assert p.name in str(e.value)
         for look in (
-            lambda: load(shut / "series"),
-            *(partial(visible, tmp_path, p) for p in ("*/*/*.dcm", "**/*")),
+            lambda: load_checked(shut / "series"),
+            *(partial(list_files, tmp_path, p) for p in ("*/*/*.dcm", "**/*")),
         ):
             with pytest.raises(PermissionError, match="series"):
                 look()
@@ -143,7 +143,7 @@ def test_a_full_disk_stops_and_loses_nothing(small_disk, tmp_path):
     "The old file stays whole, no half is left, no case is put aside for it"
     write_json(dict(kept=1), small_disk / "metrics.json")
     with pytest.raises(OSError, match="No space left"):
-        with atomic(small_disk / "metrics.json") as tmp:
+        with atomic_write(small_disk / "metrics.json") as tmp:
             tmp.write_bytes(b"0" * 3_000_000)
     assert (
         sorted(f.name for f in small_disk.iterdir()) == ["metrics.json"]
@@ -151,7 +151,7 @@ def test_a_full_disk_stops_and_loses_nothing(small_disk, tmp_path):
     )
     t = table(tmp_path, 30)
     with pytest.raises(OSError, match="No space left"):
-        prepare(
+        prepare_cases(
             t, small_disk / "volumes", small_disk / "organs", HOW, quarantine=small_disk / "q.csv"
         )
     left = [f for f in small_disk.rglob("*") if f.is_file() and f.suffix == ".nii"]
@@ -241,11 +241,11 @@ def test_two_preparations_of_one_cohort(tmp_path):
 def test_a_changed_number_and_a_kill_do_not_mix(tmp_path):
     "A volume whose record was taken away is made anew, though its file is there"
     t = table(tmp_path, 2)
-    prepare(t, tmp_path / "v", tmp_path / "o", HOW)
+    prepare_cases(t, tmp_path / "v", tmp_path / "o", HOW)
     first = (tmp_path / "v/c0.nii").read_bytes()
     (tmp_path / "v/c0.nii").write_bytes(b"of another run")
     (tmp_path / "v/c0.json").unlink()
-    prepare(t, tmp_path / "v", tmp_path / "o", HOW)
+    prepare_cases(t, tmp_path / "v", tmp_path / "o", HOW)
     assert (tmp_path / "v/c0.nii").read_bytes() == first
 
 

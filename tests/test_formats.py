@@ -7,8 +7,8 @@ import nibabel as nib, numpy as np, pytest
 from files import FORMS, dicom, write as write_as
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from asap.data.volumes import Source, placed, read, standard, write
-from asap.phantom.abnormalities import chest
+from asap.data.volumes import Source, make_affine, read, standardize, write
+from asap.phantom.abnormalities import synthesize_chest
 
 SHAPE = (34, 38, 30)
 
@@ -72,7 +72,7 @@ def test_a_marker_stays_where_it_is(layout, to):
     if form == "pictures":
         axes = "".join(pair[s < 0] for pair, s in zip(("RL", "AP", "SI"), signs))
         affine, source = (
-            placed(SHAPE, spacing, axes),
+            make_affine(SHAPE, spacing, axes),
             Source(("window", -1000, 1000), tuple(spacing), axes),
         )
     world = (affine @ [*(np.array(SHAPE) * at), 1])[:3]
@@ -81,7 +81,7 @@ def test_a_marker_stays_where_it_is(layout, to):
         hu, affine
     )  # what lies near a border loses a little of its ball: the file itself says where it is
     with tempfile.TemporaryDirectory() as tmp:
-        s = standard(read(write_as(hu, affine, Path(tmp), form), source), to)
+        s = standardize(read(write_as(hu, affine, Path(tmp), form), source), to)
         write(s.hu, s.affine, Path(tmp) / "standard.nii")
         img = nib.load(Path(tmp) / "standard.nii")
         after = middle(np.asanyarray(img.dataobj), img.affine)
@@ -93,7 +93,7 @@ def test_a_marker_stays_where_it_is(layout, to):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_voxels(form, tmp_path):
-    c = chest(("formats", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+    c = synthesize_chest(("formats", 0), (48, 48, 24), (7.0, 7.0, 14.0))
     source = Source(("window", -1000, 1000), c.spacing, "RAS") if form == "pictures" else Source()
     v = read(write_as(c.hu, c.affine, tmp_path, form), source).ras()
     near = 1000 / 255 + 0.6 if form == "pictures" else 0
@@ -109,7 +109,7 @@ def test_the_same_voxels(form, tmp_path):
 
 def test_one_series_of_several_is_chosen_and_named(tmp_path, capsys):
     "CT before others, no localizer, most slices"
-    c = chest(("formats", 1), (48, 48, 24), (7.0, 7.0, 14.0))
+    c = synthesize_chest(("formats", 1), (48, 48, 24), (7.0, 7.0, 14.0))
     dicom(c.hu, c.affine, tmp_path, series="1.1", number=1, Modality="PT")
     dicom(c.hu[:, :, :20], c.affine, tmp_path, series="1.2", number=2)
     dicom(c.hu, c.affine, tmp_path, series="1.3", number=3)
@@ -134,11 +134,11 @@ def test_a_tilted_gantry_is_not_ignored(tmp_path):
     hu = marker(affine, world)
     v = read(dicom(hu, affine, tmp_path / "tilted"))
     assert abs(abs(v.affine[1, 2]) - 0.6) < 1e-3
-    s = standard(v, (2, 2, 2))
+    s = standardize(v, (2, 2, 2))
     assert np.abs(middle(s.hu, s.affine) - world).max() < 1
 
 
 def test_no_name_is_read(tmp_path):
-    c = chest(("formats", 2), (48, 48, 24), (7.0, 7.0, 14.0))
+    c = synthesize_chest(("formats", 2), (48, 48, 24), (7.0, 7.0, 14.0))
     v = read(dicom(c.hu, c.affine, tmp_path / "series"))
     assert "Nobody" not in repr(v.facts)

@@ -5,7 +5,7 @@ import ast, json
 import grimp, pytest, yaml
 from conftest import STAGES, TOP
 
-from asap.core import Cohorts, Name
+from asap.core import CohortsConfig, CohortName
 
 GRAPH = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
 REACH = grimp.build_graph("asap")
@@ -54,9 +54,9 @@ def test_the_cohorts_of_the_study_are_the_pages():
     "Params, adapters and pages name the same data sets"
     pages = {p.stem for p in (TOP / "nbs/2_data/cohorts").glob("*.ipynb")}
     assert pages == {m.rsplit(".", 1)[1] for m in COHORTS}
-    assert pages - {"rex_grounding_ct"} == set(Cohorts.model_fields) == set(Name.__args__), (
-        "masks beside ct_rate are no cohort"
-    )
+    assert (
+        pages - {"rex_grounding_ct"} == set(CohortsConfig.model_fields) == set(CohortName.__args__)
+    ), "masks beside ct_rate are no cohort"
 
 
 def test_every_stage_has_its_notebook():

@@ -8,29 +8,29 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from asap.core import Quarantine, rng, write_json
 from asap.data.cohort import save
 from asap.data.cohorts import ct_rate, rex_grounding_ct as rex
-from asap.data.crops import apply, centre
-from asap.data.volumes import resample, standard
+from asap.data.crops import apply_crop, center_crop
+from asap.data.volumes import resample, standardize
 from asap.model.vit import patchify
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 from asap.study.grounding import (
-    FOUR,
-    atlas,
-    core,
-    cover,
-    denial,
-    dice,
-    groups,
-    measure,
-    most,
-    questions,
-    row,
-    score,
-    shares,
-    source,
-    strangers,
-    targets,
+    FOCAL_LESIONS,
+    build_atlas,
+    hit_patches,
+    patch_coverage,
+    negate_finding,
+    patch_dice,
+    label_groups,
+    evaluate_grounding,
+    topk_patches,
+    build_sentence_queries,
+    summarize_hits,
+    score_pointing,
+    load_lesion_coverage,
+    load_lesion_sentences,
+    shuffle_patients,
+    load_lesion_targets,
 )
-from asap.study.page import grounding as section
+from asap.study.page import render_grounding
 
 SMALL, HOW = (
     dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0)),
@@ -52,12 +52,12 @@ SHARE, BODY = (
 
 def played(own, stranger, deny, maps=None, share=SHARE) -> pd.DataFrame:
     "`score` of arms that point where they are told; regions are the patch pointed at"
-    asked = questions(T, 0)
+    asked = build_sentence_queries(T, 0)
     point = np.array(
         [dict(own=own, stranger=stranger, denial=deny)[k][n] for k, n in zip(asked.kind, asked.row)]
     )
     got = dict(point=point, region=np.eye(4, dtype=bool)[point], k=np.arange(len(asked)) % 3 + 1.0)
-    return score(T, share, BODY, {} if maps is None else maps, asked, got)
+    return score_pointing(T, share, BODY, {} if maps is None else maps, asked, got)
 
 
 def test_a_hit_is_its_own_sentence_on_its_own_mask():
@@ -72,7 +72,7 @@ def test_a_hit_is_its_own_sentence_on_its_own_mask():
 
 
 def test_a_grazed_patch_does_not_count():
-    assert played([1, 3], [1, 1], [2, 2]).hit.tolist() == [0, 1] and not core(SHARE)[0, 1]
+    assert played([1, 3], [1, 1], [2, 2]).hit.tolist() == [0, 1] and not hit_patches(SHARE)[0, 1]
 
 
 def test_a_stranger_is_judged_by_the_mask_of_the_sentence():
@@ -94,13 +94,13 @@ def test_a_guess_is_over_the_body():
 
 def test_the_atlas_is_of_its_label_and_of_train():
     train = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], bool)
-    maps = atlas(train, ["Lung nodule", "Lung nodule", "Emphysema", "Emphysema", ""])
+    maps = build_atlas(train, ["Lung nodule", "Lung nodule", "Emphysema", "Emphysema", ""])
     assert (
         maps["Lung nodule"].tolist() == [0, 0, 0, 2]
         and played([0, 0], [0, 0], [0, 0], maps).atlas.tolist() == [0, 1]
         and set(maps) == {"Lung nodule", "Emphysema"}
     )
-    assert most(np.array([2, 5, 5, 1]), 1).argmax() == 1 and most(
+    assert topk_patches(np.array([2, 5, 5, 1]), 1).argmax() == 1 and topk_patches(
         np.array([2, 5, 5, 1]), 3
     ).tolist() == [True, True, True, False]
 
@@ -110,7 +110,7 @@ def test_dice_is_that_of_the_voxels():
     mask, region = r.random((5, 8, 8, 8)) > 0.6, r.random((5, 8)) > 0.5
     painted = np.stack([region.reshape(5, 2, 2, 2)]).repeat(4, 2).repeat(4, 3).repeat(4, 4)[0]
     voxels = 2 * (painted & mask).sum((1, 2, 3)) / (painted.sum((1, 2, 3)) + mask.sum((1, 2, 3)))
-    np.testing.assert_allclose(dice(region, cover(mask, (4, 4, 4))), voxels)
+    np.testing.assert_allclose(patch_dice(region, patch_coverage(mask, (4, 4, 4))), voxels)
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 50])
@@ -123,18 +123,21 @@ def test_nobody_is_his_own_stranger(n):
         ]
     )
     for seed in range(5):
-        q = questions(t, seed)
+        q = build_sentence_queries(t, seed)
         q = q[q.kind == "stranger"]
         lender, asker = q.case.str.split("_").str[0], t.patient.loc[q.row].to_numpy()
         assert len(q) == len(t) and (lender != asker).all() and set(lender) == set(t.patient)
-    assert questions(t, 0).equals(questions(t, 0)) and (
-        n < 4 or strangers(t.patient, 0) != strangers(t.patient, 1)
+    assert build_sentence_queries(t, 0).equals(build_sentence_queries(t, 0)) and (
+        n < 4 or shuffle_patients(t.patient, 0) != shuffle_patients(t.patient, 1)
     )
 
 
 def test_one_patient_has_no_stranger_and_no_label_no_denial():
-    assert questions(T[:1].assign(label=""), 0).kind.tolist() == ["own"] and denial("") == ""
-    assert all(denial(n).lower().startswith(("no ", "there ")) for n in FOUR)
+    assert (
+        build_sentence_queries(T[:1].assign(label=""), 0).kind.tolist() == ["own"]
+        and negate_finding("") == ""
+    )
+    assert all(negate_finding(n).lower().startswith(("no ", "there ")) for n in FOCAL_LESIONS)
 
 
 def frame(n, patients, **columns):
@@ -161,20 +164,20 @@ def frame(n, patients, **columns):
 def test_intervals_are_paired_and_by_patient():
     hit = (rng("hits").random(120) < 0.5).astype(float)
     own = frame(120, [f"p{i}" for i in range(120)], hit=hit, atlas=hit)
-    r = row(own, 300, 0.95)
+    r = summarize_hits(own, 300, 0.95)
     assert (
         r["above_atlas"] == r["above_atlas_lo"] == r["above_atlas_hi"] == 0
         and 0.1 < r["hit_hi"] - r["hit_lo"] < 0.25
     )
-    again = row(pd.concat([own] * 4), 300, 0.95)
+    again = summarize_hits(pd.concat([own] * 4), 300, 0.95)
     assert again["hit_hi"] - again["hit_lo"] == pytest.approx(r["hit_hi"] - r["hit_lo"]), (
         "the same patients four times know no more"
     )
-    assert np.isnan(row(own.assign(denial=np.nan), 50, 0.95)["above_denial"])
+    assert np.isnan(summarize_hits(own.assign(denial=np.nan), 50, 0.95)["above_denial"])
 
 
 def test_the_four_are_pooled_and_the_others_stand_apart():
-    g = groups(["Emphysema", "Atelectasis", "Lung nodule", ""], ["Emphysema"])
+    g = label_groups(["Emphysema", "Atelectasis", "Lung nodule", ""], ["Emphysema"])
     assert list(g) == [
         "the four",
         "the large ones",
@@ -213,9 +216,9 @@ def test_masks_go_the_way_of_their_volume(tree):
     )
     close = []
     for r in t.itertuples():
-        std = standard(ct_rate.open_volume(r.image), SMALL["spacing"])
+        std = standardize(ct_rate.open_volume(r.image), SMALL["spacing"])
         split, i, *_ = r.case.split("_")
-        c = chest((3, split, int(i)), **SMALL)
+        c = synthesize_chest((3, split, int(i)), **SMALL)
         want = (
             resample(
                 c.find(r.label).mask.astype(np.uint8),
@@ -227,7 +230,7 @@ def test_masks_go_the_way_of_their_volume(tree):
             )
             > 0
         )
-        got = rex.masks(r.mask, r.image, [r.channel], std.hu.shape, std.affine)[0]
+        got = rex.read_masks(r.mask, r.image, [r.channel], std.hu.shape, std.affine)[0]
         close.append(overlap(got, want))
         assert max(overlap(np.flip(got, axis), want) for axis in range(3)) < close[-1], (
             r.case,
@@ -300,7 +303,7 @@ def study(tmp_path_factory):
     rex.write(root / "data/rex_grounding_ct", 5, 6, 4, **SMALL)
     t, _ = ct_rate.read(root / "data/ct_rate")
     for r in t.itertuples():
-        v = standard(ct_rate.open_volume(r.image), SMALL["spacing"])
+        v = standardize(ct_rate.open_volume(r.image), SMALL["spacing"])
         (root / "build/volumes/ct_rate").mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(v.hu, v.affine), root / f"build/volumes/ct_rate/{r.case}.nii")
     t = t.assign(image=[str(root / f"build/volumes/ct_rate/{c}.nii") for c in t.case], organ_map="")
@@ -318,7 +321,7 @@ def test_splits_are_the_tables_and_not_the_lists(study):
             cohort.patient == watched, "val", np.where(cohort.split == "train", "test", "train")
         )
     )  # as no list says it
-    t, share, body, out = targets(said, cohort, bad=Quarantine(), **HOW)
+    t, share, body, out = load_lesion_targets(said, cohort, bad=Quarantine(), **HOW)
     assert (
         set(t.split) == {"train", "test"}
         and watched not in set(t.patient)
@@ -335,7 +338,7 @@ def test_splits_are_the_tables_and_not_the_lists(study):
 def test_what_the_crop_does_not_show_is_counted(study):
     root, cohort = study
     said, _ = rex.read(root / "data/rex_grounding_ct")
-    t, share, _, out = targets(
+    t, share, _, out = load_lesion_targets(
         said, cohort, size=(12, 12, 6), patch=(12, 12, 6), hu=(-1000, 1000), bad=Quarantine()
     )
     assert (
@@ -350,12 +353,14 @@ def test_patches_are_counted_as_the_encoder_counts_them(study):
     g = said[said.case == said.case.iloc[0]].assign(
         volume=cohort.set_index("case").image[said.case.iloc[0]]
     )
-    share, _ = shares(g, **HOW, body=True)
+    share, _ = load_lesion_coverage(g, **HOW, body=True)
     v = nib.load(g.volume.iloc[0])
     for got, c in zip(share, g.channel):
-        m = rex.masks(g["mask"].iloc[0], g.image.iloc[0], [c], v.shape, v.affine)[0]
+        m = rex.read_masks(g["mask"].iloc[0], g.image.iloc[0], [c], v.shape, v.affine)[0]
         x = torch.from_numpy(
-            apply(m, centre(v.shape, HOW["size"]), HOW["size"], False, 0).astype(np.float32)
+            apply_crop(m, center_crop(v.shape, HOW["size"]), HOW["size"], False, 0).astype(
+                np.float32
+            )
         )[None, None]
         np.testing.assert_allclose(got, patchify(x, HOW["patch"])[0].mean(-1).numpy(), atol=1e-6)
 
@@ -363,14 +368,17 @@ def test_patches_are_counted_as_the_encoder_counts_them(study):
 def test_what_is_not_there_is_said(study, tmp_path):
     root, _ = study
     p = type("p", (), {})
-    assert "no arm of this study" in measure({}, None, p, root, tmp_path / "a")[
+    assert "no arm of this study" in evaluate_grounding({}, None, p, root, tmp_path / "a")[
         "reason"
-    ] and "Not measured" in section(tmp_path / "a")
+    ] and "Not measured" in render_grounding(tmp_path / "a")
     write_json(dict(there=True), tmp_path / "build/cohorts/ct_rate/status.json")
     (tmp_path / "data/ct_rate").mkdir(parents=True)
-    assert "neither rex_grounding_ct/ nor rex_grounding_ct.path" in source(["ct_rate"], tmp_path)[1]
+    assert (
+        "neither rex_grounding_ct/ nor rex_grounding_ct.path"
+        in load_lesion_sentences(["ct_rate"], tmp_path)[1]
+    )
     write_json(dict(there=False), tmp_path / "build/cohorts/ct_rate/status.json")
     assert (
-        "ct_rate is not in this study" in source(["ct_rate"], tmp_path)[1]
-        and "ct_rate is not" in source([], tmp_path)[1]
+        "ct_rate is not in this study" in load_lesion_sentences(["ct_rate"], tmp_path)[1]
+        and "ct_rate is not" in load_lesion_sentences([], tmp_path)[1]
     )

@@ -8,9 +8,9 @@ import pytest, yaml
 from conftest import TOP
 
 from asap.phantom.abnormalities import ABNORMALITIES
-from asap.phantom.words import ABSENT, NORMAL, PRESENT
-from asap.text.labels import labels, marked, mentions, table
-from asap.text.sentences import split
+from asap.phantom.words import NEGATIVE_TEMPLATES, NORMAL_TEMPLATES, POSITIVE_TEMPLATES
+from asap.text.labels import extract_labels, highlight_mentions, find_mentions, label_reports
+from asap.text.sentences import split_sentences
 
 
 def read(file) -> dict:
@@ -24,13 +24,15 @@ ITEMS = [i for group in GROUPS.values() for i in group]
 def f1(items) -> float:
     "Micro F1 over items and labels"
     true = np.array([[n in i["positive"] for n in ABNORMALITIES] for i in items])
-    said = table([i["text"] for i in items]).to_numpy(bool)
+    said = label_reports([i["text"] for i in items]).to_numpy(bool)
     return 2 * (true & said).sum() / (true.sum() + said.sum())
 
 
 def suspected(text) -> set:
-    found = {m.label for s in split(text) for m in mentions(s) if m.state == "uncertain"}
-    return found - {n for n, v in labels(text).items() if v}
+    found = {
+        m.label for s in split_sentences(text) for m in find_mentions(s) if m.state == "uncertain"
+    }
+    return found - {n for n, v in extract_labels(text).items() if v}
 
 
 def test_sentences_are_what_the_bar_asks():
@@ -50,7 +52,12 @@ def test_sentences_are_what_the_bar_asks():
 
 
 def test_sentences_hold_no_wording_of_the_phantom():
-    wordings = [w for kind in (PRESENT, ABSENT, NORMAL) for group in kind.values() for w in group]
+    wordings = [
+        w
+        for kind in (POSITIVE_TEMPLATES, NEGATIVE_TEMPLATES, NORMAL_TEMPLATES)
+        for group in kind.values()
+        for w in group
+    ]
     forms = [
         re.compile(re.sub(r"\\\{\w+\\\}", ".+?", re.escape(w.rstrip("."))), re.I) for w in wordings
     ]
@@ -70,7 +77,7 @@ def test_group_has_no_more_than_a_tenth_wrong(group):
     wrong = [
         i["text"]
         for i in GROUPS[group]
-        if {n for n, v in labels(i["text"]).items() if v} != set(i["positive"])
+        if {n for n, v in extract_labels(i["text"]).items() if v} != set(i["positive"])
     ]
     assert len(wrong) <= len(GROUPS[group]) / 10, wrong
 
@@ -79,8 +86,8 @@ def test_doubts_are_kept_apart():
     wrong = [i["text"] for i in ITEMS if suspected(i["text"]) != set(i.get("uncertain", []))]
     assert len(wrong) <= len(ITEMS) / 20, wrong
     for i in GROUPS["uncertain"]:
-        more = {n for n, v in labels(i["text"], uncertain=1).items() if v}
-        assert more >= {n for n, v in labels(i["text"]).items() if v} | suspected(i["text"])
+        more = {n for n, v in extract_labels(i["text"], uncertain=1).items() if v}
+        assert more >= {n for n, v in extract_labels(i["text"]).items() if v} | suspected(i["text"])
 
 
 @pytest.mark.parametrize(
@@ -104,14 +111,16 @@ def test_doubts_are_kept_apart():
 )
 def test_each_cue_on_each_label(before, after):
     "The label's own name in a frame reads as the frame says"
-    wrong = [n for n in ABNORMALITIES if labels(before.format(n.lower()))[n] != after]
+    wrong = [n for n in ABNORMALITIES if extract_labels(before.format(n.lower()))[n] != after]
     assert not wrong
 
 
 def test_marks_lose_no_letter():
     for i in ITEMS:
-        plain = re.sub(r"</?(?:mark|u|br)\b[^>]*>", " ", marked(i["text"]))
-        assert re.findall(r"\w", plain) == re.findall(r"\w", "".join(split(i["text"]))), i["text"]
+        plain = re.sub(r"</?(?:mark|u|br)\b[^>]*>", " ", highlight_mentions(i["text"]))
+        assert re.findall(r"\w", plain) == re.findall(r"\w", "".join(split_sentences(i["text"]))), (
+            i["text"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +138,7 @@ def test_marks_lose_no_letter():
 )
 def test_odd_texts_end(text):
     start = time.process_time()
-    labels(text)
+    extract_labels(text)
     assert time.process_time() - start < 10
 
 
@@ -137,10 +146,10 @@ def test_same_table_twice_and_index_kept():
     import pandas as pd
 
     texts = pd.Series(["No effusion.", None, "Emphysema."], index=["a", "b", "c"])
-    once = table(texts)
+    once = label_reports(texts)
     assert (
-        once.equals(table(texts))
+        once.equals(label_reports(texts))
         and list(once.index) == ["a", "b", "c"]
         and list(once.columns) == ABNORMALITIES
     )
-    assert once["Emphysema"].tolist() == [0, 0, 1] and table([]).shape == (0, 18)
+    assert once["Emphysema"].tolist() == [0, 0, 1] and label_reports([]).shape == (0, 18)

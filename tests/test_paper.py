@@ -7,7 +7,15 @@ import pytest, yaml
 from conftest import TOP
 
 from asap.core import load_params
-from asap.study.cost import Assumed, block, disk, forward, hours, step_cost, steps
+from asap.study.cost import (
+    CostAssumptions,
+    block_flops,
+    disk_usage,
+    forward_flops,
+    gpu_hours_table,
+    train_flops,
+    count_steps,
+)
 
 PAPER = load_params(TOP / "params/paper.yaml")
 
@@ -72,22 +80,25 @@ def test_a_batch_more_costs_so_much_more():
     more = PAPER.model_copy(
         update=dict(pretrain=PAPER.pretrain.model_copy(update=dict(steps=2 * PAPER.pretrain.steps)))
     )
-    a, b = (hours(p).set_index("what") for p in (PAPER, more))
+    a, b = (gpu_hours_table(p).set_index("what") for p in (PAPER, more))
     assert (
         b.exaflop["pretrain asap"] == pytest.approx(2 * a.exaflop["pretrain asap"])
         and b.exaflop["embed asap"] == a.exaflop["embed asap"]
     )
-    assert steps(PAPER, Assumed(gpus=8))["volumes_seen"] == 2 * steps(PAPER)["volumes_seen"]
+    assert (
+        count_steps(PAPER, CostAssumptions(gpus=8))["volumes_seen"]
+        == 2 * count_steps(PAPER)["volumes_seen"]
+    )
 
 
 def test_an_arm_costs_what_it_uses():
-    cost = {n: step_cost(PAPER, a) for n, a in PAPER.arms.items()}
+    cost = {n: train_flops(PAPER, a) for n, a in PAPER.arms.items()}
     assert (
         cost["scratch"] == 0 < cost["mae"] < cost["asap"]
         and cost["clip"] < cost["asap"]
         and cost["asap_no_organs"] == cost["asap"]
     )
-    assert "text, frozen" not in forward(PAPER, PAPER.arms["mae"])
+    assert "text, frozen" not in forward_flops(PAPER, PAPER.arms["mae"])
 
 
 def test_a_block_is_what_pytorch_counts():
@@ -99,12 +110,15 @@ def test_a_block_is_what_pytorch_counts():
         Block(64, 4, 2.0).bfloat16()(
             torch.randn(1, 37, 64).bfloat16()
         )  # in fp32 attention is one operation, which is not counted
-    assert f.get_total_flops() == block(37, 64, 2)
+    assert f.get_total_flops() == block_flops(37, 64, 2)
 
 
 def test_without_tokens_the_disk_is_small():
     tasks = [t for t in PAPER.study.tasks if not t.startswith(("report_", "vqa_"))]
-    d = disk(
+    d = disk_usage(
         PAPER.model_copy(update=dict(study=PAPER.study.model_copy(update=dict(tasks=tasks)))), 10**8
     )
-    assert d["all tokens"] == 0 and d["standard volumes"] == disk(PAPER, 10**8)["standard volumes"]
+    assert (
+        d["all tokens"] == 0
+        and d["standard volumes"] == disk_usage(PAPER, 10**8)["standard volumes"]
+    )

@@ -2,19 +2,19 @@
 
 import numpy as np, pytest
 
-from asap.anatomy.organs import from_folder, from_multilabel
+from asap.anatomy.organs import merge_class_masks, read_multilabel_map
 from asap.cli import main
 from asap.core import load_params
 from asap.data import real
-from asap.data.checks import body_mask, check_mask, load
-from asap.data.volumes import open_nifti, read, standard
+from asap.data.checks import body_mask, check_mask, load_checked
+from asap.data.volumes import open_nifti, read, standardize
 
 P = load_params()
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    found, why = real.fetch(P.real, tmp_path_factory.mktemp("real"))
+    found, why = real.fetch_scans(P.real, tmp_path_factory.mktemp("real"))
     if len(found) < len(real.SCANS):
         pytest.skip(f"the real scans could not be fetched: {'; '.join(why)}")
     return found
@@ -23,15 +23,15 @@ def scans(tmp_path_factory):
 @pytest.mark.parametrize("name", real.SCANS)
 def test_no_false_refusal(scans, name):
     s, files = real.SCANS[name], scans[name]
-    v, warnings = load(files / s.image)
-    std = standard(v, P.volumes.spacing)
+    v, warnings = load_checked(files / s.image)
+    std = standardize(v, P.volumes.spacing)
     assert (
         -1000 <= std.hu.min() < -900
         and std.hu.max() > 500
         and np.allclose(std.spacing, P.volumes.spacing)
     )
     for f in [
-        *real.masks(files / m for m in s.masks).values(),
+        *real.find_masks(files / m for m in s.masks).values(),
         *([files / s.labels] if s.labels else []),
     ]:
         check_mask(open_nifti(f).shape, open_nifti(f).affine, v, f.name)
@@ -58,9 +58,13 @@ def test_the_command_refuses_none(scans, capsys):
 def test_organs_lie_on_the_chest(scans):
     "Heart and aorta of the masks are solid and in the middle; the lobes, which nobody segmented, are unknown"
     s, files = real.SCANS["totalsegmentator_chest"], scans["totalsegmentator_chest"]
-    std = standard(load(files / s.image)[0], P.volumes.spacing)
-    m = from_folder(
-        real.masks(files / f for f in s.masks), P.anatomy.groups, std.hu.shape, std.affine, std.hu
+    std = standardize(load_checked(files / s.image)[0], P.volumes.spacing)
+    m = merge_class_masks(
+        real.find_masks(files / f for f in s.masks),
+        P.anatomy.groups,
+        std.hu.shape,
+        std.affine,
+        std.hu,
     )
     number = {g: i for i, g in enumerate(P.anatomy.groups, 1)}
     for group in ("heart", "aorta"):
@@ -73,10 +77,12 @@ def test_organs_lie_on_the_chest(scans):
 def test_two_ways_to_bring_masks_agree(scans):
     "A multi-label file and a folder of one file a class, of one segmentation, give the same organ map"
     s, files = real.SCANS["totalsegmentator_part"], scans["totalsegmentator_part"]
-    std = standard(load(files / s.image)[0], (3, 3, 3))
+    std = standardize(load_checked(files / s.image)[0], (3, 3, 3))
     groups = dict(liver=["liver"], aorta=["aorta"], bowel=["colon", "small_bowel"])
-    a = from_multilabel(files / s.labels, groups, std.hu.shape, std.affine)
-    b = from_folder(real.masks(files / f for f in s.masks), groups, std.hu.shape, std.affine)
+    a = read_multilabel_map(files / s.labels, groups, std.hu.shape, std.affine)
+    b = merge_class_masks(
+        real.find_masks(files / f for f in s.masks), groups, std.hu.shape, std.affine
+    )
     assert len(np.unique(a)) == 4 and (a == b).mean() > 0.999
 
 
@@ -85,7 +91,7 @@ def test_two_ways_to_bring_masks_agree(scans):
 )
 def test_lesions(scans, name, ml, side):
     s, files = real.SCANS[name], scans[name]
-    (said,) = real.sentences(s, files, read(files / s.image))
+    (said,) = real.scan_sentences(s, files, read(files / s.image))
     assert f"{ml} ml in the {side} lung" in said["sentence"] and said["source"].endswith(
         "_label.nrrd"
     )
@@ -93,5 +99,5 @@ def test_lesions(scans, name, ml, side):
 
 def test_measurements(scans):
     s, files = real.SCANS["totalsegmentator_chest"], scans["totalsegmentator_chest"]
-    said = [r["sentence"] for r in real.sentences(s, files, read(files / s.image))]
+    said = [r["sentence"] for r in real.scan_sentences(s, files, read(files / s.image))]
     assert "The aorta measures 33 mm at the mid aortic arch." in said and len(said) == 15

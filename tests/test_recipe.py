@@ -5,21 +5,21 @@ import subprocess, tracemalloc
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
 
-from asap.anatomy.masks import shares
-from asap.core import load_params, root
+from asap.anatomy.masks import organ_fractions
+from asap.core import load_params, project_root
 from asap.data.volumes import resample
-from asap.model.align import Align, across, within
-from asap.model.anatomy import soft_ce
-from asap.model.asap import ASAP, config, voxel_loss
-from asap.model.fuse import Fuse, words_loss
+from asap.model.align import AlignmentHead, inter_report_loss, intra_report_loss
+from asap.model.anatomy import soft_cross_entropy
+from asap.model.asap import ASAP, build_config, reconstruction_loss
+from asap.model.fuse import FusionEncoder, mlm_loss
 from asap.model.vit import ViT3D
-from asap.pretrain.batches import Pairs, collate
-from asap.pretrain.pretrain import build, read
-from asap.text.encoder import load, train_encoder
-from asap.text.sentences import join, split
+from asap.pretrain.batches import ImageReportDataset, collate
+from asap.pretrain.pretrain import build_model, add_text_features
+from asap.text.encoder import load, train_text_encoder
+from asap.text.sentences import join_report, split_sentences
 from tiny_cases import cases
 
-P = load_params(root() / "params/smoke.yaml")
+P = load_params(project_root() / "params/smoke.yaml")
 unit = lambda *s: F.normalize(torch.randn(*s), dim=-1)
 row = lambda name, **k: dict(P.arms[name].model_dump(by_alias=True), **k)
 
@@ -28,14 +28,14 @@ row = lambda name, **k: dict(P.arms[name].model_dump(by_alias=True), **k)
 def study(tmp_path_factory):  # six phantoms and their text encoder
     here = tmp_path_factory.mktemp("recipe")
     table = cases(here, "recipe", 6, P.anatomy.groups)
-    said = [split(join(f, i)) for f, i in zip(table.findings, table.impression)]
-    train_encoder(said, said, P.text, 0, here / "text")
+    said = [split_sentences(join_report(f, i)) for f, i in zip(table.findings, table.impression)]
+    train_text_encoder(said, said, P.text, 0, here / "text")
     text = load(here / "text")
-    data = Pairs(table, P, text, seed=0)
+    data = ImageReportDataset(table, P, text, seed=0)
     return SimpleNamespace(
         text=text,
         data=data,
-        batch=read(collate([data[(0, i)] for i in range(4)], text, 0.75), text, True),
+        batch=add_text_features(collate([data[(0, i)] for i in range(4)], text, 0.75), text, True),
     )
 
 
@@ -52,10 +52,10 @@ def sentences():  # region, text, frozen, real, patches, k of three reports
 
 
 def test_P1_the_head_that_sets_k_learns(study):
-    m = build(P, row("asap"), study.text, 0)
+    m = build_model(P, row("asap"), study.text, 0)
     m(study.batch)[0].backward()
     assert m.align.share.weight.grad.abs().sum() > 0
-    r = build(P, row("asap", k="released", faults=[]), study.text, 0)
+    r = build_model(P, row("asap", k="released", faults=[]), study.text, 0)
     r(study.batch)[0].backward()
     assert r.align.share.weight.grad is None
 
@@ -65,13 +65,13 @@ def test_P2_padding_is_no_negative():
     wide = lambda t: torch.cat([t, torch.randn(3, 7, *t.shape[2:])], 1)
     longer = torch.cat([real, torch.zeros(3, 7).bool()], 1)
     assert torch.allclose(
-        within(wide(region), wide(text), wide(frozen), longer, 14.0),
-        within(region, text, frozen, real, 14.0),
+        intra_report_loss(wide(region), wide(text), wide(frozen), longer, 14.0),
+        intra_report_loss(region, text, frozen, real, 14.0),
         atol=1e-5,
     )
     one = lambda t: t[:1, :3]
-    alone = within(one(region), one(text), one(frozen), one(real), 14.0)
-    beside = within(
+    alone = intra_report_loss(one(region), one(text), one(frozen), one(real), 14.0)
+    beside = intra_report_loss(
         region[[0, 1]],
         text[[0, 1]],
         frozen[[0, 1]],
@@ -80,8 +80,8 @@ def test_P2_padding_is_no_negative():
     )
     assert torch.allclose(alone, beside, atol=1e-5)
     assert torch.allclose(
-        across([patches], wide(text), wide(k), wide(frozen), longer, 14.0, 0.95, 0.5, 9),
-        across([patches], text, k, frozen, real, 14.0, 0.95, 0.5, 9),
+        inter_report_loss([patches], wide(text), wide(k), wide(frozen), longer, 14.0, 0.95, 0.5, 9),
+        inter_report_loss([patches], text, k, frozen, real, 14.0, 0.95, 0.5, 9),
         atol=1e-5,
     )
 
@@ -90,18 +90,19 @@ def test_P3_other_reports_are_negatives():
     _, text, frozen, real, patches, k = sentences()
     first = torch.zeros_like(real)
     first[:, 0] = True  # one sentence each: alone it has no negative
-    now = across([patches], text, k, frozen, first, 14.0, 0.95, 0.5, 9)
+    now = inter_report_loss([patches], text, k, frozen, first, 14.0, 0.95, 0.5, 9)
     other = patches.clone()
     other[1] = unit(40, 8)
     assert (
         now > 0.1
-        and (across([other], text, k, frozen, first, 14.0, 0.95, 0.5, 9) - now).abs() > 1e-3
+        and (inter_report_loss([other], text, k, frozen, first, 14.0, 0.95, 0.5, 9) - now).abs()
+        > 1e-3
     )
 
 
 def test_P4_k_is_a_share_of_the_patches_seen():
     _, _, frozen, _, _, _ = sentences()
-    a = Align(16, 6, 8, max_share=0.2, temperature=0.07)
+    a = AlignmentHead(16, 6, 8, max_share=0.2, temperature=0.07)
     for seen in (100, 400):
         assert torch.allclose(
             (a.k(frozen, seen) - 1) / (0.2 * seen - 1), (a.k(frozen, 200) - 1) / 39, atol=1e-5
@@ -109,16 +110,16 @@ def test_P4_k_is_a_share_of_the_patches_seen():
 
 
 def test_P5_words_are_asked_where_they_are_hidden(study):
-    b, m = study.batch, build(P, row("asap"), study.text, 0)
+    b, m = study.batch, build_model(P, row("asap"), study.text, 0)
     x = torch.randn(*b["ids"].shape, study.text.dim)
-    value, other = words_loss(m.fuse, x, b["labels"])[0], x.clone()
+    value, other = mlm_loss(m.fuse, x, b["labels"])[0], x.clone()
     other[b["labels"] < 0] = 50.0
-    assert torch.equal(words_loss(m.fuse, other, b["labels"])[0], value)
+    assert torch.equal(mlm_loss(m.fuse, other, b["labels"])[0], value)
     assert (b["labels"][b["pad"]] == -100).all() and not (
         b["masked"][b["pad"]] == study.text.tokenizer.mask_token_id
     ).any()
     assert 0.5 < (b["labels"] >= 0).float().sum() / (b["of"] >= 0).sum() < 0.95
-    faulty = build(P, row("asap", faults=["all_words"]), study.text, 0)
+    faulty = build_model(P, row("asap", faults=["all_words"]), study.text, 0)
     assert abs(faulty(b)[1]["words"] - m(b)[1]["words"]) > 1e-3
 
 
@@ -133,25 +134,25 @@ def test_P6_the_frozen_encoder_is_in_eval_mode(study):
     )
     with t.in_training():
         assert not torch.equal(t.tokens(b["masked"], b["of"]), t.tokens(b["masked"], b["of"]))
-    assert torch.equal(t.tokens(b["masked"], b["of"]), read(b, t, True)["words"])
-    assert not torch.equal(read(b, t, True, dropout=True)["sentences"], b["sentences"])
+    assert torch.equal(t.tokens(b["masked"], b["of"]), add_text_features(b, t, True)["words"])
+    assert not torch.equal(add_text_features(b, t, True, dropout=True)["sentences"], b["sentences"])
 
 
 def test_P7_P8_voxels(study):
-    b, m = study.batch, build(P, row("mae"), study.text, 0)
+    b, m = study.batch, build_model(P, row("mae"), study.text, 0)
     plain = m(b)[1]["voxels"]
     m.norm_patch = True
     assert abs(m(b)[1]["voxels"] - plain) > 1e-3, "normalised patches are another target"
-    hidden = build(P, row("mae", faults=["all_voxels"]), study.text, 0)
+    hidden = build_model(P, row("mae", faults=["all_voxels"]), study.text, 0)
     assert torch.isclose(hidden(b)[1]["voxels"], plain * 48 / 64)
     g, t = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
-    assert torch.isclose(voxel_loss(g, t), ((g - t) ** 2).sum() / 48)
+    assert torch.isclose(reconstruction_loss(g, t), ((g - t) ** 2).sum() / 48)
 
 
 def test_P9_organ_targets_need_no_one_hot():
     organs = np.random.default_rng(0).integers(0, 9, (224, 224, 112)).astype(np.uint8)
     tracemalloc.start()
-    s, _ = shares(organs, (16, 16, 8), 8)
+    s, _ = organ_fractions(organs, (16, 16, 8), 8)
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
     assert np.allclose(
@@ -164,9 +165,11 @@ def test_P10_organ_shares_are_one_distribution(study):
     one = torch.ones(1, 1).bool()
     logits = torch.tensor([[[20.0, 20.0, -20.0]]])
     assert torch.isclose(
-        soft_ce(logits, p, one), torch.tensor(2.0).log(), atol=1e-4
-    ) and torch.isclose(soft_ce(logits + 5, p, one), soft_ce(logits, p, one), atol=1e-4)
-    head = build(P, row("asap"), study.text, 0).decoder.organs
+        soft_cross_entropy(logits, p, one), torch.tensor(2.0).log(), atol=1e-4
+    ) and torch.isclose(
+        soft_cross_entropy(logits + 5, p, one), soft_cross_entropy(logits, p, one), atol=1e-4
+    )
+    head = build_model(P, row("asap"), study.text, 0).decoder.organs
     assert (
         min(q.out_features for q in head.net if isinstance(q, torch.nn.Linear)) == 9
         and head.net[1].out_features == P.model.decoder_dim
@@ -175,7 +178,7 @@ def test_P10_organ_shares_are_one_distribution(study):
 
 @pytest.mark.parametrize("switch", ["bias", "prefix", "global"])
 def test_P11_every_part_of_the_fusion_is_used(study, switch):
-    on, off = (build(P, row("asap", **{switch: v}), study.text, 0) for v in (True, False))
+    on, off = (build_model(P, row("asap", **{switch: v}), study.text, 0) for v in (True, False))
     on.fuse.beta.data.fill_(
         50.0
     )  # patches of an untrained encoder are alike: without it the bias moves the sixth digit
@@ -184,13 +187,13 @@ def test_P11_every_part_of_the_fusion_is_used(study, switch):
 
 
 def test_P11_padding_is_not_in_the_prefix(study):
-    b, m = study.batch, build(P, row("asap"), study.text, 0)
+    b, m = study.batch, build_model(P, row("asap"), study.text, 0)
     loud = b["sentences"].clone()
     loud[~b["real"]] = 9.0
     assert (~b["real"]).any() and torch.allclose(
         m(dict(b, sentences=loud))[1]["words"], m(b)[1]["words"], atol=1e-5
     )
-    faulty = build(P, row("asap", faults=["padding"]), study.text, 0)
+    faulty = build_model(P, row("asap", faults=["padding"]), study.text, 0)
     seen = torch.randn(4, 16, P.model.dim)
     out = [faulty.fuse.region(faulty.align(seen, x, seen)) for x in (loud, b["sentences"])]
     assert (out[0] - out[1]).abs().max() > 1e-3
@@ -208,25 +211,26 @@ def test_P12_nothing_is_mirrored(study):
 
 def test_P13_the_crop_holds_the_lungs(study):
     p = P.model_copy(update=dict(pretrain=P.pretrain.model_copy(update=dict(scale=[0.4, 0.6]))))
-    data = Pairs(pd.DataFrame(study.data.rows), p, study.text, seed=0)
+    data = ImageReportDataset(pd.DataFrame(study.data.rows), p, study.text, seed=0)
     for draw in range(5):
         for i in range(6):
             organs = data.organs(data.rows[i])
             how = data.where(draw, i, organs.shape, organs)
             lo, hi = data.boxes[i]
             assert (how["start"] <= lo).all() and (hi <= how["start"] + how["side"]).all()
-    assert "cut" in build(P, row("asap"), study.text, 0)(study.batch)[1]
+    assert "cut" in build_model(P, row("asap"), study.text, 0)(study.batch)[1]
 
 
 def test_P14_text(study):
-    assert "nan" not in join(float("nan"), "Normal.").lower()
-    assert split(join("Nodule of 4.5 mm", "Follow up")) == ["Nodule of 4.5 mm", "Follow up"], (
-        "no full stop at the end, none inside a number"
-    )
+    assert "nan" not in join_report(float("nan"), "Normal.").lower()
+    assert split_sentences(join_report("Nodule of 4.5 mm", "Follow up")) == [
+        "Nodule of 4.5 mm",
+        "Follow up",
+    ], "no full stop at the end, none inside a number"
     ids = study.data[(0, 0)]["ids"]
     t = study.text.tokenizer
     assert ids[0] == t.cls_token_id and ids[-1] == t.sep_token_id
-    short = Pairs(
+    short = ImageReportDataset(
         pd.DataFrame(study.data.rows),
         P,
         SimpleNamespace(tokenizer=t, max_length=12, dim=study.text.dim),
@@ -309,8 +313,8 @@ def test_P17_resuming_brings_back_the_optimiser(tmp_path):
 
 
 def test_P18_one_case_any_grid_any_device(study):
-    m = build(P, row("asap"), study.text, 0)
-    one = read(collate([study.data[(0, 2)]], study.text, 0.75), study.text, True)
+    m = build_model(P, row("asap"), study.text, 0)
+    one = add_text_features(collate([study.data[(0, 2)]], study.text, 0.75), study.text, True)
     assert torch.isfinite(m(one)[0]) and one["image"].shape[:2] == (1, 1)
     assert ViT3D((24, 36, 6), (12, 12, 6), 24, 1, 2).tokens(torch.zeros(1, 1, 24, 36, 6)).shape == (
         1,
@@ -318,19 +322,19 @@ def test_P18_one_case_any_grid_any_device(study):
         24,
     )
     assert not subprocess.run(
-        ["grep", "-rnF", ".cuda(", str(root() / "asap")], capture_output=True, text=True
+        ["grep", "-rnF", ".cuda(", str(project_root() / "asap")], capture_output=True, text=True
     ).stdout
 
 
 def test_P19_no_worker_repeats_a_crop(study):
     from torch.utils.data import DataLoader
-    from asap.train import Draws
+    from asap.train import EpochBatchSampler
 
     read_ = lambda n: [
         b["image"]
         for b in DataLoader(
             study.data,
-            batch_sampler=Draws(6, 3, 8, seed=0),
+            batch_sampler=EpochBatchSampler(6, 3, 8, seed=0),
             collate_fn=lambda r: collate(r, study.text, 0.75),
             num_workers=n,
         )
@@ -344,18 +348,18 @@ def test_P19_no_worker_repeats_a_crop(study):
 
 @pytest.mark.parametrize("arm", [a for a in P.arms if a != "scratch"])
 def test_P20_no_dead_weight(study, arm):
-    m = build(P, row(arm), study.text, 0)
+    m = build_model(P, row(arm), study.text, 0)
     m(study.batch)[0].backward()
     for name, q in m.named_parameters():
         assert q.requires_grad == (q.grad is not None), name
 
 
 def test_P21_the_affine_is_that_of_the_grid():
-    from asap.data.volumes import grid
+    from asap.data.volumes import standard_grid
 
     old = np.diag([0.77, 0.77, 2.9, 1])
     old[:3, 3] = -30, 12, 5
-    shape, new = grid((141, 140, 97), old, (1.5, 1.5, 3.0))
+    shape, new = standard_grid((141, 140, 97), old, (1.5, 1.5, 3.0))
     assert np.allclose(np.diag(new)[:3], (1.5, 1.5, 3.0))
     middle = lambda shape, affine: affine[:3] @ [*(np.array(shape) - 1) / 2, 1]
     assert np.abs(middle(shape, new) - middle((141, 140, 97), old)).max() < 0.01, (

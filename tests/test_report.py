@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
 
-from asap.phantom.abnormalities import ABNORMALITIES, chest
-from asap.phantom.words import report as phantom
+from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest
+from asap.phantom.words import synthesize_report
 from asap.tasks import metrics, report
-from asap.text.tokens import train_tokenizer
+from asap.text.tokens import train_wordpiece_tokenizer
 
 GRID = (4, 4, 2)
 
@@ -48,8 +48,8 @@ def world(tmp_path_factory):
     "Sixteen small phantoms: table, tokens drawn at random, a tokenizer"
     rows = []
     for i in range(16):
-        c = chest((0, "reports", i), (48, 48, 24), (7, 7, 14))
-        r = phantom(c, i)
+        c = synthesize_chest((0, "reports", i), (48, 48, 24), (7, 7, 14))
+        r = synthesize_report(c, i)
         rows.append(
             dict(
                 case=f"c{i}",
@@ -63,7 +63,11 @@ def world(tmp_path_factory):
         )
     table = pd.DataFrame(rows)
     x = np.random.default_rng(0).normal(size=(16, 33, 8)).astype(np.float16)
-    return table, x, train_tokenizer(table.findings, 400, tmp_path_factory.mktemp("words"))
+    return (
+        table,
+        x,
+        train_wordpiece_tokenizer(table.findings, 400, tmp_path_factory.mktemp("words")),
+    )
 
 
 def go(world, table=None, x=None, arm="asap", resume=None, index=None, **how):
@@ -72,11 +76,11 @@ def go(world, table=None, x=None, arm="asap", resume=None, index=None, **how):
     text = Text(tokenizer=world[2])
     index = t[["case", "scan", "patient", "split"]] if index is None else index
 
-    def judged(said, tested, text=None, judge=report.judge):
+    def judged(said, tested, text=None, judge=report.score_reports):
         return judge(said, tested, None)  # no encoder for BERTScore here
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(report, "judge", judged)
+        m.setattr(report, "score_reports", judged)
         return report.run(
             "report_ct_rate",
             "ct_rate",
@@ -104,16 +108,16 @@ def test_the_same_seed_writes_the_same(world, found):
 def test_a_report_longer_than_the_limit_keeps_its_reference(world, capsys, found):
     d = go(world, max_length=24)
     assert list(d.reference) == list(found.reference) == 2 * list(world[0].findings[11:])
-    ids = report.targets(world[0].findings, world[2], 24, True)
+    ids = report.tokenize_targets(world[0].findings, world[2], 24, True)
     assert max(map(len, ids)) <= 24 and all(i[-1] == world[2].sep_token_id for i in ids)
 
 
 def test_the_cut_is_said_with_its_count(world, capsys):
-    report.targets(world[0].findings, world[2], 24, False, "report_x")
+    report.tokenize_targets(world[0].findings, world[2], 24, False, "report_x")
     assert (
         "report_x: 16 of 16 train reports are longer than 24 word pieces" in capsys.readouterr().err
     )
-    report.targets(world[0].findings, world[2], 500, False)
+    report.tokenize_targets(world[0].findings, world[2], 500, False)
     assert not capsys.readouterr().err
 
 
@@ -160,7 +164,7 @@ def test_blind_sees_nothing(world):
 
 def test_a_killed_training_resumes_to_the_same_words(world, found, tmp_path, monkeypatch):
     "Killed after the eighth step, resumed, then found finished"
-    real, count = report.Writer.forward, []
+    real, count = report.ReportDecoder.forward, []
 
     class Kill(BaseException):
         pass
@@ -176,7 +180,7 @@ def test_a_killed_training_resumes_to_the_same_words(world, found, tmp_path, mon
 
     fit = train.fit
     monkeypatch.setattr(report, "fit", lambda *a, **k: fit(*a, **k | dict(save_every=4)))
-    monkeypatch.setattr(report.Writer, "forward", dying)
+    monkeypatch.setattr(report.ReportDecoder, "forward", dying)
     with pytest.raises(Kill):
         go(world, resume=tmp_path)
     assert (tmp_path / "report_ct_rate/resume/state.pt").exists()
@@ -196,7 +200,7 @@ def test_a_checkpoint_is_a_folder(world, tmp_path):
     assert {"model.safetensors", "config.json", "card.md"} <= {f.name for f in folder.iterdir()}
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
-        report.fetch(folder)
+        report.load(folder)
 
 
 def test_figures_of_all_cases_are_those_of_weights_of_one(found):
@@ -204,8 +208,8 @@ def test_figures_of_all_cases_are_those_of_weights_of_one(found):
     from sklearn.metrics import f1_score, precision_score
 
     d = found[found.arm == "asap, nearest neighbour"]
-    f = report.figures(d, 20, 0)
-    t, c = report.bits(d.truth), report.bits(d.called)
+    f = report.metrics(d, 20, 0)
+    t, c = report.parse_labels(d.truth), report.parse_labels(d.called)
     assert f["clinical F1"][0] == pytest.approx(f1_score(t, c, average="micro")) and f[
         "clinical precision"
     ][0] == pytest.approx(precision_score(t, c, average="micro"))
@@ -214,7 +218,7 @@ def test_figures_of_all_cases_are_those_of_weights_of_one(found):
         and {"BLEU-4", "ROUGE-L", "CIDEr"} <= set(f)
         and "METEOR" not in f
     )
-    diff = metrics.differences(
-        metrics.drawn(found, report.figures, 20), "asap", ["asap, nearest neighbour"], 0.95
+    diff = metrics.compare_arms(
+        metrics.bootstrap(found, report.metrics, 20), "asap", ["asap, nearest neighbour"], 0.95
     )
     assert "clinical F1" in set(diff.metric)

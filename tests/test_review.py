@@ -127,7 +127,7 @@ def broken(whole, tmp_path_factory):
     for d in folders:
         d.chmod(stat.S_IRUSR | stat.S_IXUSR)  # read-only
     try:
-        r = review.review(root)
+        r = review.review_cohort(root)
         code = main(["check", str(root), "--page", str(here / "out/page.html"), "--jobs", "1"])
     finally:
         for d in folders:
@@ -176,7 +176,7 @@ def test_every_sound_case_is_usable(broken):
     r = broken["r"]
     assert set(r.table.case) == set(broken["every"]) - set(broken["kinds"])
     assert set(r.table.format) == {"NIfTI", "DICOM"} and len(r.pictures) == len(r.table)
-    assert review.counts(r) == dict(
+    assert review.review_totals(r) == dict(
         usable=len(r.table),
         refused=len(broken["kinds"]),
         patients=r.table.patient.nunique(),
@@ -187,8 +187,10 @@ def test_every_sound_case_is_usable(broken):
         outcomes=len(r.table),
         warnings=2,
     )
-    assert review.splits(r).patients.sum() == r.table.patient.nunique()
-    assert (review.labels(r)[["positive", "negative", "unknown"]].sum(axis=1) == len(r.table)).all()
+    assert review.count_splits(r).patients.sum() == r.table.patient.nunique()
+    assert (
+        review.count_labels(r)[["positive", "negative", "unknown"]].sum(axis=1) == len(r.table)
+    ).all()
 
 
 def test_warnings(broken):
@@ -204,7 +206,7 @@ def test_warnings(broken):
 
 
 def test_what_is_there_twice(broken):
-    t = review.twice(broken["r"])
+    t = review.duplicate_groups(broken["r"])
     same = t[[("copied" in c) for c in t.cases]]
     assert (
         sorted(same.what) == ["the same report", "the same volume"]
@@ -233,12 +235,14 @@ def test_the_page(broken):
 
 
 def test_pictures_are_limited_and_the_page_is_escaped(whole):
-    r = review.review(whole, pictures=3)
+    r = review.review_cohort(whole, pictures=3)
     assert len(r.pictures) == 3 and all(
         p[:3] == b"\xff\xd8\xff" and len(p) < 20_000 for p in r.pictures.values()
     )
     r.refused.loc[0] = ["<b>x</b>", "other", "<script>alert(1)</script>", "see"]
-    assert "<script>alert" not in review.page(r) and "&lt;script&gt;" in review.page(r)
+    assert "<script>alert" not in review.render_review(
+        r
+    ) and "&lt;script&gt;" in review.render_review(r)
 
 
 def test_exit_codes_and_lines(whole, broken, tmp_path, capsys):
@@ -327,24 +331,24 @@ def test_another_cohort(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in review.names() if n not in ("own", "stoic", "radgenome")]
+    "name", [n for n in review.cohort_names() if n not in ("own", "stoic", "radgenome")]
 )
 def test_every_adapter(name, tmp_path):
     "What the adapter writes is usable, targets and all, and a broken target is refused"
-    adapter = review.adapter_of(name)
+    adapter = review.get_adapter(name)
     adapter.write(tmp_path / name, 3, 3, 2, **SMALL)
-    r = review.review(tmp_path / name, name, jobs=1, pictures=1)
+    r = review.review_cohort(tmp_path / name, name, jobs=1, pictures=1)
     assert (
         len(r.table)
         and len(r.pictures) == 1
         and set(r.refused.case) == {x["case"] for x in adapter.read(tmp_path / name)[1].rows}
     ), r.refused
     assert "other" not in set(r.refused.kind)
-    assert review.counts(r)["targets"] == (len(r.table) if adapter.TARGETS else 0)
+    assert review.review_totals(r)["targets"] == (len(r.table) if adapter.TARGETS else 0)
     if adapter.TARGETS:
         f = Path(r.table.target_map[0])
         f.write_bytes(f.read_bytes()[: len(f.read_bytes()) // 2])
-        bad = review.review(tmp_path / name, name, jobs=1, pictures=0).refused
+        bad = review.review_cohort(tmp_path / name, name, jobs=1, pictures=0).refused
         bad = bad[~bad.case.isin(r.refused.case)]
         assert bad.case.tolist() == [r.table.case[0]] and bad.kind.tolist() == ["target map"], bad
 
@@ -355,7 +359,7 @@ def test_first_release_of_ct_rate(tmp_path):
     shutil.rmtree(tmp_path / "ct_rate")
     ct_rate.write(tmp_path / "ct_rate", 3, 3, 2, **SMALL, release="first")
     for name in ("ct_rate", "radgenome"):
-        r = review.review(tmp_path / name, name, pictures=1)
+        r = review.review_cohort(tmp_path / name, name, pictures=1)
         assert "slope" in r.table and len(r.table) and not len(r.refused), r.refused
 
 

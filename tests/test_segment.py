@@ -7,23 +7,23 @@ import numpy as np, pandas as pd, pytest, torch
 from conftest import TOP
 from files import FORMS, write as write_as
 
-from asap.core import Quarantine, load_params, root
-from asap.data.cohort import check
+from asap.core import Quarantine, load_params, project_root
+from asap.data.cohort import check_table
 from asap.data.cohorts import acdc, luna16
-from asap.data.volumes import Source, Volume, grid, read, resample, standard, write
-from asap.phantom.abnormalities import chest
+from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
+from asap.phantom.abnormalities import synthesize_chest
 from asap.tasks import segment
-from asap.tasks.metrics import drawn, listed, summary
+from asap.tasks.metrics import bootstrap, to_table, point_estimates
 
 torch.set_num_threads(1)
-C = chest(("segment", 0), (96, 96, 48), (3.5, 3.5, 7.0))
+C = synthesize_chest(("segment", 0), (96, 96, 48), (3.5, 3.5, 7.0))
 SPACING = (3.5, 3.5, 7.0)
-LUNGS = segment.classes(luna16.lungs(C.labels), luna16.TARGETS)
+LUNGS = segment.to_class_indices(luna16.lung_labels(C.labels), luna16.TARGETS)
 WINDOW = Source(("window", -1000, 1000), C.spacing, "RAS")
 
 
 def dice(a, b):
-    return segment.dice(a, b, 4)[:2]  # of the lungs
+    return segment.dice_score(a, b, 4)[:2]  # of the lungs
 
 
 def turned(form="same"):
@@ -47,7 +47,7 @@ def turned(form="same"):
         )
     t, turn = np.deg2rad(12), np.eye(4)
     turn[:2, :2] = [[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]
-    shape, new = grid(hu.shape, turn @ a, (3.0, 3.0, 5.0))
+    shape, new = standard_grid(hu.shape, turn @ a, (3.0, 3.0, 5.0))
     new = np.linalg.inv(turn) @ new
     return (
         resample(hu, a, shape, new).round().astype(np.int16),
@@ -58,9 +58,9 @@ def turned(form="same"):
 
 def trip(v) -> tuple:  # Dice of standard -> native -> standard, and of native -> standard -> native
     "The lungs, drawn on the standard grid of a volume as it was read"
-    std = standard(v, SPACING)
+    std = standardize(v, SPACING)
     here = resample(LUNGS, C.affine, std.hu.shape, std.affine, order=0, fill=0)
-    out = segment.native(segment.hot(here, 4), std.affine, v.hu.shape, v.affine)
+    out = segment.resample_to_native(segment.one_hot(here, 4), std.affine, v.hu.shape, v.affine)
     return dice(resample(out, v.affine, std.hu.shape, std.affine, order=0, fill=0), here)
 
 
@@ -77,9 +77,12 @@ def test_a_mask_survives_every_grid(form):
     hu, own, affine = turned(form)
     v = Volume(hu, affine)
     assert trip(v).min() >= 0.98
-    std = standard(v, SPACING)
-    segment.same_grid(own.shape, affine, std.hu.shape, std.affine)
-    assert dice(segment.there_and_back(own, affine, std.hu.shape, std.affine, 4), own).min() >= 0.98
+    std = standardize(v, SPACING)
+    segment.check_same_grid(own.shape, affine, std.hu.shape, std.affine)
+    assert (
+        dice(segment.resampling_ceiling(own, affine, std.hu.shape, std.affine, 4), own).min()
+        >= 0.98
+    )
 
 
 @pytest.mark.parametrize("form", ["nii", "nii.gz", "mhd", "nrrd", "npz", "dicom"])
@@ -96,7 +99,7 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
 
     path = write_as(C.hu, C.affine, tmp_path, form)
     config = dict(names=luna16.TARGETS, spacing=SPACING, hu=[-1000, 1000], size=[96, 96, 48])
-    mask, affine = segment.outline(Ideal(), config, path, tmp_path / "mask.nii.gz")
+    mask, affine = segment.predict_mask(Ideal(), config, path, tmp_path / "mask.nii.gz")
     v, kept = read(path), read(tmp_path / "mask.nii.gz")
     assert (
         kept.hu.shape == v.hu.shape
@@ -112,7 +115,7 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
 @pytest.mark.parametrize("shape", [(48, 48, 24), (40, 48, 20)])
 def test_one_window_is_the_whole(shape):
     torch.manual_seed(0)
-    model = segment.unet(3, (48, 48, 24), 4).eval()
+    model = segment.build_unet(3, (48, 48, 24), 4).eval()
     x = torch.rand(1, *shape)
     pad = [(n - s) // 2 for n, s in zip((48, 48, 24), shape)]
     whole = torch.full((1, 1, 48, 48, 24), -1.0)
@@ -123,7 +126,7 @@ def test_one_window_is_the_whole(shape):
         torch.autocast("cpu", torch.bfloat16, enabled=segment.precision() == "bf16"),
     ):
         want = model(whole).float().softmax(1)[0][(slice(None), *at)].numpy()
-    assert np.allclose(segment.chances(model, x, (48, 48, 24)), want, atol=1e-6)
+    assert np.allclose(segment.sliding_window_proba(model, x, (48, 48, 24)), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("patch", [(12, 12, 6), (16, 16, 8), (8, 8, 4), (6, 6, 3), (24, 24, 4)])
@@ -148,10 +151,10 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for split, i in ((s, i) for s, k in n.items() for i in range(k)):
-        k, name = chest(("segment", split, i), SIZE, MM), f"{split}{i}"
-        std = standard(Volume(k.hu, k.affine), MM)
+        k, name = synthesize_chest(("segment", split, i), SIZE, MM), f"{split}{i}"
+        std = standardize(Volume(k.hu, k.affine), MM)
         write(std.hu, std.affine, folder / f"{name}.nii")
-        write(luna16.lungs(k.labels), k.affine, folder / f"{name}_mask.nii.gz")
+        write(luna16.lung_labels(k.labels), k.affine, folder / f"{name}_mask.nii.gz")
         rows.append(
             dict(
                 case=name,
@@ -167,7 +170,7 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
                 event=None,
             )
         )
-    return check(pd.DataFrame(rows), "luna16")
+    return check_table(pd.DataFrame(rows), "luna16")
 
 
 def told(steps=4):
@@ -181,7 +184,9 @@ def told(steps=4):
 
 
 def run(table, folder, steps=4, **kw):
-    return segment.every("unet", ["segment_luna16"], dict(luna16=table), told(steps), folder, **kw)
+    return segment.run_all(
+        "unet", ["segment_luna16"], dict(luna16=table), told(steps), folder, **kw
+    )
 
 
 def test_bits_finished_runs_and_changed_params(tmp_path, monkeypatch):
@@ -192,12 +197,14 @@ def test_bits_finished_runs_and_changed_params(tmp_path, monkeypatch):
     assert list(a) == segment.COLUMNS and {
         f.name for f in (tmp_path / "masks/segment_luna16").iterdir()
     } == {"test0.nii.gz", "test1.nii.gz"}
-    monkeypatch.setattr(segment, "learn", lambda *a, **kw: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        segment, "train_segmentation", lambda *a, **kw: pytest.fail("trained again")
+    )
     pd.testing.assert_frame_equal(run(table, tmp_path / "a"), a)
     monkeypatch.undo()
     from asap import core
 
-    monkeypatch.setattr(core, "say", said.append)
+    monkeypatch.setattr(core, "log_message", said.append)
     c = run(table, tmp_path / "a", steps=5)
     assert any("row.steps: 4 -> 5" in s for s in said), said
     assert len(c) == len(a)
@@ -220,9 +227,9 @@ def test_an_empty_mask_and_an_absent_class(tmp_path, monkeypatch):
         "the last step is kept" in s for s in said
     ), said
     assert d[d.case == "test0"].dice.isna().all() and d[d.case == "test1"].dice.notna().any()
-    f = listed(drawn(d, segment.figures, 50), 0.95)
+    f = to_table(bootstrap(d, segment.metrics, 50), 0.95)
     assert f[f.metric == "dice"].value.notna().all()
-    assert summary(d, segment.figures)["unet"]["segment_luna16"]["1.0"]["dice"] >= 0
+    assert point_estimates(d, segment.metrics)["unet"]["segment_luna16"]["1.0"]["dice"] >= 0
 
 
 def test_values_and_grids_that_do_not_belong(tmp_path):
@@ -246,7 +253,7 @@ def test_values_and_grids_that_do_not_belong(tmp_path):
 def test_several_outlines(tmp_path):
     "Further outlines of an image stand beside the target, and leave its figure alone"
     q, table = (
-        segment.Question("external_segment_rider", "rider", "msd_lung"),
+        segment.SegmentationTask("external_segment_rider", "rider", "msd_lung"),
         cohort(tmp_path / "data", dict(test=2)),
     )
     for f in table.target_map:
@@ -254,26 +261,26 @@ def test_several_outlines(tmp_path):
         write((v.hu == 3).astype(np.uint8), v.affine, f)
         write((v.hu > 0).astype(np.uint8), v.affine, f.replace("_mask", "_auto"))
     table = table.assign(other_maps=[f.replace("_mask", "_auto") for f in table.target_map])
-    model = segment.unet(2, SIZE, 4).eval()
+    model = segment.build_unet(2, SIZE, 4).eval()
     p = told()["segment"]
-    d = segment.ask(model, q, table, ["cancer"], p, (-1000, 1000), SIZE, Quarantine())
-    alone = segment.ask(
+    d = segment.evaluate(model, q, table, ["cancer"], p, (-1000, 1000), SIZE, Quarantine())
+    alone = segment.evaluate(
         model, q, table.drop(columns="other_maps"), ["cancer"], p, (-1000, 1000), SIZE, Quarantine()
     )
     assert d.outline.tolist() == ["target", "test0_auto", "target", "test1_auto"]
-    both, one = segment.figures(d, 20, 0), segment.figures(alone, 20, 0)
+    both, one = segment.metrics(d, 20, 0), segment.metrics(alone, 20, 0)
     assert both["dice"][0] == one["dice"][0] and "dice other outlines" in both
     with pytest.raises(ValueError, match="does not know `lesion`"):
-        segment.folded(np.zeros((2, 1)), ["cancer"], ["lesion"])
+        segment.select_classes(np.zeros((2, 1)), ["cancer"], ["lesion"])
 
 
 def test_no_patient_on_two_sides(tmp_path):
     "ACDC's frames are split by patient, also in the released list"
-    from asap.data.cohort import carve
+    from asap.data.cohort import hold_out
 
     for layout in ("owners", "released"):
         acdc.write(tmp_path / layout, 1, 5, 3, layout=layout)
-        t = carve(acdc.read(tmp_path / layout)[0], 0.2, 1)
+        t = hold_out(acdc.read(tmp_path / layout)[0], 0.2, 1)
         assert (t.groupby("patient").split.nunique() == 1).all() and (
             t.groupby("patient").size() == 2
         ).all()
@@ -319,11 +326,11 @@ def test_killed_and_resumed(tmp_path):
 
 
 def test_side_labels_are_never_flipped():
-    assert not set(segment.SIDELESS) & {"luna16", "segthor", "btcv", "acdc"}
+    assert not set(segment.FLIP_COHORTS) & {"luna16", "segthor", "btcv", "acdc"}
     p = load_params(TOP / "params.yaml").segment.model_dump()
-    names = [type(t).__name__ for t in segment.augment(p, SIZE, False).transforms]
+    names = [type(t).__name__ for t in segment.build_augmentation(p, SIZE, False).transforms]
     assert "RandFlipd" not in names and "RandFlipd" in [
-        type(t).__name__ for t in segment.augment(p, SIZE, True).transforms
+        type(t).__name__ for t in segment.build_augmentation(p, SIZE, True).transforms
     ]
 
 
@@ -342,6 +349,6 @@ def test_the_baseline_is_of_like_size():
     count = lambda m: sum(q.numel() for q in m.parameters())
     ours, plain = (
         count(segment.Unetr(vit, 4, p.segment.features)),
-        count(segment.unet(4, p.volumes.size, p.segment.features)),
+        count(segment.build_unet(4, p.volumes.size, p.segment.features)),
     )
     assert 0.67 < ours / plain < 1.5, (ours, plain)

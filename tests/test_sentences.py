@@ -6,8 +6,8 @@ import numpy as np
 import pytest, yaml
 from conftest import TOP
 
-from asap.phantom.words import ABSENT, NORMAL, PRESENT
-from asap.text.sentences import clean, split
+from asap.phantom.words import NEGATIVE_TEMPLATES, NORMAL_TEMPLATES, POSITIVE_TEMPLATES
+from asap.text.sentences import clean_text, split_sentences
 
 GROUPS = yaml.safe_load((TOP / "tests/sentences.yaml").read_text(encoding="utf8"))
 FRAGMENTS = {f"{name}-{i}": f for name, group in GROUPS.items() for i, f in enumerate(group)}
@@ -63,7 +63,7 @@ def left_out(text, sentences: list) -> list:
     "Words of a text that are in none of its sentences, in order"
     out, said = [], iter(re.findall(r"\w+", " ".join(sentences)))
     want = next(said, None)
-    for word in re.findall(r"\w+", clean(text)):
+    for word in re.findall(r"\w+", clean_text(text)):
         if word == want:
             want = next(said, None)
         else:
@@ -89,7 +89,7 @@ def some(seed: int, marks=()) -> str:
 
 @pytest.mark.parametrize("name", FRAGMENTS)
 def test_fragment(name):
-    assert split(FRAGMENTS[name]["text"]) == FRAGMENTS[name]["sentences"]
+    assert split_sentences(FRAGMENTS[name]["text"]) == FRAGMENTS[name]["sentences"]
 
 
 def test_fragments_keep_all_but_marks():
@@ -99,7 +99,12 @@ def test_fragments_keep_all_but_marks():
 
 
 def test_fragments_hold_no_wording_of_the_phantom():
-    wordings = [w for table in (PRESENT, ABSENT, NORMAL) for group in table.values() for w in group]
+    wordings = [
+        w
+        for table in (POSITIVE_TEMPLATES, NEGATIVE_TEMPLATES, NORMAL_TEMPLATES)
+        for group in table.values()
+        for w in group
+    ]
     forms = [
         re.compile(re.sub(r"\\\{\w+\\\}", ".+?", re.escape(w.rstrip("."))), re.I) for w in wordings
     ]
@@ -115,22 +120,28 @@ def test_fragments_hold_no_wording_of_the_phantom():
 
 
 def test_nan_of_any_kind():
-    assert split(float("nan")) == split(np.float32("nan")) == []
+    assert split_sentences(float("nan")) == split_sentences(np.float32("nan")) == []
 
 
 def test_nothing_lost_and_none_empty():
     for seed in range(1000):
         text, line = some(seed, MARKS), "Scar " + " ".join(some(seed).split())
-        assert all(re.search(r"\w", s) and s == s.strip() for s in split(text)), seed
-        assert only_marks(left_out(text, split(text))), (seed, left_out(text, split(text)))
-        assert not left_out(line, split(line)), (seed, left_out(line, split(line)))
+        assert all(re.search(r"\w", s) and s == s.strip() for s in split_sentences(text)), seed
+        assert only_marks(left_out(text, split_sentences(text))), (
+            seed,
+            left_out(text, split_sentences(text)),
+        )
+        assert not left_out(line, split_sentences(line)), (
+            seed,
+            left_out(line, split_sentences(line)),
+        )
 
 
 def test_split_again():
     letters = lambda sentences: "".join(c for s in sentences for c in s if c.isalpha())
     for seed in range(1000):
-        once = split(some(seed))
-        assert letters(split(" ".join(once))) == letters(once), seed
+        once = split_sentences(some(seed))
+        assert letters(split_sentences(" ".join(once))) == letters(once), seed
 
 
 @pytest.mark.parametrize(
@@ -149,5 +160,5 @@ def test_split_again():
 )
 def test_odd_texts_take_no_longer(text):
     start = time.perf_counter()
-    split("x" + text)
+    split_sentences("x" + text)
     assert time.perf_counter() - start < 2

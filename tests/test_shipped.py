@@ -3,13 +3,13 @@
 import pandas as pd, pytest, torch
 from types import SimpleNamespace
 
-from asap.core import load_params, root, write_csv, write_json
-from asap.pretrain.checkpoint import card, load, save, ship
+from asap.core import load_params, project_root, write_csv, write_json
+from asap.pretrain.checkpoint import model_card, load, save, export_weights
 from asap.pretrain.pretrain import run
-from asap.text.encoder import load as load_text, make
+from asap.text.encoder import load as load_text, build_text_encoder
 from tiny_cases import cases
 
-P = load_params(root() / "params/smoke.yaml")
+P = load_params(project_root() / "params/smoke.yaml")
 ROW = P.arms["asap"].model_dump(by_alias=True)
 
 
@@ -22,7 +22,7 @@ def study(
         split=["train"] * 5 + ["val"] * 2 + ["test"] * 2
     )
     write_json(
-        make(P.text, table, 0, here / "build/text", here / "resume/text"),
+        build_text_encoder(P.text, table, 0, here / "build/text", here / "resume/text"),
         here / "runs/text/metrics.json",
     )
     text, out = load_text(here / "build/text"), here / "runs/pretrain/asap"
@@ -38,7 +38,7 @@ def study(
     about = dict(
         spacing=P.volumes.spacing, hu=P.volumes.hu, train=dict(ct_rate=5), seed=0, phantom=2
     )
-    save(model, out / "checkpoint", card("asap", model.config, metrics, about))
+    save(model, out / "checkpoint", model_card("asap", model.config, metrics, about))
     write_csv(log, out / "log.csv")
     write_csv(watched, out / "watch.csv")
     write_json(metrics["recipe"], out / "recipe.json")
@@ -53,8 +53,8 @@ def study(
         log=log,
         watched=watched,
         metrics=metrics,
-        kept=ship("asap", here),
-        words=ship("text", here),
+        kept=export_weights("asap", here),
+        words=export_weights("text", here),
     )
 
 
@@ -139,12 +139,12 @@ def test_what_changes_nothing_that_is_learnt_trains_nothing(study, tmp_path):
 
 
 def test_the_text_encoder_too(study, tmp_path, capfd):
-    scores = make(P.text, study.table, 0, tmp_path / "a", tmp_path / "r", study.words)
+    scores = build_text_encoder(P.text, study.table, 0, tmp_path / "a", tmp_path / "r", study.words)
     assert (
         scores["weights"] == "shipped"
         and load_text(tmp_path / "a").fingerprint() == study.text.fingerprint()
     )
-    scores = make(P.text, study.table, 1, tmp_path / "b", tmp_path / "r", study.words)
+    scores = build_text_encoder(P.text, study.table, 1, tmp_path / "b", tmp_path / "r", study.words)
     assert scores["weights"] == "trained" and "of another recipe" in "".join(capfd.readouterr())
 
 

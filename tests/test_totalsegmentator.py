@@ -6,11 +6,11 @@ import nibabel as nib, numpy as np, pandas as pd, pytest, requests
 from tiny_totalsegmentator import write_tiny
 
 from asap.anatomy import segment as seg
-from asap.anatomy.organs import group_map
+from asap.anatomy.organs import map_to_groups
 from asap.cli import main
 from asap.core import load_params
 from asap.data.volumes import Volume, write
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 
 P = load_params().anatomy.model_copy(update=dict(fast=True, download=False))
 NAMES = [n for g in P.groups.values() for n in g]
@@ -54,7 +54,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scan(place):
     "A phantom chest and its labels"
-    c = chest(("segment", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+    c = synthesize_chest(("segment", 0), (48, 48, 24), (7.0, 7.0, 14.0))
     names = lambda: {k: x for k, x in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
     v, before = Volume(c.hu, c.affine), names()
     (found,) = seg.segment([v], P.groups, device="cpu")
@@ -65,7 +65,7 @@ def scan(place):
 def test_labels_lie_on_the_input_grid(scan):
     v, labels = scan
     assert labels.dtype == np.uint8 and labels.shape == v.hu.shape and len(np.unique(labels)) > 2
-    organs = group_map(labels, P.groups)
+    organs = map_to_groups(labels, P.groups)
     assert organs.dtype == np.uint8 and organs.any() and organs.max() <= len(P.groups)
 
 
@@ -84,7 +84,7 @@ def test_fill(scan, place, monkeypatch):
             organ_map=["", "", "own.nii.gz"],
         )
     )
-    run = lambda p=P: seg.fill(
+    run = lambda p=P: seg.fill_organ_maps(
         table, p, place / "organs", place / "lost.csv", "cpu"
     ).organ_map.tolist()
     assert run() == [str(place / "organs/a.nii.gz"), "", "own.nii.gz"]
@@ -92,14 +92,16 @@ def test_fill(scan, place, monkeypatch):
     assert lost.case.tolist() == ["b"] and "b.nii" in lost.reason[0]
     img = nib.load(place / "organs/a.nii.gz")
     assert np.array_equal(
-        np.asanyarray(img.dataobj)[::-1, ::-1], group_map(found, P.groups)
+        np.asanyarray(img.dataobj)[::-1, ::-1], map_to_groups(found, P.groups)
     ) and np.allclose(img.affine, turn)
-    monkeypatch.setattr(seg, "labels", lambda *a: pytest.fail("made twice"))
+    monkeypatch.setattr(seg, "run_totalsegmentator", lambda *a: pytest.fail("made twice"))
     assert run()[0] == str(place / "organs/a.nii.gz")
-    monkeypatch.setattr(seg, "labels", lambda *a: np.full(v.hu.shape, 51, np.uint8))  # all heart
+    monkeypatch.setattr(
+        seg, "run_totalsegmentator", lambda *a: np.full(v.hu.shape, 51, np.uint8)
+    )  # all heart
     fewer = P.model_copy(update=dict(groups=dict(heart=["heart"])))
     assert run(fewer)[0] and np.asanyarray(nib.load(place / "organs/a.nii.gz").dataobj).min() == 1
-    monkeypatch.setattr(seg, "labels", lambda *a: np.zeros(v.hu.shape, np.uint8))
+    monkeypatch.setattr(seg, "run_totalsegmentator", lambda *a: np.zeros(v.hu.shape, np.uint8))
     with pytest.raises(ValueError, match="none of 2 cases"):
         run()
 
@@ -121,7 +123,7 @@ def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
     assert main(command) == 0
     img = nib.load(tmp_path / "out/a_organs.nii.gz")
     assert img.shape == v.hu.shape and np.array_equal(
-        np.asanyarray(img.dataobj), group_map(found, P.groups)
+        np.asanyarray(img.dataobj), map_to_groups(found, P.groups)
     )
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
     assert (
@@ -136,20 +138,20 @@ def test_absent_weights_are_named(place, monkeypatch, tmp_path, fast):
         seg.segment([], P.groups, fast=fast)
     assert str(tmp_path / "none") in str(e.value) and not (tmp_path / "none").exists()
     table = pd.DataFrame(dict(case=["a"], image=["a.nii"], organ_map=[""]))
-    assert seg.fill(table, P.model_copy(update=dict(fast=fast)), tmp_path).organ_map.tolist() == [
-        ""
-    ]
+    assert seg.fill_organ_maps(
+        table, P.model_copy(update=dict(fast=fast)), tmp_path
+    ).organ_map.tolist() == [""]
     assert not list(tmp_path.iterdir())
 
 
 def test_half_a_model_is_missing(place, monkeypatch, tmp_path):
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path))
     write_tiny(tmp_path, "fast")
-    assert seg.weights(True) == tmp_path.resolve()
+    assert seg.find_weights(True) == tmp_path.resolve()
     next(tmp_path.rglob("checkpoint_final.pth")).unlink()
-    assert seg.weights(True) is None and list(seg.missing(True)) == [297]
+    assert seg.find_weights(True) is None and list(seg.missing_models(True)) == [297]
     with pytest.raises(FileNotFoundError, match="remove it first"):
-        seg.need(True, download=True)  # the library fetches no model that has a folder
+        seg.ensure_weights(True, download=True)  # the library fetches no model that has a folder
 
 
 def test_home_is_the_default(monkeypatch, tmp_path):
@@ -157,7 +159,8 @@ def test_home_is_the_default(monkeypatch, tmp_path):
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(tmp_path))
     write_tiny(tmp_path / "nnunet/results", "fast")
     assert (
-        seg.weights(True) == (tmp_path / "nnunet/results").resolve() and seg.weights(False) is None
+        seg.find_weights(True) == (tmp_path / "nnunet/results").resolve()
+        and seg.find_weights(False) is None
     )
 
 

@@ -5,7 +5,7 @@ import ast, json, re
 import pytest, yaml
 from conftest import TOP
 
-from asap.core import Params, Task, load_params
+from asap.core import Params, TaskName, load_params
 
 HOW_TO = sorted((TOP / "nbs/tutorials").glob("*.ipynb"))
 
@@ -93,6 +93,6 @@ def test_a_new_tasks_stage_fits_the_graph():
 
 def test_what_a_new_cohort_or_task_is_called_is_not_taken():
     assert (
-        "measure_own" not in Task.__args__
+        "measure_own" not in TaskName.__args__
         and not (TOP / "nbs/2_data/cohorts/riverside.ipynb").exists()
     )

@@ -6,7 +6,7 @@ import nibabel as nib, numpy as np, pytest
 
 from asap.core import write_json
 from asap.data.volumes import write
-from asap.phantom.abnormalities import chest
+from asap.phantom.abnormalities import synthesize_chest
 from asap.study import viewer
 from browser import CHROMIUM, tab
 
@@ -40,10 +40,10 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("viewer")
     scans = []
     for name, y in (("first", 48), ("second", 40)):
-        c = chest((0, name, 0), (48, y, 24), (7, 7, 14), only="Consolidation")
+        c = synthesize_chest((0, name, 0), (48, y, 24), (7, 7, 14), only="Consolidation")
         write(c.hu, c.affine, root / f"{name}.nii")
         write(c.findings[0].mask.astype(np.uint8), c.affine, root / f"{name}_lesion.nii.gz")
-        affine = viewer.box_affine(c.affine, c.hu.shape, SIZE)
+        affine = viewer.crop_affine(c.affine, c.hu.shape, SIZE)
         says = [
             sentence("<b>There</b> is one.", [0], 0, hit=True, chance=0.02, dice=0.5),
             sentence("There are two.", [20, 42], 42),
@@ -65,7 +65,7 @@ def made(tmp_path_factory):
             )
         )
     write_json(dict(arm="asap", patch_mm="84 x 84 x 84", scans=scans), root / "viewer.json")
-    assert viewer.draw(root / "viewer.json", root, "Phantoms", root / "viewer.html")
+    assert viewer.write_viewer(root / "viewer.json", root, "Phantoms", root / "viewer.html")
     return root
 
 
@@ -171,14 +171,14 @@ def test_without_webgl_it_says_so(made):
 
 def test_no_address_of_a_network_in_what_we_wrote(made):
     "The policy lets nothing out, and our own part names no other place"
-    text = (made / "viewer.html").read_text().replace(viewer.bundle(), "")
+    text = (made / "viewer.html").read_text().replace(viewer.load_niivue(), "")
     assert "default-src 'none'" in text and "http://" not in text and "https://" not in text
 
 
 def test_nothing_grounded_leaves_no_viewer(tmp_path):
     (tmp_path / "old.html").write_text("of an earlier study")
     assert (
-        not viewer.draw(tmp_path / "none.json", tmp_path, "", tmp_path / "old.html")
+        not viewer.write_viewer(tmp_path / "none.json", tmp_path, "", tmp_path / "old.html")
         and not (tmp_path / "old.html").exists()
     )
 
@@ -186,13 +186,13 @@ def test_nothing_grounded_leaves_no_viewer(tmp_path):
 @pytest.mark.parametrize("shape", [(40, 52, 30), (48, 48, 24), (33, 20, 9)])
 def test_the_box_lies_where_the_crop_is(shape, tmp_path):
     "A marked voxel keeps its place in the world"
-    from asap.data.crops import apply, centre
+    from asap.data.crops import apply_crop, center_crop
 
     affine, v = np.diag([-3.0, 3, 5, 1]), np.zeros(shape, np.uint8)
     affine[:3, 3] = 10, -20, 30
     ijk = np.array(shape) // 2 + 1
     v[tuple(ijk)] = 1
-    at = np.argwhere(apply(v, centre(shape, SIZE), SIZE, 0))[0]
+    at = np.argwhere(apply_crop(v, center_crop(shape, SIZE), SIZE, 0))[0]
     np.testing.assert_allclose(
-        viewer.box_affine(affine, shape, SIZE) @ [*at, 1], affine @ [*ijk, 1]
+        viewer.crop_affine(affine, shape, SIZE) @ [*at, 1], affine @ [*ijk, 1]
     )

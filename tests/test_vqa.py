@@ -4,15 +4,17 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 
-from asap.core import Kinds, Small, Vqa
+from asap.core import KindWeights, TinyLMConfig, VQAConfig
 from asap.pretrain import embed
 from asap.tasks import metrics, vqa
 from asap.text import language
 
-P = Vqa(
+P = VQAConfig(
     arms=["asap", "blind"],
     language="build/language",
-    small=Small(vocab=300, dim=16, depth=1, heads=2, steps=4, batch=4, lr=0.003, matrix_lr=0.006),
+    small=TinyLMConfig(
+        vocab=300, dim=16, depth=1, heads=2, steps=4, batch=4, lr=0.003, matrix_lr=0.006
+    ),
     queries=3,
     depth=1,
     heads=2,
@@ -27,8 +29,8 @@ P = Vqa(
     matrix_lr=0.006,
     weight_decay=0.01,
     warmup=1,
-    share=Kinds(abnormality=0.2, presence=0.2, location=0.2, size=0.2, disorder=0.2),
-    weight=Kinds(abnormality=2, presence=1, location=1.5, size=1, disorder=2),
+    share=KindWeights(abnormality=0.2, presence=0.2, location=0.2, size=0.2, disorder=0.2),
+    weight=KindWeights(abnormality=2, presence=1, location=1.5, size=1, disorder=2),
     something=2.0,
     nothing=0.5,
     validate_every=3,
@@ -70,13 +72,15 @@ def here(tmp_path_factory):
     "Tokens and a language model"
     at = tmp_path_factory.mktemp("vqa")
     embed.save(TOKENS, TABLE, at / "tokens/asap", "toy", dict(encoder="a"))
-    language.make(P, QUESTIONS, dict(zip(TABLE.case, TABLE.split)), 0, at / "language")
+    language.build_language_model(
+        P, QUESTIONS, dict(zip(TABLE.case, TABLE.split)), 0, at / "language"
+    )
     return at
 
 
 def ask(here, out, arm="asap", tables=None, questions=None, **kw):
     p = P.model_copy(update=dict(language=str(here / "language")) | kw)
-    return vqa.every(
+    return vqa.run_all(
         arm,
         tables or dict(toy=TABLE),
         questions or dict(toy=QUESTIONS),
@@ -95,7 +99,7 @@ def state(folder):
 
 def test_a_killed_training_is_resumed_to_the_same_bits(here, tmp_path, monkeypatch, capsys):
     whole = ask(here, tmp_path / "a")
-    forward, count = vqa.Answerer.forward, []
+    forward, count = vqa.VQAModel.forward, []
 
     def killed(self, b):
         count.append(1)
@@ -103,7 +107,7 @@ def test_a_killed_training_is_resumed_to_the_same_bits(here, tmp_path, monkeypat
             raise KeyboardInterrupt
         return forward(self, b)
 
-    monkeypatch.setattr(vqa.Answerer, "forward", killed)
+    monkeypatch.setattr(vqa.VQAModel, "forward", killed)
     with pytest.raises(KeyboardInterrupt):
         ask(here, tmp_path / "b")
     pd.testing.assert_frame_equal(ask(here, tmp_path / "b"), whole)
@@ -124,12 +128,12 @@ def test_what_it_was_made_of_decides_whether_it_is_trained_again(here, tmp_path,
 
 def test_threads_and_neighbours_change_no_answer(here, tmp_path):
     ask(here, tmp_path)
-    q = vqa.asked(QUESTIONS, TABLE)
+    q = vqa.attach_cases(QUESTIONS, TABLE)
     m, t = vqa.load(tmp_path / "runs/checkpoint/toy"), language.load(here / "language")[1]
     p, threads = P.model_copy(update=dict(most=12)), torch.get_num_threads()
     try:
         said = [
-            (torch.set_num_threads(n), vqa.answers(m, t, q, TOKENS, p, many=many))[1]
+            (torch.set_num_threads(n), vqa.generate_answers(m, t, q, TOKENS, p, many=many))[1]
             for n, many in ((1, 64), (2, 3), (2, 64))
         ]
     finally:
@@ -141,7 +145,7 @@ def models(folder, kind):
     "A tiny causal language model with its own tokenizer, as one comes from elsewhere"
     import transformers as tr
 
-    t = language.train_pieces([*QUESTIONS.question, *QUESTIONS.answer], 290)
+    t = language.train_bpe_tokenizer([*QUESTIONS.question, *QUESTIONS.answer], 290)
     t.add_special_tokens(dict(additional_special_tokens=["<user>", "<assistant>"]))
     if kind == "chat":
         t.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -174,7 +178,7 @@ def models(folder, kind):
 def test_any_language_model_by_one_param(kind, here, tmp_path):
     models(tmp_path / "lm", kind)
     lm, t = language.load(tmp_path / "lm")
-    put = t.decode(language.put(t, ["Is there emphysema?"])[0])
+    put = t.decode(language.encode_questions(t, ["Is there emphysema?"])[0])
     assert put == (
         "<user>Is there emphysema?<assistant>" if kind == "chat" else "Is there emphysema?\n"
     )
@@ -221,10 +225,10 @@ def test_an_answer_without_a_number_counts():
         [("size", "30 mm", s) for s in ("30 mm", "3 cm", "large", "")],
         columns=["kind", "answer", "given"],
     )
-    d = vqa.scored(rows, 20).assign(
+    d = vqa.score_answers(rows, 20).assign(
         task="vqa_toy", arm="a", fraction=1.0, seed=0, patient=list("abcd")
     )
-    found = metrics.summary(d, vqa.figures)["a"]["vqa_toy"]["1.0"]
+    found = metrics.point_estimates(d, vqa.metrics)["a"]["vqa_toy"]["1.0"]
     assert found == {
         "L1 mm, size": 5.0,
         "RMSE mm, size": round(50**0.5, 5),
@@ -233,12 +237,12 @@ def test_an_answer_without_a_number_counts():
 
 
 def test_no_cohort_no_rows(here, tmp_path):
-    d = vqa.every(
+    d = vqa.run_all(
         "asap", {}, {}, P, 0, here / "tokens/asap", 8, tmp_path / "runs", tmp_path / "resume"
     )
-    assert list(d) == vqa.COLUMNS and not len(d) and metrics.summary(d, vqa.figures) == {}
+    assert list(d) == vqa.COLUMNS and not len(d) and metrics.point_estimates(d, vqa.metrics) == {}
     assert (
-        language.make(P, QUESTIONS[:0], {}, 0, tmp_path / "language") == {}
+        language.build_language_model(P, QUESTIONS[:0], {}, 0, tmp_path / "language") == {}
         and (tmp_path / "language/elsewhere.json").exists()
     )
 

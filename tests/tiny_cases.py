@@ -2,10 +2,10 @@
 
 import numpy as np, pandas as pd
 
-from asap.anatomy.organs import group_map
+from asap.anatomy.organs import map_to_groups
 from asap.data.volumes import write
-from asap.phantom.abnormalities import chest
-from asap.phantom.words import report
+from asap.phantom.abnormalities import synthesize_chest
+from asap.phantom.words import synthesize_report
 
 
 def cases(
@@ -14,10 +14,10 @@ def cases(
     "Of 48x48x24 voxels; another name makes other phantoms"
     rows = []
     for i in range(n):
-        c = chest((0, name, i), (48, 48, 24), (7, 7, 14))
-        r = report(c, i)
+        c = synthesize_chest((0, name, i), (48, 48, 24), (7, 7, 14))
+        r = synthesize_report(c, i)
         write(np.clip(c.hu, -1000, 1000), c.affine, here / f"{i}.nii")
-        write(group_map(c.labels, groups), c.affine, here / f"{i}_organs.nii.gz")
+        write(map_to_groups(c.labels, groups), c.affine, here / f"{i}_organs.nii.gz")
         rows.append(
             dict(
                 case=f"c{i}",

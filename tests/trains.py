@@ -6,24 +6,24 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from safetensors.torch import save_file
 
-from asap.anatomy.organs import group_map
-from asap.core import load_params, root
+from asap.anatomy.organs import map_to_groups
+from asap.core import load_params, project_root
 from asap.data.volumes import write
-from asap.phantom.abnormalities import chest
-from asap.phantom.words import report
-from asap.pretrain.batches import Pairs
-from asap.pretrain.pretrain import build, train
-from asap.text.encoder import load, train_encoder
-from asap.text.sentences import join, split
+from asap.phantom.abnormalities import synthesize_chest
+from asap.phantom.words import synthesize_report
+from asap.pretrain.batches import ImageReportDataset
+from asap.pretrain.pretrain import build_model, train
+from asap.text.encoder import load, train_text_encoder
+from asap.text.sentences import join_report, split_sentences
 
 
 def cohort(folder):  # six phantoms on disk, with a text encoder
-    p, rows = load_params(root() / "params/smoke.yaml"), []
+    p, rows = load_params(project_root() / "params/smoke.yaml"), []
     for i in range(6):
-        c = chest((0, "trains", i), (48, 48, 24), (7, 7, 14))
-        r = report(c, i)
+        c = synthesize_chest((0, "trains", i), (48, 48, 24), (7, 7, 14))
+        r = synthesize_report(c, i)
         write(np.clip(c.hu, -1000, 1000), c.affine, folder / f"{i}.nii")
-        write(group_map(c.labels, p.anatomy.groups), c.affine, folder / f"{i}_organs.nii.gz")
+        write(map_to_groups(c.labels, p.anatomy.groups), c.affine, folder / f"{i}_organs.nii.gz")
         rows.append(
             dict(
                 case=f"c{i}",
@@ -34,8 +34,8 @@ def cohort(folder):  # six phantoms on disk, with a text encoder
                 impression=r.impression,
             )
         )
-    said = [split(join(r["findings"], r["impression"])) for r in rows]
-    train_encoder(said, said, p.text, 0, folder / "text")
+    said = [split_sentences(join_report(r["findings"], r["impression"])) for r in rows]
+    train_text_encoder(said, said, p.text, 0, folder / "text")
     pd.DataFrame(rows).to_parquet(folder / "table.parquet")
 
 
@@ -43,7 +43,7 @@ def contrast(
     folder, n=4
 ):  # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
     from accelerate import PartialState
-    from asap.model.align import across, within
+    from asap.model.align import inter_report_loss, intra_report_loss
 
     state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)
     unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
@@ -64,15 +64,15 @@ def contrast(
     )
     text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
     f, r = pick(frozen[own]), pick(real[own])
-    value = across([patches], text, k, f, r, 14.0, 0.95, 0.5, 9) + within(
+    value = inter_report_loss([patches], text, k, f, r, 14.0, 0.95, 0.5, 9) + intra_report_loss(
         text, text.roll(1, -1), f, r, 14.0, 0.95
     )
     value.backward()
     out = dict(patches=patches.grad, k=torch.stack([x[m].sum() for x, m in zip(k.grad, r)]))
-    from asap.train import gathered
+    from asap.train import all_gather
 
     save = {
-        name: gathered(v[:, None]) / state.num_processes for name, v in out.items()
+        name: all_gather(v[:, None]) / state.num_processes for name, v in out.items()
     }  # as DDP averages
     if state.is_main_process:
         folder.mkdir()
@@ -85,7 +85,7 @@ if __name__ == "__main__":
         sys.exit()
     arm, folder, steps, batch, save_every = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
     data = folder.parent / "cohort"
-    p = load_params(root() / "params/smoke.yaml")
+    p = load_params(project_root() / "params/smoke.yaml")
     p = p.model_copy(
         update=dict(
             pretrain=p.pretrain.model_copy(
@@ -99,7 +99,7 @@ if __name__ == "__main__":
     for k in ("image", "organ_map"):
         table[k] = [str(data / f) for f in table[k]]
     text = load(data / "text")
-    model = build(p, p.arms[arm].model_dump(by_alias=True), text, 0)
-    train(model, Pairs(table, p, text, 0), p, 0, folder)
+    model = build_model(p, p.arms[arm].model_dump(by_alias=True), text, 0)
+    train(model, ImageReportDataset(table, p, text, 0), p, 0, folder)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         save_file(model.state_dict(), folder / "weights.safetensors")

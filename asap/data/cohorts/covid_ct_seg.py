@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'LESIONS', 'SOURCE', 'LABELS', 'TARGETS', 'LUNGS', 'ORGANS', 'UNVERIFIED', 'SHIFT', 'FOLDERS', 'write_case',
-           'write', 'lungs', 'read']
+           'write', 'read_lungs', 'read']
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #aee9cb1e
 from pathlib import Path
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, visible
-from ..cohort import check
-from ..layouts import caution, sides
+from ...core import Quarantine, parallel_map, list_files
+from ..cohort import check_table
+from ..layouts import warn_unverified, fix_laterality
 from ..volumes import Source, read as read_volume, write as write_volume
-from ...phantom.abnormalities import Shift
-from ...phantom.words import case
+from ...phantom.abnormalities import DomainShift
+from ...phantom.words import synthesize_case
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #ed4d3ff7
 NAME = "covid_ct_seg"
@@ -28,10 +28,10 @@ LESIONS = [
 SOURCE = Source()  # HU, spacing and orientation as the file says
 LABELS = []
 TARGETS = {1: "lesion"}  # of target_map
-LUNGS = {1: "left lung", 2: "right lung"}  # of what `lungs` returns for lung_map
+LUNGS = {1: "left lung", 2: "right lung"}  # of what `read_lungs` returns for lung_map
 ORGANS = False
-UNVERIFIED = "which of 1 and 2 is the left lung is not verified against the owners' files; `lungs` goes by where each lung lies."
-SHIFT = Shift(
+UNVERIFIED = "which of 1 and 2 is the left lung is not verified against the owners' files; `read_lungs` goes by where each lung lies."
+SHIFT = DomainShift(
     spacing=(1.1, 1.1, 1.2),
     noise=1.9,
     blur=0.6,
@@ -43,7 +43,7 @@ FOLDERS = ("COVID-19-CT-Seg_20cases", "Lung_Mask", "Infection_Mask")
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #5b471f63
 def write_case(root, seed, i, name, kw):
     "Scan, lungs and lesions of one patient"
-    k = case(
+    k = synthesize_case(
         f"{NAME} {seed}",
         name.split("_")[0],
         i,
@@ -74,7 +74,7 @@ def write(
 ):
     "A miniature COVID-19-CT-Seg of phantoms"
     todo = [(i, f"coronacases_{i:03d}") for i in range(1, test + 1)] + [(1, "radiopaedia_1_1_0")]
-    each(write_case, [(root, seed, i, n, kw) for i, n in todo], jobs, NAME)
+    parallel_map(write_case, [(root, seed, i, n, kw) for i, n in todo], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #1a5cec34
 def _row(name, image, lung, lesion) -> dict:
@@ -94,25 +94,25 @@ def _row(name, image, lung, lesion) -> dict:
     )
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #0dc66fd9
-def _why(name, paths) -> str:  # a scan is left out, or ""
+def _exclusion_reason(name, paths) -> str:  # a scan is left out, or ""
     if not name.startswith("coronacases_"):
         return "an 8-bit picture of a display window, not Hounsfield units; expected coronacases_*"
     return next((f"{p} is missing: fetch it again" for p in paths if not p.exists()), "")
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #4595eb82
-def lungs(
+def read_lungs(
     path,  # `lung_map` of a case
 ) -> tuple:  # uint8 (W,H,D), affine
     "The two lungs; 1 is the left one whichever the file calls so"
     v = read_volume(path)
-    return sides(v.hu.astype(np.uint8), v.affine, 1, 2), v.affine
+    return fix_laterality(v.hu.astype(np.uint8), v.affine, 1, 2), v.affine
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #619ce9e0
 def read(
     root,  # folder that holds the three folders
 ) -> tuple:  # cohort table with raw paths, Quarantine
     "Every coronacases_* scan with both masks; all are test"
-    caution(NAME, UNVERIFIED)
+    warn_unverified(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     for folder in FOLDERS:
         if not (d / folder).is_dir():
@@ -123,14 +123,14 @@ def read(
         {
             f.name.removesuffix(".nii.gz")
             for folder in FOLDERS
-            for f in visible(d / folder, "*.nii.gz")
+            for f in list_files(d / folder, "*.nii.gz")
         }
     ):
         paths = [d / folder / f"{name}.nii.gz" for folder in FOLDERS]
-        if why := _why(name, paths):
+        if why := _exclusion_reason(name, paths):
             bad.add(name, why)
         else:
             rows.append(_row(name, *paths))
     if not rows:
         raise ValueError(f"{d}: no coronacases_* with scan, lungs and lesions")
-    return check(pd.DataFrame(rows), NAME), bad
+    return check_table(pd.DataFrame(rows), NAME), bad

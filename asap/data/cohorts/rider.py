@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SOURCE', 'LABELS', 'TARGETS', 'ORGANS', 'UNVERIFIED', 'SHIFT', 'write_ct', 'write_case', 'write', 'is_manual',
-           'order', 'read']
+           'sort_masks', 'read']
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #e8239540
 import re
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ...core import Quarantine, each, rng, visible
-from ..cohort import check
-from ..layouts import caution
+from ...core import Quarantine, parallel_map, rng, list_files
+from ..cohort import check_table
+from ..layouts import warn_unverified
 from ..volumes import Source, resample, write as write_volume
-from ...phantom.abnormalities import Shift
-from ...phantom.words import case
+from ...phantom.abnormalities import DomainShift
+from ...phantom.words import synthesize_case
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #6c2cc223
 NAME = "rider"
@@ -27,7 +27,7 @@ LABELS = []
 TARGETS = {1: "cancer"}
 ORGANS = False
 UNVERIFIED = "the names after mask_rtstruct_ are not verified: the target of a CT is the mask with a word that begins with `man`, else the first by name."
-SHIFT = Shift(
+SHIFT = DomainShift(
     spacing=(0.88, 0.88, 1.2),
     noise=2.2,
     blur=0.5,
@@ -49,7 +49,7 @@ def write_ct(folder, name, recon, mask):
 
 def write_case(root, seed, i, kw):
     "Test and retest of one patient"
-    k = case(
+    k = synthesize_case(
         f"{NAME} {seed}", "test", i, shift=SHIFT, masks=["Lung nodule"], **{**kw, "recon_share": 1}
     )
     r, first = rng(NAME, seed, i), k.recons[0]
@@ -75,7 +75,7 @@ def write(
     **kw,  # processes; size, spacing of the phantom
 ):
     "A miniature RIDER of phantoms"
-    each(write_case, [(root, seed, i, kw) for i in range(1, test + 1)], jobs, NAME)
+    parallel_map(write_case, [(root, seed, i, kw) for i in range(1, test + 1)], jobs, NAME)
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #5eb38c00
 def is_manual(path) -> bool:
@@ -83,7 +83,7 @@ def is_manual(path) -> bool:
     return any(w.startswith("man") for w in re.split(r"[^a-z]+", Path(path).name.lower()))
 
 
-def order(masks) -> list:  # the target first
+def sort_masks(masks) -> list:  # the target first
     "Manual masks before the others, then the alphabet"
     return sorted(masks, key=lambda f: (not is_manual(f), Path(f).name))
 
@@ -107,7 +107,7 @@ def _row(folder, masks) -> dict:
     )
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #ac469bb1
-def _why(folder, masks) -> str:  # a CT is left out, or ""
+def _exclusion_reason(folder, masks) -> str:  # a CT is left out, or ""
     if not (folder / "ct.nii.gz").exists():
         return f"{folder / 'ct.nii.gz'} is missing: convert it again"
     return "" if masks else f"{folder}: no mask_rtstruct_* in it: convert it again"
@@ -117,15 +117,15 @@ def read(
     root,  # folder that holds the patients
 ) -> tuple:  # cohort table with raw paths, Quarantine
     "Every CT with a mask; all are test"
-    caution(NAME, UNVERIFIED)
+    warn_unverified(NAME, UNVERIFIED)
     d, rows, bad = Path(root), [], Quarantine()
     if not d.is_dir():
         raise FileNotFoundError(
             f"{d} is missing: expected RIDER's patients there, each with {{series}}/ct.nii.gz and mask_rtstruct_*"
         )
-    for folder in (f for f in visible(d, "*/*") if f.is_dir()):
-        masks = order(visible(folder, "mask_rtstruct_*"))
-        if why := _why(folder, masks):
+    for folder in (f for f in list_files(d, "*/*") if f.is_dir()):
+        masks = sort_masks(list_files(folder, "mask_rtstruct_*"))
+        if why := _exclusion_reason(folder, masks):
             bad.add(f"{folder.parent.name}_{folder.name}".replace(".", "_"), why)
         else:
             rows.append(_row(folder, masks))
@@ -133,4 +133,4 @@ def read(
         raise ValueError(
             f"{d}: no CT with a mask; expected {{patient}}/{{series}}/ct.nii.gz and mask_rtstruct_* beside it"
         )
-    return check(pd.DataFrame(rows), NAME), bad
+    return check_table(pd.DataFrame(rows), NAME), bad

@@ -14,13 +14,13 @@ from pathlib import Path
 from asap.core import (
     Quarantine,
     atomic_write,
-    load_params,
     progress_bar,
     project_root,
     log_message,
     list_files,
     write_json,
 )
+from .params import load_params
 
 # %% ../nbs/90_cli.ipynb #76bae939
 @contextlib.contextmanager

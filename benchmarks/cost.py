@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import step
-from asap.core import load_params, project_root
+from asap.core import project_root
+from asap.params import load_params
 from asap.train import retain_freed_memory
 
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from asap.core import load_params, project_root, log_message, write_csv
+from asap.core import project_root, log_message, write_csv
+from asap.params import load_params
 from asap.data.cohort import load
 from asap.pretrain import embed
 from asap.pretrain.batches import ImageReportDataset

@@ -14,7 +14,8 @@ from einops import rearrange
 
 from asap.anatomy.masks import organ_fractions
 from asap.anatomy.organs import map_to_groups
-from asap.core import load_params, write_json
+from asap.core import write_json
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 
 AXES = "(h p) (w q) (d r) c -> (h w d) (p q r) c"

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 
 import plain
-from asap.core import load_params, project_root, log_message
+from asap.core import project_root, log_message
+from asap.params import load_params
 from asap.model.asap import ASAP, build_config
 from asap.train import retain_freed_memory, resolve_precision
 

@@ -27,7 +27,7 @@ LOADED = [  # other people's libraries alone: a page brings its own modules
     "pages",
 ]
 ALONE = {
-    "01_train"
+    "02_train"
 }  # what it shows of the memory allocator is true of a process that is nobody's child
 multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
 

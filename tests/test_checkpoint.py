@@ -7,7 +7,8 @@ from conftest import TOP
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from asap.core import load_params, read_json, write_json
+from asap.core import read_json, write_json
+from asap.params import load_params
 from asap.model.asap import build_config
 from asap.model.vit import ViT3D, sincos_pos_embed
 from asap.pretrain import checkpoint

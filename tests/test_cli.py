@@ -7,7 +7,7 @@ from conftest import TOP
 from files import dicom, write as write_as
 
 from asap.cli import main
-from asap.core import load_params
+from asap.params import load_params
 from asap.data import real
 from asap.data.volumes import read, write
 from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest

@@ -80,8 +80,8 @@ def made(tmp_path_factory):
 
 
 def target(mod, path):  # array, affine
-    if hasattr(mod, "target"):
-        return mod.target(path)
+    if hasattr(mod, "read_target"):
+        return mod.read_target(path)
     v = read_volume(path)
     return v.hu, v.affine
 
@@ -341,7 +341,7 @@ def test_a_second_scan_stays_with_its_patient(tmp_path):
 def test_lungs_are_named_by_where_they_lie(made):
     mod = adapter("luna16")
     t, _ = mod.read(made("luna16"))
-    mask, affine = mod.target(t.target_map[0])
+    mask, affine = mod.read_target(t.target_map[0])
     x = {
         v: (np.argwhere(mask == v) @ affine[:3, :3].T + affine[:3, 3])[:, 0].mean() for v in (3, 4)
     }  # RAS: left is negative

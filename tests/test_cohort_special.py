@@ -61,8 +61,8 @@ def copy(raw, tmp_path):
 
 
 def mask_of(m, row):  # array, affine
-    if hasattr(m, "target"):
-        return m.target(row.target_map)
+    if hasattr(m, "read_target"):
+        return m.read_target(row.target_map)
     v = volumes.read(row.target_map)
     return v.hu, v.affine
 
@@ -277,7 +277,7 @@ def test_fumpe_mask_faults(copy):
         f.unlink()
         savemat(f, said)
         with pytest.raises(ValueError, match=expected):
-            m.target(f)
+            m.read_target(f)
 
 
 def test_fumpe_left_out_patients_are_flagged(copy):

@@ -53,7 +53,7 @@ def through(name, root, out):
     )
     left = {r["case"] for r in bad.rows} | set(table.case) - set(t.case)
     if hasattr(m, "questions"):
-        m.questions(root, t, left)
+        m.read_questions(root, t, left)
     return table, t, left
 
 

@@ -9,7 +9,8 @@ import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
 from conftest import TOP
 
 from asap.anatomy.organs import totalsegmentator_classes, read_organ_map
-from asap.core import StageParams, CohortName, load_params, list_files, parallel_backend
+from asap.core import list_files, parallel_backend
+from asap.params import StageParams, CohortName, load_params
 from asap.data.cohort import (
     CaseStore,
     load_acquisition,

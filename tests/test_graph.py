@@ -5,7 +5,7 @@ import ast, json
 import grimp, pytest, yaml
 from conftest import STAGES, TOP
 
-from asap.core import CohortsConfig, CohortName
+from asap.params import CohortsConfig, CohortName
 
 GRAPH = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
 REACH = grimp.build_graph("asap")

@@ -4,7 +4,7 @@ import numpy as np, pytest
 
 from asap.anatomy.organs import merge_class_masks, read_multilabel_map
 from asap.cli import main
-from asap.core import load_params
+from asap.params import load_params
 from asap.data import real
 from asap.data.checks import body_mask, check_mask, load_checked
 from asap.data.volumes import open_nifti, read, standardize

@@ -6,7 +6,8 @@ import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
 
 from asap.anatomy.masks import organ_fractions
-from asap.core import load_params, project_root
+from asap.core import project_root
+from asap.params import load_params
 from asap.data.volumes import resample
 from asap.model.align import AlignmentHead, inter_report_loss, intra_report_loss
 from asap.model.anatomy import soft_cross_entropy

@@ -7,7 +7,8 @@ import numpy as np, pandas as pd, pytest, torch
 from conftest import TOP
 from files import FORMS, write as write_as
 
-from asap.core import Quarantine, load_params, project_root
+from asap.core import Quarantine, project_root
+from asap.params import load_params
 from asap.data.cohort import check_table
 from asap.data.cohorts import acdc, luna16
 from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write

@@ -3,7 +3,8 @@
 import pandas as pd, pytest, torch
 from types import SimpleNamespace
 
-from asap.core import load_params, project_root, write_csv, write_json
+from asap.core import project_root, write_csv, write_json
+from asap.params import load_params
 from asap.pretrain.checkpoint import model_card, load, save, export_weights
 from asap.pretrain.pretrain import run
 from asap.text.encoder import load as load_text, build_text_encoder

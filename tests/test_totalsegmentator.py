@@ -8,7 +8,7 @@ from tiny_totalsegmentator import write_tiny
 from asap.anatomy import segment as seg
 from asap.anatomy.organs import map_to_groups
 from asap.cli import main
-from asap.core import load_params
+from asap.params import load_params
 from asap.data.volumes import Volume, write
 from asap.phantom.abnormalities import synthesize_chest
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import PAGES, STAGES, TOP
 
-from asap.core import load_params
+from asap.params import load_params
 
 
 def tracked() -> list[Path]:

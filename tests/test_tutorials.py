@@ -5,7 +5,7 @@ import ast, json, re
 import pytest, yaml
 from conftest import TOP
 
-from asap.core import Params, TaskName, load_params
+from asap.params import Params, TaskName, load_params
 
 HOW_TO = sorted((TOP / "nbs/tutorials").glob("*.ipynb"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 
-from asap.core import KindWeights, TinyLMConfig, VQAConfig
+from asap.params import KindWeights, TinyLMConfig, VQAConfig
 from asap.pretrain import embed
 from asap.tasks import metrics, vqa
 from asap.text import language

@@ -7,7 +7,8 @@ import numpy as np, pandas as pd, torch
 from safetensors.torch import save_file
 
 from asap.anatomy.organs import map_to_groups
-from asap.core import load_params, project_root
+from asap.core import project_root
+from asap.params import load_params
 from asap.data.volumes import write
 from asap.phantom.abnormalities import synthesize_chest
 from asap.phantom.words import synthesize_report

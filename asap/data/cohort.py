@@ -805,7 +805,7 @@ def run(
     if not (table.split == "val").any():
         table = hold_out(table, p.cohort.val_share, p.study.seed)
     asked = (
-        adapter.questions(find_raw_dir(name, data), table, {r["case"] for r in bad.rows})
+        adapter.read_questions(find_raw_dir(name, data), table, {r["case"] for r in bad.rows})
         if hasattr(adapter, "questions")
         else None
     )

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import CohortsConfig, Quarantine, parallel_map, list_files
+from ..core import Quarantine, parallel_map, list_files
+from ..params import CohortsConfig
 from . import checks
 from asap.data.cohort import (
     COHORT_COLUMNS,
@@ -183,7 +184,7 @@ def _check_organ_map(row, adapter, v):
 def _check_target_map(row, adapter, v):
     path = row["target_map"]
     if hasattr(adapter, "target"):
-        data, affine = adapter.target(path)
+        data, affine = adapter.read_target(path)
     else:
         data, affine = (m := read(path)).hu, m.affine
     checks.check_mask(data.shape, affine, v, path)

@@ -72,7 +72,7 @@ def synthesize_cohort(
         (records / f"{n}.json").unlink(missing_ok=True)
         shutil.rmtree(out / n, ignore_errors=True)
     along = [
-        partial(import_module(f"asap.data.cohorts.{n}").along, root=out / n, patients=p)
+        partial(import_module(f"asap.data.cohorts.{n}").write_alongside, root=out / n, patients=p)
         for n, p in (beside or {}).items()
     ]
     more = dict(also=along) if beside else dict(drawn=drawn[name]) if name in drawn else {}

@@ -12,7 +12,7 @@ from math import prod
 
 import pandas as pd
 
-from ..core import cohorts_of
+from ..params import cohorts_of
 
 # %% ../../nbs/8_study/85_cost.ipynb #co05assumed
 @dataclass

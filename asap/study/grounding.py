@@ -25,7 +25,6 @@ from einops import rearrange
 from ..anatomy.organs import UNKNOWN, plot_organ_overlay
 from asap.core import (
     Quarantine,
-    reference_arm,
     progress_bar,
     read_json,
     rng,
@@ -35,6 +34,7 @@ from asap.core import (
     write_json,
     write_parquet,
 )
+from ..params import reference_arm
 from ..data.checks import body_mask
 from ..data.cohort import load as load_table, find_raw_dir, available_cohorts
 from ..data.cohorts import rex_grounding_ct as lesions

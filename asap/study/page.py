@@ -23,7 +23,8 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 
-from ..core import reference_arm, read_json, write_json, write_text
+from ..core import read_json, write_json, write_text
+from ..params import reference_arm
 from .tables import HEADLINE_METRICS, CLASSIFICATION_MEAN
 
 # %% ../../nbs/8_study/83_page.ipynb #56ae2e89
@@ -1029,7 +1030,9 @@ def write_page(
     write_json(
         {
             a: {r["task"]: round(r["value"], 5) for r in g.to_dict("records")}
-            for a, g in t["figures"].query("fraction == 1 and metric in @HEADLINE").groupby("arm")
+            for a, g in t["figures"]
+            .query("fraction == 1 and metric in @HEADLINE_METRICS")
+            .groupby("arm")
         }
         if "figures" in t
         else {},

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import cohorts_of, write_csv, write_text
+from ..core import write_csv, write_text
+from ..params import cohorts_of
 from ..pretrain.pretrain import compare_to_baseline
 from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
 from asap.tasks.metrics import (
@@ -79,7 +80,7 @@ def evaluate_predictions(
         k: v
         for family, p in predictions.items()
         if len(p)
-        for k, v in bootstrap(p, TASK_MODULES[family].figures, n).items()
+        for k, v in bootstrap(p, TASK_MODULES[family].metrics, n).items()
     }
 
 

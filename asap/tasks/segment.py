@@ -93,7 +93,7 @@ class SegmentationTask:
         self.targets = (
             targets or SEGMENT_COHORTS[cohort].TARGETS
         )  # value in the owners' file -> name
-        self.reader = reader or getattr(SEGMENT_COHORTS[cohort], "target", _read_mask)
+        self.reader = reader or getattr(SEGMENT_COHORTS[cohort], "read_target", _read_mask)
 
     @property
     def names(self) -> list:

@@ -345,9 +345,9 @@ PromptTemplate = Annotated[str, Field(pattern=r"\{label\}")]
 class VocabularyConfig(BaseConfig):
     "Labels in words"
 
-    present: Annotated[list[PromptTemplate], Field(min_length=1)]  # each with {label}
-    absent: Annotated[list[PromptTemplate], Field(min_length=1)]
-    dim: PositiveInt  # of the space in which both meet
+    positive_templates: Annotated[list[PromptTemplate], Field(min_length=1)]  # each with {label}
+    negative_templates: Annotated[list[PromptTemplate], Field(min_length=1)]
+    embed_dim: PositiveInt  # of the space in which both meet
     steps: PositiveInt
     lr: PositiveFloat
 
@@ -355,9 +355,9 @@ class VocabularyConfig(BaseConfig):
 class RetrieveConfig(BaseConfig):
     "A report for a volume, a volume for a report"
 
-    dim: PositiveInt
+    embed_dim: PositiveInt
     steps: PositiveInt
-    batch: Annotated[int, Field(ge=2)]  # pairs that meet in one contrast
+    batch_size: Annotated[int, Field(ge=2)]  # pairs that meet in one contrast
     lr: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
 
@@ -365,39 +365,39 @@ class RetrieveConfig(BaseConfig):
 class SegmentDatasetConfig(BaseConfig):
     "How one data set's masks are learnt"
 
-    few: bool  # by shares of the labels; false: by all of them
+    low_label: bool  # by shares of the labels; false: by all of them
     steps: PositiveInt
-    batch: PositiveInt  # samples a step
+    batch_size: PositiveInt  # samples a step
     lr: PositiveFloat
-    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
+    hu_window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
         None  # HU mapped to -1 and 1; null: volumes.hu
     )
-    size: Shape3D | None = None  # what the model sees at a time; null: volumes.size
+    roi_size: Shape3D | None = None  # what the model sees at a time; null: volumes.size
 
 
 class SegmentConfig(BaseConfig):
     "Masks, by a whole encoder fine-tuned"
 
     arms: list[str]  # of study.arms, or `unet`: a plain U-Net of like size
-    fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
-    seeds: Annotated[
+    label_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    label_fraction_seeds: Annotated[
         list[NonNegativeInt], Field(min_length=1)
     ]  # draws of the fractions, and of the decoder's first weights
-    features: PositiveInt  # channels of the decoder at its finest
-    encoder: PositiveFloat  # rate of the encoder against the decoder's
-    warmup: Fraction  # of the steps
+    feature_size: PositiveInt  # channels of the decoder at its finest
+    encoder_lr_scale: PositiveFloat  # rate of the encoder against the decoder's
+    warmup_fraction: Fraction  # of the steps
     weight_decay: Annotated[float, Field(ge=0)]
-    clip: PositiveFloat
-    positive: Fraction  # of the crops around a labelled voxel, where a volume is larger than what the model sees
-    shift: Fraction  # of a side, at most
-    turn: Annotated[float, Field(ge=0)]  # radians, at most
-    zoom: Annotated[float, Field(ge=0, lt=1)]  # at most
+    max_grad_norm: PositiveFloat
+    oversample_foreground: Fraction  # of the crops around a labelled voxel, where a volume is larger than what the model sees
+    translate_range: Fraction  # of a side, at most
+    rotate_range: Annotated[float, Field(ge=0)]  # radians, at most
+    scale_range: Annotated[float, Field(ge=0, lt=1)]  # at most
     overlap: Annotated[
         float, Field(ge=0, lt=1)
     ]  # of windows, where a volume is larger than what the model sees
-    validations: PositiveInt  # looks at the validation cases in a training
+    num_validations: PositiveInt  # looks at the validation cases in a training
     patience: PositiveInt  # looks without a better one
-    rows: dict[
+    datasets: dict[
         Literal["luna16", "msd_lung", "covid_19_20", "segthor", "fumpe", "btcv", "acdc"],
         SegmentDatasetConfig,
     ]
@@ -407,36 +407,42 @@ class ReportConfig(BaseConfig):
     "A report written from frozen tokens"
 
     arms: list[str]  # of study.arms
-    pool: Shape3D  # patches whose tokens are averaged, along each axis
-    order: bool  # sentences of a target: present abnormalities first; false: as they were written
-    prompts: bool  # the decoder is told what the label head thinks
-    label_weight: Annotated[float, Field(ge=0)]  # of the label head's loss, where the words' has 1
-    dim: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
+    token_pool: Shape3D  # patches whose tokens are averaged, along each axis
+    abnormal_first: (
+        bool  # sentences of a target: present abnormalities first; false: as they were written
+    )
+    label_prompts: bool  # the decoder is told what the label head thinks
+    aux_label_weight: Annotated[
+        float, Field(ge=0)
+    ]  # of the label head's loss, where the words' has 1
+    embed_dim: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
     dropout: Annotated[float, Field(ge=0, lt=1)]  # of what is seen
     max_length: Annotated[int, Field(ge=16)]  # word pieces that are learnt and written
     steps: PositiveInt  # at most
     epochs: PositiveInt  # at most
-    batch: PositiveInt
+    batch_size: PositiveInt
     lr: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
-    beams: PositiveInt
-    ngram: NonNegativeInt  # a run of so many word pieces is not written twice; 0: it may be
+    num_beams: PositiveInt
+    no_repeat_ngram_size: (
+        NonNegativeInt  # a run of so many word pieces is not written twice; 0: it may be
+    )
     meteor: bool  # where Java is found
 
 
 class TinyLMConfig(BaseConfig):
     "The study's own language model, a Llama"
 
-    vocab: Annotated[int, Field(ge=300)]  # pieces of words, at most
-    dim: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
+    vocab_size: Annotated[int, Field(ge=300)]  # pieces of words, at most
+    embed_dim: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
     steps: PositiveInt
-    batch: PositiveInt
+    batch_size: PositiveInt
     lr: PositiveFloat
-    matrix_lr: PositiveFloat  # of Muon
+    muon_lr: PositiveFloat  # of Muon
 
 
 class KindWeights(BaseConfig):
@@ -453,33 +459,33 @@ class VQAConfig(BaseConfig):
     "Answers to questions, from frozen tokens"
 
     arms: list[str]  # of study.arms, or `blind`: the question alone
-    language: str  # folder or Hugging Face id of a causal language model
-    small: TinyLMConfig  # what build/language is
-    queries: PositiveInt  # tokens that a scan becomes
-    depth: NonNegativeInt  # of self-attention among them
-    heads: PositiveInt
-    hidden: PositiveInt  # of the three layers into the language model's space
-    rank: PositiveInt  # of LoRA
-    alpha: PositiveFloat
-    dropout: Annotated[float, Field(ge=0, lt=1)]  # of LoRA
+    language_model: str  # folder or Hugging Face id of a causal language model
+    tiny_lm: TinyLMConfig  # what build/language is
+    num_query_tokens: PositiveInt  # tokens that a scan becomes
+    query_depth: NonNegativeInt  # of self-attention among them
+    query_num_heads: PositiveInt
+    projector_dim: PositiveInt  # of the three layers into the language model's space
+    lora_rank: PositiveInt  # of LoRA
+    lora_alpha: PositiveFloat
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]  # of LoRA
     steps: PositiveInt
-    batch: PositiveInt  # volumes
-    questions: PositiveInt  # of each
+    batch_size: PositiveInt  # volumes
+    questions_per_volume: PositiveInt  # of each
     lr: PositiveFloat
-    matrix_lr: (
+    muon_lr: (
         Annotated[float, Field(gt=0)] | None
     )  # of Muon, for what lies between image and language; null: AdamW for all
     weight_decay: Annotated[float, Field(ge=0)]
-    warmup: NonNegativeInt
-    share: KindWeights  # how often a kind is asked in training
-    weight: KindWeights  # of its loss
-    something: PositiveFloat  # factor of that weight where an abnormality or disorder is named
-    nothing: PositiveFloat  # where the answer is `no findings`
-    validate_every: PositiveInt  # steps
+    warmup_steps: NonNegativeInt
+    kind_sampling_weights: KindWeights  # how often a kind is asked in training
+    kind_loss_weights: KindWeights  # of its loss
+    finding_weight: PositiveFloat  # factor of that weight where an abnormality or disorder is named
+    no_finding_weight: PositiveFloat  # where the answer is `no findings`
+    eval_every: PositiveInt  # steps
     patience: PositiveInt  # looks at validation without a better one
     max_length: PositiveInt  # tokens of question and answer
-    most: PositiveInt  # tokens of a generated answer
-    beams: PositiveInt
+    max_new_tokens: PositiveInt  # tokens of a generated answer
+    num_beams: PositiveInt
 
 
 class TablesConfig(BaseConfig):
@@ -578,19 +584,19 @@ class Params(BaseConfig):
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self.model, dim) % getattr(self.model, heads):
                 raise ValueError(f"`model.{dim}` is not a multiple of `model.{heads}`")
-        for name, row in self.segment.rows.items():
-            if row.size and any(s % q for s, q in zip(row.size, self.model.patch)):
+        for name, row in self.segment.datasets.items():
+            if row.roi_size and any(s % q for s, q in zip(row.roi_size, self.model.patch)):
                 raise ValueError(
-                    f"`segment.rows.{name}.size` {row.size} is not a multiple of `model.patch` {self.model.patch}"
+                    f"`segment.datasets.{name}.roi_size` {row.roi_size} is not a multiple of `model.patch` {self.model.patch}"
                 )
-        if self.report.dim % self.report.heads:
+        if self.report.embed_dim % self.report.num_heads:
             raise ValueError(
-                f"`report.dim` is {self.report.dim}, not a multiple of `report.heads`, {self.report.heads}"
+                f"`report.embed_dim` is {self.report.embed_dim}, not a multiple of `report.num_heads`, {self.report.num_heads}"
             )
         grid = [s // q for s, q in zip(self.volumes.size, self.model.patch)]
-        if any(g % k for g, k in zip(grid, self.report.pool)):
+        if any(g % k for g, k in zip(grid, self.report.token_pool)):
             raise ValueError(
-                f"`report.pool` is {self.report.pool}, which does not divide the grid of patches, {grid}: take divisors"
+                f"`report.token_pool` is {self.report.token_pool}, which does not divide the grid of patches, {grid}: take divisors"
             )
         if self.volumes.hu[0] >= self.volumes.hu[1]:
             raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")

@@ -160,7 +160,7 @@ def fit_hazards(
 def ipcw_weights(
     table,  # cohort table
 ) -> np.ndarray:  # (n,3); NaN where nothing is known, or train is not followed so far
-    "Inverse chance of not being lost, by case and horizon"
+    "Inverse probability of not being lost, by case and horizon"
     from sksurv.nonparametric import CensoringDistributionEstimator
 
     (time, event), train, truth = (
@@ -231,13 +231,15 @@ def fit_predict(
         _times_and_events(table),
     )
     model, c = fit_hazards(x[chosen], seen[chosen], died[chosen], x[val], seen[val], died[val])
-    chance = cumulative_incidence(predict_hazards(model, x[test]))
+    probability = cumulative_incidence(predict_hazards(model, x[test]))
     who = table.loc[test, ["case", "scan", "patient"]].assign(
-        time=time[test], event=event[test], risk=chance[:, -1], cut=np.nan, C=c
+        time=time[test], event=event[test], risk=probability[:, -1], threshold=np.nan, C=c
     )
     return pd.concat(
         [
-            who.assign(label=n, truth=truth[test, k], chance=chance[:, k], ipcw=w[test, k])
+            who.assign(
+                label=n, truth=truth[test, k], probability=probability[:, k], ipcw=w[test, k]
+            )
             for k, n in enumerate(HORIZON_DAYS)
         ],
         ignore_index=True,
@@ -305,12 +307,14 @@ def _survival_columns(d, labels):  # time, event, risk (n,), ipcw (n,3), in the 
     )[labels].to_numpy(float)
 
 
-def _ipcw_auc(truth, chance, ipcw, w) -> list:  # AUC of each horizon that has one, each (draws,)
+def _ipcw_auc(
+    truth, probability, ipcw, w
+) -> list:  # AUC of each horizon that has one, each (draws,)
     out = []
     for k in range(truth.shape[1]):
         ok = ~np.isnan(truth[:, k]) & ~np.isnan(ipcw[:, k])
         if len(set(truth[ok, k])) == 2:
-            out.append(auc(truth[ok, k], chance[ok, k], w[..., ok] * ipcw[ok, k]))
+            out.append(auc(truth[ok, k], probability[ok, k], w[..., ok] * ipcw[ok, k]))
     return out
 
 
@@ -327,8 +331,8 @@ def metrics(
     "What the task is judged by, each with its bootstrap draws"
     if not set(d.label) <= set(HORIZON_DAYS):
         return classify.metrics(d, n, seed)
-    truth, chance, patients, labels = to_matrix(
-        d.assign(score=d.chance).sort_values(
+    truth, probability, patients, labels = to_matrix(
+        d.assign(score=d.probability).sort_values(
             "label", key=lambda s: s.map(HORIZON_DAYS), kind="stable"
         )
     )
@@ -336,7 +340,10 @@ def metrics(
         _survival_columns(d, labels),
         bootstrap_weights(patients, n, seed),
     )
-    once, each = np.ones(len(truth)), [per_label_auc(truth, chance, labels, k) for k in (None, w)]
+    once, each = (
+        np.ones(len(truth)),
+        [per_label_auc(truth, probability, labels, k) for k in (None, w)],
+    )
     out = dict(auc=tuple(nan_mean(list(e.values())) for e in each)) | {
         k.replace("mortality", "auc"): (v, each[1][k]) for k, v in each[0].items()
     }
@@ -349,27 +356,27 @@ def metrics(
             np.nan_to_num(ipcw[ok, -1]) ** 2,
         )
         out["c_index"] = pair(lambda k: c_index(*seen, k[..., ok]))
-        out["auc_ipcw"] = pair(lambda k: nan_mean(_ipcw_auc(truth, chance, ipcw, k)))
+        out["auc_ipcw"] = pair(lambda k: nan_mean(_ipcw_auc(truth, probability, ipcw, k)))
         out["c_index_ipcw"] = pair(lambda k: c_index(*seen, k[..., ok], death))
     return {k: (v, np.broadcast_to(b, n)) for k, (v, b) in out.items()}
 
 # %% ../../nbs/7_tasks/73_prognosis.ipynb #7b0d555c
-def weighted_calibration(truth, chance, weight=None, bins: int = 10) -> dict:  # brier, ece
+def weighted_calibration(truth, probability, weight=None, bins: int = 10) -> dict:  # brier, ece
     "Brier score and expected calibration error of weighted cases"
     d = pd.DataFrame(
-        dict(truth=truth, chance=chance, w=1.0 if weight is None else weight)
-    ).sort_values("chance", kind="stable")
+        dict(truth=truth, probability=probability, w=1.0 if weight is None else weight)
+    ).sort_values("probability", kind="stable")
     group = np.arange(len(d)) * min(bins, len(d)) // max(len(d), 1)
-    part = d[["truth", "chance"]].mul(d.w, axis=0).groupby(group).sum()
+    part = d[["truth", "probability"]].mul(d.w, axis=0).groupby(group).sum()
     return dict(
-        brier=float(np.average((d.truth - d.chance) ** 2, weights=d.w)),
-        ece=float((part.truth - part.chance).abs().sum() / d.w.sum()),
+        brier=float(np.average((d.truth - d.probability) ** 2, weights=d.w)),
+        ece=float((part.truth - part.probability).abs().sum() / d.w.sum()),
     )
 
 
 def per_label(
     d,
-) -> pd.DataFrame:  # horizon, day, died, alive, censored, auc, auc_ipcw, chance, brier, ece
+) -> pd.DataFrame:  # horizon, day, died, alive, censored, auc, auc_ipcw, probability, brier, ece
     "One arm, fraction and draw, horizon by horizon, without intervals; of severity, as in classification"
     if not set(d.label) <= set(HORIZON_DAYS):
         return classify.per_label(d)
@@ -381,19 +388,19 @@ def per_label(
             died=int((g.truth == 1).sum()),
             alive=int((g.truth == 0).sum()),
             censored=int(g.truth.isna().sum()),
-            chance=g.chance.mean(),
+            probability=g.probability.mean(),
         )
         g = g.dropna(subset="truth")
         timed = g.dropna(subset="ipcw")
         if g.truth.nunique() == 2:
-            row |= dict(auc=auc(g.truth, g.chance))
+            row |= dict(auc=auc(g.truth, g.probability))
         if timed.truth.nunique() == 2:
-            row |= dict(auc_ipcw=auc(timed.truth, timed.chance, timed.ipcw))
+            row |= dict(auc_ipcw=auc(timed.truth, timed.probability, timed.ipcw))
         if len(g):
             row |= (
-                weighted_calibration(timed.truth, timed.chance, timed.ipcw)
+                weighted_calibration(timed.truth, timed.probability, timed.ipcw)
                 if len(timed)
-                else weighted_calibration(g.truth, g.chance)
+                else weighted_calibration(g.truth, g.probability)
             )
         rows.append(row)
     return pd.DataFrame(rows)
@@ -412,21 +419,23 @@ def _assign_risk_groups(
     g = d.drop_duplicates("patient").dropna(subset="time")
     time, event = censor_at_horizon(g.time.to_numpy(float), g.event.to_numpy(float))
     rank = g.risk.rank(method="first").to_numpy() - 1
-    return g.assign(time=time, event=event, third=(rank * 3 // max(len(g), 1)).astype(int))
+    return g.assign(time=time, event=event, risk_group=(rank * 3 // max(len(g), 1)).astype(int))
 
 
 def kaplan_meier_by_risk(
     d,
-) -> pd.DataFrame:  # third, day, survival, at_risk, events; no row where the table has no times
+) -> (
+    pd.DataFrame
+):  # risk_group, day, survival, at_risk, events; no row where the table has no times
     "Kaplan-Meier curves of thirds of predicted risk; of one arm, fraction and draw"
     from sksurv.nonparametric import kaplan_meier_estimator
 
     out = []
-    for k, g in _assign_risk_groups(d).groupby("third"):
+    for k, g in _assign_risk_groups(d).groupby("risk_group"):
         day, alive = kaplan_meier_estimator(g.event.to_numpy(bool), g.time.to_numpy())
         count = [
             dict(
-                third=RISK_GROUPS[k],
+                risk_group=RISK_GROUPS[k],
                 day=a,
                 survival=s,
                 at_risk=int((g.time >= a).sum()),
@@ -435,9 +444,11 @@ def kaplan_meier_by_risk(
             for a, s in zip(day, alive)
         ]
         if day[0] > 0:
-            out.append(dict(third=RISK_GROUPS[k], day=0.0, survival=1.0, at_risk=len(g), events=0))
+            out.append(
+                dict(risk_group=RISK_GROUPS[k], day=0.0, survival=1.0, at_risk=len(g), events=0)
+            )
         out += count
-    return pd.DataFrame(out, columns=["third", "day", "survival", "at_risk", "events"])
+    return pd.DataFrame(out, columns=["risk_group", "day", "survival", "at_risk", "events"])
 
 
 def log_rank_test(d) -> float:  # p; NaN where it cannot be said
@@ -445,14 +456,14 @@ def log_rank_test(d) -> float:  # p; NaN where it cannot be said
     from sksurv.compare import compare_survival
 
     g = _assign_risk_groups(d)
-    if g.third.nunique() < 2 or not g.event.any():
+    if g.risk_group.nunique() < 2 or not g.event.any():
         return float("nan")
-    return float(compare_survival(survival_array(g.time, g.event), g.third.to_numpy())[1])
+    return float(compare_survival(survival_array(g.time, g.event), g.risk_group.to_numpy())[1])
 
 
 def plot_kaplan_meier(d, ax):  # `d`: predictions of one arm, fraction and draw
     "Draw the thirds' curves"
-    for name, g in kaplan_meier_by_risk(d).groupby("third", sort=False):
+    for name, g in kaplan_meier_by_risk(d).groupby("risk_group", sort=False):
         ax.step(g.day, g.survival, where="post", label=f"{name} risk")
     ax.set(
         xlabel="day",

@@ -48,7 +48,7 @@ def pool_tokens(
         )
     if h % a or w % b or d % c:
         raise ValueError(
-            f"report.pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take divisors"
+            f"report.token_pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take divisors"
         )
     out = []
     for i in range(0, len(tokens), batch):
@@ -135,41 +135,43 @@ class ReportDecoder(torch.nn.Module):
 
     def __init__(
         self, config: dict
-    ):  # rows and channels that are seen, vocab, ends: [CLS] [SEP] [PAD], dim, depth, heads, dropout, max_length, blind, prompts
+    ):  # num_tokens, token_dim, vocab_size, special_token_ids: [CLS] [SEP] [PAD], embed_dim, num_layers, num_heads, dropout, max_length, text_only, label_prompts
         from transformers import BertConfig, BertLMHeadModel
 
         super().__init__()
-        c, (first, last, pad_id) = config, config["ends"]
-        self.config, self.blind, self.prompts, dim, labels = (
+        c, (first, last, pad_id) = config, config["special_token_ids"]
+        self.config, self.text_only, self.label_prompts, dim, labels = (
             config,
-            c["blind"],
-            c["prompts"],
-            c["dim"],
+            c["text_only"],
+            c["label_prompts"],
+            c["embed_dim"],
             len(ABNORMALITIES),
         )
-        self.register_buffer("mean", torch.zeros(c["rows"], c["channels"]))
-        self.register_buffer("std", torch.ones(c["rows"], c["channels"]))
-        self.register_buffer("cut", torch.tensor(0.5))
-        self.nothing = (
-            torch.nn.Parameter(torch.zeros(c["rows"], c["channels"])) if self.blind else None
+        self.register_buffer("mean", torch.zeros(c["num_tokens"], c["token_dim"]))
+        self.register_buffer("std", torch.ones(c["num_tokens"], c["token_dim"]))
+        self.register_buffer("label_threshold", torch.tensor(0.5))
+        self.text_only_tokens = (
+            torch.nn.Parameter(torch.zeros(c["num_tokens"], c["token_dim"]))
+            if self.text_only
+            else None
         )
-        self.look, self.place, self.drop = (
-            torch.nn.Linear(c["channels"], dim),
-            torch.nn.Parameter(0.02 * torch.randn(c["rows"], dim)),
+        self.token_proj, self.pos_embed, self.dropout = (
+            torch.nn.Linear(c["token_dim"], dim),
+            torch.nn.Parameter(0.02 * torch.randn(c["num_tokens"], dim)),
             torch.nn.Dropout(c["dropout"]),
         )
         self.norm = torch.nn.LayerNorm(dim)
-        if self.prompts:
-            self.label, self.prompt = (
+        if self.label_prompts:
+            self.label_head, self.label_embeds = (
                 torch.nn.Linear(2 * dim, labels),
                 torch.nn.Parameter(torch.randn(labels, dim)),
             )
-        self.words = BertLMHeadModel(
+        self.decoder = BertLMHeadModel(
             BertConfig(
-                vocab_size=c["vocab"],
+                vocab_size=c["vocab_size"],
                 hidden_size=dim,
-                num_hidden_layers=c["depth"],
-                num_attention_heads=c["heads"],
+                num_hidden_layers=c["num_layers"],
+                num_attention_heads=c["num_heads"],
                 intermediate_size=4 * dim,
                 max_position_embeddings=c["max_length"],
                 hidden_dropout_prob=0.0,
@@ -184,61 +186,78 @@ class ReportDecoder(torch.nn.Module):
             )
         )
 
-    def see(self, x) -> tuple:  # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
-        x = self.nothing.expand(len(x), -1, -1) if self.blind else (x - self.mean) / self.std
-        v = self.norm(self.look(self.drop(x)) + self.place)
-        return v, self.label(torch.cat([v.mean(1), v.amax(1)], 1)) if self.prompts else None
+    def encode_tokens(
+        self, x
+    ) -> tuple:  # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
+        x = (
+            self.text_only_tokens.expand(len(x), -1, -1)
+            if self.text_only
+            else (x - self.mean) / self.std
+        )
+        v = self.norm(self.token_proj(self.dropout(x)) + self.pos_embed)
+        return v, self.label_head(
+            torch.cat([v.mean(1), v.amax(1)], 1)
+        ) if self.label_prompts else None
 
-    def told(
+    def cross_attention_inputs(
         self, v, is_there
     ) -> dict:  # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim), and which of them may be attended to
-        if not self.prompts:
+        if not self.label_prompts:
             return dict(encoder_hidden_states=v)
         may = torch.cat(
             [is_there.long(), torch.ones(v.shape[:2], dtype=torch.long, device=v.device)], 1
         )
         return dict(
-            encoder_hidden_states=torch.cat([self.prompt.expand(len(v), -1, -1).to(v.dtype), v], 1),
+            encoder_hidden_states=torch.cat(
+                [self.label_embeds.expand(len(v), -1, -1).to(v.dtype), v], 1
+            ),
             encoder_attention_mask=may,
         )
 
     def forward(
         self, x, ids, is_there
     ) -> tuple:  # (B,M,C), (B,L), (B,18) -> cross-entropy of words, of labels
-        v, logit = self.see(x)
-        out = self.words(
+        v, logit = self.encode_tokens(x)
+        out = self.decoder(
             input_ids=ids[:, :-1],
-            attention_mask=(ids[:, :-1] != self.config["ends"][2]).long(),
-            **self.told(v, is_there),
+            attention_mask=(ids[:, :-1] != self.config["special_token_ids"][2]).long(),
+            **self.cross_attention_inputs(v, is_there),
             use_cache=False,
         ).logits
         words = F.cross_entropy(
-            out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=self.config["ends"][2]
+            out.flatten(0, 1).float(),
+            ids[:, 1:].flatten(),
+            ignore_index=self.config["special_token_ids"][2],
         )
         return words, F.binary_cross_entropy_with_logits(
             logit.float(), is_there.float()
-        ) if self.prompts else words.new_zeros(())
+        ) if self.label_prompts else words.new_zeros(())
 
     @torch.no_grad()
-    def chances(self, x) -> torch.Tensor:  # (B,M,C) -> (B,18)
-        return torch.sigmoid(self.see(x)[1].double())
+    def predict_label_proba(self, x) -> torch.Tensor:  # (B,M,C) -> (B,18)
+        return torch.sigmoid(self.encode_tokens(x)[1].double())
 
     @torch.no_grad()
-    def write(self, x, beams: int, ngram: int) -> torch.Tensor:  # (B,M,C) -> ids
+    def generate(
+        self, x, num_beams: int, no_repeat_ngram_size: int
+    ) -> torch.Tensor:  # (B,M,C) -> ids
         from transformers import DynamicCache, EncoderDecoderCache
 
-        v, logit = self.see(x)
-        told = self.told(
-            v, torch.sigmoid(logit.double()) >= self.cut.double() if self.prompts else None
+        v, logit = self.encode_tokens(x)
+        told = self.cross_attention_inputs(
+            v,
+            torch.sigmoid(logit.double()) >= self.label_threshold.double()
+            if self.label_prompts
+            else None,
         )
-        start = torch.full((len(x), 1), self.config["ends"][0], device=x.device)
-        return self.words.generate(
+        start = torch.full((len(x), 1), self.config["special_token_ids"][0], device=x.device)
+        return self.decoder.generate(
             input_ids=start,
             **told,
-            num_beams=beams,
+            num_beams=num_beams,
             do_sample=False,
             max_length=self.config["max_length"],
-            no_repeat_ngram_size=ngram,
+            no_repeat_ngram_size=no_repeat_ngram_size,
             early_stopping=True,
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         )
@@ -248,10 +267,13 @@ def _label_matrix(texts) -> np.ndarray:  # (n,18) bool
     return labeller.label_reports(list(texts)).to_numpy(bool, copy=True)
 
 
-def _best_threshold(chance, there) -> float:  # (n,18) each
+def _best_threshold(probability, there) -> float:  # (n,18) each
     "The one cut with the best micro F1"
     at = np.linspace(0.05, 0.95, 37)
-    f1 = [2 * (there & (chance >= c)).sum() / max(there.sum() + (chance >= c).sum(), 1) for c in at]
+    f1 = [
+        2 * (there & (probability >= c)).sum() / max(there.sum() + (probability >= c).sum(), 1)
+        for c in at
+    ]
     return float(at[int(np.argmax(f1))])
 
 
@@ -267,7 +289,7 @@ def train_report_decoder(
     texts,  # n findings
     split_,  # (n,) train, val, test
     tokenizer,
-    p,  # params `synthesize_report`
+    p,  # params `report`
     blind: bool,
     seed: int,
     folder=None,  # for resume
@@ -283,7 +305,7 @@ def train_report_decoder(
         dict(
             zip(
                 (rows := [*train, *val]),
-                tokenize_targets(texts[rows], tokenizer, p.max_length, p.order, task),
+                tokenize_targets(texts[rows], tokenizer, p.max_length, p.abnormal_first, task),
             )
         ),
         torch.from_numpy(_label_matrix(texts)),
@@ -292,17 +314,21 @@ def train_report_decoder(
     torch.manual_seed(seed)
     model = ReportDecoder(
         dict(
-            rows=x.shape[1],
-            channels=x.shape[2],
-            vocab=len(tokenizer),
-            ends=[tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id],
-            dim=p.dim,
-            depth=p.depth,
-            heads=p.heads,
+            num_tokens=x.shape[1],
+            token_dim=x.shape[2],
+            vocab_size=len(tokenizer),
+            special_token_ids=[
+                tokenizer.cls_token_id,
+                tokenizer.sep_token_id,
+                tokenizer.pad_token_id,
+            ],
+            embed_dim=p.embed_dim,
+            num_layers=p.num_layers,
+            num_heads=p.num_heads,
             dropout=p.dropout,
             max_length=p.max_length,
-            blind=blind,
-            prompts=p.prompts,
+            text_only=blind,
+            label_prompts=p.label_prompts,
         )
     )
     model.mean.copy_(x[train].mean(0))
@@ -315,26 +341,30 @@ def train_report_decoder(
 
     def loss(m, b, step):
         words, labels = m(*b)
-        return words + p.label_weight * labels, dict(words=words.detach(), labels=labels.detach())
+        return words + p.aux_label_weight * labels, dict(
+            words=words.detach(), labels=labels.detach()
+        )
 
     def score(m):
         return dict(
             score=-sum(
-                float(loss(m, [t.to(m.mean.device) for t in batch(val[i : i + p.batch])], 0)[0])
-                * len(val[i : i + p.batch])
-                for i in range(0, len(val), p.batch)
+                float(
+                    loss(m, [t.to(m.mean.device) for t in batch(val[i : i + p.batch_size])], 0)[0]
+                )
+                * len(val[i : i + p.batch_size])
+                for i in range(0, len(val), p.batch_size)
             )
             / len(val)
         )
 
-    steps = min(p.steps, max(10, p.epochs * len(train) // p.batch))
+    steps = min(p.steps, max(10, p.epochs * len(train) // p.batch_size))
     with limit_threads(model):
         fit(
             model,
             loss,
             IndexDataset(len(train)),
             steps=steps,
-            batch=min(p.batch, len(train)),
+            batch=min(p.batch_size, len(train)),
             lr=p.lr,
             warmup=steps // 10,
             weight_decay=p.weight_decay,
@@ -349,10 +379,10 @@ def train_report_decoder(
             label=task,
         )
     model = model.to(get_device()).eval()
-    if p.prompts and len(val):
-        model.cut.fill_(
+    if p.label_prompts and len(val):
+        model.label_threshold.fill_(
             _best_threshold(
-                model.chances(x[val].to(get_device())).cpu().numpy(), there[val].numpy()
+                model.predict_label_proba(x[val].to(get_device())).cpu().numpy(), there[val].numpy()
             )
         )
     return model
@@ -365,8 +395,10 @@ def generate_reports(model: ReportDecoder, x, tokenizer, p, batch: int = 32) -> 
         for i in progress_bar(range(0, len(x), batch), label="reports"):
             out += [
                 detokenize(tokenizer.decode(r, skip_special_tokens=True))
-                for r in model.write(
-                    torch.as_tensor(x[i : i + batch]).to(get_device()), p.beams, p.ngram
+                for r in model.generate(
+                    torch.as_tensor(x[i : i + batch]).to(get_device()),
+                    p.num_beams,
+                    p.no_repeat_ngram_size,
                 )
             ]
     return out
@@ -396,10 +428,10 @@ COLUMNS = [
     "case",
     "scan",
     "patient",
-    "written",
+    "generated",
     "reference",
     "truth",
-    "called",
+    "predicted",
     *scores.BLEU_COLUMNS,
     "rouge",
     "cider",
@@ -437,10 +469,10 @@ def score_reports(
         table[["case", "scan", "patient"]]
         .reset_index(drop=True)
         .assign(
-            written=list(said),
+            generated=list(said),
             reference=list(table.findings),
             truth=_join_labels(_reference_labels(table)),
-            called=_join_labels(_label_matrix(said)),
+            predicted=_join_labels(_label_matrix(said)),
         )
     )
     return pd.concat([rows, found.reset_index(drop=True)], axis=1)
@@ -448,7 +480,7 @@ def score_reports(
 
 def add_meteor(d) -> pd.DataFrame:  # predictions; all in one go, as Java takes seconds to start
     "METEOR where Java is found; without it the column stays empty, and a line says why"
-    found, why = scores.meteor(list(d.written), list(d.reference))
+    found, why = scores.meteor(list(d.generated), list(d.reference))
     if found is None:
         log_message(why)
     return d if found is None else d.assign(meteor=found)
@@ -487,7 +519,7 @@ def metrics(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {met
     d = d[[c for c in d if not (c in scores.METRIC_NAMES and d[c].isna().all())]]
     one, many = (
         scores.corpus_scores(d, k)
-        | clinical_efficacy(parse_labels(d.truth), parse_labels(d.called), k)
+        | clinical_efficacy(parse_labels(d.truth), parse_labels(d.predicted), k)
         for k in (once, w.astype(float))
     )
     return {m: (float(v), np.asarray(many[m])) for m, v in one.items()}
@@ -539,7 +571,7 @@ def run(
     arm: str,
     grid,  # patches along H, W, D
     text,  # frozen encoder
-    p,  # params `synthesize_report`
+    p,  # params `report`
     seed: int,
     resume=None,  # folder
     made: dict | None = None,  # what made the tokens
@@ -553,7 +585,7 @@ def run(
             log_message(f"{task}: no {s} case has findings: the task is left out")
             return empty_predictions(COLUMNS)
     x = (
-        pool_tokens(tokens, grid, p.pool)[has]
+        pool_tokens(tokens, grid, p.token_pool)[has]
         if index is not None
         else np.zeros((int(has.sum()), 1, 1), np.float32)
     )
@@ -620,7 +652,7 @@ def highlight_report(row) -> str:  # HTML of a row of predictions
     "A generated report beside the true one, its abnormalities marked"
     from html import escape
 
-    true, called = ({n for n in row[c].split(";") if n} for c in ("truth", "called"))
+    true, called = ({n for n in row[c].split(";") if n} for c in ("truth", "predicted"))
 
     def one(text):
         found = []
@@ -644,4 +676,4 @@ def highlight_report(row) -> str:  # HTML of a row of predictions
             HIGHLIGHT_STYLES.items(), (true & called, called - true, true - called)
         )
     )
-    return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["written"])}</td><td>{one(row["reference"])}</td></tr></table>'
+    return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["generated"])}</td><td>{one(row["reference"])}</td></tr></table>'

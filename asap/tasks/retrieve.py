@@ -61,8 +61,8 @@ def contrastive_loss(
 @torch.no_grad()
 def similarity_matrix(model: ProjectionHeads, x, t) -> np.ndarray:  # (n,C), (m,C') -> (n,m) cosines
     "Every image with every report"
-    where = model.log_scale.device
-    u, v = model.meet(
+    where = model.logit_scale.device
+    u, v = model.project(
         torch.as_tensor(x, dtype=torch.float32, device=where),
         torch.as_tensor(t, dtype=torch.float32, device=where),
     )
@@ -76,13 +76,13 @@ def train_retrieval(
     xv,
     tv,
     numberv,  # validation, which chooses the step
-    p,  # params `retrieve`: steps, batch, lr, weight_decay, dim
+    p,  # params `retrieve`: steps, batch_size, lr, weight_decay, embed_dim
     seed: int,
     label: str = "retrieve",  # on the bar
 ) -> ProjectionHeads:
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
-    model = ProjectionHeads(x.shape[1], t.shape[1], p.dim)
+    model = ProjectionHeads(x.shape[1], t.shape[1], p.embed_dim)
     x, t, number = (
         torch.as_tensor(x, dtype=torch.float32),
         torch.as_tensor(t, dtype=torch.float32),
@@ -90,8 +90,8 @@ def train_retrieval(
     )
 
     def loss(m, b, step):
-        u, v = m.meet(b[0], b[1])
-        return contrastive_loss(m.scale * u @ v.T, b[2]), {}
+        u, v = m.project(b[0], b[1])
+        return contrastive_loss(m.similarity_scale * u @ v.T, b[2]), {}
 
     def score(m):
         s, right = similarity_matrix(m, xv, tv), numberv[:, None] == numberv
@@ -107,7 +107,7 @@ def train_retrieval(
         loss,
         IndexDataset(len(x)),
         steps=p.steps,
-        batch=min(p.batch, len(x)),
+        batch=min(p.batch_size, len(x)),
         lr=p.lr,
         warmup=p.steps // 10,
         weight_decay=p.weight_decay,
@@ -128,7 +128,9 @@ def rank_candidates(
     score,  # (n,m) test cases by test cases' reports: the column of a case is its report's
     table,  # the test cases
     number,  # (n,) which report each has
-) -> pd.DataFrame:  # a row a question: case, scan, patient, direction, rank, right, pool
+) -> (
+    pd.DataFrame
+):  # a row a question: case, scan, patient, direction, rank, num_relevant, pool_size
     "Ask every scan for its report and every report for its scans"
     scan, scans = pd.factorize(table.scan)
     first, kept = np.unique(number, return_index=True)[1], np.unique(scan, return_index=True)[1]
@@ -143,7 +145,10 @@ def rank_candidates(
     ):
         out.append(
             table.iloc[rows][["case", "scan", "patient"]].assign(
-                direction=way, rank=retrieval_ranks(s, r), right=r.sum(1), pool=s.shape[1]
+                direction=way,
+                rank=retrieval_ranks(s, r),
+                num_relevant=r.sum(1),
+                pool_size=s.shape[1],
             )
         )
     return pd.concat(out, ignore_index=True)
@@ -186,8 +191,8 @@ COLUMNS = [
     "patient",
     "direction",
     "rank",
-    "right",
-    "pool",
+    "num_relevant",
+    "pool_size",
     "task",
     "arm",
     "fraction",
@@ -262,7 +267,7 @@ def metrics(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {met
         w, rank, pool = (
             bootstrap_weights(g.patient.to_numpy(), n, seed),
             g["rank"].to_numpy(float),
-            int(g["pool"].iloc[0]),
+            int(g["pool_size"].iloc[0]),
         )
         put = lambda name, f: out.update(
             {f"{name} {way}": (float(f(np.ones((1, len(g))))[0]), f(w))}
@@ -271,7 +276,7 @@ def metrics(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {met
         for k in (k for k in RECALL_KS if k < pool):
             put(f"R@{k}", lambda w: recall_at_k(rank, k, w))
             if k == 10:
-                by = recall_by_chance(g["right"].to_numpy(), pool, k)
+                by = recall_by_chance(g["num_relevant"].to_numpy(), pool, k)
                 put("R@10 by chance", lambda w: (w * by).sum(1) / w.sum(1))
                 put(
                     "R@10, times chance",

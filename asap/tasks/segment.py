@@ -88,16 +88,25 @@ def _read_mask(path) -> tuple:  # uint8, affine
 class SegmentationTask:
     "A task in one place: data set, classes, reader of masks, and whose model is asked"
 
-    def __init__(self, task, cohort, trained=None, targets=None, column="target_map", reader=None):
-        self.task, self.cohort, self.trained, self.column = task, cohort, trained or cohort, column
-        self.targets = (
-            targets or SEGMENT_COHORTS[cohort].TARGETS
+    def __init__(
+        self,
+        task,
+        cohort,
+        model_cohort=None,
+        label_values=None,
+        mask_column="target_map",
+        read_mask=None,
+    ):
+        self.task, self.cohort = task, cohort
+        self.model_cohort, self.mask_column = model_cohort or cohort, mask_column
+        self.label_values = (
+            label_values or SEGMENT_COHORTS[cohort].TARGETS
         )  # value in the owners' file -> name
-        self.reader = reader or getattr(SEGMENT_COHORTS[cohort], "read_target", _read_mask)
+        self.read_mask = read_mask or getattr(SEGMENT_COHORTS[cohort], "read_target", _read_mask)
 
     @property
-    def names(self) -> list:
-        return list(self.targets.values())
+    def class_names(self) -> list:
+        return list(self.label_values.values())
 
 
 SEGMENTATION_TASKS = [
@@ -117,14 +126,13 @@ SEGMENTATION_TASKS = [
 
 def select_tasks(
     tasks, cohort: str
-) -> (
-    list
-):  # of Question: the data set's own task first, then those from outside that its model answers
+) -> list:  # of SegmentationTask: the data set's own task first, then those from outside that its model answers
     "What the model of one data set is asked"
     return [
         q
         for q in SEGMENTATION_TASKS
-        if q.trained == cohort and any(q.task == t or q.task.startswith(f"{t}_") for t in tasks)
+        if q.model_cohort == cohort
+        and any(q.task == t or q.task.startswith(f"{t}_") for t in tasks)
     ]
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00009
@@ -259,7 +267,7 @@ class Unetr(nn.Module):
         from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
         super().__init__()
-        steps, self.last = decoder_strides(vit.patch)
+        steps, self.last_stride = decoder_strides(vit.patch)
         up = [
             min(features * 2 ** (len(steps) - 1 - i), 4 * features) for i in range(len(steps))
         ]  # channels after each step
@@ -268,7 +276,7 @@ class Unetr(nn.Module):
             dict(spatial_dims=3, kernel_size=3, norm_name="instance"),
             len(vit.blocks),
         )
-        self.vit, self.taken = (
+        self.vit, self.skip_indices = (
             vit,
             [round(depth * (i + 1) / len(steps)) - 1 for i in range(len(steps))],
         )  # after which blocks
@@ -283,8 +291,8 @@ class Unetr(nn.Module):
             )
             for j in range(i + 1)
         ]
-        self.skips = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps) - 1))
-        self.ups = nn.ModuleList(
+        self.skip_upsamplers = nn.ModuleList(nn.Sequential(*rise(i)) for i in range(len(steps) - 1))
+        self.decoder_blocks = nn.ModuleList(
             UnetrUpBlock(
                 in_channels=ins[i], out_channels=up[i], upsample_kernel_size=s, res_block=True, **kw
             )
@@ -293,51 +301,58 @@ class Unetr(nn.Module):
         stem = (
             vit.embed
             if isinstance(vit.embed, ConvStem)
-            and all(k >= b for k, b in zip(vit.embed.kernel, self.last))
+            and all(k >= b for k, b in zip(vit.embed.kernel, self.last_stride))
             else None
         )
-        self.templates = nn.Conv3d(stem.first.out_features, up[-1], 1, bias=False) if stem else None
-        self.image = UnetrBasicBlock(
-            in_channels=prod(self.last) + (up[-1] if stem else 0),
+        self.stem_proj = nn.Conv3d(stem.first.out_features, up[-1], 1, bias=False) if stem else None
+        self.image_block = UnetrBasicBlock(
+            in_channels=prod(self.last_stride) + (up[-1] if stem else 0),
             out_channels=up[-1],
             stride=1,
             res_block=True,
             **kw,
         )
-        self.coarse, self.out = (
+        self.coarse_head, self.out = (
             nn.Linear(vit.dim, n),
-            nn.Conv3d(up[-1], n * prod(self.last), 3, padding=1),
+            nn.Conv3d(up[-1], n * prod(self.last_stride), 3, padding=1),
         )
-        for layer in (self.coarse, self.out):
+        for layer in (self.coarse_head, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def hidden(self, x) -> list:  # (B,N,C) after each block that is taken
+    def hidden_states(self, x) -> list:  # (B,N,C) after each block that is taken
         t, out = self.vit.embedded(patchify(x, self.vit.patch)), []
         for i, b in enumerate(self.vit.blocks):
             t = b(t)
-            if i in self.taken:
-                out += [normalize_tokens(t[:, 1:]) + self.vit.pos] * self.taken.count(i)
+            if i in self.skip_indices:
+                out += [normalize_tokens(t[:, 1:]) + self.vit.pos] * self.skip_indices.count(i)
         return out
 
-    def fine(self, x) -> torch.Tensor:  # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
+    def image_features(self, x) -> torch.Tensor:  # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
         "Voxels, and what the templates of a stem say of them"
-        image = pixel_unshuffle(x, self.last)
-        if self.templates is None:
+        image = pixel_unshuffle(x, self.last_stride)
+        if self.stem_proj is None:
             return image
         with torch.no_grad():
-            seen = apply_stem(self.vit.embed, x, self.last)
-        return torch.cat([image, F.instance_norm(self.templates(seen), eps=1e-4)], 1)
+            seen = apply_stem(self.vit.embed, x, self.last_stride)
+        return torch.cat([image, F.instance_norm(self.stem_proj(seen), eps=1e-4)], 1)
 
     def forward(self, x) -> torch.Tensor:  # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
-        tokens = self.hidden(x)
+        tokens = self.hidden_states(x)
         laid = [t.transpose(1, 2).unflatten(2, self.vit.grid) for t in tokens]
-        y, image = laid[-1], self.image(self.fine(x))
-        for i, up in enumerate(self.ups):
-            y = up(y, self.skips[i](laid[len(laid) - 2 - i]) if i < len(self.skips) else image)
-        coarse = self.coarse(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid).float()
+        y, image = laid[-1], self.image_block(self.image_features(x))
+        for i, up in enumerate(self.decoder_blocks):
+            y = up(
+                y,
+                self.skip_upsamplers[i](laid[len(laid) - 2 - i])
+                if i < len(self.skip_upsamplers)
+                else image,
+            )
+        coarse = self.coarse_head(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid).float()
         coarse = F.interpolate(coarse, y.shape[2:], mode="trilinear")
-        return pixel_shuffle(self.out(y) + coarse.repeat_interleave(prod(self.last), 1), self.last)
+        return pixel_shuffle(
+            self.out(y) + coarse.repeat_interleave(prod(self.last_stride), 1), self.last_stride
+        )
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00019
 def build_unet(n: int, size, features: int) -> nn.Module:
@@ -373,10 +388,10 @@ def encoder_config(vit: ViT3D) -> dict:  # what `ViT3D` takes, size apart
 
 def build_from_config(config: dict) -> nn.Module:  # with weights as drawn
     "A model from what its checkpoint says of it"
-    n = 1 + len(config["names"])
-    if config["encoder"] is None:
-        return build_unet(n, config["size"], config["features"])
-    return Unetr(ViT3D(config["size"], **config["encoder"]), n, config["features"])
+    n = 1 + len(config["class_names"])
+    if config["encoder_config"] is None:
+        return build_unet(n, config["img_size"], config["feature_size"])
+    return Unetr(ViT3D(config["img_size"], **config["encoder_config"]), n, config["feature_size"])
 
 
 def load_encoder(path, size) -> ViT3D:  # all of it may learn
@@ -392,33 +407,39 @@ class SegmentationCase:
     "A volume with its outlines"
 
     def __init__(self, row, q: SegmentationTask, hu, column=None):  # row of a cohort table
-        path, img = getattr(row, column or q.column), nib.load(row.image)
-        raw, self.own = q.reader(path)
-        self.truth = to_class_indices(raw, q.targets, path)
-        check_same_grid(self.truth.shape, self.own, img.shape, img.affine, path)
-        self.case, self.patient, self.path, self.affine, self.k = (
+        path, img = getattr(row, column or q.mask_column), nib.load(row.image)
+        raw, self.mask_affine = q.read_mask(path)
+        self.reference_mask = to_class_indices(raw, q.label_values, path)
+        check_same_grid(self.reference_mask.shape, self.mask_affine, img.shape, img.affine, path)
+        self.case, self.patient, self.mask_path, self.affine, self.num_classes = (
             row.case,
             row.patient,
             path,
             img.affine,
-            len(q.names),
+            len(q.class_names),
         )
-        self.hash = file_hash(row.image)
+        self.image_hash = file_hash(row.image)
         self.label = torch.from_numpy(
             np.ascontiguousarray(
-                resample(self.truth, self.own, img.shape, img.affine, order=0, fill=0)
+                resample(
+                    self.reference_mask, self.mask_affine, img.shape, img.affine, order=0, fill=0
+                )
             )
         )[None]
         self.image = torch.from_numpy(
             np.ascontiguousarray(scale_intensity(np.asanyarray(img.dataobj), *hu))
         )[None]
 
-    def other(self, path, q: SegmentationTask):  # the same image with another outline
+    def with_mask(self, path, q: SegmentationTask):  # the same image with another outline
         out = object.__new__(SegmentationCase)
         out.__dict__.update(
-            self.__dict__, path=path, truth=to_class_indices(q.reader(path)[0], q.targets, path)
+            self.__dict__,
+            mask_path=path,
+            reference_mask=to_class_indices(q.read_mask(path)[0], q.label_values, path),
         )
-        check_same_grid(out.truth.shape, self.own, self.label.shape[1:], self.affine, path)
+        check_same_grid(
+            out.reference_mask.shape, self.mask_affine, self.label.shape[1:], self.affine, path
+        )
         return out
 
 
@@ -437,22 +458,27 @@ def build_augmentation(p: dict, size, flip: bool):  # params `segment`
     "What is done to a training case: image in [-1,1], label"
     import monai.transforms as T
 
-    keys, reach = ["image", "label"], [p["shift"] * s for s in size]
+    keys, reach = ["image", "label"], [p["translate_range"] * s for s in size]
     steps = [
         T.SpatialPadd("image", size, constant_values=-1),
         T.SpatialPadd("label", size),
         T.RandCropByPosNegLabeld(
-            keys, "label", size, pos=p["positive"], neg=1 - p["positive"], allow_smaller=False
+            keys,
+            "label",
+            size,
+            pos=p["oversample_foreground"],
+            neg=1 - p["oversample_foreground"],
+            allow_smaller=False,
         ),
     ]
-    if p["shift"] or p["turn"] or p["zoom"]:
+    if p["translate_range"] or p["rotate_range"] or p["scale_range"]:
         steps.append(
             T.RandAffined(
                 keys,
                 prob=1,
-                rotate_range=[p["turn"]] * 3,
+                rotate_range=[p["rotate_range"]] * 3,
                 translate_range=reach,
-                scale_range=[p["zoom"]] * 3,
+                scale_range=[p["scale_range"]] * 3,
                 spatial_size=size,
                 mode=["bilinear", "nearest"],
                 padding_mode="border",
@@ -473,8 +499,8 @@ def build_augmentation(p: dict, size, flip: bool):  # params `segment`
 class AugmentedCases(torch.utils.data.Dataset):
     "Training cases, a little different in every draw"
 
-    def __init__(self, cases, change, seed):
-        self.cases, self.change, self.seed = cases, change, seed
+    def __init__(self, cases, transform, seed):
+        self.cases, self.transform, self.seed = cases, transform, seed
 
     def __len__(self):
         return len(self.cases)
@@ -482,8 +508,8 @@ class AugmentedCases(torch.utils.data.Dataset):
     def __getitem__(self, at):
         draw, i = at
         c = self.cases[i]
-        self.change.set_random_state(derive_seed("augment", self.seed, draw, i))
-        d = self.change(dict(image=c.image, label=c.label))
+        self.transform.set_random_state(derive_seed("augment", self.seed, draw, i))
+        d = self.transform(dict(image=c.image, label=c.label))
         d = d[0] if isinstance(d, list) else d  # a crop is one of a list
         return dict(image=d["image"].as_tensor().float(), label=d["label"].as_tensor(), case=c.case)
 
@@ -525,7 +551,7 @@ def validation_dice(model, held, p: dict, size) -> dict:  # score
         dice_score(
             sliding_window_proba(model, c.image, size, p["overlap"]).argmax(0),
             c.label[0].numpy(),
-            1 + c.k,
+            1 + c.num_classes,
         )
         for c in held
     ]
@@ -549,7 +575,7 @@ def train_segmentation(
     from monai.losses import DiceCELoss
 
     loss_of = DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, include_background=True)
-    n = 1 + max(c.k for c in train)
+    n = 1 + max(c.num_classes for c in train)
     held = [c for c in held if c.label.any()]
     if not held:
         log_message(f"{label}: nothing to find in validation, so the last step is kept")
@@ -563,20 +589,20 @@ def train_segmentation(
         loss,
         AugmentedCases(train, build_augmentation(p, size, flip), seed),
         steps=row["steps"],
-        batch=row["batch"],
+        batch=row["batch_size"],
         lr=row["lr"],
         slow=slow,
-        slow_lr=row["lr"] * p["encoder"],
+        slow_lr=row["lr"] * p["encoder_lr_scale"],
         seed=seed,
         folder=folder,
         fp=fp,
-        warmup=round(p["warmup"] * row["steps"]),
+        warmup=round(p["warmup_fraction"] * row["steps"]),
         weight_decay=p["weight_decay"],
-        clip=p["clip"],
+        clip=p["max_grad_norm"],
         label=label,
         save_every=50,
         validate=(lambda m: validation_dice(m, held, p, size)) if held else None,
-        validate_every=max(1, row["steps"] // p["validations"]),
+        validate_every=max(1, row["steps"] // p["num_validations"]),
         patience=p["patience"],
     )
     return log
@@ -584,15 +610,15 @@ def train_segmentation(
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00034
 def save(model, config: dict, folder, fp=None):
     "Write a checkpoint folder"
-    where = "none: a plain U-Net" if config["encoder"] is None else f"arm `{config['arm']}`"
+    where = "none: a plain U-Net" if config["encoder_config"] is None else f"arm `{config['arm']}`"
     text = (
-        f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['train']} cases.\n"
-        f"- Takes {'x'.join(map(str, config['size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu']}.\n"
+        f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['class_names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['num_train']} cases.\n"
+        f"- Takes {'x'.join(map(str, config['img_size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu_range']}.\n"
         f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n"
     )
     checkpoint.write_checkpoint(
         model.state_dict(),
-        dict(config, names={str(k): v for k, v in config["names"].items()}),
+        dict(config, class_names={str(k): v for k, v in config["class_names"].items()}),
         text,
         folder,
         fp,
@@ -602,8 +628,8 @@ def save(model, config: dict, folder, fp=None):
 def load(folder) -> tuple:  # model in eval mode, config
     "What `save` wrote, strictly"
     config = checkpoint.read_config(folder, "train it again")
-    config["names"] = {
-        k: config["names"][str(k)] for k in sorted(map(int, config["names"]))
+    config["class_names"] = {
+        k: config["class_names"][str(k)] for k in sorted(map(int, config["class_names"]))
     }  # JSON sorts 10 before 2
     model = build_from_config(config)
     try:
@@ -640,12 +666,12 @@ def predict_mask(
     std = standardize(v, config["spacing"])
     chance = sliding_window_proba(
         model,
-        torch.from_numpy(scale_intensity(std.hu, *config["hu"]))[None],
-        config["size"],
+        torch.from_numpy(scale_intensity(std.hu, *config["hu_range"]))[None],
+        config["img_size"],
         overlap,
     )
     mask = to_label_values(
-        resample_to_native(chance, std.affine, v.hu.shape, v.affine), config["names"]
+        resample_to_native(chance, std.affine, v.hu.shape, v.affine), config["class_names"]
     )
     if out:
         write(mask, v.affine, out)
@@ -686,8 +712,8 @@ def score_mask(found, truth, affine, names) -> list:  # of dicts, a row a class
                 label=name,
                 dice=float(d[k - 1]),
                 hd95=h,
-                truth_ml=float(t[0, k].sum() * ml),
-                found_ml=float(f[0, k].sum() * ml),
+                reference_ml=float(t[0, k].sum() * ml),
+                predicted_ml=float(f[0, k].sum() * ml),
             )
         )
     return out
@@ -696,15 +722,15 @@ def score_mask(found, truth, affine, names) -> list:  # of dicts, a row a class
 COLUMNS = [
     "case",
     "patient",
-    "outline",
+    "reference",
     "label",
     "dice",
     "hd95",
     "ceiling",
-    "truth_ml",
-    "found_ml",
+    "reference_ml",
+    "predicted_ml",
     *RUN_KEYS,
-    "labelled",
+    "num_labeled",
 ]
 
 
@@ -715,13 +741,15 @@ def _other_mask_paths(row) -> list:  # further outlines of the same image
 def score_case(c: SegmentationCase, found, q: SegmentationTask, name: str) -> list:  # rows
     "A prediction on the image's own grid against one outline"
     top = dice_score(
-        resampling_ceiling(c.truth, c.own, c.label.shape[1:], c.affine, 1 + len(q.names)),
-        c.truth,
-        1 + len(q.names),
+        resampling_ceiling(
+            c.reference_mask, c.mask_affine, c.label.shape[1:], c.affine, 1 + len(q.class_names)
+        ),
+        c.reference_mask,
+        1 + len(q.class_names),
     )
     return [
-        dict(case=c.case, patient=c.patient, outline=name, ceiling=float(top[k]), **r)
-        for k, r in enumerate(score_mask(found, c.truth, c.own, q.names))
+        dict(case=c.case, patient=c.patient, reference=name, ceiling=float(top[k]), **r)
+        for k, r in enumerate(score_mask(found, c.reference_mask, c.mask_affine, q.class_names))
     ]
 
 
@@ -733,25 +761,25 @@ def evaluate(
     for row in progress_bar(list(test.itertuples()), label=q.task):
         try:
             c = SegmentationCase(row, q, hu)
-            more = [c.other(path, q) for path in _other_mask_paths(row)]
+            more = [c.with_mask(path, q) for path in _other_mask_paths(row)]
         except (OSError, ValueError) as e:
             bad.add(row.case, e)
             continue
         found = resample_to_native(
             select_classes(
-                sliding_window_proba(model, c.image, size, p["overlap"]), names, q.names
+                sliding_window_proba(model, c.image, size, p["overlap"]), names, q.class_names
             ),
             c.affine,
-            c.truth.shape,
-            c.own,
+            c.reference_mask.shape,
+            c.mask_affine,
         )
         rows += score_case(c, found, q, "target")
         for o in more:
-            rows += score_case(o, found, q, Path(o.path).name.split(".")[0])
+            rows += score_case(o, found, q, Path(o.mask_path).name.split(".")[0])
         if masks:
             write(
-                to_label_values(found, q.targets),
-                c.own,
+                to_label_values(found, q.label_values),
+                c.mask_affine,
                 Path(masks) / q.task / f"{row.case}.nii.gz",
             )
     return pd.DataFrame(rows).assign(task=q.task)
@@ -762,8 +790,12 @@ SEGMENT_MODULES = ["asap.tasks.segment", "asap.model.vit", "asap.train"]
 
 def dataset_settings(cohort: str, p: dict) -> tuple:  # row of params, window, size
     "What is set for a data set"
-    row = p["segment"]["rows"][cohort]
-    return row, row["window"] or p["volumes"]["hu"], tuple(row["size"] or p["volumes"]["size"])
+    row = p["segment"]["datasets"][cohort]
+    return (
+        row,
+        row["hu_window"] or p["volumes"]["hu"],
+        tuple(row["roi_size"] or p["volumes"]["size"]),
+    )
 
 
 def training_fingerprint(
@@ -773,9 +805,12 @@ def training_fingerprint(
     kept = {
         k: v
         for k, v in p["segment"].items()
-        if k not in ("arms", "rows", "fractions", "seeds", "overlap")
+        if k not in ("arms", "datasets", "label_fractions", "label_fraction_seeds", "overlap")
     }
-    paths = {s: [[c.case, c.hash, file_hash(c.path)] for c in these] for s, these in parts.items()}
+    paths = {
+        s: [[c.case, c.image_hash, file_hash(c.mask_path)] for c in these]
+        for s, these in parts.items()
+    }
     return fingerprint(
         cohort=cohort,
         row=row,
@@ -794,19 +829,19 @@ def init_model(arm, cohort, table, parts: dict, p: dict, source, seed) -> tuple:
     q, (row, hu, size) = SegmentationTask(f"segment_{cohort}", cohort), dataset_settings(cohort, p)
     vit = load_encoder(source, size) if source else None
     config = dict(
-        encoder=encoder_config(vit) if vit else None,
-        size=list(size),
-        names=q.targets,
-        features=p["segment"]["features"],
+        encoder_config=encoder_config(vit) if vit else None,
+        img_size=list(size),
+        class_names=q.label_values,
+        feature_size=p["segment"]["feature_size"],
         cohort=cohort,
         arm=arm,
-        train=len(parts["train"]),
-        hu=list(hu),
+        num_train=len(parts["train"]),
+        hu_range=list(hu),
         spacing=p["volumes"]["spacing"],
         phantoms=p["phantoms"][cohort],
     )
     torch.manual_seed(seed)
-    return Unetr(vit, 1 + len(q.names), config["features"]) if vit else build_from_config(
+    return Unetr(vit, 1 + len(q.class_names), config["feature_size"]) if vit else build_from_config(
         config
     ), config
 
@@ -839,7 +874,7 @@ def train_or_load(
     )
     if reuse_or_set_aside(here, fp):
         return load(here)
-    warn_missing_classes(parts, q.names, f"{q.task}, {arm}")
+    warn_missing_classes(parts, q.class_names, f"{q.task}, {arm}")
     seed_everything(key)
     model, config = init_model(arm, cohort, table, parts, p, source, key)
     train_segmentation(
@@ -880,7 +915,7 @@ def run_one(
                     model,
                     q,
                     tables[q.cohort],
-                    list(config["names"].values()),
+                    list(config["class_names"].values()),
                     p["segment"],
                     hu,
                     size,
@@ -892,7 +927,7 @@ def run_one(
         torch.set_num_threads(threads)
     found = pd.concat(out, ignore_index=True) if out else pd.DataFrame()
     return found.assign(
-        arm=arm, fraction=float(share), seed=int(seed), labelled=config["train"]
+        arm=arm, fraction=float(share), seed=int(seed), num_labeled=config["num_train"]
     ), bad.rows
 
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00048
@@ -903,10 +938,15 @@ def run_all(
     s, todo = p["segment"], []
     for c in (c for c in TRAINING_COHORTS if c in tables and select_tasks(tasks, c)):
         some = (
-            [(f, d) for f in sorted(s["fractions"]) if f < 1 for d in s["seeds"]]
-            + [(1.0, d) for d in s["seeds"][:1] if 1.0 in s["fractions"]]
-            if s["rows"][c]["few"]
-            else [(1.0, d) for d in s["seeds"][:1]]
+            [
+                (f, d)
+                for f in sorted(s["label_fractions"])
+                if f < 1
+                for d in s["label_fraction_seeds"]
+            ]
+            + [(1.0, d) for d in s["label_fraction_seeds"][:1] if 1.0 in s["label_fractions"]]
+            if s["datasets"][c]["low_label"]
+            else [(1.0, d) for d in s["label_fraction_seeds"][:1]]
         )
         todo += [
             (arm, c, f, d, tasks, tables, p, root, masks if (f, d) == some[-1] else None)
@@ -919,7 +959,9 @@ def run_all(
         f"segment {arm}",
         soon=0,
         cost=[
-            s["rows"][c]["steps"] * s["rows"][c]["batch"] * prod(dataset_settings(c, p)[2])
+            s["datasets"][c]["steps"]
+            * s["datasets"][c]["batch_size"]
+            * prod(dataset_settings(c, p)[2])
             for _, c, *_ in todo
         ],
     )
@@ -950,7 +992,10 @@ def metrics(
 ) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     out = {}
-    for name, g in (("", d[d.outline == "target"]), (" other outlines", d[d.outline != "target"])):
+    for name, g in (
+        ("", d[d.reference == "target"]),
+        (" other outlines", d[d.reference != "target"]),
+    ):
         if not len(g):
             continue
         labels = list(dict.fromkeys(g.label))
@@ -969,7 +1014,7 @@ def metrics(
 # %% ../../nbs/7_tasks/72_segment.ipynb #seg00056
 def pick_examples(d) -> dict:  # predictions of one task, arm, fraction and draw -> title -> case
     "The best, the median and the worst case"
-    s = d[d.outline == "target"].groupby("case").dice.mean().dropna().sort_values()
+    s = d[d.reference == "target"].groupby("case").dice.mean().dropna().sort_values()
     picks = dict(best=s.index[-1], median=s.index[len(s) // 2], worst=s.index[0]) if len(s) else {}
     return {f"{k}: {v}, Dice {s[v]:.2f}": v for k, v in picks.items()}
 
@@ -978,7 +1023,7 @@ def plot_case(ax, row, q: SegmentationTask, mask, hu, title=""):
     "A slice of a case with its outline and the model's"
     c, drew = SegmentationCase(row, q, hu), read(mask)
     found = resample(
-        to_class_indices(drew.hu, q.targets, mask),
+        to_class_indices(drew.hu, q.label_values, mask),
         drew.affine,
         c.label.shape[1:],
         c.affine,
@@ -990,7 +1035,7 @@ def plot_case(ax, row, q: SegmentationTask, mask, hu, title=""):
     ax.imshow(c.image[0, :, :, z].T, cmap="gray", origin="lower", aspect=aspect)
     ax.axis("off")
     ax.set_title(title, fontsize=8)
-    for k in range(1, 1 + len(q.names)):
+    for k in range(1, 1 + len(q.class_names)):
         for m, style in (
             (truth, dict(colors="w", linewidths=1.2)),
             (found, dict(colors=f"C{k % 10}", linewidths=1, linestyles="--")),
@@ -1025,13 +1070,13 @@ def save_example_figures(
         q = next(q for q in SEGMENTATION_TASKS if q.task == task)
         if not p["phantoms"][q.cohort]:
             continue
-        last = g[(g.fraction == g.fraction.max()) & (g.outline == "target")]
+        last = g[(g.fraction == g.fraction.max()) & (g.reference == "target")]
         fig = plot_examples(
             last[last.seed == last.seed.max()],
             tables[q.cohort],
             q,
             Path(masks) / task,
-            dataset_settings(q.trained, p)[1],
+            dataset_settings(q.model_cohort, p)[1],
         )
         with atomic_write(Path(out) / f"{task}.png") as tmp:
             fig.savefig(

@@ -35,11 +35,14 @@ def fill_template(wording: str, label: str) -> str:  # sentence
 
 def build_prompts(
     labels,  # names
-    present,
-    absent,  # wordings, of params `vocabulary`
+    positive_templates,
+    negative_templates,  # wordings, of params `vocabulary`
 ) -> list:  # (sentences that say it is there, sentences that deny it) of each label
     "What is said of each label"
-    for key, wordings in (("present", present), ("absent", absent)):
+    for key, wordings in (
+        ("positive_templates", positive_templates),
+        ("negative_templates", negative_templates),
+    ):
         if not len(wordings):
             raise ValueError(
                 f"vocabulary.{key} is empty: give at least one wording, such as `There is {{label}}.`"
@@ -50,7 +53,10 @@ def build_prompts(
                     f"vocabulary.{key}: `{w}` has no {{label}}, so it would say the same of every abnormality: put {{label}} where the name belongs"
                 )
     return [
-        tuple([fill_template(w, label) for w in wordings] for wordings in (present, absent))
+        tuple(
+            [fill_template(w, label) for w in wordings]
+            for wordings in (positive_templates, negative_templates)
+        )
         for label in labels
     ]
 
@@ -69,19 +75,22 @@ class ProjectionHeads(torch.nn.Module):
 
     def __init__(self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07):
         super().__init__()
-        self.image, self.text = torch.nn.Linear(image_dim, dim), torch.nn.Linear(text_dim, dim)
-        self.log_scale = torch.nn.Parameter(torch.tensor(1 / temperature).log())
+        self.image_proj, self.text_proj = (
+            torch.nn.Linear(image_dim, dim),
+            torch.nn.Linear(text_dim, dim),
+        )
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1 / temperature).log())
 
     @property
-    def scale(self):
-        return self.log_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+    def similarity_scale(self):
+        return self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
 
-    def meet(self, x, words) -> tuple:  # (...,C), (...,C') -> (...,dim) each, unit norm
-        return tuple(F.normalize(y, dim=-1) for y in (self.image(x), self.text(words)))
+    def project(self, x, words) -> tuple:  # (...,C), (...,C') -> (...,dim) each, unit norm
+        return tuple(F.normalize(y, dim=-1) for y in (self.image_proj(x), self.text_proj(words)))
 
     def forward(self, x, words) -> torch.Tensor:  # (n,C), (L,2,C') -> (n,L) logit of present
-        u, t = self.meet(x, words)
-        return self.scale * (u @ (t[:, 0] - t[:, 1]).T)
+        u, t = self.project(x, words)
+        return self.similarity_scale * (u @ (t[:, 0] - t[:, 1]).T)
 
 
 @torch.no_grad()
@@ -89,10 +98,10 @@ def prompt_proba(
     model: ProjectionHeads,
     x,  # (n,C)
     words,  # (L,2,C') of `embed_prompts`
-) -> np.ndarray:  # (n,L) chance of present
+) -> np.ndarray:  # (n,L) probability of present
     "Equal features get equal chances, to the last bit"
     one, of = np.unique(np.asarray(x, np.float32), axis=0, return_inverse=True)
-    where = model.log_scale.device
+    where = model.logit_scale.device
     return (
         torch.sigmoid(model(torch.from_numpy(one).to(where), words.to(where)).double())
         .cpu()
@@ -107,10 +116,10 @@ class IndexDataset:
     "Numbers of rows, for `fit`"
 
     def __init__(self, n):
-        self.n = n
+        self.length = n
 
     def __len__(self):
-        return self.n
+        return self.length
 
     def __getitem__(self, at):
         return at[1]
@@ -129,23 +138,24 @@ def train_classifier(
     xv,
     yv,  # validation, which chooses the step
     words,  # (L,2,C') of `embed_prompts`
-    p,  # params `vocabulary`: steps, lr, dim
+    p,  # params `vocabulary`: steps, lr, embed_dim
     seed: int,
     label: str = "vocabulary",  # on the bar
 ) -> ProjectionHeads:
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
-    model, names = ProjectionHeads(x.shape[1], words.shape[-1], p.dim), range(y.shape[1])
+    model, names = ProjectionHeads(x.shape[1], words.shape[-1], p.embed_dim), range(y.shape[1])
     x, y = (torch.as_tensor(a, dtype=torch.float32) for a in (x, y))
 
     def loss(m, b, step):
         return masked_bce(m(b[0], words.to(b[0].device)), b[1]), {}
 
     def score(m):
-        chance = prompt_proba(m, xv, words)
+        probability = prompt_proba(m, xv, words)
         return dict(
-            score=macro_auc(yv, chance, names)
-            - 1e-6 * float(masked_bce(torch.from_numpy(chance).logit(1e-6), torch.as_tensor(yv)))
+            score=macro_auc(yv, probability, names)
+            - 1e-6
+            * float(masked_bce(torch.from_numpy(probability).logit(1e-6), torch.as_tensor(yv)))
         )
 
     chooses = not np.isnan(macro_auc(yv, np.zeros_like(yv), names))
@@ -175,7 +185,7 @@ def fit_predict(
     p,  # params `vocabulary`
     seed: int,
     label: str = "vocabulary",
-) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, chance, cut, present
+) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, probability, threshold, positive_similarity
     "Learn on train, choose on validation, ask test"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
     x, columns = standardize(layer_norm(f), train), label_columns(table)
@@ -188,9 +198,9 @@ def fit_predict(
             table.loc[test, ["case", "scan", "patient"]].assign(
                 label=column.removeprefix("label:"),
                 truth=y[test, k],
-                chance=found[:, k],
-                cut=best_f1_threshold(y[val, k][ok], valid[ok, k]),
-                present=np.nan,
+                probability=found[:, k],
+                threshold=best_f1_threshold(y[val, k][ok], valid[ok, k]),
+                positive_similarity=np.nan,
             )
         )
     return pd.concat(rows, ignore_index=True)
@@ -202,9 +212,9 @@ COLUMNS = [
     "patient",
     "label",
     "truth",
-    "chance",
-    "cut",
-    "present",
+    "probability",
+    "threshold",
+    "positive_similarity",
     "task",
     "arm",
     "fraction",
@@ -241,7 +251,10 @@ def run_all(
     "Predictions of all arms"
     out = []
     for task, c, labels in _labeled_tasks(tasks, tables, "vocabulary_"):
-        table, words = tables[c], embed_prompts(text, build_prompts(labels, p.present, p.absent))
+        table, words = (
+            tables[c],
+            embed_prompts(text, build_prompts(labels, p.positive_templates, p.negative_templates)),
+        )
         if table.loc[table.split == "train", label_columns(table)].isna().all(axis=None):
             log_message(f"{task}: no label of a train case is known, and the task is left out")
             continue
@@ -293,16 +306,21 @@ def mismatched_cases(
 def swap_predictions(
     predictions,  # of one or more tasks
     seed,
-) -> pd.DataFrame:  # the same rows, with another patient's chance and `available_cohorts`
+) -> pd.DataFrame:  # the same rows, with another patient's probability and `positive_similarity`
     "Predictions from a stranger's scan"
     keys, out = ["arm", "fraction", "seed", "label", "case"], []
     for _, d in predictions.groupby("task", sort=False):
         index = d.drop_duplicates("case")
         lender = dict(zip(index.case, index.case.to_numpy()[mismatched_cases(index, seed)]))
-        its = d.set_index(keys)[["chance", "present"]].loc[
+        its = d.set_index(keys)[["probability", "positive_similarity"]].loc[
             pd.MultiIndex.from_frame(d[keys].assign(case=d.case.map(lender)))
         ]
-        out.append(d.assign(chance=its.chance.to_numpy(), present=its.present.to_numpy()))
+        out.append(
+            d.assign(
+                probability=its.probability.to_numpy(),
+                positive_similarity=its.positive_similarity.to_numpy(),
+            )
+        )
     return pd.concat(out, ignore_index=True)
 
 
@@ -416,20 +434,20 @@ def run_zero_shot(
     for task, c, labels in _labeled_tasks(tasks, tables, "zero_shot_"):
         t, wordings = (
             tables[c][tables[c].split == "test"],
-            build_prompts(labels, p.present, p.absent),
+            build_prompts(labels, p.positive_templates, p.negative_templates),
         )
         for arm, model in models.items():
             said = zero_shot_similarity(
                 model, text, t.image, wordings, volumes.size, volumes.hu, batch, arm
             )
-            chance = zero_shot_proba(model, said)
+            probability = zero_shot_proba(model, said)
             out += [
                 t[["case", "scan", "patient"]].assign(
                     label=name,
                     truth=t[f"label:{name}"].astype(float),
-                    chance=chance[:, k],
-                    cut=np.nan,
-                    present=said[:, k, 0],
+                    probability=probability[:, k],
+                    threshold=np.nan,
+                    positive_similarity=said[:, k, 0],
                     task=task,
                     arm=arm,
                     fraction=1.0,

@@ -130,10 +130,10 @@ def _entity_scores(said, true) -> tuple:  # F1, hit score
 SCORE_COLUMNS = [
     "exact",
     "f1",
-    "hit",
-    "error",
-    "square",
-    "numbered",
+    "hit_score",
+    "abs_error",
+    "squared_error",
+    "has_number",
     *scores.BLEU_COLUMNS,
     "rouge",
     "bert",
@@ -141,22 +141,23 @@ SCORE_COLUMNS = [
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0002
 def score_answers(
-    rows,  # kind, answer (the truth), given
+    rows,  # kind, answer (the truth), prediction
     usual: float,  # of `median_size`
     encoder=None,  # for BERTScore
 ) -> pd.DataFrame:  # rows with MEASURES, NaN where a kind has none
     "What each answer adds to its figures"
     out = rows.reset_index(drop=True).assign(**{m: np.nan for m in SCORE_COLUMNS})
     out["exact"] = [
-        float(normalize_answer(s) == normalize_answer(a)) for s, a in zip(out.given, out.answer)
+        float(normalize_answer(s) == normalize_answer(a))
+        for s, a in zip(out.prediction, out.answer)
     ]
     if len(g := out[out.kind == "size"]):
-        out.loc[g.index, ["error", "square", "numbered"]] = [
-            _size_errors(s, a, usual) for s, a in zip(g.given, g.answer)
+        out.loc[g.index, ["abs_error", "squared_error", "has_number"]] = [
+            _size_errors(s, a, usual) for s, a in zip(g.prediction, g.answer)
         ]
     if len(g := out[out.kind.isin(FREE_TEXT_KINDS)]):
-        said, true = g.given.tolist(), g.answer.tolist()
-        out.loc[g.index, ["f1", "hit"]] = [_entity_scores(s, a) for s, a in zip(said, true)]
+        said, true = g.prediction.tolist(), g.answer.tolist()
+        out.loc[g.index, ["f1", "hit_score"]] = [_entity_scores(s, a) for s, a in zip(said, true)]
         out.loc[g.index, scores.BLEU_COLUMNS], out.loc[g.index, "rouge"] = (
             scores.bleu_counts(said, true).to_numpy(),
             scores.rouge_l(said, true),
@@ -181,38 +182,38 @@ class QueryResampler(nn.Module):
         blind: bool,
     ):
         super().__init__()
-        self.query, self.norm, self.cross = (
+        self.query_tokens, self.norm_kv, self.cross_attn = (
             nn.Parameter(torch.randn(queries, dim) * 0.5),
             nn.LayerNorm(dim),
             Attention(dim, heads),
         )
-        self.blocks, self.last, self.scale = (
+        self.blocks, self.norm_out, self.output_scale = (
             nn.ModuleList(Block(dim, heads) for _ in range(depth)),
             nn.LayerNorm(dim),
             scale,
         )
-        self.mlp = nn.Sequential(
+        self.projector = nn.Sequential(
             nn.Linear(dim, hidden),
             nn.GELU(),
             nn.Linear(hidden, hidden),
             nn.GELU(),
             nn.Linear(hidden, out),
         )
-        self.constant = nn.Parameter(torch.randn(1, 1, dim)) if blind else None
-        for part in (self.cross, self.blocks, self.mlp):
+        self.text_only_tokens = nn.Parameter(torch.randn(1, 1, dim)) if blind else None
+        for part in (self.cross_attn, self.blocks, self.projector):
             part.apply(init_weights)
 
     def forward(self, tokens):  # (B,1+N,C) -> (B,Q,E); of blind, the batch's length alone counts
-        if self.constant is not None:
-            tokens = self.constant.expand(len(tokens), -1, -1)
-        x = self.query.expand(len(tokens), -1, -1)
-        x = x + self.cross(x, self.norm(tokens))
+        if self.text_only_tokens is not None:
+            tokens = self.text_only_tokens.expand(len(tokens), -1, -1)
+        x = self.query_tokens.expand(len(tokens), -1, -1)
+        x = x + self.cross_attn(x, self.norm_kv(tokens))
         for b in self.blocks:
             x = b(x)
-        return self.mlp(self.last(x)) * self.scale
+        return self.projector(self.norm_out(x)) * self.output_scale
 
-    def matrices(self) -> list:
-        return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query"]
+    def muon_params(self) -> list:
+        return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query_tokens"]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0019
 class VQAModel(nn.Module):
@@ -220,17 +221,26 @@ class VQAModel(nn.Module):
 
     def __init__(
         self, config: dict, model
-    ):  # dim, queries, depth, heads, hidden, rank, alpha, dropout, blind; causal language model
+    ):  # token_dim, num_query_tokens, query_depth, query_num_heads, projector_dim, lora_rank, lora_alpha, lora_dropout, text_only; causal language model
         super().__init__()
         self.config, words = config, model.get_input_embeddings().weight
-        self.look = QueryResampler(
-            *(config[k] for k in ("dim", "heads", "queries", "depth", "hidden")),
+        self.resampler = QueryResampler(
+            *(
+                config[k]
+                for k in (
+                    "token_dim",
+                    "query_num_heads",
+                    "num_query_tokens",
+                    "query_depth",
+                    "projector_dim",
+                )
+            ),
             words.shape[1],
             float(words.float().std()),
-            config["blind"],
+            config["text_only"],
         )
-        self.lm = add_lora(model, config["rank"], config["alpha"], config["dropout"])
-        self.learnt = {n for n, q in self.named_parameters() if q.requires_grad}
+        self.lm = add_lora(model, config["lora_rank"], config["lora_alpha"], config["lora_dropout"])
+        self.trainable_names = {n for n, q in self.named_parameters() if q.requires_grad}
 
     def train(self, mode=True):  # of the frozen model, the adapters' dropout alone
         super().train(mode)
@@ -240,26 +250,33 @@ class VQAModel(nn.Module):
         return self
 
     def state_dict(self, *args, **kw):
-        return {k: v for k, v in super().state_dict(*args, **kw).items() if k in self.learnt}
+        return {
+            k: v for k, v in super().state_dict(*args, **kw).items() if k in self.trainable_names
+        }
 
     def load_state_dict(self, state, **kw):
-        if set(state) != self.learnt:
+        if set(state) != self.trainable_names:
             raise ValueError(
-                f"weights of {len(state)} names, expected {len(self.learnt)}: another model's, such as {min(set(state) ^ self.learnt)}"
+                f"weights of {len(state)} names, expected {len(self.trainable_names)}: another model's, such as {min(set(state) ^ self.trainable_names)}"
             )
         return super().load_state_dict(state, strict=False)
 
     def forward(self, b) -> torch.Tensor:  # scalar
         "Weighted loss of a batch: each volume's queries stand before each of its questions"
-        seen = self.look(b["tokens"]).repeat_interleave(len(b["ids"]) // len(b["tokens"]), 0)
-        return global_mean((self.each(b, seen) * b["weight"]).sum(), b["weight"].sum())
+        seen = self.resampler(b["tokens"]).repeat_interleave(
+            len(b["input_ids"]) // len(b["tokens"]), 0
+        )
+        return global_mean(
+            (self.sample_losses(b, seen) * b["loss_weights"]).sum(), b["loss_weights"].sum()
+        )
 
-    def each(self, b, seen) -> torch.Tensor:  # (B,)
+    def sample_losses(self, b, seen) -> torch.Tensor:  # (B,)
         "Loss of each row; the shorter half goes through without the longer one's padding"
-        length = b["mask"].sum(1)
+        length = b["attention_mask"].sum(1)
         halves = length.argsort(stable=True).chunk(2)
         short = [
-            {k: b[k][i, : int(length[i].max())] for k in ("ids", "labels", "mask")} for i in halves
+            {k: b[k][i, : int(length[i].max())] for k in ("input_ids", "labels", "attention_mask")}
+            for i in halves
         ]
         return torch.cat([answer_losses(self.lm, s, seen[i]) for s, i in zip(short, halves)])[
             torch.cat(halves).argsort()
@@ -269,11 +286,19 @@ class VQAModel(nn.Module):
 def build_vqa_config(p, dim: int, blind: bool) -> dict:  # `p`: params `vqa`
     "What a model is built from, beside its language model"
     return dict(
-        dim=dim,
-        blind=blind,
+        token_dim=dim,
+        text_only=blind,
         **{
             k: getattr(p, k)
-            for k in ("queries", "depth", "heads", "hidden", "rank", "alpha", "dropout")
+            for k in (
+                "num_query_tokens",
+                "query_depth",
+                "query_num_heads",
+                "projector_dim",
+                "lora_rank",
+                "lora_alpha",
+                "lora_dropout",
+            )
         },
     )
 
@@ -281,9 +306,9 @@ def build_vqa_config(p, dim: int, blind: bool) -> dict:  # `p`: params `vqa`
 def loss_weight(kind: str, answer: str, p) -> float:  # `p`: params `vqa`
     "Of a question's loss"
     if kind not in ("abnormality", "disorder"):
-        return getattr(p.weight, kind)
-    return getattr(p.weight, kind) * (
-        p.nothing if normalize_answer(answer) == "no findings" else p.something
+        return getattr(p.kind_loss_weights, kind)
+    return getattr(p.kind_loss_weights, kind) * (
+        p.no_finding_weight if normalize_answer(answer) == "no findings" else p.finding_weight
     )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0004
@@ -291,11 +316,11 @@ class VQADataset:
     "For `asap.train.fit`: a volume and a few of its questions"
 
     def __init__(self, q, tokenizer, tokens, p, seed):  # `q`: of `attach_cases`, one split
-        self.tokens, self.n, self.seed = tokens, p.questions, seed
+        self.tokens, self.questions_per_volume, self.seed = tokens, p.questions_per_volume, seed
         before, after = encode_questions(tokenizer, q.question), encode_answers(tokenizer, q.answer)
         check_lengths(before, after, [f"{c}, {k}" for c, k in zip(q.case, q.kind)], p.max_length)
-        self.rows, self.kind = list(zip(before, after)), q.kind.tolist()
-        self.weight, q = (
+        self.examples, self.kinds = list(zip(before, after)), q.kind.tolist()
+        self.loss_weights, q = (
             [loss_weight(k, a, p) for k, a in zip(q.kind, q.answer)],
             q.reset_index(drop=True),
         )
@@ -303,23 +328,26 @@ class VQADataset:
             (c, r): {
                 k: i.to_numpy()
                 for k, i in g.groupby("kind").groups.items()
-                if getattr(p.share, k) > 0
+                if getattr(p.kind_sampling_weights, k) > 0
             }
             for (c, r), g in q.groupby(["case", "row"], sort=False)
         }
-        self.of = [
-            (c, r, list(by.values()), np.array([getattr(p.share, k) for k in by]))
+        self.volumes = [
+            (c, r, list(by.values()), np.array([getattr(p.kind_sampling_weights, k) for k in by]))
             for (c, r), by in kinds.items()
             if by
         ]
 
     def __len__(self):
-        return len(self.of)
+        return len(self.volumes)
 
     def __getitem__(self, at):
-        case, row, by, share = self.of[at[1]]
+        case, row, by, share = self.volumes[at[1]]
         r = rng("vqa", self.seed, *at)
-        picks = [int(r.choice(by[k])) for k in r.choice(len(by), self.n, p=share / share.sum())]
+        picks = [
+            int(r.choice(by[k]))
+            for k in r.choice(len(by), self.questions_per_volume, p=share / share.sum())
+        ]
         tokens = (
             np.zeros((1, 1), np.float32)
             if self.tokens is None
@@ -329,8 +357,8 @@ class VQADataset:
             case=case,
             tokens=tokens,
             picks=picks,
-            rows=[self.rows[k] for k in picks],
-            weight=[self.weight[k] for k in picks],
+            rows=[self.examples[k] for k in picks],
+            weight=[self.loss_weights[k] for k in picks],
         )
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0005
@@ -343,7 +371,7 @@ def make_collate(pad_id: int):
             b,
             case=[s["case"] for s in samples],
             tokens=torch.from_numpy(np.stack([s["tokens"] for s in samples])),
-            weight=torch.tensor([w for s in samples for w in s["weight"]]).float(),
+            loss_weights=torch.tensor([w for s in samples for w in s["weight"]]).float(),
         )
 
     return collate
@@ -355,9 +383,11 @@ def val_loss(m: VQAModel, data: VQADataset, collate, many: int = 16) -> dict:  #
     for i in range(0, len(data), many):
         some = [data[(-1, k)] for k in range(i, min(i + many, len(data)))]
         b = {k: v.to(where) if torch.is_tensor(v) else v for k, v in collate(some).items()}
-        each = m.each(b, m.look(b["tokens"]).repeat_interleave(data.n, 0)).tolist()
+        each = m.sample_losses(
+            b, m.resampler(b["tokens"]).repeat_interleave(data.questions_per_volume, 0)
+        ).tolist()
         for k, v in zip((j for s in some for j in s["picks"]), each):
-            by.setdefault(data.kind[k], []).append(v)
+            by.setdefault(data.kinds[k], []).append(v)
     return dict(score=-float(np.mean([np.mean(v) for v in by.values()])))
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0006
@@ -376,13 +406,13 @@ def train_vqa(
     train, val = (VQADataset(q[q.split == s], tokenizer, tokens, p, seed) for s in ("train", "val"))
     if not len(train):
         raise ValueError(
-            f"{label}: no question of the train split can be asked: look at the cohort's questions and at `vqa.share`"
+            f"{label}: no question of the train split can be asked: look at the cohort's questions and at `vqa.kind_sampling_weights`"
         )
     collate = make_collate(tokenizer.pad_token_id)
     watched = (
         dict(
             validate=lambda m: val_loss(m, val, collate),
-            validate_every=p.validate_every,
+            validate_every=p.eval_every,
             patience=p.patience,
         )
         if len(val)
@@ -394,18 +424,18 @@ def train_vqa(
             lambda m, b, step: (m(b), {}),
             train,
             steps=p.steps,
-            batch=min(p.batch, len(train)),
+            batch=min(p.batch_size, len(train)),
             lr=p.lr,
-            matrices=m.look.matrices() if p.matrix_lr else (),
-            matrix_lr=p.matrix_lr,
-            warmup=p.warmup,
+            matrices=m.resampler.muon_params() if p.muon_lr else (),
+            matrix_lr=p.muon_lr,
+            warmup=p.warmup_steps,
             weight_decay=p.weight_decay,
             seed=seed,
             folder=folder,
             fp=fp,
             collate=collate,
             label=label,
-            save_every=p.validate_every,
+            save_every=p.eval_every,
             **watched,
         )
 
@@ -421,7 +451,7 @@ def encode_volumes(m: VQAModel, tokens, rows, many: int = 16) -> dict:  # place 
             if tokens is None
             else np.asarray(tokens[part], np.float32)
         )
-        out |= dict(zip(part, m.look(torch.from_numpy(t).to(where)).cpu()))
+        out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(where)).cpu()))
     return out
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0007
@@ -461,12 +491,12 @@ def generate_answers(
     bar = progress_bar(total=len(q), label=label)
     with limit_threads(m):
         look = encode_volumes(m, tokens, rows.tolist())
-        ask = lambda at: generate_answers(
+        ask = lambda at: language.generate_answers(
             m.lm,
             tokenizer,
             [before[i] for i in at],
-            p.most,
-            p.beams,
+            p.max_new_tokens,
+            p.num_beams,
             lambda part: torch.stack([look[rows[at[i]]] for i in part]),
             many,
         )
@@ -499,7 +529,7 @@ def load(
     "A trained model, strictly"
     how = checkpoint.read_config(folder, "run `dvc repro vqa`")
     return load_weights(
-        VQAModel(how, language.load(how["language"])[0] if model is None else model), folder
+        VQAModel(how, language.load(how["language_model"])[0] if model is None else model), folder
     ).eval()
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0011
@@ -510,7 +540,7 @@ def load_weights(m: VQAModel, folder) -> VQAModel:  # the same
         m.load_state_dict(state)
     except (ValueError, RuntimeError) as e:
         raise ValueError(
-            f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language')}`"
+            f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language_model')}`"
         ) from None
     return m
 
@@ -520,7 +550,7 @@ def vqa_model_card(arm: str, q, p, seed) -> str:  # Markdown, counts alone
     n = {s: f"{g.case.nunique()} volumes with {len(g)} questions" for s, g in q.groupby("split")}
     return f"""# Answers to questions, arm `{arm}`
 
-Queries and low-rank adapters before the language model `{p.language}`, which is not in this folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
+Queries and low-rank adapters before the language model `{p.language_model}`, which is not in this folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
 
 - Load: `asap.tasks.vqa.load(folder)`.
 """
@@ -551,13 +581,15 @@ def train_or_load_vqa(
     fp: dict,  # where it resumes from, of what it is made
 ) -> VQAModel:
     "A model that learns now, or that has learnt before from the same"
-    if dim % p.heads:
+    if dim % p.query_num_heads:
         raise ValueError(
-            f"vqa.heads is {p.heads}: tokens of arm `{arm}` have {dim} channels, which is no multiple of it"
+            f"vqa.query_num_heads is {p.query_num_heads}: tokens of arm `{arm}` have {dim} channels, which is no multiple of it"
         )
     torch.manual_seed(derive_seed("vqa", seed))  # all arms start from the same weights
     m, done = (
-        VQAModel(build_vqa_config(p, dim, tokens is None) | dict(language=p.language), lm),
+        VQAModel(
+            build_vqa_config(p, dim, tokens is None) | dict(language_model=p.language_model), lm
+        ),
         Path(folder) / "done",
     )
     if reuse_or_set_aside(done, fp):
@@ -568,7 +600,7 @@ def train_or_load_vqa(
     return m
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqap0035
-ANSWER_COLUMNS = ["case", "patient", "kind", "question", "answer", "given"]
+ANSWER_COLUMNS = ["case", "patient", "kind", "question", "answer", "prediction"]
 COLUMNS = [*ANSWER_COLUMNS, *SCORE_COLUMNS, "task", "arm", "fraction", "seed"]
 
 # %% ../../nbs/7_tasks/77_vqa.ipynb #vqax0014
@@ -607,7 +639,7 @@ def run(
     usual, out = median_size(q[q.split == "train"]), []
     for name, said in found.items():
         out.append(
-            score_answers(test.assign(given=said), usual, encoder).assign(
+            score_answers(test.assign(prediction=said), usual, encoder).assign(
                 task=f"vqa_{cohort}", arm=name, fraction=1.0, seed=seed
             )
         )
@@ -629,13 +661,13 @@ def run_all(
     "Answers of one arm to all that is asked; its checkpoints in `out`"
     found = []
     for c in tables:
-        q, (lm, tokenizer) = attach_cases(questions[c], tables[c]), language.load(p.language)
+        q, (lm, tokenizer) = attach_cases(questions[c], tables[c]), language.load(p.language_model)
         t = None if arm == TEXT_ONLY else load_tokens(tokens, c, tables[c])
         made = {} if t is None else read_json(Path(tokens) / f"{c}.json")
         how = {
             k: v
             for k, v in (p if isinstance(p, dict) else p.model_dump()).items()
-            if k not in ("arms", "small", "most", "beams")
+            if k not in ("arms", "tiny_lm", "max_new_tokens", "num_beams")
         }
         fp = fingerprint(
             arm=arm,
@@ -670,11 +702,11 @@ def _kind_metrics(kind: str, g, w) -> dict:  # rows of one kind, (draws,n) -> me
         return dict(accuracy=per("exact"))
     if kind == "size":
         return {
-            "L1 mm": per("error"),
-            "RMSE mm": per("square") ** 0.5,
-            "share with a number": per("numbered"),
+            "L1 mm": per("abs_error"),
+            "RMSE mm": per("squared_error") ** 0.5,
+            "share with a number": per("has_number"),
         }
-    out = {"exact match": per("exact"), "F1 of parts": per("f1"), "hit score": per("hit")}
+    out = {"exact match": per("exact"), "F1 of parts": per("f1"), "hit score": per("hit_score")}
     return out | {
         k: v
         for k, v in scores.corpus_scores(
@@ -689,7 +721,7 @@ def metrics(
 ) -> dict:  # predictions of one arm and draw -> {"metric, kind": (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     w, out = bootstrap_weights(d.patient.to_numpy(), n, seed), {}
-    counts = (d.kind != "size") | d.error.notna()  # not a size whose truth has no number
+    counts = (d.kind != "size") | d.abs_error.notna()  # not a size whose truth has no number
     for kind in (k for k in QUESTION_KINDS if (d.kind == k).any()):
         at = ((d.kind == kind) & counts).to_numpy()
         if not at.any():

@@ -85,19 +85,19 @@ def check_lengths(before, after, names, limit: int):
 def collate_pairs(
     rows,  # of (before, after), lists of ids
     pad_id: int,
-) -> dict:  # ids, labels (-100 where nothing is asked), mask: (B,L) int64
+) -> dict:  # input_ids, labels (-100 where nothing is asked), attention_mask: (B,L) int64
     "Rows of different length side by side"
     n = max(len(b) + len(a) for b, a in rows)
     out = dict(
-        ids=np.full((len(rows), n), pad_id),
+        input_ids=np.full((len(rows), n), pad_id),
         labels=np.full((len(rows), n), -100),
-        mask=np.zeros((len(rows), n), np.int64),
+        attention_mask=np.zeros((len(rows), n), np.int64),
     )
     for i, (b, a) in enumerate(rows):
         (
-            out["ids"][i, : len(b) + len(a)],
+            out["input_ids"][i, : len(b) + len(a)],
             out["labels"][i, len(b) : len(b) + len(a)],
-            out["mask"][i, : len(b) + len(a)],
+            out["attention_mask"][i, : len(b) + len(a)],
         ) = [*b, *a], a, 1
     return {k: torch.from_numpy(v) for k, v in out.items()}
 
@@ -114,7 +114,7 @@ def answer_losses(
     seen=None,  # (B,Q,E) embeddings that come before the text
 ) -> torch.Tensor:  # (B,) mean cross-entropy of each row's answer
     "How surprised the model is by each answer"
-    x, mask = model.get_input_embeddings()(b["ids"]), b["mask"]
+    x, mask = model.get_input_embeddings()(b["input_ids"]), b["attention_mask"]
     if seen is not None:
         x, mask = (
             torch.cat([seen.to(x.dtype), x], 1),
@@ -123,7 +123,7 @@ def answer_losses(
     h = (
         _unwrap_peft(model)
         .get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=False)
-        .last_hidden_state[:, -b["ids"].shape[1] - 1 :]
+        .last_hidden_state[:, -b["input_ids"].shape[1] - 1 :]
     )
     h = (
         h[:, :-1] if seen is not None else F.pad(h[:, :-1], (0, 0, 1, 0))
@@ -176,20 +176,20 @@ class ReadingDataset:
         return self.rows[int(r.choice(kinds[r.integers(len(kinds))]))]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0015
-def build_tiny_lm(tokenizer, p):  # `p`: params `vqa.small`
+def build_tiny_lm(tokenizer, p):  # `p`: params `vqa.tiny_lm`
     "A Llama of the study's size, untrained"
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=p.dim,
-            intermediate_size=2 * p.dim,
-            num_hidden_layers=p.depth,
-            num_attention_heads=p.heads,
+            hidden_size=p.embed_dim,
+            intermediate_size=2 * p.embed_dim,
+            num_hidden_layers=p.num_layers,
+            num_attention_heads=p.num_heads,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            initializer_range=p.dim**-0.5,
+            initializer_range=p.embed_dim**-0.5,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
@@ -199,13 +199,13 @@ def build_tiny_lm(tokenizer, p):  # `p`: params `vqa.small`
 
 def train_language_model(
     train,  # of `reading_examples`, of the train split
-    p,  # params `vqa.small`
+    p,  # params `vqa.tiny_lm`
     seed,
     folder=None,
     fp=None,  # for resume
 ) -> tuple:  # model in eval mode, tokenizer
     "Pieces and a model from the train split's questions and answers"
-    tokenizer = train_bpe_tokenizer([*train.context, *train.question, *train.answer], p.vocab)
+    tokenizer = train_bpe_tokenizer([*train.context, *train.question, *train.answer], p.vocab_size)
     torch.manual_seed(derive_seed("language", seed))
     model = build_tiny_lm(tokenizer, p)
     turned = [q for name, q in model.named_parameters() if q.ndim == 2 and "embed" not in name]
@@ -216,10 +216,10 @@ def train_language_model(
             lambda m, b, step: (answer_losses(m[0], b).mean(), {}),
             ReadingDataset(train, tokenizer, seed),
             steps=p.steps,
-            batch=p.batch,
+            batch=p.batch_size,
             lr=p.lr,
             matrices=turned,
-            matrix_lr=p.matrix_lr,
+            matrix_lr=p.muon_lr,
             warmup=p.steps // 20,
             weight_decay=0.01,
             seed=("language", seed),
@@ -312,9 +312,9 @@ def build_language_model(
     "Train the study's own language model, or note that another one is used"
     from transformers.utils import logging
 
-    if p.language != LANGUAGE_MODEL_DIR:
-        write_json(dict(language=p.language), Path(out) / "elsewhere.json")
-        return dict(language=p.language)
+    if p.language_model != LANGUAGE_MODEL_DIR:
+        write_json(dict(language=p.language_model), Path(out) / "elsewhere.json")
+        return dict(language=p.language_model)
     if not len(questions):
         write_json(dict(language="none: nothing is asked"), Path(out) / "elsewhere.json")
         return {}
@@ -325,17 +325,17 @@ def build_language_model(
             f"no case of the train split has an answer of kind `{DISORDER_KIND}` and another question: give `vqa.language` a model that exists"
         )
     fp = fingerprint(
-        small=p.small,
+        tiny_lm=p.tiny_lm,
         seed=seed,
         lessons=derive_seed(*train[["context", "question", "answer"]].to_numpy().ravel()),
     )
-    model, tokenizer = train_language_model(train, p.small, seed, folder, fp)
+    model, tokenizer = train_language_model(train, p.tiny_lm, seed, folder, fp)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return dict(
-        language=p.language,
+        language=p.language_model,
         parameters=sum(q.numel() for q in model.parameters()),
         pieces=len(tokenizer),
         **reading_accuracy(model, tokenizer, val),

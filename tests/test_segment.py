@@ -99,7 +99,9 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
             return torch.cat([(x > -0.5) * 9.0, (x <= -0.5) * 9.0, x * 0, x * 0], 1)
 
     path = write_as(C.hu, C.affine, tmp_path, form)
-    config = dict(names=luna16.TARGETS, spacing=SPACING, hu=[-1000, 1000], size=[96, 96, 48])
+    config = dict(
+        class_names=luna16.TARGETS, spacing=SPACING, hu_range=[-1000, 1000], img_size=[96, 96, 48]
+    )
     mask, affine = segment.predict_mask(Ideal(), config, path, tmp_path / "mask.nii.gz")
     v, kept = read(path), read(tmp_path / "mask.nii.gz")
     assert (
@@ -124,7 +126,7 @@ def test_one_window_is_the_whole(shape):
     whole[(0, 0, *at)] = x[0]
     with (
         torch.no_grad(),
-        torch.autocast("cpu", torch.bfloat16, enabled=segment.precision() == "bf16"),
+        torch.autocast("cpu", torch.bfloat16, enabled=segment.resolve_precision() == "bf16"),
     ):
         want = model(whole).float().softmax(1)[0][(slice(None), *at)].numpy()
     assert np.allclose(segment.sliding_window_proba(model, x, (48, 48, 24)), want, atol=1e-6)
@@ -141,7 +143,7 @@ def test_any_patch(patch):
     torch.nn.functional.cross_entropy(
         m(torch.randn(1, 1, *size)), torch.zeros(1, *size, dtype=torch.long)
     ).backward()
-    assert m.coarse.weight.grad.abs().sum() > 0 and m.out.weight.grad.abs().sum() > 0
+    assert m.coarse_head.weight.grad.abs().sum() > 0 and m.out.weight.grad.abs().sum() > 0
 
 
 # a study of four classes of cases, of 24x24x12 voxels, that trains in seconds
@@ -176,9 +178,9 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
 
 def told(steps=4):
     s = load_params(TOP / "params/smoke.yaml").segment.model_dump()
-    row = dict(few=False, steps=steps, batch=1, lr=0.01, window=None, size=None)
+    row = dict(low_label=False, steps=steps, batch_size=1, lr=0.01, hu_window=None, roi_size=None)
     return dict(
-        segment=dict(s, rows=dict(luna16=row)),
+        segment=dict(s, datasets=dict(luna16=row)),
         volumes=dict(spacing=list(MM), size=list(SIZE), hu=[-1000, 1000]),
         phantoms=dict(luna16=True),
     )
@@ -214,7 +216,7 @@ def test_bits_finished_runs_and_changed_params(tmp_path, monkeypatch):
 def test_an_empty_mask_and_an_absent_class(tmp_path, monkeypatch):
     "Learnt from all the same; no Dice where there is nothing; said"
     table, said = cohort(tmp_path / "data"), []
-    monkeypatch.setattr(segment, "say", said.append)
+    monkeypatch.setattr(segment, "log_message", said.append)
     for f in table.target_map[table.split != "test"]:
         v = read(f)
         write(
@@ -268,7 +270,7 @@ def test_several_outlines(tmp_path):
     alone = segment.evaluate(
         model, q, table.drop(columns="other_maps"), ["cancer"], p, (-1000, 1000), SIZE, Quarantine()
     )
-    assert d.outline.tolist() == ["target", "test0_auto", "target", "test1_auto"]
+    assert d.reference.tolist() == ["target", "test0_auto", "target", "test1_auto"]
     both, one = segment.metrics(d, 20, 0), segment.metrics(alone, 20, 0)
     assert both["dice"][0] == one["dice"][0] and "dice other outlines" in both
     with pytest.raises(ValueError, match="does not know `lesion`"):
@@ -349,7 +351,7 @@ def test_the_baseline_is_of_like_size():
     )
     count = lambda m: sum(q.numel() for q in m.parameters())
     ours, plain = (
-        count(segment.Unetr(vit, 4, p.segment.features)),
-        count(segment.build_unet(4, p.volumes.size, p.segment.features)),
+        count(segment.Unetr(vit, 4, p.segment.feature_size)),
+        count(segment.build_unet(4, p.volumes.size, p.segment.feature_size)),
     )
     assert 0.67 < ours / plain < 1.5, (ours, plain)

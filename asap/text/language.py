@@ -322,7 +322,7 @@ def build_language_model(
     train, val = (table[table.split == s] for s in ("train", "val"))
     if not len(train):
         raise ValueError(
-            f"no case of the train split has an answer of kind `{DISORDER_KIND}` and another question: give `vqa.language` a model that exists"
+            f"no case of the train split has an answer of kind `{DISORDER_KIND}` and another question: give `vqa.language_model` a model that exists"
         )
     fp = fingerprint(
         tiny_lm=p.tiny_lm,
@@ -352,19 +352,19 @@ def load(
     local = next((f for f in (Path(name), project_root() / name) if f.is_dir()), None)
     if local is None and str(name).startswith(("build/", "/", ".")):
         raise FileNotFoundError(
-            f"vqa.language: there is no folder {name}: run `dvc repro language`"
+            f"vqa.language_model: there is no folder {name}: run `dvc repro language`"
         )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model, how = AutoModelForCausalLM.from_pretrained(local or name, output_loading_info=True)
     if lost := sorted(how["missing_keys"]):
         raise ValueError(
-            f"vqa.language {name}: {len(lost)} weights are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+            f"vqa.language_model {name}: {len(lost)} weights are not there, such as {lost[0]}, and would be random: is it another kind of model?"
         )
     tokenizer = AutoTokenizer.from_pretrained(local or name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"vqa.language {name}: its tokenizer has no end of text (eos_token), so no answer would ever end: set one in its tokenizer_config.json"
+            f"vqa.language_model {name}: its tokenizer has no end of text (eos_token), so no answer would ever end: set one in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 
-from asap.params import KindWeights, TinyLMConfig, VQAConfig
 from asap.pretrain import embed
 from asap.tasks import metrics, vqa
+from asap.tasks.vqa import KindWeights, VQAConfig
 from asap.text import language
+from asap.text.language import TinyLMConfig
 
 P = VQAConfig(
     arms=["asap", "blind"],

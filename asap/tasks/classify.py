@@ -415,7 +415,7 @@ def subgroup_auc(
     n: int,  # bootstrap draws
     level: float = 0.95,
     least: int = 10,  # test scans of a kernel
-) -> pd.DataFrame:  # columns BY_GROUP; `positives`: over the labels that count
+) -> pd.DataFrame:  # columns SUBGROUP_COLUMNS; `positives`: over the labels that count
     "Macro AUC by how the scans were made; a group in which no label has both classes is left out by name"
     if predictions.task.nunique() > 1:
         raise ValueError(

@@ -194,7 +194,7 @@ def score_answers(
     rows,  # kind, answer (the truth), prediction
     usual: float,  # of `median_size`
     encoder=None,  # for BERTScore
-) -> pd.DataFrame:  # rows with MEASURES, NaN where a kind has none
+) -> pd.DataFrame:  # rows with SCORE_COLUMNS, NaN where a kind has none
     "What each answer adds to its figures"
     out = rows.reset_index(drop=True).assign(**{m: np.nan for m in SCORE_COLUMNS})
     out["exact"] = [

@@ -28,7 +28,7 @@ def probe(model, table, p) -> float:  # macro AUC
         classify.fit_predict(f, table, table.split == "train", "ct_rate")
     )
     return nan_mean(
-        [auc(g.truth, g.chance) for _, g in found.dropna(subset="truth").groupby("label")]
+        [auc(g.truth, g.probability) for _, g in found.dropna(subset="truth").groupby("label")]
     )
 
 

@@ -18,22 +18,22 @@ class P(SimpleNamespace):
 
 
 HOW = dict(
-    pool=[2, 2, 2],
-    order=True,
-    prompts=True,
-    label_weight=1.0,
-    dim=16,
-    depth=1,
-    heads=2,
+    token_pool=[2, 2, 2],
+    abnormal_first=True,
+    label_prompts=True,
+    aux_label_weight=1.0,
+    embed_dim=16,
+    num_layers=1,
+    num_heads=2,
     dropout=0.1,
     max_length=200,
     steps=12,
     epochs=50,
-    batch=4,
+    batch_size=4,
     lr=0.003,
     weight_decay=0.05,
-    beams=3,
-    ngram=8,
+    num_beams=3,
+    no_repeat_ngram_size=8,
     meteor=False,
 )
 
@@ -142,7 +142,7 @@ def test_unknown_characters_are_counted_and_stay_in_the_reference(world, capsys)
     t.loc[12, "findings"] += " Ωλ 病."
     d = go(world, t)
     assert "unknown to the tokenizer" in capsys.readouterr().err
-    assert "病" in d.reference[d.case == "c12"].iloc[0] and "[UNK]" not in "".join(d.written)
+    assert "病" in d.reference[d.case == "c12"].iloc[0] and "[UNK]" not in "".join(d.generated)
 
 
 def test_tokens_of_other_cases(world):
@@ -157,9 +157,10 @@ def test_tokens_of_other_cases(world):
 def test_blind_sees_nothing(world):
     d = go(world, arm="blind")
     assert (
-        set(d.arm) == {"blind", "most frequent"} and (d.groupby("arm").written.nunique() == 1).all()
+        set(d.arm) == {"blind", "most frequent"}
+        and (d.groupby("arm").generated.nunique() == 1).all()
     )
-    assert set(d.written[d.arm == "most frequent"]) <= set(world[0].findings[:9])
+    assert set(d.generated[d.arm == "most frequent"]) <= set(world[0].findings[:9])
 
 
 def test_a_killed_training_resumes_to_the_same_words(world, found, tmp_path, monkeypatch):
@@ -209,7 +210,7 @@ def test_figures_of_all_cases_are_those_of_weights_of_one(found):
 
     d = found[found.arm == "asap, nearest neighbour"]
     f = report.metrics(d, 20, 0)
-    t, c = report.parse_labels(d.truth), report.parse_labels(d.called)
+    t, c = report.parse_labels(d.truth), report.parse_labels(d.predicted)
     assert f["clinical F1"][0] == pytest.approx(f1_score(t, c, average="micro")) and f[
         "clinical precision"
     ][0] == pytest.approx(precision_score(t, c, average="micro"))

@@ -7,24 +7,25 @@ import numpy as np, pandas as pd, pytest, torch
 from conftest import TOP
 from files import FORMS, write as write_as
 
-from asap.core import Quarantine, project_root
+from asap.core import Quarantine
 from asap.params import load_params
 from asap.data.cohort import check_table
 from asap.data.cohorts import acdc, luna16
 from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
 from asap.phantom.abnormalities import synthesize_chest
-from asap.tasks import segment
+from asap.tasks import masks, segment, unetr
 from asap.tasks.metrics import bootstrap, to_table, point_estimates
+from asap.train import resolve_precision
 
 torch.set_num_threads(1)
 C = synthesize_chest(("segment", 0), (96, 96, 48), (3.5, 3.5, 7.0))
 SPACING = (3.5, 3.5, 7.0)
-LUNGS = segment.to_class_indices(luna16.lung_labels(C.labels), luna16.TARGETS)
+LUNGS = masks.to_class_indices(luna16.lung_labels(C.labels), luna16.TARGETS)
 WINDOW = Source(("window", -1000, 1000), C.spacing, "RAS")
 
 
 def dice(a, b):
-    return segment.dice_score(a, b, 4)[:2]  # of the lungs
+    return masks.dice_score(a, b, 4)[:2]  # of the lungs
 
 
 def turned(form="same"):
@@ -61,7 +62,7 @@ def trip(v) -> tuple:  # Dice of standard -> native -> standard, and of native -
     "The lungs, drawn on the standard grid of a volume as it was read"
     std = standardize(v, SPACING)
     here = resample(LUNGS, C.affine, std.hu.shape, std.affine, order=0, fill=0)
-    out = segment.resample_to_native(segment.one_hot(here, 4), std.affine, v.hu.shape, v.affine)
+    out = masks.resample_to_native(masks.one_hot(here, 4), std.affine, v.hu.shape, v.affine)
     return dice(resample(out, v.affine, std.hu.shape, std.affine, order=0, fill=0), here)
 
 
@@ -79,10 +80,9 @@ def test_a_mask_survives_every_grid(form):
     v = Volume(hu, affine)
     assert trip(v).min() >= 0.98
     std = standardize(v, SPACING)
-    segment.check_same_grid(own.shape, affine, std.hu.shape, std.affine)
+    masks.check_same_grid(own.shape, affine, std.hu.shape, std.affine)
     assert (
-        dice(segment.resampling_ceiling(own, affine, std.hu.shape, std.affine, 4), own).min()
-        >= 0.98
+        dice(masks.resampling_ceiling(own, affine, std.hu.shape, std.affine, 4), own).min() >= 0.98
     )
 
 
@@ -99,7 +99,9 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
             return torch.cat([(x > -0.5) * 9.0, (x <= -0.5) * 9.0, x * 0, x * 0], 1)
 
     path = write_as(C.hu, C.affine, tmp_path, form)
-    config = dict(names=luna16.TARGETS, spacing=SPACING, hu=[-1000, 1000], size=[96, 96, 48])
+    config = dict(
+        class_names=luna16.TARGETS, spacing=SPACING, hu_range=[-1000, 1000], img_size=[96, 96, 48]
+    )
     mask, affine = segment.predict_mask(Ideal(), config, path, tmp_path / "mask.nii.gz")
     v, kept = read(path), read(tmp_path / "mask.nii.gz")
     assert (
@@ -116,7 +118,7 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
 @pytest.mark.parametrize("shape", [(48, 48, 24), (40, 48, 20)])
 def test_one_window_is_the_whole(shape):
     torch.manual_seed(0)
-    model = segment.build_unet(3, (48, 48, 24), 4).eval()
+    model = unetr.build_unet(3, (48, 48, 24), 4).eval()
     x = torch.rand(1, *shape)
     pad = [(n - s) // 2 for n, s in zip((48, 48, 24), shape)]
     whole = torch.full((1, 1, 48, 48, 24), -1.0)
@@ -124,7 +126,7 @@ def test_one_window_is_the_whole(shape):
     whole[(0, 0, *at)] = x[0]
     with (
         torch.no_grad(),
-        torch.autocast("cpu", torch.bfloat16, enabled=segment.precision() == "bf16"),
+        torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision() == "bf16"),
     ):
         want = model(whole).float().softmax(1)[0][(slice(None), *at)].numpy()
     assert np.allclose(segment.sliding_window_proba(model, x, (48, 48, 24)), want, atol=1e-6)
@@ -135,13 +137,13 @@ def test_any_patch(patch):
     from asap.model.vit import ViT3D
 
     size = [2 * p for p in patch]
-    m = segment.Unetr(ViT3D(size, patch, 24, 5, 2), 3, 4)
+    m = unetr.Unetr(ViT3D(size, patch, 24, 5, 2), 3, 4)
     y = m(torch.randn(1, 1, *size))
     assert y.shape == (1, 3, *size)
     torch.nn.functional.cross_entropy(
         m(torch.randn(1, 1, *size)), torch.zeros(1, *size, dtype=torch.long)
     ).backward()
-    assert m.coarse.weight.grad.abs().sum() > 0 and m.out.weight.grad.abs().sum() > 0
+    assert m.coarse_head.weight.grad.abs().sum() > 0 and m.out.weight.grad.abs().sum() > 0
 
 
 # a study of four classes of cases, of 24x24x12 voxels, that trains in seconds
@@ -176,9 +178,9 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
 
 def told(steps=4):
     s = load_params(TOP / "params/smoke.yaml").segment.model_dump()
-    row = dict(few=False, steps=steps, batch=1, lr=0.01, window=None, size=None)
+    row = dict(low_label=False, steps=steps, batch_size=1, lr=0.01, hu_window=None, roi_size=None)
     return dict(
-        segment=dict(s, rows=dict(luna16=row)),
+        segment=dict(s, datasets=dict(luna16=row)),
         volumes=dict(spacing=list(MM), size=list(SIZE), hu=[-1000, 1000]),
         phantoms=dict(luna16=True),
     )
@@ -214,7 +216,7 @@ def test_bits_finished_runs_and_changed_params(tmp_path, monkeypatch):
 def test_an_empty_mask_and_an_absent_class(tmp_path, monkeypatch):
     "Learnt from all the same; no Dice where there is nothing; said"
     table, said = cohort(tmp_path / "data"), []
-    monkeypatch.setattr(segment, "say", said.append)
+    monkeypatch.setattr(segment, "log_message", said.append)
     for f in table.target_map[table.split != "test"]:
         v = read(f)
         write(
@@ -262,13 +264,13 @@ def test_several_outlines(tmp_path):
         write((v.hu == 3).astype(np.uint8), v.affine, f)
         write((v.hu > 0).astype(np.uint8), v.affine, f.replace("_mask", "_auto"))
     table = table.assign(other_maps=[f.replace("_mask", "_auto") for f in table.target_map])
-    model = segment.build_unet(2, SIZE, 4).eval()
+    model = unetr.build_unet(2, SIZE, 4).eval()
     p = told()["segment"]
     d = segment.evaluate(model, q, table, ["cancer"], p, (-1000, 1000), SIZE, Quarantine())
     alone = segment.evaluate(
         model, q, table.drop(columns="other_maps"), ["cancer"], p, (-1000, 1000), SIZE, Quarantine()
     )
-    assert d.outline.tolist() == ["target", "test0_auto", "target", "test1_auto"]
+    assert d.reference.tolist() == ["target", "test0_auto", "target", "test1_auto"]
     both, one = segment.metrics(d, 20, 0), segment.metrics(alone, 20, 0)
     assert both["dice"][0] == one["dice"][0] and "dice other outlines" in both
     with pytest.raises(ValueError, match="does not know `lesion`"):
@@ -349,7 +351,7 @@ def test_the_baseline_is_of_like_size():
     )
     count = lambda m: sum(q.numel() for q in m.parameters())
     ours, plain = (
-        count(segment.Unetr(vit, 4, p.segment.features)),
-        count(segment.build_unet(4, p.volumes.size, p.segment.features)),
+        count(unetr.Unetr(vit, 4, p.segment.feature_size)),
+        count(unetr.build_unet(4, p.volumes.size, p.segment.feature_size)),
     )
     assert 0.67 < ours / plain < 1.5, (ours, plain)

@@ -4,40 +4,50 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 
-from asap.params import KindWeights, TinyLMConfig, VQAConfig
 from asap.pretrain import embed
 from asap.tasks import metrics, vqa
+from asap.tasks.vqa import KindWeights, VQAConfig
 from asap.text import language
+from asap.text.language import TinyLMConfig
 
 P = VQAConfig(
     arms=["asap", "blind"],
-    language="build/language",
-    small=TinyLMConfig(
-        vocab=300, dim=16, depth=1, heads=2, steps=4, batch=4, lr=0.003, matrix_lr=0.006
+    language_model="build/language",
+    tiny_lm=TinyLMConfig(
+        vocab_size=300,
+        embed_dim=16,
+        num_layers=1,
+        num_heads=2,
+        steps=4,
+        batch_size=4,
+        lr=0.003,
+        muon_lr=0.006,
     ),
-    queries=3,
-    depth=1,
-    heads=2,
-    hidden=16,
-    rank=2,
-    alpha=4,
-    dropout=0.1,
+    num_query_tokens=3,
+    query_depth=1,
+    query_num_heads=2,
+    projector_dim=16,
+    lora_rank=2,
+    lora_alpha=4,
+    lora_dropout=0.1,
     steps=9,
-    batch=4,
-    questions=2,
+    batch_size=4,
+    questions_per_volume=2,
     lr=0.001,
-    matrix_lr=0.006,
+    muon_lr=0.006,
     weight_decay=0.01,
-    warmup=1,
-    share=KindWeights(abnormality=0.2, presence=0.2, location=0.2, size=0.2, disorder=0.2),
-    weight=KindWeights(abnormality=2, presence=1, location=1.5, size=1, disorder=2),
-    something=2.0,
-    nothing=0.5,
-    validate_every=3,
+    warmup_steps=1,
+    kind_sampling_weights=KindWeights(
+        abnormality=0.2, presence=0.2, location=0.2, size=0.2, disorder=0.2
+    ),
+    kind_loss_weights=KindWeights(abnormality=2, presence=1, location=1.5, size=1, disorder=2),
+    finding_weight=2.0,
+    no_finding_weight=0.5,
+    eval_every=3,
     patience=9,
     max_length=60,
-    most=6,
-    beams=3,
+    max_new_tokens=6,
+    num_beams=3,
 )
 TABLE = pd.DataFrame(
     dict(
@@ -79,7 +89,7 @@ def here(tmp_path_factory):
 
 
 def ask(here, out, arm="asap", tables=None, questions=None, **kw):
-    p = P.model_copy(update=dict(language=str(here / "language")) | kw)
+    p = P.model_copy(update=dict(language_model=str(here / "language")) | kw)
     return vqa.run_all(
         arm,
         tables or dict(toy=TABLE),
@@ -120,7 +130,7 @@ def test_a_killed_training_is_resumed_to_the_same_bits(here, tmp_path, monkeypat
 
 def test_what_it_was_made_of_decides_whether_it_is_trained_again(here, tmp_path, capsys):
     ask(here, tmp_path)
-    ask(here, tmp_path, beams=1)
+    ask(here, tmp_path, num_beams=1)
     assert "trained before" in capsys.readouterr().err, "how it answers is no part of the training"
     ask(here, tmp_path, lr=0.002)
     assert "vqa.lr: 0.001 -> 0.002" in capsys.readouterr().err
@@ -130,7 +140,7 @@ def test_threads_and_neighbours_change_no_answer(here, tmp_path):
     ask(here, tmp_path)
     q = vqa.attach_cases(QUESTIONS, TABLE)
     m, t = vqa.load(tmp_path / "runs/checkpoint/toy"), language.load(here / "language")[1]
-    p, threads = P.model_copy(update=dict(most=12)), torch.get_num_threads()
+    p, threads = P.model_copy(update=dict(max_new_tokens=12)), torch.get_num_threads()
     try:
         said = [
             (torch.set_num_threads(n), vqa.generate_answers(m, t, q, TOKENS, p, many=many))[1]
@@ -182,8 +192,8 @@ def test_any_language_model_by_one_param(kind, here, tmp_path):
     assert put == (
         "<user>Is there emphysema?<assistant>" if kind == "chat" else "Is there emphysema?\n"
     )
-    d = ask(here, tmp_path, language=str(tmp_path / "lm"))
-    assert len(d) == 2 * 20 and d.given.map(lambda s: isinstance(s, str)).all()
+    d = ask(here, tmp_path, language_model=str(tmp_path / "lm"))
+    assert len(d) == 2 * 20 and d.prediction.map(lambda s: isinstance(s, str)).all()
     learnt = vqa.load(tmp_path / "runs/checkpoint/toy").state_dict()
     assert not [k for k in learnt if k.startswith("lm.") and "lora" not in k], (
         "nothing of the frozen model is kept"
@@ -216,14 +226,14 @@ def test_what_is_missing_or_wrong_is_named(here, tmp_path):
         ValueError, match=r"p0_1, disorder: question and answer take \d+ tokens, expected at most 5"
     ):
         ask(here, tmp_path, max_length=5)
-    with pytest.raises(ValueError, match="vqa.heads is 3"):
-        ask(here, tmp_path, heads=3)
+    with pytest.raises(ValueError, match="vqa.query_num_heads is 3"):
+        ask(here, tmp_path, query_num_heads=3)
 
 
 def test_an_answer_without_a_number_counts():
     rows = pd.DataFrame(
         [("size", "30 mm", s) for s in ("30 mm", "3 cm", "large", "")],
-        columns=["kind", "answer", "given"],
+        columns=["kind", "answer", "prediction"],
     )
     d = vqa.score_answers(rows, 20).assign(
         task="vqa_toy", arm="a", fraction=1.0, seed=0, patient=list("abcd")
@@ -250,9 +260,9 @@ def test_no_cohort_no_rows(here, tmp_path):
 def test_blind_sees_nothing_and_brings_the_majority(here, tmp_path):
     d = ask(here, tmp_path, "blind")
     assert set(d.arm) == {"blind", "majority"}
-    assert (d[d.arm == "blind"].groupby(["kind", "question"]).given.nunique() == 1).all(), (
+    assert (d[d.arm == "blind"].groupby(["kind", "question"]).prediction.nunique() == 1).all(), (
         "the same question has one answer, whoever's scan it is"
     )
-    assert d[(d.arm == "majority") & (d.kind == "presence")].given.unique().tolist() == ["no"], (
-        "5 of 9 train cases"
-    )
+    assert d[(d.arm == "majority") & (d.kind == "presence")].prediction.unique().tolist() == [
+        "no"
+    ], "5 of 9 train cases"

@@ -146,9 +146,9 @@ def plot_label_efficiency(
     set_style()
     fig, ax = plt.subplots(figsize=(4.6, 3.2))
     for a, c in zip(arms, sns.color_palette("colorblind", len(arms))):
-        g = t[t.arm == a].sort_values("labelled")
+        g = t[t.arm == a].sort_values("num_labeled")
         ax.errorbar(
-            g.labelled,
+            g.num_labeled,
             g.value,
             [g.value - g.lo, g.hi - g.value],
             fmt="o-",
@@ -163,7 +163,7 @@ def plot_label_efficiency(
             ceiling.cnn_auc.mean(), color="0.35", ls="--", lw=1, label="supervised CNN, all labels"
         )
     ax.set(xscale="log", xlabel="labelled train volumes", ylabel="macro AUC")
-    ax.set_xticks(sorted(t.labelled.unique()))
+    ax.set_xticks(sorted(t.num_labeled.unique()))
     ax.get_xaxis().set_major_formatter("{x:.0f}")
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -339,7 +339,7 @@ def plot_reliability(curves: dict, out):  # arm -> table of `metrics.calibration
     fig, ax = plt.subplots(figsize=(3.6, 3.4))
     ax.plot([0, 1], [0, 1], color="0.6", lw=0.8, ls=":")
     for (a, t), c in zip(curves.items(), sns.color_palette("colorblind", len(curves))):
-        ax.plot(t.chance, t.share, "o-", color=c, ms=3, lw=1.1, label=a)
+        ax.plot(t.probability, t.observed, "o-", color=c, ms=3, lw=1.1, label=a)
     ax.set(
         xlabel="chance that was given",
         ylabel="share that has it",

@@ -182,12 +182,14 @@ def classify_zero_shot(
     text,  # of `load_model_and_text`
     seen: LoadedScan,
     labels,  # names
-    p,  # params `vocabulary`: present, absent
+    p,  # params `vocabulary`: positive_templates, negative_templates
 ) -> pd.DataFrame:  # label, score, chance, present, absent; in the order of the labels
     "What the arm's own zero-shot reading says of one scan"
     if blank := [n for n in labels if not str(n).strip()]:
         raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
-    said = prompt_similarity(model, text, [seen.x], build_prompts(labels, p.present, p.absent))[0]
+    said = prompt_similarity(
+        model, text, [seen.x], build_prompts(labels, p.positive_templates, p.negative_templates)
+    )[0]
     return pd.DataFrame(
         dict(
             label=list(labels),

@@ -537,15 +537,15 @@ def per_label_table(
     for (task, arm), g in predictions[predictions.fraction == 1].groupby(
         ["task", "arm"], sort=False
     ):
-        truth, chance, patients, names = to_matrix(
-            classify.average_by_scan(g).assign(score=lambda d: d.chance)
+        truth, probability, patients, names = to_matrix(
+            classify.average_by_scan(g).assign(score=lambda d: d.probability)
         )
         w = bootstrap_weights(patients, n, task)
         spans = {
             k: with_ci(v, np.broadcast_to(d, n), level)
             for (k, v), d in zip(
-                per_label_auc(truth, chance, names).items(),
-                per_label_auc(truth, chance, names, w).values(),
+                per_label_auc(truth, probability, names).items(),
+                per_label_auc(truth, probability, names, w).values(),
             )
         }
         rows += [
@@ -691,14 +691,18 @@ def subgroup_table(
 
 def label_efficiency_table(
     figures, predictions
-) -> pd.DataFrame:  # task, arm, fraction, labelled, value, lo, hi
-    "Macro AUC against labelled volumes"
-    labelled = (
-        predictions.groupby(["task", "fraction"]).labelled.mean().round().astype(int).reset_index()
+) -> pd.DataFrame:  # task, arm, fraction, num_labeled, value, lo, hi
+    "Macro AUC against labeled volumes"
+    num_labeled = (
+        predictions.groupby(["task", "fraction"])
+        .num_labeled.mean()
+        .round()
+        .astype(int)
+        .reset_index()
     )
     return (
         figures[figures.metric == "auc"]
-        .merge(labelled, on=["task", "fraction"])
+        .merge(num_labeled, on=["task", "fraction"])
         .drop(columns="metric")
     )
 

@@ -115,7 +115,9 @@ def fit_predict(
     other: tuple
     | None = None,  # features and table of another cohort, whose test cases are asked instead
     columns: list | None = None,  # label columns, where another task than the cohort's own is asked
-) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, chance, cut, C
+) -> (
+    pd.DataFrame
+):  # test cases x labels: case, scan, patient, label, truth, probability, threshold, C
     "Probe every label and ask the test cases"
     x, columns, rows = layer_norm(f), columns or task_label_columns(table, cohort), []
     far, answers = (x, table) if other is None else (layer_norm(other[0]), other[1])
@@ -126,7 +128,7 @@ def fit_predict(
     x, far = whole[: len(x)], whole[len(x) :][test]
 
     def put(column, model, c, found, valid):
-        cut = (
+        threshold = (
             best_f1_threshold(
                 table.loc[val, column].to_numpy(float)[(ok := table.loc[val, column].notna())],
                 valid[ok],
@@ -138,8 +140,8 @@ def fit_predict(
             answers.loc[test, ["case", "scan", "patient"]].assign(
                 label=column.removeprefix("label:"),
                 truth=answers.loc[test, column].to_numpy(float),
-                chance=found,
-                cut=cut,
+                probability=found,
+                threshold=threshold,
                 C=c,
             )
         )
@@ -173,11 +175,15 @@ RUN_KEYS = ["task", "arm", "fraction", "seed"]
 
 
 def average_by_scan(predictions) -> pd.DataFrame:  # a row a scan and label
-    "Mean chance over the reconstructions of a scan: the headline figure"
+    "Mean probability over the reconstructions of a scan: the headline figure"
     keys = [*(k for k in RUN_KEYS if k in predictions), "scan", "patient", "label"]
     return (
         predictions.groupby(keys, sort=False, as_index=False)
-        .agg(truth=("truth", "max"), chance=("chance", "mean"), cut=("cut", "first"))
+        .agg(
+            truth=("truth", "max"),
+            probability=("probability", "mean"),
+            threshold=("threshold", "first"),
+        )
         .rename(columns=dict(scan="case"))
     )
 
@@ -188,14 +194,14 @@ COLUMNS = [
     "patient",
     "label",
     "truth",
-    "chance",
-    "cut",
+    "probability",
+    "threshold",
     "C",
     "task",
     "arm",
     "fraction",
     "seed",
-    "labelled",
+    "num_labeled",
 ]
 
 
@@ -216,8 +222,8 @@ def iter_label_subsets(
     embedded: dict,
     shares,
     seeds,  # as of `run`
-    lacking,  # bool of the labelled cases (n,) -> why nothing can be learnt from them, or ""
-):  # yields features (n,C), bool of the labelled cases (n,), dict(task, arm, fraction, seed, labelled)
+    lacking,  # bool of the labeled cases (n,) -> why nothing can be learnt from them, or ""
+):  # yields features (n,C), bool of the labeled cases (n,), dict(task, arm, fraction, seed, num_labeled)
     "Every arm with every draw of every label fraction; a draw that teaches nothing is left out, and a line says so"
     have = {(s, d): label_subsets(table, [s], d)[str(s)].to_numpy() for s in shares for d in seeds}
     todo = [(a, s, d) for a in embedded for s in shares for d in (seeds if s < 1 else seeds[:1])]
@@ -232,7 +238,7 @@ def iter_label_subsets(
                     arm=arm,
                     fraction=float(share),
                     seed=int(seed),
-                    labelled=int(chosen.sum()),
+                    num_labeled=int(chosen.sum()),
                 ),
             )
         elif arm == next(iter(embedded)):
@@ -315,20 +321,22 @@ def metrics(
 ) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     s = average_by_scan(d)
-    truth, chance, patients, labels = to_matrix(s.assign(score=s.chance))
+    truth, probability, patients, labels = to_matrix(s.assign(score=s.probability))
     w, once = bootstrap_weights(patients, n, seed), np.ones(len(truth))
     out = dict(
         auc=(
-            macro_auc(truth, chance, labels),
-            np.broadcast_to(macro_auc(truth, chance, labels, w), n),
+            macro_auc(truth, probability, labels),
+            np.broadcast_to(macro_auc(truth, probability, labels, w), n),
         )
     )
-    cut = s.drop_duplicates("label").set_index("label").cut.loc[labels].to_numpy()
-    has = ~np.isnan(cut)
+    threshold = s.drop_duplicates("label").set_index("label").threshold.loc[labels].to_numpy()
+    has = ~np.isnan(threshold)
     if has.any():
-        out["f1"] = tuple(macro_f1(truth[:, has], (chance >= cut)[:, has], k) for k in (once, w))
+        out["f1"] = tuple(
+            macro_f1(truth[:, has], (probability >= threshold)[:, has], k) for k in (once, w)
+        )
     if s.task.iloc[0].removeprefix("classify_") in MULTICLASS_COHORTS:
-        right = (truth.argmax(1) == chance.argmax(1)).astype(float)
+        right = (truth.argmax(1) == probability.argmax(1)).astype(float)
         out["accuracy"] = right.mean(), w @ right / w.sum(1)
     return out
 
@@ -344,10 +352,10 @@ def per_label(
         row = dict(label=label, positives=int(g.truth.sum()), negatives=int((1 - g.truth).sum()))
         if g.truth.nunique() == 2:
             row |= dict(
-                auc=auc(g.truth, g.chance),
-                average_precision=float(average_precision_score(g.truth, g.chance)),
-                **threshold_metrics(g.truth, g.chance, g.cut.iloc[0]),
-                **calibration(g.truth, g.chance)[0],
+                auc=auc(g.truth, g.probability),
+                average_precision=float(average_precision_score(g.truth, g.probability)),
+                **threshold_metrics(g.truth, g.probability, g.threshold.iloc[0]),
+                **calibration(g.truth, g.probability)[0],
             )
         rows.append(row)
     return pd.DataFrame(rows)
@@ -386,10 +394,10 @@ def acquisition_subgroups(
         )
     t, out = tested.merge(acquired, on="case"), {}
     for column, what in (("slice_mm", "slices"), ("pixel_mm", "pixels")):
-        cut = _median_split(acquired[column])
+        threshold = _median_split(acquired[column])
         out |= {
-            f"{what} <= {cut:.3g} mm": t[column] <= cut,
-            f"{what} > {cut:.3g} mm": t[column] > cut,
+            f"{what} <= {threshold:.3g} mm": t[column] <= threshold,
+            f"{what} > {threshold:.3g} mm": t[column] > threshold,
         }
     scans = t[t.kernel != ""].groupby("kernel").scan.nunique()
     out |= {f"kernel {k}": t.kernel == k for k in scans.index[scans >= least]}
@@ -407,7 +415,7 @@ def subgroup_auc(
     n: int,  # bootstrap draws
     level: float = 0.95,
     least: int = 10,  # test scans of a kernel
-) -> pd.DataFrame:  # columns BY_GROUP; `positives`: over the labels that count
+) -> pd.DataFrame:  # columns SUBGROUP_COLUMNS; `positives`: over the labels that count
     "Macro AUC by how the scans were made; a group in which no label has both classes is left out by name"
     if predictions.task.nunique() > 1:
         raise ValueError(

@@ -47,11 +47,11 @@ TEXT_COLUMNS = (
     "patient",
     "label",
     "direction",
-    "outline",
+    "reference",
     "kind",
     "question",
     "answer",
-    "given",
+    "prediction",
     "task",
     "arm",
 )  # columns of words
@@ -126,13 +126,13 @@ def best_f1_threshold(
     return float((cuts[best] + cuts[best - 1]) / 2) if best else float(cuts[0])
 
 
-def threshold_metrics(truth, score, cut) -> dict:  # f1, accuracy, precision, recall
+def threshold_metrics(truth, score, threshold) -> dict:  # f1, accuracy, precision, recall
     "Figures at a threshold; empty where there is none"
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-    if np.isnan(cut):
+    if np.isnan(threshold):
         return {}
-    said = np.asarray(score) >= cut
+    said = np.asarray(score) >= threshold
     p, r, f, _ = precision_recall_fscore_support(truth, said, average="binary", zero_division=0)
     return dict(
         f1=float(f),
@@ -144,23 +144,25 @@ def threshold_metrics(truth, score, cut) -> dict:  # f1, accuracy, precision, re
 # %% ../../nbs/7_tasks/70_metrics.ipynb #ba954e23
 def calibration(
     truth,  # (n,) 0 or 1
-    chance,  # (n,) 0..1
+    probability,  # (n,) 0..1
     bins: int = 10,
-) -> tuple:  # dict(brier, ece), table: chance, share, cases
+) -> tuple:  # dict(brier, ece), table: probability, observed, num_cases
     "Brier score, expected calibration error, and what a reliability diagram draws"
     from sklearn.metrics import brier_score_loss
 
     t = pd.DataFrame(
-        dict(share=np.asarray(truth, float), chance=np.asarray(chance, float))
-    ).sort_values("chance", kind="stable")
+        dict(observed=np.asarray(truth, float), probability=np.asarray(probability, float))
+    ).sort_values("probability", kind="stable")
     groups = np.arange(len(t)) * min(bins, len(t)) // max(len(t), 1)
     table = t.groupby(groups).agg(
-        chance=("chance", "mean"), share=("share", "mean"), cases=("share", "size")
+        probability=("probability", "mean"),
+        observed=("observed", "mean"),
+        num_cases=("observed", "size"),
     )
-    ece = float(((table.chance - table.share).abs() * table.cases).sum() / len(t))
-    return dict(brier=float(brier_score_loss(t.share, t.chance)), ece=ece), table.reset_index(
-        drop=True
-    )
+    ece = float(((table.probability - table.observed).abs() * table.num_cases).sum() / len(t))
+    return dict(
+        brier=float(brier_score_loss(t.observed, t.probability)), ece=ece
+    ), table.reset_index(drop=True)
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #ecd38d45
 def survival_array(time, event) -> np.ndarray:  # what scikit-survival takes

@@ -40,7 +40,7 @@ from ..data.cohort import load as load_table, find_raw_dir, available_cohorts
 from ..data.cohorts import rex_grounding_ct as lesions
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..model.align import AlignmentHead, AlignmentOutput
-from ..model.asap import ASAP
+from ..model.asap import ASAP, build_asap
 from ..model.vit import random_masking, patchify, unpatchify
 from ..phantom.abnormalities import ABNORMALITIES
 from ..phantom.words import NEGATIVE_TEMPLATES
@@ -501,7 +501,7 @@ def load_lesion_targets(
 def reinitialize(model, seed) -> ASAP:  # in eval mode
     "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(derive_seed("untrained", seed))
-    new = ASAP(model.config).eval()
+    new = build_asap(model.config).eval()
     for mine, its in zip(new.buffers(), model.buffers(), strict=True):
         mine.copy_(its)
     return new

@@ -427,7 +427,7 @@ def _embed_one(path, source, encoder):
     for doubt in s.doubts:
         log_message(f"warning: {Path(path).name}: {doubt}")
     with torch.no_grad():
-        return encoder.tokens(s.x, norm=False)[0].float().cpu().numpy()
+        return encoder.forward_features(s.x, norm=False)[0].float().cpu().numpy()
 
 
 def run_embed(a) -> int:
@@ -443,7 +443,7 @@ def run_embed(a) -> int:
     )
     if done:
         tokens = [t for _, t in done]
-        more = dict(tokens=np.stack(tokens), grid=np.array(encoder.grid)) if a.tokens else {}
+        more = dict(tokens=np.stack(tokens), grid=np.array(encoder.grid_size)) if a.tokens else {}
         with atomic_write(a.out) as tmp:
             with open(tmp, "wb") as f:
                 np.savez(

@@ -287,25 +287,25 @@ class RealConfig(BaseConfig):
 class TextConfig(BaseConfig):
     "The frozen text encoder"
 
-    encoder: (
+    model: (
         str  # a folder, or a Hugging Face id; `build/text` is trained on the train split's reports
     )
-    vocab: Annotated[int, Field(ge=100)]
-    dim: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
+    vocab_size: Annotated[int, Field(ge=100)]
+    embed_dim: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
     max_length: Annotated[int, Field(ge=16, le=512)]  # tokens of a report
     steps: PositiveInt
-    batch: PositiveInt
+    batch_size: PositiveInt
     lr: PositiveFloat
 
 
 class StemConfig(BaseConfig):
     "Templates slid over each patch by itself, before the blocks"
 
-    kernel: Shape3D
+    kernel_size: Shape3D
     stride: Shape3D
-    widths: Annotated[
+    channels: Annotated[
         list[PositiveInt], Field(min_length=2, max_length=2)
     ]  # templates, and what is made of them
 
@@ -313,22 +313,25 @@ class StemConfig(BaseConfig):
 class ModelConfig(BaseConfig):
     "Sizes of the image model"
 
-    patch: Shape3D
+    patch_size: Shape3D
     stem: StemConfig | None  # null: the paper's matrix from voxels to token
-    local: bool  # sentences look for their patches before attention has mixed them; false: among the tokens, as the paper
-    dim: PositiveInt
+    align_before_attention: bool  # sentences look for their patches before attention has mixed them; false: among the tokens, as the paper
+    embed_dim: PositiveInt
     depth: PositiveInt
-    heads: PositiveInt
-    decoder_dim: PositiveInt
+    num_heads: PositiveInt
+    decoder_embed_dim: PositiveInt
     decoder_depth: Annotated[int, Field(ge=2)]
-    decoder_heads: PositiveInt
-    shared_dim: PositiveInt  # space in which sentences meet regions
-    words_depth: PositiveInt
-    words_heads: PositiveInt
-    words_ratio: PositiveFloat  # width of a words block's hidden layer against its own
+    decoder_num_heads: PositiveInt
+    proj_dim: PositiveInt  # space in which sentences meet regions
+    mlm_depth: PositiveInt
+    mlm_num_heads: PositiveInt
+    mlm_mlp_ratio: PositiveFloat  # width of a words block's hidden layer against its own
 
     def check(self, params) -> None:
-        for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
+        for dim, heads in (
+            ("embed_dim", "num_heads"),
+            ("decoder_embed_dim", "decoder_num_heads"),
+        ):
             if getattr(self, dim) % getattr(self, heads):
                 raise ValueError(f"`model.{dim}` is not a multiple of `model.{heads}`")
 
@@ -340,42 +343,44 @@ class PretrainConfig(BaseConfig):
         list[CohortName], Field(min_length=1)
     ]  # whose train split is learnt from; the text encoder too
     steps: PositiveInt
-    batch: PositiveInt  # cases that meet in one contrast, over all processes
-    accumulate: PositiveInt  # batches a step
+    batch_size: PositiveInt  # cases that meet in one contrast, over all processes
+    accum_iter: PositiveInt  # batches a step
     optimizer: Literal[
         "adamw", "muon"
     ]  # muon: for the matrices between hidden layers, adamw for the rest
     lr: PositiveFloat  # of AdamW
-    matrix_lr: PositiveFloat  # of Muon, in AdamW's scale
-    warmup: NonNegativeInt
+    muon_lr: PositiveFloat  # of Muon, in AdamW's scale
+    warmup_steps: NonNegativeInt
     weight_decay: Annotated[float, Field(ge=0)]
-    clip: PositiveFloat
-    visible: Annotated[float, Field(gt=0, le=1)]  # share of patches that the encoder sees
-    word_mask: Annotated[float, Field(gt=0, lt=1)]
-    max_share: Annotated[
+    max_grad_norm: PositiveFloat
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # share of patches hidden from the encoder
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)]
+    max_k_ratio: Annotated[
         float, Field(gt=0, le=1)
     ]  # a sentence needs one patch up to this share of those seen
-    start_share: Annotated[
+    init_k_ratio: Annotated[
         float, Field(gt=0, le=1)
     ]  # that it asks for before anything is learnt, and always where k is fixed
     temperature: PositiveFloat
-    duplicate: Annotated[float, Field(ge=-1, le=1)]  # sentences above this cosine are no negatives
-    within: Annotated[
+    false_negative_threshold: Annotated[
+        float, Field(ge=-1, le=1)
+    ]  # sentences above this cosine are no negatives
+    intra_report_weight: Annotated[
         float, Field(ge=0)
     ]  # weight of the contrast within a report, where the one across reports has 1
-    norm_patch: bool  # voxels to guess: each patch to mean 0, variance 1
-    scale: Annotated[
+    norm_pix_loss: bool  # voxels to guess: each patch to mean 0, variance 1
+    crop_scale: Annotated[
         list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)
     ]  # side of a crop against the model's size
-    shift: Annotated[
+    intensity_shift: Annotated[
         float, Field(ge=0, le=1)
     ]  # at most, of all intensities, in the model's [-1, 1]
-    shift_share: Fraction  # of the crops that are shifted
+    intensity_shift_prob: Fraction  # of the crops that are shifted
     precision: Literal["auto", "no", "bf16", "fp16"]
-    save_every: PositiveInt  # steps between states to resume from
-    watch_every: PositiveInt  # steps between looks at held-out cases
-    watch_cases: PositiveInt  # of val, that are looked at
-    workers: NonNegativeInt  # processes that read, beside the one that computes
+    checkpoint_every: PositiveInt  # steps between states to resume from
+    eval_every: PositiveInt  # steps between looks at held-out cases
+    num_eval_cases: PositiveInt  # of val, that are looked at
+    num_workers: NonNegativeInt  # processes that read, beside the one that computes
     weights: Literal["shipped", "none"]  # those in weights/ where their fingerprint fits, or train
 
     def check(self, params) -> None:
@@ -389,19 +394,26 @@ class PretrainConfig(BaseConfig):
 class ArmConfig(BaseConfig):
     "One pre-training recipe: weights of four losses, and what the alignment and the fusion use"
 
-    voxels: Annotated[float, Field(ge=0)]
-    organs: Annotated[float, Field(ge=0)]
-    align: Annotated[float, Field(ge=0)]
-    words: Annotated[float, Field(ge=0)]
-    contrast: Literal["region", "global", "none"]
-    k: Literal["adaptive", "fixed", "released"]
-    bias: bool
-    prefix: bool
-    global_: bool = Field(alias="global")
-    faults: list[
-        Literal["padding", "within_only", "all_words", "separate_bce", "all_voxels", "text_dropout"]
+    recon_weight: Annotated[float, Field(ge=0)]
+    organ_weight: Annotated[float, Field(ge=0)]
+    align_weight: Annotated[float, Field(ge=0)]
+    mlm_weight: Annotated[float, Field(ge=0)]
+    contrast_level: Literal["region", "global", "none"]
+    region_size: Literal["adaptive", "fixed", "released"]
+    similarity_bias: bool
+    region_prefix: bool
+    global_feature: bool
+    released_bugs: list[
+        Literal[
+            "padding_as_negatives",
+            "intra_report_only",
+            "mlm_all_tokens",
+            "per_organ_bce",
+            "recon_mean_all_patches",
+            "text_dropout",
+        ]
     ]  # of the released code, that it keeps
-    rate: PositiveFloat = 1.0  # factor of pretrain.lr and pretrain.matrix_lr
+    lr_scale: PositiveFloat = 1.0  # factor of pretrain.lr and pretrain.muon_lr
 
 
 ArmsConfig = dict[str, ArmConfig]

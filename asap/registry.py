@@ -63,9 +63,10 @@ class TaskFamily:
     ] = ()  # rows of `<section>.arms` that are no arm of the study
     baselines: ClassVar[tuple[str, ...]] = ()  # folders of predictions that other stages write
     reads: ClassVar[tuple[str, ...]] = ()  # params of its stage beside its own section
+    ignores: ClassVar[tuple[str, ...]] = ()  # keys of its section that its stage does not read
     needs: ClassVar[tuple[str, ...]] = ()  # outputs of other stages that its stage reads
     outputs: ClassVar[tuple[Any, ...]] = ()  # of its stage, beside predictions.parquet
-    stage_note: ClassVar[str] = ""  # comment at its stage in dvc.yaml
+    position: ClassVar[float] = 0  # place among the families; 0: by the first number of its tasks
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         "Predictions of the family's tasks: a row per case and label, with task, arm, fraction and seed"
@@ -133,7 +134,7 @@ def task_families() -> dict[str, TaskFamily]:  # name -> family, in the paper's 
     _load_families()
 
     def first_number(f: TaskFamily) -> tuple:
-        return min(t.number or 99 for t in f.tasks), f.name
+        return f.position or min(t.number or 99 for t in f.tasks), f.name
 
     return {f.name: f for f in sorted(_FAMILIES.values(), key=first_number)}
 

@@ -301,8 +301,8 @@ def fit(
     fp: dict | None = None,  # fingerprint of the run
     save_every: int = 100,
     log_every: int = 10,
-    watch=None,  # (model, step) -> dict of floats, a row of watch.csv
-    watch_every: int | None = None,  # steps; the last one is always watched
+    on_eval=None,  # (model, step) -> dict of floats, a row of eval.csv
+    eval_every: int | None = None,  # steps; the last one is always evaluated
     validate=None,  # model -> dict with "score", higher is better
     validate_every: int | None = None,
     patience: int | None = None,  # validations without a better score
@@ -378,8 +378,8 @@ def fit(
             log.append(dict(step=step, loss=now, **{k: float(v) for k, v in parts.items()}))
             bar.set_postfix_str(f"loss {now:.3f}", refresh=False)
         plain, last = acc.unwrap_model(model), step == steps - 1
-        if watch and ((step + 1) % watch_every == 0 or last):
-            seen.append(_eval_no_grad(plain, lambda m: dict(step=step + 1, **watch(m, step + 1))))
+        if on_eval and ((step + 1) % eval_every == 0 or last):
+            seen.append(_eval_no_grad(plain, lambda m: dict(step=step + 1, **on_eval(m, step + 1))))
         if validate and ((step + 1) % validate_every == 0 or last):
             best = _update_best(plain, validate, step, best)
             if patience and step - best["step"] >= patience * validate_every:
@@ -394,7 +394,7 @@ def fit(
     if folder and main:
         write_csv(log, folder / "log.csv")
         if seen:
-            write_csv(pd.DataFrame(seen), folder / "watch.csv")
+            write_csv(pd.DataFrame(seen), folder / "eval.csv")
     return log
 
 

@@ -135,13 +135,13 @@ def test_the_papers_size_gives_the_tokens_of_a_reading_by_hand(tmp_path, capsys)
         "12 blocks of width 768, 12 heads, volumes of 224x224x112; 11 tensors left out" in said
         and "not sines" not in said
     )
-    assert not encoder.training and (encoder.size, encoder.spacing, encoder.window) == (
+    assert not encoder.training and (encoder.img_size, encoder.spacing, encoder.hu_range) == (
         (224, 224, 112),
         (1.5, 1.5, 3),
         (-1000, 1000),
     )
     x = torch.rand(1, 1, 224, 224, 112, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    assert (encoder.tokens(x) - by_hand(w, x, 12)[1]).abs().max() < 1e-4
+    assert (encoder.forward_features(x) - by_hand(w, x, 12)[1]).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -156,10 +156,10 @@ def test_a_small_file_gives_the_tokens_of_a_reading_by_hand(tmp_path, capsys, le
     encoder = load(write(tmp_path / "small.pth", w), size=SIZE, heads=heads)
     x = torch.rand(2, 1, *SIZE) * 2 - 1
     before, after = by_hand(w, x, heads)
-    assert (encoder.tokens(x) - after).abs().max() < 1e-4 and (
-        encoder.tokens(x, norm=False) - before
+    assert (encoder.forward_features(x) - after).abs().max() < 1e-4 and (
+        encoder.forward_features(x, norm=False) - before
     ).abs().max() < 1e-4
-    assert torch.equal(encoder.pos, w["pos_embed"][0, 1:])
+    assert torch.equal(encoder.pos_embed, w["pos_embed"][0, 1:])
     assert ("its position table is not sines and cosines" in capsys.readouterr().err) == learnt
 
 
@@ -170,7 +170,7 @@ def test_the_grid_is_read_off_sines_and_cosines(small):
         checkpoint._sincos_grid(torch.randn(24, 48)) is None
         and checkpoint._sincos_grid(sincos_pos_embed((2, 3, 4), 48)[:23]) is None
     )
-    assert load(small, heads=3).size == SIZE
+    assert load(small, heads=3).img_size == SIZE
 
 
 def test_what_is_left_out_is_said(small, capsys):
@@ -198,10 +198,10 @@ def test_optimiser_and_arguments_in_the_file_do_no_harm(tmp_path, old):
 
 def test_the_file_may_go_once_it_is_read(small):
     encoder = load(small, heads=3)
-    before = encoder.tokens(torch.zeros(1, 1, *SIZE))
+    before = encoder.forward_features(torch.zeros(1, 1, *SIZE))
     small.write_bytes(b"\0" * small.stat().st_size)
     small.unlink()
-    assert torch.equal(encoder.tokens(torch.zeros(1, 1, *SIZE)), before)
+    assert torch.equal(encoder.forward_features(torch.zeros(1, 1, *SIZE)), before)
 
 
 WRONG = {
@@ -298,7 +298,10 @@ def test_a_learnt_table_of_another_grid_asks_for_its_size(tmp_path, capsys):
     ):
         load(write(tmp_path / "a.pth", w), heads=3)
     w = weights(48, 1, (16, 16, 8), (14, 14, 14), pos=torch.randn(2744, 48))
-    assert load(write(tmp_path / "b.pth", w), heads=3, size=(64, 64, 32)).pos.shape == (64, 48)
+    assert load(write(tmp_path / "b.pth", w), heads=3, size=(64, 64, 32)).pos_embed.shape == (
+        64,
+        48,
+    )
     assert (
         "224x224x112 voxels stretched by trilinear interpolation for 64x64x32"
         in capsys.readouterr().err
@@ -378,7 +381,7 @@ def test_other_files_are_refused(tmp_path):
         ([1], "holds list"),
         (dict(model=[1]), "holds \\['model'\\]"),
         (dict(model={1: torch.ones(1)}), "holds"),
-        (ViT3D(SIZE, (4, 6, 2), 48, 1, 3).state_dict(), "holds \\['cls'"),
+        (ViT3D(SIZE, (4, 6, 2), 48, 1, 3).state_dict(), "holds \\['cls_token'"),
     ):
         torch.save(found, tmp_path / "other.pth")
         with pytest.raises(
@@ -404,34 +407,37 @@ def test_another_grid_is_as_if_it_had_been_made_for_it(small, capsys):
     )
     fresh = ViT3D(other, (4, 6, 2), 48, 2, 3).eval()
     fresh.load_state_dict(
-        {k: v for k, v in encoder.state_dict().items() if k != "pos"}
-        | ({"pos": fresh.pos} if "pos" in fresh.state_dict() else {})
+        {k: v for k, v in encoder.state_dict().items() if k != "pos_embed"}
+        | ({"pos_embed": fresh.pos_embed} if "pos_embed" in fresh.state_dict() else {})
     )
     x = torch.rand(1, 1, *other)
-    assert torch.equal(encoder.tokens(x), fresh.tokens(x)) and (encoder.size, encoder.grid) == (
+    assert torch.equal(encoder.forward_features(x), fresh.forward_features(x)) and (
+        encoder.img_size,
+        encoder.grid_size,
+    ) == (
         other,
         (4, 1, 6),
     )
     before = load(small, heads=3)
     assert torch.allclose(
-        set_input_size(encoder, SIZE).tokens(torch.ones(1, 1, *SIZE)),
-        before.tokens(torch.ones(1, 1, *SIZE)),
+        set_input_size(encoder, SIZE).forward_features(torch.ones(1, 1, *SIZE)),
+        before.forward_features(torch.ones(1, 1, *SIZE)),
         atol=1e-5,
     ), "there and back"
 
 
 def test_a_learnt_table_is_stretched_along_each_axis(capsys):
     vit = ViT3D((8, 18, 8), (4, 6, 2), 48, 1, 3)
-    h, w, d = torch.meshgrid(*(torch.arange(n).float() + 0.5 for n in vit.grid), indexing="ij")
-    vit.pos = (
+    h, w, d = torch.meshgrid(*(torch.arange(n).float() + 0.5 for n in vit.grid_size), indexing="ij")
+    vit.pos_embed = (
         torch.stack([h / 2, w / 3, d / 4], -1).reshape(-1, 3).repeat(1, 16)
     )  # place as a share of each side
     set_input_size(vit, (16, 36, 24))
     assert (
-        vit.pos.shape == (4 * 6 * 12, 48)
+        vit.pos_embed.shape == (4 * 6 * 12, 48)
         and "stretched by trilinear interpolation" in capsys.readouterr().err
     )
-    out = vit.pos.reshape(4, 6, 12, 48)
+    out = vit.pos_embed.reshape(4, 6, 12, 48)
     for axis, (n, old) in enumerate(((4, 2), (6, 3), (12, 4))):
         line = out.movedim(axis, 0)[:, 0, 0, axis]
         assert torch.allclose(
@@ -448,9 +454,9 @@ def test_a_resized_encoder_keeps_its_precision_and_says_nothing_where_nothing_ch
     assert capsys.readouterr().err == ""
     set_input_size(vit, [8, 18, 16])
     assert (
-        vit.pos.dtype == torch.bfloat16
+        vit.pos_embed.dtype == torch.bfloat16
         and "made anew" in capsys.readouterr().err
-        and vit.size == (8, 18, 16)
+        and vit.img_size == (8, 18, 16)
     )
 
 
@@ -459,7 +465,7 @@ def test_a_size_that_is_no_whole_number_of_patches_is_refused(small, size):
     encoder = load(small, heads=3)
     with pytest.raises(ValueError, match="is not a whole number of patches \\(4, 6, 2\\)"):
         set_input_size(encoder, size)
-    assert encoder.size == SIZE
+    assert encoder.img_size == SIZE
 
 
 # from an image MAE
@@ -594,9 +600,9 @@ def test_there_and_back_to_the_bit(model, folder, tmp_path):
     )
     ASAPHubModel(model.config).save_pretrained(tmp_path / "copy", card="# Another\n")
     assert ASAPHubModel.from_pretrained(str(tmp_path / "copy")).card == "# Another\n"
-    x = torch.rand(1, 1, *model.config["size"])
-    assert torch.equal(load(folder).tokens(x), model.vit.tokens(x))
-    assert load(folder, size=(48, 24, 24)).size == (48, 24, 24)
+    x = torch.rand(1, 1, *model.config["img_size"])
+    assert torch.equal(load(folder).forward_features(x), model.vit.forward_features(x))
+    assert load(folder, size=(48, 24, 24)).img_size == (48, 24, 24)
 
 
 def test_a_hubs_id_is_found_in_its_cache(folder, tmp_path):
@@ -692,8 +698,8 @@ def test_a_broken_folder_is_refused(folder, tmp_path):
         load(folder)
     for wrong in (
         {k: v for k, v in c.items() if k != "arm"},
-        dict(c, size=[50, 48, 24]),
-        dict(c, patch=None),
+        dict(c, img_size=[50, 48, 24]),
+        dict(c, patch_size=None),
         [1],
     ):
         write_json(wrong, folder / "config.json")
@@ -761,7 +767,7 @@ def test_an_error_while_saving_leaves_nothing(model, tmp_path, monkeypatch):
 
 STUDY = dict(
     spacing=[7, 7, 14],
-    hu=[-1000, 1000],
+    hu_range=[-1000, 1000],
     train=dict(ct_rate=600, inspect=40),
     cohorts=["ct_rate", "inspect"],
     seed=3,
@@ -776,7 +782,7 @@ def test_the_card_says_what_it_is(model):
         "600 volumes of ct_rate, 40 volumes of inspect",
         "Trained for 700 steps on",
         "seed 3",
-        "visible 0.25",
+        "mask_ratio 0.75",
         "Apache-2.0",
         "phantoms, version 2",
         "know no patient",
@@ -797,7 +803,7 @@ def test_the_card_says_what_it_is(model):
     text = checkpoint.model_card(
         "asap",
         model.config,
-        dict(steps=700, seconds=3212.4, encoder=1234567, parameters=7654321),
+        dict(steps=700, seconds=3212.4, num_encoder_parameters=1234567, num_parameters=7654321),
         more,
     )
     for s in (

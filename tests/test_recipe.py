@@ -55,10 +55,10 @@ def sentences():  # region, text, frozen, real, patches, k of three reports
 def test_P1_the_head_that_sets_k_learns(study):
     m = build_model(P, row("asap"), study.text, 0)
     m(study.batch)[0].backward()
-    assert m.align.share.weight.grad.abs().sum() > 0
-    r = build_model(P, row("asap", k="released", faults=[]), study.text, 0)
+    assert m.alignment.k_head.weight.grad.abs().sum() > 0
+    r = build_model(P, row("asap", region_size="released", released_bugs=[]), study.text, 0)
     r(study.batch)[0].backward()
-    assert r.align.share.weight.grad is None
+    assert r.alignment.k_head.weight.grad is None
 
 
 def test_P2_padding_is_no_negative():
@@ -103,25 +103,27 @@ def test_P3_other_reports_are_negatives():
 
 def test_P4_k_is_a_share_of_the_patches_seen():
     _, _, frozen, _, _, _ = sentences()
-    a = AlignmentHead(16, 6, 8, max_share=0.2, temperature=0.07)
+    a = AlignmentHead(16, 6, 8, max_k_ratio=0.2, temperature=0.07)
     for seen in (100, 400):
         assert torch.allclose(
-            (a.k(frozen, seen) - 1) / (0.2 * seen - 1), (a.k(frozen, 200) - 1) / 39, atol=1e-5
+            (a.predict_k(frozen, seen) - 1) / (0.2 * seen - 1),
+            (a.predict_k(frozen, 200) - 1) / 39,
+            atol=1e-5,
         )
 
 
 def test_P5_words_are_asked_where_they_are_hidden(study):
     b, m = study.batch, build_model(P, row("asap"), study.text, 0)
-    x = torch.randn(*b["ids"].shape, study.text.dim)
-    value, other = mlm_loss(m.fuse, x, b["labels"])[0], x.clone()
-    other[b["labels"] < 0] = 50.0
-    assert torch.equal(mlm_loss(m.fuse, other, b["labels"])[0], value)
-    assert (b["labels"][b["pad"]] == -100).all() and not (
-        b["masked"][b["pad"]] == study.text.tokenizer.mask_token_id
+    x = torch.randn(*b["input_ids"].shape, study.text.dim)
+    value, other = mlm_loss(m.fusion, x, b["mlm_labels"])[0], x.clone()
+    other[b["mlm_labels"] < 0] = 50.0
+    assert torch.equal(mlm_loss(m.fusion, other, b["mlm_labels"])[0], value)
+    assert (b["mlm_labels"][b["padding_mask"]] == -100).all() and not (
+        b["masked_input_ids"][b["padding_mask"]] == study.text.tokenizer.mask_token_id
     ).any()
-    assert 0.5 < (b["labels"] >= 0).float().sum() / (b["of"] >= 0).sum() < 0.95
-    faulty = build_model(P, row("asap", faults=["all_words"]), study.text, 0)
-    assert abs(faulty(b)[1]["words"] - m(b)[1]["words"]) > 1e-3
+    assert 0.5 < (b["mlm_labels"] >= 0).float().sum() / (b["token_to_sentence"] >= 0).sum() < 0.95
+    faulty = build_model(P, row("asap", released_bugs=["mlm_all_tokens"]), study.text, 0)
+    assert abs(faulty(b)[1]["mlm"] - m(b)[1]["mlm"]) > 1e-3
 
 
 def test_P6_the_frozen_encoder_is_in_eval_mode(study):
@@ -129,23 +131,34 @@ def test_P6_the_frozen_encoder_is_in_eval_mode(study):
     assert not any(m.training for m in t.modules()) and not any(
         q.requires_grad for q in t.parameters()
     )
-    assert torch.equal(t.tokens(b["masked"], b["of"]), t.tokens(b["masked"], b["of"]))
+    assert torch.equal(
+        t.tokens(b["masked_input_ids"], b["token_to_sentence"]),
+        t.tokens(b["masked_input_ids"], b["token_to_sentence"]),
+    )
     assert not any("cls" in n or "predictions" in n for n, _ in t.named_modules()), (
         "no head computes logits of words that nobody reads"
     )
     with t.in_training():
-        assert not torch.equal(t.tokens(b["masked"], b["of"]), t.tokens(b["masked"], b["of"]))
-    assert torch.equal(t.tokens(b["masked"], b["of"]), add_text_features(b, t, True)["words"])
-    assert not torch.equal(add_text_features(b, t, True, dropout=True)["sentences"], b["sentences"])
+        assert not torch.equal(
+            t.tokens(b["masked_input_ids"], b["token_to_sentence"]),
+            t.tokens(b["masked_input_ids"], b["token_to_sentence"]),
+        )
+    assert torch.equal(
+        t.tokens(b["masked_input_ids"], b["token_to_sentence"]),
+        add_text_features(b, t, True)["token_embeds"],
+    )
+    assert not torch.equal(
+        add_text_features(b, t, True, dropout=True)["sentence_embeds"], b["sentence_embeds"]
+    )
 
 
 def test_P7_P8_voxels(study):
     b, m = study.batch, build_model(P, row("mae"), study.text, 0)
-    plain = m(b)[1]["voxels"]
-    m.norm_patch = True
-    assert abs(m(b)[1]["voxels"] - plain) > 1e-3, "normalised patches are another target"
-    hidden = build_model(P, row("mae", faults=["all_voxels"]), study.text, 0)
-    assert torch.isclose(hidden(b)[1]["voxels"], plain * 48 / 64)
+    plain = m(b)[1]["recon"]
+    m.norm_pix_loss = True
+    assert abs(m(b)[1]["recon"] - plain) > 1e-3, "normalised patches are another target"
+    hidden = build_model(P, row("mae", released_bugs=["recon_mean_all_patches"]), study.text, 0)
+    assert torch.isclose(hidden(b)[1]["recon"], plain * 48 / 64)
     g, t = torch.rand(2, 3, 8), torch.rand(2, 3, 8)
     assert torch.isclose(reconstruction_loss(g, t), ((g - t) ** 2).sum() / 48)
 
@@ -170,40 +183,43 @@ def test_P10_organ_shares_are_one_distribution(study):
     ) and torch.isclose(
         soft_cross_entropy(logits + 5, p, one), soft_cross_entropy(logits, p, one), atol=1e-4
     )
-    head = build_model(P, row("asap"), study.text, 0).decoder.organs
+    head = build_model(P, row("asap"), study.text, 0).decoder.organ_head
     assert (
         min(q.out_features for q in head.net if isinstance(q, torch.nn.Linear)) == 9
-        and head.net[1].out_features == P.model.decoder_dim
+        and head.net[1].out_features == P.model.decoder_embed_dim
     ), "no bottleneck before the last layer"
 
 
-@pytest.mark.parametrize("switch", ["bias", "prefix", "global"])
+@pytest.mark.parametrize("switch", ["similarity_bias", "region_prefix", "global_feature"])
 def test_P11_every_part_of_the_fusion_is_used(study, switch):
     on, off = (build_model(P, row("asap", **{switch: v}), study.text, 0) for v in (True, False))
-    on.fuse.beta.data.fill_(
+    on.fusion.beta.data.fill_(
         50.0
     )  # patches of an untrained encoder are alike: without it the bias moves the sixth digit
     off.load_state_dict(on.state_dict())
-    assert abs(on(study.batch)[1]["words"] - off(study.batch)[1]["words"]) > 1e-5
+    assert abs(on(study.batch)[1]["mlm"] - off(study.batch)[1]["mlm"]) > 1e-5
 
 
 def test_P11_padding_is_not_in_the_prefix(study):
     b, m = study.batch, build_model(P, row("asap"), study.text, 0)
-    loud = b["sentences"].clone()
-    loud[~b["real"]] = 9.0
-    assert (~b["real"]).any() and torch.allclose(
-        m(dict(b, sentences=loud))[1]["words"], m(b)[1]["words"], atol=1e-5
+    loud = b["sentence_embeds"].clone()
+    loud[~b["sentence_mask"]] = 9.0
+    assert (~b["sentence_mask"]).any() and torch.allclose(
+        m(dict(b, sentence_embeds=loud))[1]["mlm"], m(b)[1]["mlm"], atol=1e-5
     )
-    faulty = build_model(P, row("asap", faults=["padding"]), study.text, 0)
-    seen = torch.randn(4, 16, P.model.dim)
-    out = [faulty.fuse.region(faulty.align(seen, x, seen)) for x in (loud, b["sentences"])]
+    faulty = build_model(P, row("asap", released_bugs=["padding_as_negatives"]), study.text, 0)
+    seen = torch.randn(4, 16, P.model.embed_dim)
+    out = [
+        faulty.fusion.pool_regions(faulty.alignment(seen, x, seen))
+        for x in (loud, b["sentence_embeds"])
+    ]
     assert (out[0] - out[1]).abs().max() > 1e-3
 
 
 def test_P12_nothing_is_mirrored(study):
     for draw in range(12):
         for i in range(6):
-            s = study.data[(draw, i)]["shares"].reshape(4, 4, 4, 9)
+            s = study.data[(draw, i)]["organ_fractions"].reshape(4, 4, 4, 9)
             x = (s * np.arange(4)[:, None, None, None]).sum((0, 1, 2)) / s.sum((0, 1, 2)).clip(1e-6)
             assert x[1:3].max() < x[3:6].min(), "RAS: the left lobes lie at lower x"
             z = (s * np.arange(4)[None, None, :, None]).sum((0, 1, 2)) / s.sum((0, 1, 2)).clip(1e-6)
@@ -211,15 +227,17 @@ def test_P12_nothing_is_mirrored(study):
 
 
 def test_P13_the_crop_holds_the_lungs(study):
-    p = P.model_copy(update=dict(pretrain=P.pretrain.model_copy(update=dict(scale=[0.4, 0.6]))))
+    p = P.model_copy(
+        update=dict(pretrain=P.pretrain.model_copy(update=dict(crop_scale=[0.4, 0.6])))
+    )
     data = ImageReportDataset(pd.DataFrame(study.data.rows), p, study.text, seed=0)
     for draw in range(5):
         for i in range(6):
-            organs = data.organs(data.rows[i])
-            how = data.where(draw, i, organs.shape, organs)
-            lo, hi = data.boxes[i]
+            organs = data.load_organ_map(data.rows[i])
+            how = data.choose_crop(draw, i, organs.shape, organs)
+            lo, hi = data.lung_boxes[i]
             assert (how["start"] <= lo).all() and (hi <= how["start"] + how["side"]).all()
-    assert "cut" in build_model(P, row("asap"), study.text, 0)(study.batch)[1]
+    assert "finding_outside_crop" in build_model(P, row("asap"), study.text, 0)(study.batch)[1]
 
 
 def test_P14_text(study):
@@ -228,7 +246,7 @@ def test_P14_text(study):
         "Nodule of 4.5 mm",
         "Follow up",
     ], "no full stop at the end, none inside a number"
-    ids = study.data[(0, 0)]["ids"]
+    ids = study.data[(0, 0)]["input_ids"]
     t = study.text.tokenizer
     assert ids[0] == t.cls_token_id and ids[-1] == t.sep_token_id
     short = ImageReportDataset(
@@ -237,7 +255,7 @@ def test_P14_text(study):
         SimpleNamespace(tokenizer=t, max_length=12, dim=study.text.dim),
         seed=0,
     )
-    assert short.lost == 6, "what does not fit is counted, and said"
+    assert short.num_truncated == 6, "what does not fit is counted, and said"
     before = [dict(r) for r in study.data.rows]
     study.data[(3, 0)]
     assert study.data.rows == before
@@ -317,7 +335,9 @@ def test_P18_one_case_any_grid_any_device(study):
     m = build_model(P, row("asap"), study.text, 0)
     one = add_text_features(collate([study.data[(0, 2)]], study.text, 0.75), study.text, True)
     assert torch.isfinite(m(one)[0]) and one["image"].shape[:2] == (1, 1)
-    assert ViT3D((24, 36, 6), (12, 12, 6), 24, 1, 2).tokens(torch.zeros(1, 1, 24, 36, 6)).shape == (
+    assert ViT3D((24, 36, 6), (12, 12, 6), 24, 1, 2).forward_features(
+        torch.zeros(1, 1, 24, 36, 6)
+    ).shape == (
         1,
         7,
         24,

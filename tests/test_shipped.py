@@ -37,11 +37,11 @@ def study(
         dict(corpus="1", mean_hu=[-500.0, -510.0]),
     )
     about = dict(
-        spacing=P.volumes.spacing, hu=P.volumes.hu, train=dict(ct_rate=5), seed=0, phantom=2
+        spacing=P.volumes.spacing, hu_range=P.volumes.hu, train=dict(ct_rate=5), seed=0, phantom=2
     )
     save(model, out / "checkpoint", model_card("asap", model.config, metrics, about))
     write_csv(log, out / "log.csv")
-    write_csv(watched, out / "watch.csv")
+    write_csv(watched, out / "eval.csv")
     write_json(metrics["recipe"], out / "recipe.json")
     write_json(metrics, out / "metrics.json")
     for stage in ("text", "pretrain-asap"):
@@ -78,30 +78,32 @@ def again(study, to, row=ROW, p=P, corpus="1", hu=(-500.0, -510.0)):
 
 def test_an_arm_trained_from_nothing_is_taken_again(study, tmp_path):
     assert (
-        study.metrics["weights"] == "trained"
+        study.metrics["weights_source"] == "trained"
         and len(study.log)
         and "in 7 minutes" in (study.kept / "card.md").read_text()
     )
     model, log, watched, rows, metrics = again(study, tmp_path)
     assert (
-        metrics["weights"] == "shipped"
+        metrics["weights_source"] == "shipped"
         and same(model, study.model)
         and not list(tmp_path.iterdir())
     ), "nothing was trained"
-    assert dict(metrics, weights="") == dict(study.metrics, weights=""), (
+    assert dict(metrics, weights_source="") == dict(study.metrics, weights_source=""), (
         "it is asked again what it learnt, and says the same"
     )
     pd.testing.assert_frame_equal(log, study.log, check_dtype=False)
     pd.testing.assert_frame_equal(watched, study.watched, check_dtype=False)
     x = torch.zeros(1, 1, *P.volumes.size)
-    assert torch.equal(load(study.kept).tokens(x), study.model.eval().vit.tokens(x))
+    assert torch.equal(
+        load(study.kept).forward_features(x), study.model.eval().vit.forward_features(x)
+    )
 
 
 @pytest.mark.parametrize("what", ["row", "rate", "params", "data", "voxels"])
 def test_an_edited_recipe_trains_anew(study, tmp_path, capfd, what):
     change = dict(
-        row=dict(row=dict(ROW, organs=0.0)),
-        rate=dict(row=dict(ROW, rate=2.0)),
+        row=dict(row=dict(ROW, organ_weight=0.0)),
+        rate=dict(row=dict(ROW, lr_scale=2.0)),
         params=dict(
             p=P.model_copy(update=dict(pretrain=P.pretrain.model_copy(update=dict(lr=0.0005))))
         ),
@@ -120,7 +122,7 @@ def test_an_edited_recipe_trains_anew(study, tmp_path, capfd, what):
         )[what],
     )
     assert (
-        metrics["weights"] == "trained"
+        metrics["weights_source"] == "trained"
         and "of another recipe" in said.out + said.err
         and key in said.out + said.err
     )
@@ -130,11 +132,13 @@ def test_an_edited_recipe_trains_anew(study, tmp_path, capfd, what):
 def test_what_changes_nothing_that_is_learnt_trains_nothing(study, tmp_path):
     p = P.model_copy(
         update=dict(
-            pretrain=P.pretrain.model_copy(update=dict(save_every=7, watch_every=9, workers=1))
+            pretrain=P.pretrain.model_copy(
+                update=dict(checkpoint_every=7, eval_every=9, num_workers=1)
+            )
         )
     )
-    assert again(study, tmp_path, p=p)[-1]["weights"] == "shipped"
-    assert again(study, tmp_path, hu=(-500.004, -510.0))[-1]["weights"] == "shipped", (
+    assert again(study, tmp_path, p=p)[-1]["weights_source"] == "shipped"
+    assert again(study, tmp_path, hu=(-500.004, -510.0))[-1]["weights_source"] == "shipped", (
         "another processor's phantoms"
     )
 
@@ -142,11 +146,13 @@ def test_what_changes_nothing_that_is_learnt_trains_nothing(study, tmp_path):
 def test_the_text_encoder_too(study, tmp_path, capfd):
     scores = build_text_encoder(P.text, study.table, 0, tmp_path / "a", tmp_path / "r", study.words)
     assert (
-        scores["weights"] == "shipped"
+        scores["weights_source"] == "shipped"
         and load_text(tmp_path / "a").fingerprint() == study.text.fingerprint()
     )
     scores = build_text_encoder(P.text, study.table, 1, tmp_path / "b", tmp_path / "r", study.words)
-    assert scores["weights"] == "trained" and "of another recipe" in "".join(capfd.readouterr())
+    assert scores["weights_source"] == "trained" and "of another recipe" in "".join(
+        capfd.readouterr()
+    )
 
 
 def test_a_broken_file_is_named(study, tmp_path):

@@ -91,7 +91,11 @@ if __name__ == "__main__":
         update=dict(
             pretrain=p.pretrain.model_copy(
                 update=dict(
-                    steps=steps, batch=batch, save_every=save_every, warmup=1, precision="no"
+                    steps=steps,
+                    batch_size=batch,
+                    checkpoint_every=save_every,
+                    warmup_steps=1,
+                    precision="no",
                 )
             )
         )

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['soft_topk', 'weighted_pool', 'info_nce', 'intra_report_loss', 'inter_report_loss', 'intra_report_loss_with_padding',
-           'released_k', 'AlignmentHead']
+           'released_k', 'AlignmentOutput', 'AlignmentHead', 'ReleasedAlignmentHead']
 
 # %% ../../nbs/5_model/52_align.ipynb #9fe2fefc
 import math
+from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import nn
@@ -124,108 +125,208 @@ def released_k(logit) -> torch.Tensor:  # (B,S) -> (B,S), 16, 32 or 64
     return 2.0 ** (3 * torch.sigmoid(logit) + 4).int()
 
 # %% ../../nbs/5_model/52_align.ipynb #622880f7
+@dataclass
+class AlignmentOutput:
+    "What `AlignmentHead` finds in a batch: B reports of S sentences, V patches"
+
+    similarity: torch.Tensor  # (B,S,V) cosine of each sentence with each patch
+    weights: torch.Tensor  # (B,S,V) of the patches in a sentence's region
+    k: torch.Tensor  # (B,S) patches in the region
+    region_embeds: torch.Tensor  # (B,S,proj_dim)
+    text_embeds: torch.Tensor  # (B,S,proj_dim)
+    patch_embeds: list  # of (B,V,proj_dim): where sentences look, then of tokens where that differs
+    sentence_mask: torch.Tensor | None = None  # (B,S) bool, False for padding
+
+
 class AlignmentHead(nn.Module):
     "Image and text into one space, each sentence's share of patches, its region"
 
     def __init__(
         self,
-        dim: int,
+        embed_dim: int,
         text_dim: int,
-        shared: int,
-        max_share: float,  # of the patches seen, that a sentence may ask for
+        proj_dim: int,
+        max_k_ratio: float,  # of the patches seen, that a sentence may ask for
         temperature: float,
-        k: str = "adaptive",  # adaptive, fixed or released
-        within: float = 1.0,  # weight of the contrast within a report, where the one across reports has 1
-        start_share: float
-        | None = None,  # that a sentence asks for before anything is learnt, and always where k is fixed; half of max_share when None
-        local: bool = False,
-    ):  # look for sentences in patches as they are embedded, before attention
+        region_size: str = "adaptive",  # or fixed
+        intra_report_weight: float = 1.0,  # of the contrast within a report, where the one across reports has 1
+        init_k_ratio: float
+        | None = None,  # that a sentence asks for before anything is learnt, and always where the region size is fixed; half of max_k_ratio when None
+        align_before_attention: bool = False,  # look for sentences in patches as they are embedded
+    ):
         super().__init__()
-        mlp = lambda d: nn.Sequential(
-            nn.Linear(d, shared),
-            nn.GELU(),
-            nn.LayerNorm(shared, eps=1e-6),
-            nn.Linear(shared, shared),
+
+        def mlp(d):
+            return nn.Sequential(
+                nn.Linear(d, proj_dim),
+                nn.GELU(),
+                nn.LayerNorm(proj_dim, eps=1e-6),
+                nn.Linear(proj_dim, proj_dim),
+            )
+
+        self.image_proj = mlp(embed_dim)
+        self.text_proj = mlp(text_dim)
+        self.k_head = nn.Linear(text_dim, 1)
+        self.local_proj = (
+            nn.Sequential(nn.LayerNorm(embed_dim, eps=1e-6), *mlp(embed_dim))
+            if align_before_attention
+            else None
         )
-        self.image, self.text, self.share = mlp(dim), mlp(text_dim), nn.Linear(text_dim, 1)
-        self.local = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), *mlp(dim)) if local else None
         self.apply(init_weights)
-        self.max_share, self.kind, self.within = max_share, k, within
-        s = (start_share or max_share / 2) / max_share
+        self.max_k_ratio = max_k_ratio
+        self.region_size = region_size
+        self.intra_report_weight = intra_report_weight
+        s = (init_k_ratio or max_k_ratio / 2) / max_k_ratio
         if not s < 1:
             raise ValueError(
-                f"pretrain.start_share is {start_share}, expected less than pretrain.max_share {max_share}: a sentence cannot start above the most that it may ask for"
+                f"pretrain.init_k_ratio is {init_k_ratio}, expected less than pretrain.max_k_ratio {max_k_ratio}: a sentence cannot start above the most that it may ask for"
             )
-        self.offset = math.log(s / (1 - s))
-        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+        self.init_k_logit = math.log(s / (1 - s))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     @property
-    def scale(self):
-        return self.log_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+    def similarity_scale(self):
+        return self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
 
-    def most(self, seen: int) -> float:
-        return max(1.0, self.max_share * seen)
+    def max_k(self, num_patches: int) -> float:
+        return max(1.0, self.max_k_ratio * num_patches)
 
-    def k(self, frozen, seen: int) -> torch.Tensor:  # (B,S,C') -> (B,S), in patches
-        "How many of `seen` patches each sentence needs: 1 up to max_share of them"
-        logit = self.share(frozen)[..., 0].float()
-        if self.kind == "released":
-            return released_k(logit).clamp(max=seen)
-        return 1 + (self.most(seen) - 1) * torch.sigmoid(
-            4 * (logit if self.kind == "adaptive" else torch.zeros_like(logit)) + self.offset
+    def predict_k(
+        self,
+        sentence_embeds,  # (B,S,C')
+        num_patches: int,  # seen
+    ) -> torch.Tensor:  # (B,S), in patches
+        "How many of the patches seen each sentence needs: 1 up to max_k_ratio of them"
+        logit = self.k_head(sentence_embeds)[..., 0].float()
+        return 1 + (self.max_k(num_patches) - 1) * torch.sigmoid(
+            4 * (logit if self.region_size == "adaptive" else torch.zeros_like(logit))
+            + self.init_k_logit
         )
 
-    def soft(self, seen: int) -> float:
-        return 0.0 if self.kind == "released" else max(0.5, 0.05 * self.most(seen))
+    def softness(self, num_patches: int) -> float:
+        "Width of a region's border in training, in ranks"
+        return max(0.5, 0.05 * self.max_k(num_patches))
 
     def forward(
-        self, x, frozen, first=None, hard: bool = False
-    ) -> dict:  # (B,V,C) tokens, (B,S,C'), (B,V,C) patches before attention, where `local`
-        "Similarity (B,S,V), weights (B,S,V), k (B,S), region and text (B,S,shared), patches: (B,V,shared) where sentences look, then of tokens where that is not the same"
-        unit = lambda y: F.normalize(y.float(), dim=-1)
-        t, patches = (
-            unit(self.text(frozen)),
-            [*([unit(self.local(first))] if self.local else []), unit(self.image(x))],
+        self,
+        tokens,  # (B,V,C)
+        sentence_embeds,  # (B,S,C')
+        embedded=None,  # (B,V,C) patches before attention, where `align_before_attention`
+        sentence_mask=None,  # (B,S) bool, kept beside what is found
+        hard: bool = False,  # a region's patches weigh 1, all others 0
+    ) -> AlignmentOutput:
+        "Each sentence's similarity to each patch, and its region"
+        num_patches = tokens.shape[1]
+        text_embeds = F.normalize(self.text_proj(sentence_embeds).float(), dim=-1)
+        patch_embeds = []
+        if self.local_proj:
+            patch_embeds.append(F.normalize(self.local_proj(embedded).float(), dim=-1))
+        patch_embeds.append(F.normalize(self.image_proj(tokens).float(), dim=-1))
+        similarity = text_embeds @ patch_embeds[0].transpose(1, 2)
+        k = self.predict_k(sentence_embeds, num_patches)
+        weights = soft_topk(similarity, k, 0.0 if hard else self.softness(num_patches))
+        return AlignmentOutput(
+            similarity=similarity,
+            weights=weights,
+            k=k,
+            region_embeds=weighted_pool(patch_embeds[-1], weights),
+            text_embeds=text_embeds,
+            patch_embeds=patch_embeds,
+            sentence_mask=sentence_mask,
         )
-        sim, k, seen = t @ patches[0].transpose(1, 2), self.k(frozen, x.shape[1]), x.shape[1]
-        w = soft_topk(sim, k, 0.0 if hard else self.soft(seen))
-        return dict(
-            sim=sim, weights=w, k=k, region=weighted_pool(patches[-1], w), text=t, patches=patches
+
+    def intra_loss(
+        self,
+        region_embeds,  # (B,S,proj_dim)
+        aligned: AlignmentOutput,
+        sentence_embeds,
+        sentence_mask,
+        false_negative_threshold: float,
+    ) -> torch.Tensor:  # scalar
+        "The contrast within each report, for regions of one kind of patches"
+        return intra_report_loss(
+            region_embeds,
+            aligned.text_embeds,
+            sentence_embeds,
+            sentence_mask,
+            self.similarity_scale,
+            false_negative_threshold,
         )
+
+    def mean_intra_loss(self, aligned: AlignmentOutput, *args) -> torch.Tensor:
+        "The contrast within each report, averaged over the kinds of patches"
+        total = sum(
+            self.intra_loss(weighted_pool(x, aligned.weights), aligned, *args)
+            for x in aligned.patch_embeds
+        )
+        return total / len(aligned.patch_embeds)
+
+    def ranks(self, num_patches: int) -> tuple:  # softness, and a bound on k
+        "How `inter_report_loss` chooses patches in the images of other reports"
+        return self.softness(num_patches), int(self.max_k(num_patches)) + 1
 
     def loss(
         self,
-        out,
-        frozen,
-        real,
-        duplicate: float = 0.95,
-        within_only: bool = False,
-        padding: bool = False,
-    ) -> torch.Tensor:  # `out` of forward; scalar
-        "Both contrasts; the switches are the released code's"
-        seen, n = out["sim"].shape[-1], len(out["patches"])
-        near = (
-            (lambda r: intra_report_loss_with_padding(r, out["text"], real, self.scale))
-            if padding
-            else (lambda r: intra_report_loss(r, out["text"], frozen, real, self.scale, duplicate))
+        aligned: AlignmentOutput,  # of `forward`
+        sentence_embeds,  # (B,S,C')
+        sentence_mask,  # (B,S) bool
+        false_negative_threshold: float = 0.95,
+    ) -> torch.Tensor:  # scalar
+        "Both contrasts"
+        weight = self.intra_report_weight
+        args = sentence_embeds, sentence_mask, false_negative_threshold
+        intra = self.mean_intra_loss(aligned, *args) if weight else 0.0
+        inter = inter_report_loss(
+            aligned.patch_embeds,
+            aligned.text_embeds,
+            aligned.k,
+            sentence_embeds,
+            sentence_mask,
+            self.similarity_scale,
+            false_negative_threshold,
+            *self.ranks(aligned.similarity.shape[-1]),
         )
-        inner = (
-            sum(near(weighted_pool(x, out["weights"])) for x in out["patches"]) / n
-            if within_only or self.within
-            else 0.0
+        return (weight * intra + inter) / (weight + 1)
+
+# %% ../../nbs/5_model/52_align.ipynb #f34c9d29
+class ReleasedAlignmentHead(AlignmentHead):
+    "`AlignmentHead` with what the released code does otherwise, each by its own switch"
+
+    def __init__(
+        self,
+        *args,
+        padding_as_negatives: bool = False,
+        intra_report_only: bool = False,
+        **kwargs,  # as `AlignmentHead`; `region_size` may be "released" too
+    ):
+        super().__init__(*args, **kwargs)
+        self.padding_as_negatives = padding_as_negatives
+        self.intra_report_only = intra_report_only
+
+    def predict_k(self, sentence_embeds, num_patches: int) -> torch.Tensor:
+        "16, 32 or 64 patches where the region size is released, without a gradient"
+        if self.region_size != "released":
+            return super().predict_k(sentence_embeds, num_patches)
+        logit = self.k_head(sentence_embeds)[..., 0].float()
+        return released_k(logit).clamp(max=num_patches)
+
+    def softness(self, num_patches: int) -> float:
+        return 0.0 if self.region_size == "released" else super().softness(num_patches)
+
+    def ranks(self, num_patches: int) -> tuple:
+        return (0.5, num_patches) if self.region_size == "released" else super().ranks(num_patches)
+
+    def intra_loss(self, region_embeds, aligned, sentence_embeds, sentence_mask, *args):
+        if not self.padding_as_negatives:
+            return super().intra_loss(region_embeds, aligned, sentence_embeds, sentence_mask, *args)
+        return intra_report_loss_with_padding(
+            region_embeds, aligned.text_embeds, sentence_mask, self.similarity_scale
         )
-        if within_only:
-            return inner
-        most = seen if self.kind == "released" else int(self.most(seen)) + 1
-        outer = inter_report_loss(
-            out["patches"],
-            out["text"],
-            out["k"],
-            frozen,
-            real,
-            self.scale,
-            duplicate,
-            self.soft(seen) or 0.5,
-            most,
-        )
-        return (self.within * inner + outer) / (self.within + 1)
+
+    def loss(
+        self, aligned, sentence_embeds, sentence_mask, false_negative_threshold: float = 0.95
+    ) -> torch.Tensor:
+        args = sentence_embeds, sentence_mask, false_negative_threshold
+        if self.intra_report_only:
+            return self.mean_intra_loss(aligned, *args)
+        return super().loss(aligned, *args)

@@ -15,16 +15,19 @@ import torch
 from ..anatomy.masks import organ_fractions
 from ..core import rng, derive_seed
 from ..data.crops import apply_crop, center_crop, lung_bounding_box, random_crop, scale_intensity
+from ..model.asap import Batch
 from ..text.sentences import join_report, split_sentences
 from ..text.tokens import encode_report, mask_tokens, pad_rows
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #d9391297
 def _intensity_shift(t):  # MONAI's shift of intensities, or None
-    if not t.shift or not t.shift_share:
+    if not t.intensity_shift or not t.intensity_shift_prob:
         return None
     from monai.transforms import RandShiftIntensity
 
-    return RandShiftIntensity(offsets=t.shift, prob=t.shift_share, channel_wise=False)
+    return RandShiftIntensity(
+        offsets=t.intensity_shift, prob=t.intensity_shift_prob, channel_wise=False
+    )
 
 
 NEGATION = re.compile(r"\b(no|not|without|normal|free|unremarkable|within)\b", re.I)
@@ -46,142 +49,149 @@ class ImageReportDataset:
     def __init__(
         self,
         table,  # cohort table with whole paths
-        p,  # params with volumes, model, pretrain, anatomy
-        text,  # asap.text.encoder.TextEncoder
+        params,  # with volumes, model, pretrain, anatomy
+        text_encoder,  # asap.text.encoder.TextEncoder
         seed,
-        augment: bool = True,
-    ):  # centre crops when False
-        self.rows, self.p, self.text, self.seed, self.augment = (
-            table.to_dict("records"),
-            p,
-            text,
-            seed,
-            augment,
-        )
-        self.n, self.patches = (
-            len(list(p.anatomy.groups)),
-            int(np.prod(np.array(p.volumes.size) // p.model.patch)),
-        )
-        self.none = (
-            np.zeros((self.patches, self.n + 1), np.float32),
-            np.zeros(self.patches, bool),
+        augment: bool = True,  # centre crops when False
+    ):
+        self.rows = table.to_dict("records")
+        self.params, self.text_encoder = params, text_encoder
+        self.seed, self.augment = seed, augment
+        self.num_organs = len(list(params.anatomy.groups))
+        self.num_patches = int(np.prod(np.array(params.volumes.size) // params.model.patch_size))
+        self.empty_organ_fractions = (
+            np.zeros((self.num_patches, self.num_organs + 1), np.float32),
+            np.zeros(self.num_patches, bool),
         )  # a case without an organ map has no known patch
-        self.boxes, self.whole, self.shift = (
-            {},
-            {},
-            _intensity_shift(p.pretrain) if augment else None,
-        )
+        self.lung_boxes, self.organ_sizes = {}, {}
+        self.intensity_shift = _intensity_shift(params.pretrain) if augment else None
         self.sentences = [
             split_sentences(join_report(r["findings"], r["impression"])) or ["No report."]
             for r in self.rows
         ]
-        self.coded = [encode_report(text.tokenizer, s, text.max_length) for s in self.sentences]
-        self.named = [abnormal_organs(s, list(p.anatomy.groups)) for s in self.sentences]
-        self.lost = sum(c[2] > 0 for c in self.coded)  # reports of which sentences did not fit
+        self.encoded_reports = [
+            encode_report(text_encoder.tokenizer, s, text_encoder.max_length)
+            for s in self.sentences
+        ]
+        self.abnormal_organs = [
+            abnormal_organs(s, list(params.anatomy.groups)) for s in self.sentences
+        ]
+        self.num_truncated = sum(
+            c[2] > 0 for c in self.encoded_reports
+        )  # reports of which sentences did not fit
 
     def __len__(self):
         return len(self.rows)
 
-    def organs(self, row) -> np.ndarray | None:
+    def load_organ_map(self, row) -> np.ndarray | None:
         "The organ map of a case, if it has one"
         return np.asanyarray(nib.load(row["organ_map"]).dataobj) if row["organ_map"] else None
 
-    def shares(self, organs, how) -> tuple:  # (N,n+1), (N,) known
+    def organ_fractions(self, organs, crop) -> tuple:  # (N,n+1), (N,) valid
         "Organ shares of the patches of a crop"
-        return (
-            self.none
-            if organs is None
-            else organ_fractions(
-                apply_crop(organs, how, self.p.volumes.size, 0, 0), self.p.model.patch, self.n
-            )
+        if organs is None:
+            return self.empty_organ_fractions
+        p = self.params
+        return organ_fractions(
+            apply_crop(organs, crop, p.volumes.size, 0, 0), p.model.patch_size, self.num_organs
         )
 
-    def where(self, draw, i, shape, organs) -> dict:  # where to look
+    def choose_crop(self, draw, i, shape, organs) -> dict:  # where to look
         if not self.augment:
-            return center_crop(shape, self.p.volumes.size)
-        if i not in self.boxes:
-            self.boxes[i] = None if organs is None else lung_bounding_box(organs)
+            return center_crop(shape, self.params.volumes.size)
+        if i not in self.lung_boxes:
+            self.lung_boxes[i] = None if organs is None else lung_bounding_box(organs)
         return random_crop(
             rng("crop", self.seed, draw, i),
             shape,
-            self.p.volumes.size,
-            self.boxes[i],
-            scale=self.p.pretrain.scale,
+            self.params.volumes.size,
+            self.lung_boxes[i],
+            scale=self.params.pretrain.crop_scale,
         )
 
-    def cut(self, i, organs, inside) -> bool:  # shares of the crop, (N,n+1)
+    def finding_outside_crop(self, i, organs, inside) -> bool:  # shares of the crop, (N,n+1)
         "Does the report name something wrong in an organ of which the crop has less than half?"
-        if organs is None or not self.named[i]:
+        if organs is None or not self.abnormal_organs[i]:
             return False
-        if i not in self.whole:
-            self.whole[i] = np.bincount(organs.ravel(), minlength=256)[1 : self.n + 1]
-        has = inside.sum(0)[1:] * np.prod(self.p.model.patch)
-        return any(has[k - 1] < self.whole[i][k - 1] / 2 for k in self.named[i])
+        if i not in self.organ_sizes:
+            self.organ_sizes[i] = np.bincount(organs.ravel(), minlength=256)[
+                1 : self.num_organs + 1
+            ]
+        has = inside.sum(0)[1:] * np.prod(self.params.model.patch_size)
+        return any(has[k - 1] < self.organ_sizes[i][k - 1] / 2 for k in self.abnormal_organs[i])
 
-    def look(self, x, draw, i) -> np.ndarray:  # the crop as the model sees it
-        if self.shift is None:
+    def augment_intensity(self, x, draw, i) -> np.ndarray:  # the crop as the model sees it
+        if self.intensity_shift is None:
             return x
-        self.shift.set_random_state(derive_seed("shift", self.seed, draw, i))
-        return np.asarray(self.shift(x), np.float32)
+        self.intensity_shift.set_random_state(derive_seed("shift", self.seed, draw, i))
+        return np.asarray(self.intensity_shift(x), np.float32)
 
     def __getitem__(self, at) -> dict:
         draw, i = at
-        row, size = self.rows[i], self.p.volumes.size
-        volume, organs = np.asanyarray(nib.load(row["image"], mmap="r").dataobj), self.organs(row)
-        how = self.where(draw, i, volume.shape, organs)
-        lo, hi = self.p.volumes.hu
-        out = dict(
-            image=self.look(scale_intensity(apply_crop(volume, how, size, lo), lo, hi), draw, i),
+        row, size = self.rows[i], self.params.volumes.size
+        volume = np.asanyarray(nib.load(row["image"], mmap="r").dataobj)
+        organs = self.load_organ_map(row)
+        crop = self.choose_crop(draw, i, volume.shape, organs)
+        lo, hi = self.params.volumes.hu
+        image = scale_intensity(apply_crop(volume, crop, size, lo), lo, hi)
+        fractions, valid = self.organ_fractions(organs, crop)
+        input_ids, token_to_sentence, _ = self.encoded_reports[i]
+        kept = token_to_sentence.max() + 1 if len(token_to_sentence) else 0
+        return dict(
+            image=self.augment_intensity(image, draw, i),
             case=row["case"],
-        )
-        out["shares"], out["known"] = self.shares(organs, how)
-        out |= dict(
-            cut=self.cut(i, organs, out["shares"]),
-            order=rng("patches", self.seed, draw, i).permutation(self.patches),
-        )
-        ids, of, _ = self.coded[i]
-        return out | dict(
-            ids=ids,
-            of=of,
-            sentences=self.sentences[i][: of.max() + 1 if len(of) else 0],
+            organ_fractions=fractions,
+            organ_valid=valid,
+            finding_outside_crop=self.finding_outside_crop(i, organs, fractions),
+            patch_order=rng("patches", self.seed, draw, i).permutation(self.num_patches),
+            input_ids=input_ids,
+            token_to_sentence=token_to_sentence,
+            sentences=self.sentences[i][:kept],
             seed=derive_seed("words", self.seed, draw, i),
         )
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #cea6354e
 def collate(
     rows: list,  # samples
-    text,  # the frozen encoder
-    share: float,  # of words hidden
-) -> dict:  # what the model's forward takes
+    text_encoder,  # frozen
+    mlm_probability: float,  # share of words hidden
+) -> Batch:  # what the model's forward takes
     "A batch: padded, hidden words and sentence features from the frozen encoder"
-    b = dict(image=torch.from_numpy(np.stack([r["image"] for r in rows]))[:, None])
-    b |= {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in ("shares", "known", "order")}
-    tok = text.tokenizer
-    ids, of = (
-        torch.from_numpy(pad_rows([r[k] for r in rows], v))
-        for k, v in (("ids", tok.pad_token_id), ("of", -1))
+    tok = text_encoder.tokenizer
+    stack = {
+        k: torch.from_numpy(np.stack([r[k] for r in rows]))
+        for k in ("image", "organ_fractions", "organ_valid", "patch_order")
+    }
+    input_ids = torch.from_numpy(pad_rows([r["input_ids"] for r in rows], tok.pad_token_id))
+    token_to_sentence = torch.from_numpy(pad_rows([r["token_to_sentence"] for r in rows], -1))
+    masked = [
+        mask_tokens(
+            input_ids[k : k + 1],
+            token_to_sentence[k : k + 1],
+            mlm_probability,
+            tok.mask_token_id,
+            torch.Generator().manual_seed(row["seed"]),
+        )
+        for k, row in enumerate(rows)
+    ]
+    longest = max(len(r["sentences"]) for r in rows)
+    sentence_mask = torch.tensor([[s < len(r["sentences"]) for s in range(longest)] for r in rows])
+    sentence_embeds = torch.zeros(len(rows), longest, text_encoder.dim)
+    sentence_embeds[sentence_mask] = text_encoder.sentences(
+        [s for r in rows for s in r["sentences"]]
     )
-    hide = lambda k: mask_tokens(
-        ids[k : k + 1],
-        of[k : k + 1],
-        share,
-        tok.mask_token_id,
-        torch.Generator().manual_seed(rows[k]["seed"]),
-    )
-    masked, labels = map(torch.cat, zip(*map(hide, range(len(rows)))))
-    most = max(len(r["sentences"]) for r in rows)
-    real = torch.tensor([[s < len(r["sentences"]) for s in range(most)] for r in rows])
-    features = text.sentences([s for r in rows for s in r["sentences"]])
-    sentences = torch.zeros(len(rows), most, text.dim)
-    sentences[real] = features
-    return b | dict(
+    return Batch(
+        image=stack["image"][:, None],
+        organ_fractions=stack["organ_fractions"],
+        organ_valid=stack["organ_valid"],
+        patch_order=stack["patch_order"],
         case=[r["case"] for r in rows],
-        cut=torch.tensor([float(r["cut"]) for r in rows]),
-        ids=ids,
-        of=of,
-        pad=ids == tok.pad_token_id,
-        labels=labels,
-        masked=masked,
-        real=real,
-        sentences=sentences,
+        finding_outside_crop=torch.tensor([float(r["finding_outside_crop"]) for r in rows]),
+        input_ids=input_ids,
+        token_to_sentence=token_to_sentence,
+        padding_mask=input_ids == tok.pad_token_id,
+        mlm_labels=torch.cat([labels for _, labels in masked]),
+        masked_input_ids=torch.cat([ids for ids, _ in masked]),
+        sentence_mask=sentence_mask,
+        sentence_embeds=sentence_embeds,
     )

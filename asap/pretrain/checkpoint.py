@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WEIGHTS_MB', 'write_checkpoint', 'read_config',
-           'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'set_input_size', 'load',
-           'load_mae2d_blocks', 'code_license', 'git_revision', 'model_card', 'export_weights']
+           'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'ReleasedASAPHubModel',
+           'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'code_license', 'git_revision',
+           'model_card', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
 import argparse, configparser, os, shutil, subprocess, zipfile
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..core import atomic_write, read_json, project_root, log_message, write_json, write_text
-from ..model.asap import ASAP
+from ..model.asap import ASAP, ReleasedASAP, is_released
 from ..model.vit import ViT3D, sincos_pos_embed
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #cb9510ab
@@ -78,9 +79,9 @@ def save(
     card: str,  # Markdown: what it was trained on, for how long, what it is not for
 ):
     "Write a checkpoint folder"
-    if (size := tuple(model.config["size"])) != model.vit.size:
+    if (size := tuple(model.config["img_size"])) != model.vit.img_size:
         raise ValueError(
-            f"the encoder was resized to {model.vit.size}, its decoder and config.json are for {size}: "
+            f"the encoder was resized to {model.vit.img_size}, its decoder and config.json are for {size}: "
             "resize what `load` gives, and save the model as it was"
         )
     write_checkpoint(model.state_dict(), model.config, card, folder)
@@ -117,7 +118,7 @@ def load_model(
     folder, again = Path(folder), "make or fetch it again"
     config = read_config(folder, again)
     try:
-        model = ASAPHubModel(config)
+        model = build_hub_model(config)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
             f"{folder / 'config.json'} describes no model ({type(e).__name__}: {e}): make or fetch it again"
@@ -141,7 +142,7 @@ def load_aligned_models(
     "The arms that a sentence can be put to: those trained with an alignment"
     trained = [a for a in arms if read_json(Path(folder) / a / "metrics.json")["steps"]]
     found = {a: load_model(Path(folder) / a / "checkpoint") for a in trained}
-    return {a: m for a, m in found.items() if m.config["arm"]["align"]}
+    return {a: m for a, m in found.items() if m.config["arm"]["align_weight"]}
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fb580cc1
 class ASAPHubModel(ASAP, ModelHubMixin):
@@ -183,6 +184,15 @@ class ASAPHubModel(ASAP, ModelHubMixin):
         if push_to_hub:
             return self.push_to_hub(repo_id or Path(folder).name, **where)
 
+
+class ReleasedASAPHubModel(ASAPHubModel, ReleasedASAP):
+    "`ReleasedASAP` with the same methods"
+
+
+def build_hub_model(config: dict) -> ASAPHubModel:  # config of `build_config`
+    "The model of an arm, with weights as drawn"
+    return (ReleasedASAPHubModel if is_released(config["arm"]) else ASAPHubModel)(config)
+
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a53af14e
 def _sincos_grid(pos) -> tuple | None:  # (N,C) -> patches along H, W, D
     "The grid of a table of sines and cosines, None of any other table"
@@ -203,27 +213,28 @@ def set_input_size(
     size,  # voxels (H,W,D), whole patches along each axis
 ) -> ViT3D:  # the same
     "Fit an encoder to volumes of another size"
-    size, patch = tuple(size), encoder.patch
-    if size == encoder.size:
+    size, patch = tuple(size), encoder.patch_size
+    if size == encoder.img_size:
         return encoder
     if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)):
         raise ValueError(
             f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them"
         )
     grid = tuple(s // p for s, p in zip(size, patch))
-    if _sincos_grid(encoder.pos) == encoder.grid:
-        pos, how = sincos_pos_embed(grid, encoder.dim), "made anew from sines and cosines"
+    if _sincos_grid(encoder.pos_embed) == encoder.grid_size:
+        pos, how = sincos_pos_embed(grid, encoder.embed_dim), "made anew from sines and cosines"
     else:
-        h, w, d = encoder.grid
-        old = rearrange(encoder.pos.float(), "(h w d) c -> 1 c h w d", h=h, w=w, d=d)
+        h, w, d = encoder.grid_size
+        old = rearrange(encoder.pos_embed.float(), "(h w d) c -> 1 c h w d", h=h, w=w, d=d)
         pos, how = (
             rearrange(F.interpolate(old, grid, mode="trilinear"), "1 c h w d -> (h w d) c"),
             "stretched by trilinear interpolation",
         )
     log_message(
-        f"position table of {_format_size(encoder.size)} voxels {how} for {_format_size(size)}"
+        f"position table of {_format_size(encoder.img_size)} voxels {how} for {_format_size(size)}"
     )
-    encoder.pos, encoder.size, encoder.grid = pos.to(encoder.pos), size, grid
+    encoder.pos_embed = pos.to(encoder.pos_embed)
+    encoder.img_size, encoder.grid_size = size, grid
     return encoder
 
 
@@ -231,7 +242,7 @@ def _format_size(size) -> str:
     return "x".join(f"{s:g}" for s in size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #9b2a3067
-RELEASED_INPUT = dict(size=(224, 224, 112), spacing=(1.5, 1.5, 3.0), window=(-1000, 1000))
+RELEASED_INPUT = dict(img_size=(224, 224, 112), spacing=(1.5, 1.5, 3.0), hu_range=(-1000, 1000))
 NON_ENCODER_PREFIXES = (
     "mask_token",
     "decoder",
@@ -324,27 +335,18 @@ def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, patches
     )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #8824ec29
-def _convert_names(found: dict) -> dict:  # by our names
-    "Weights as `ViT3D` calls them"
-    names = {
-        "attn.proj": "attend.out",
-        "mlp.fc1": "mlp.0",
-        "mlp.fc2": "mlp.2",
-        "patch_embed.proj": "embed",
-    }
+def _convert_shapes(found: dict) -> dict:  # as `ViT3D` holds them
+    "The same names; what the file fuses is split, a convolution's kernel is a matrix, the table has no class token's row"
     out = {}
     for k, v in found.items():
-        for theirs, our in names.items():
-            k = k.replace(theirs, our)
         if "attn.qkv" in k:
-            out[k.replace("attn.qkv", "attend.q")], out[k.replace("attn.qkv", "attend.kv")] = (
-                v.tensor_split([len(v) // 3])
-            )
+            q, kv = k.replace("attn.qkv", "attn.q"), k.replace("attn.qkv", "attn.kv")
+            out[q], out[kv] = v.tensor_split([len(v) // 3])
         else:
-            out[k] = v.flatten(1) if k == "embed.weight" else v
+            out[k] = v.flatten(1) if k == "patch_embed.proj.weight" else v
     if "pos_embed" in out:
-        pos = out.pop("pos_embed")
-        out |= dict(cls=out.pop("cls_token") + pos[:, :1], pos=pos[0, 1:])
+        pos = out["pos_embed"]
+        out |= dict(cls_token=out["cls_token"] + pos[:, :1], pos_embed=pos[0, 1:])
     return out
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c1466a92
@@ -355,10 +357,10 @@ def _infer_input_size(path, pos, patch, size) -> tuple:  # voxels that the file'
     many = lambda s: (
         prod(s) // prod(patch) if len(s) == 3 and not any(a % p for a, p in zip(s, patch)) else None
     )
-    for s in (RELEASED_INPUT["size"], tuple(size or ())):
+    for s in (RELEASED_INPUT["img_size"], tuple(size or ())):
         if many(s) == len(pos):
             return s
-    s = size or RELEASED_INPUT["size"]
+    s = size or RELEASED_INPUT["img_size"]
     raise ValueError(
         f"{path}: `pos_embed` has {len(pos)} patches of {_format_size(patch)} voxels, expected {many(s) or 'a whole number'} in {_format_size(s)}: "
         "say in `size` what it was trained at, and `set_input_size` what comes out"
@@ -370,23 +372,24 @@ def _load_released(path, size, heads, leave_out) -> ViT3D:
     found, left = _read_released_weights(path, leave_out)
     dim, depth, patch, n = _infer_dimensions(found)
     _check_tensors(found, _expected_encoder_tensors(dim, depth, patch, n), path, _RETRY_HINT)
-    heads, ours = heads or dim // 64, _convert_names(found)
+    heads, ours = heads or dim // 64, _convert_shapes(found)
     if not heads or dim % heads:
         raise ValueError(
             f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in `heads`"
         )
-    pos, trained = ours["pos"], _infer_input_size(path, ours["pos"], patch, size)
+    pos = ours["pos_embed"]
+    trained = _infer_input_size(path, pos, patch, size)
     vit = ViT3D(trained, patch, dim, depth, heads)
     vit.load_state_dict(ours, strict=True)
     log_message(
         f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of {_format_size(trained)}; {left}"
     )
-    away = float((pos - sincos_pos_embed(vit.grid, dim)).abs().max())
+    away = float((pos - sincos_pos_embed(vit.grid_size, dim)).abs().max())
     if not _sincos_grid(pos):
         log_message(
             f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} away) and is used as it is"
         )
-    vit.spacing, vit.window = RELEASED_INPUT["spacing"], RELEASED_INPUT["window"]
+    vit.spacing, vit.hu_range = RELEASED_INPUT["spacing"], RELEASED_INPUT["hu_range"]
     return set_input_size(vit, size or trained)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fa975214
@@ -396,7 +399,7 @@ def load(
     heads: int | None = None,  # of a file; 64 channels each when None
     leave_out=(),  # of a file: how further names begin that are no part of the encoder
 ) -> ViT3D:  # in eval mode
-    "The encoder: `encode_tokens(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first; `size`, `check_spacing`, `window` say what it takes"
+    "The encoder: `forward_features(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first; `img_size`, `spacing`, `hu_range` say what it takes"
     if Path(path).is_file():
         return _load_released(path, size, heads, leave_out).eval()
     if not Path(path).exists():
@@ -404,8 +407,9 @@ def load(
             f"{path} is missing: expected a checkpoint folder, or a file that the paper's code wrote"
         )
     model = load_model(path)
-    model.vit.spacing, model.vit.window = tuple(model.config["spacing"]), tuple(model.config["hu"])
-    return set_input_size(model.vit, size or model.vit.size)
+    model.vit.spacing = tuple(model.config["spacing"])
+    model.vit.hu_range = tuple(model.config["hu_range"])
+    return set_input_size(model.vit, size or model.vit.img_size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #64f8b6da
 def load_mae2d_blocks(
@@ -426,13 +430,13 @@ def load_mae2d_blocks(
     depth = len(vit.blocks)
     _check_tensors(
         found,
-        _expected_block_tensors(vit.dim, depth),
+        _expected_block_tensors(vit.embed_dim, depth),
         path,
-        f"take a ViT's file of {depth} blocks of width {vit.dim}, as this encoder has, or {_RETRY_HINT}",
+        f"take a ViT's file of {depth} blocks of width {vit.embed_dim}, as this encoder has, or {_RETRY_HINT}",
     )
-    vit.load_state_dict(vit.state_dict() | _convert_names(found), strict=True)
+    vit.load_state_dict(vit.state_dict() | _convert_shapes(found), strict=True)
     log_message(
-        f"{Path(path).name}: {depth} blocks of width {vit.dim} and the last norm taken; {left}"
+        f"{Path(path).name}: {depth} blocks of width {vit.embed_dim} and the last norm taken; {left}"
     )
     return vit
 
@@ -469,8 +473,8 @@ _ONCE = (
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; parameters, encoder and seconds where they are known
-    study: dict,  # spacing, hu, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
+    metrics: dict,  # steps; num_parameters, num_encoder_parameters and seconds where they are known
+    study: dict,  # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
 ) -> str:  # Markdown
     "What this is, in words and counts, without a patient"
     known, m = (
@@ -495,18 +499,20 @@ def model_card(
             if known.get(k)
         ),
         f"{_data_statement(known['phantom'])} For no clinical use.",
-        *([_ONCE] if known["steps"] and config["arm"]["contrast"] == "region" else []),
+        *([_ONCE] if known["steps"] and config["arm"]["contrast_level"] == "region" else []),
         f"Licence of code and weights: {known['licence']}.",
-        "Load: `asap.pretrain.checkpoint.load(folder).tokens(x)`.",
+        "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",
     ]
     count = "".join(
         f", {known[k]:,} {of}"
-        for k, of in dict(encoder="parameters", parameters="with decoders and text side").items()
+        for k, of in dict(
+            num_encoder_parameters="parameters", num_parameters="with decoders and text side"
+        ).items()
         if k in known
     )
     return f"""# Arm `{arm}`
 
-A 3-D vision transformer for chest CT: input {_format_size(config["size"])} voxels at {_format_size(study["spacing"])} mm, HU {_format_size(study["hu"]).replace("x", " to ")} mapped to [-1, 1], RAS; patches of {_format_size(config["patch"])} voxels; {m["depth"]} blocks of width {m["dim"]}, {m["heads"]} heads{count}.
+A 3-D vision transformer for chest CT: input {_format_size(config["img_size"])} voxels at {_format_size(study["spacing"])} mm, HU {_format_size(study["hu_range"]).replace("x", " to ")} mapped to [-1, 1], RAS; patches of {_format_size(config["patch_size"])} voxels; {m["depth"]} blocks of width {m["embed_dim"]}, {m["num_heads"]} heads{count}.
 
 """ + "".join(f"- {line}\n" for line in lines)
 
@@ -537,12 +543,12 @@ def export_weights(
     for f in (run / "metrics.json", made, minutes):
         if not f.exists():
             raise FileNotFoundError(f"{f} is missing: run `dvc repro {stage}` first")
-    if read_json(run / "metrics.json").get("weights") != "trained":
+    if read_json(run / "metrics.json").get("weights_source") != "trained":
         return None
     how = f"- Trained by the stage `{stage}` in {read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores; code at commit `{git_revision() or 'unknown'}`.\n"
     with atomic_write(base / "weights" / name) as tmp:
         shutil.copytree(made, tmp)
-        for f in () if text else ("recipe.json", "log.csv", "watch.csv"):
+        for f in () if text else ("recipe.json", "log.csv", "eval.csv"):
             shutil.copy(run / f, tmp / f)
         about = (
             "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on the train split's reports. For no clinical use.\n\n"

@@ -51,31 +51,36 @@ class ImageDataset(torch.utils.data.Dataset):
     "Volumes as an encoder takes them"
 
     def __init__(self, paths, encoder, size, hu):
-        self.paths, of = (
-            list(paths),
-            lambda name, other: tuple(getattr(encoder, name, None) or other or ()) or None,
-        )
-        self.size, self.hu, self.spacing = of("size", size), of("window", hu), of("spacing", None)
+
+        def choose(name, default):
+            return tuple(getattr(encoder, name, None) or default or ()) or None
+
+        self.paths = list(paths)
+        self.img_size = choose("img_size", size)
+        self.hu_range = choose("hu_range", hu)
+        self.spacing = choose("spacing", None)
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return load_image(self.paths[i], self.size, self.hu, self.spacing)
+        return load_image(self.paths[i], self.img_size, self.hu_range, self.spacing)
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #8d0854d9
 @torch.no_grad()
 def encode_tokens(
-    encoder,  # an object with `encode_tokens(x)`, or `encode_tokens(x, norm=...)` where it can leave its last norm out
+    encoder,  # an object with `forward_features(x)`, or `forward_features(x, norm=...)` where it can leave its last norm out
     x,  # (B,1,H,W,D)
 ) -> torch.Tensor:  # (B,1+N,C) float32 on the CPU
     "Tokens before the last norm; what is not (B,1+N,C) is an error that says what came"
-    kw = dict(norm=False) if "norm" in inspect.signature(encoder.tokens).parameters else {}
+    kw = (
+        dict(norm=False) if "norm" in inspect.signature(encoder.forward_features).parameters else {}
+    )
     with torch.autocast(x.device.type, torch.bfloat16, enabled=resolve_precision() == "bf16"):
-        t = encoder.tokens(x, **kw)
+        t = encoder.forward_features(x, **kw)
     if not torch.is_tensor(t) or t.ndim != 3 or len(t) != len(x) or t.shape[1] < 2:
         raise ValueError(
-            f"{type(encoder).__name__}.tokens gave {tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of {tuple(x.shape)}, "
+            f"{type(encoder).__name__}.forward_features gave {tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of {tuple(x.shape)}, "
             "expected a tensor (B, 1+N, C): the class token, then at least one patch"
         )
     return t.float().cpu()
@@ -265,12 +270,12 @@ def encoder_from_factory(
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ValueError(
-            f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as asap.pretrain.embed:histogram"
+            f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as asap.pretrain.embed:HistogramEncoder"
         ) from None
     encoder = made()
-    if not callable(getattr(encoder, "tokens", None)):
+    if not callable(getattr(encoder, "forward_features", None)):
         raise ValueError(
-            f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no tokens(x)"
+            f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no forward_features(x)"
         )
     return encoder
 
@@ -278,7 +283,7 @@ def encoder_from_factory(
 class HistogramEncoder:
     "How much of a volume has which HU: 64 bins of the whole as its one token. No encoder that a probe reads should lose to it"
 
-    def tokens(self, x):
+    def forward_features(self, x):
         flat = x.flatten(1).float()
         edges = torch.linspace(-1, 1, 65, device=x.device)
         place = torch.bucketize(flat, edges[1:-1])

@@ -9,6 +9,7 @@ __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECI
            'bootstrap_difference', 'run', 'recipe', 'recipe_matches', 'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,17 @@ from asap.core import (
     derive_seed,
 )
 from ..data.crops import center_crop
-from ..model.align import weighted_pool, soft_topk
-from ..model.asap import ASAP, build_config, reconstruction_loss
-from ..model.fuse import mlm_loss
-from ..model.vit import ConvStem, random_masking, patchify, gather_patches
+from ..model.align import AlignmentOutput, soft_topk
+from asap.model.asap import (
+    ASAP,
+    Batch,
+    EncoderOutput,
+    ReleasedASAP,
+    build_asap,
+    build_config,
+    reconstruction_loss,
+)
+from ..model.vit import ConvStem, patchify, gather_patches
 from .batches import ImageReportDataset, collate
 from ..train import get_device, fit
 
@@ -50,7 +58,7 @@ PRETRAIN_MODULES = [
 def build_model(p, arm, text, seed) -> ASAP:
     "A model with weights that belong to the seed; every arm starts from the same ones"
     torch.manual_seed(derive_seed("model", seed))
-    return ASAP(build_config(p, arm, text.dim, len(text.tokenizer)))
+    return build_asap(build_config(p, arm, text.dim, len(text.tokenizer)))
 
 
 def fit_stem(
@@ -58,25 +66,34 @@ def fit_stem(
     data,  # `ImageReportDataset` of some train cases, centre crops
 ):
     "Fit the stem's decorrelation to some images: no label, no report, the same for every arm"
-    if not isinstance(model.vit.embed, ConvStem):
+    if not isinstance(model.vit.patch_embed, ConvStem):
         return
     some = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
-    model.vit.embed.fit(patchify(torch.stack(some)[:, None], model.vit.patch)[:, ::5])
+    patches = patchify(torch.stack(some)[:, None], model.vit.patch_size)
+    model.vit.patch_embed.fit_whitening(patches[:, ::5])
 
 
 def is_trained(arm) -> bool:
-    return any(arm[k] for k in ("voxels", "organs", "align", "words"))
+    return any(arm[k] for k in ("recon_weight", "organ_weight", "align_weight", "mlm_weight"))
 
 
-def add_text_features(b, text, words: bool, dropout: bool = False) -> dict:  # a batch of `collate`
+def add_text_features(
+    batch: Batch,  # of `collate`
+    text_encoder,  # frozen
+    tokens: bool,  # are hidden words guessed?
+    dropout: bool = False,
+) -> Batch:
     "What the frozen encoder says of a batch's hidden report; with dropout, of its sentences too, anew each time"
+    masked, of = batch["masked_input_ids"], batch["token_to_sentence"]
     if not dropout:
-        return dict(b, words=text.tokens(b["masked"], b["of"])) if words else b
-    with text.in_training():
+        return dict(batch, token_embeds=text_encoder.tokens(masked, of)) if tokens else batch
+    with text_encoder.in_training():
         return dict(
-            b,
-            words=text.tokens(b["masked"], b["of"]),
-            sentences=text.means(b["ids"], b["of"], b["real"].shape[1]),
+            batch,
+            token_embeds=text_encoder.tokens(masked, of),
+            sentence_embeds=text_encoder.means(
+                batch["input_ids"], of, batch["sentence_mask"].shape[1]
+            ),
         )
 
 
@@ -87,46 +104,43 @@ def train(
     seed,
     folder=None,  # for resume state, log and what was watched
     fp=None,
-    watch=None,  # (model, step) -> dict
+    on_eval=None,  # (model, step) -> dict
     label: str = "pretrain",
 ) -> pd.DataFrame:  # the log
     "Fit one arm"
-    text, t = data.text, p.pretrain
+    text, t = data.text_encoder, p.pretrain
     text.to(get_device())
     text.sentences(
         sorted({s for r in data.sentences for s in r})
     )  # once, in one order: a feature's last bits depend on its batch, and a resumed run must find the same
-    words, dropout, factor = (
-        bool(model.arm["words"]),
-        model.has("text_dropout"),
-        model.arm.get("rate", 1),
-    )
+    tokens, lr_scale = bool(model.arm["mlm_weight"]), model.arm.get("lr_scale", 1)
+    dropout = isinstance(model, ReleasedASAP) and model.has_bug("text_dropout")
 
     def loss(m, b, step):
-        return m(add_text_features(b, text, words, dropout))
+        return m(add_text_features(b, text, tokens, dropout))
 
     return fit(
         model,
         loss,
         data,
         steps=t.steps,
-        batch=t.batch,
-        accumulate=t.accumulate,
-        workers=t.workers,
-        lr=t.lr * factor,
-        matrices=model.matrices() if t.optimizer == "muon" else (),
-        matrix_lr=t.matrix_lr * factor,
-        warmup=t.warmup,
+        batch=t.batch_size,
+        accumulate=t.accum_iter,
+        workers=t.num_workers,
+        lr=t.lr * lr_scale,
+        matrices=model.muon_params() if t.optimizer == "muon" else (),
+        matrix_lr=t.muon_lr * lr_scale,
+        warmup=t.warmup_steps,
         weight_decay=t.weight_decay,
-        clip=t.clip,
+        clip=t.max_grad_norm,
         precision_=t.precision,
         seed=("pretrain", seed),
         folder=folder,
         fp=fp,
-        save_every=t.save_every,
-        watch=watch,
-        watch_every=t.watch_every,
-        collate=lambda rows: collate(rows, text, t.word_mask),
+        save_every=t.checkpoint_every,
+        on_eval=on_eval,
+        eval_every=t.eval_every,
+        collate=lambda rows: collate(rows, text, t.mlm_probability),
         label=label,
     )
 
@@ -134,11 +148,11 @@ def train(
 def positional_baseline(data: ImageReportDataset) -> dict:  # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
     found = (
-        data.shares(o, center_crop(o.shape, data.p.volumes.size))
+        data.organ_fractions(o, center_crop(o.shape, data.params.volumes.size))
         for r in progress_bar(data.rows, label="places")
-        if (o := data.organs(r)) is not None
+        if (o := data.load_organ_map(r)) is not None
     )
-    every = np.stack([shares for shares, known in found if known.all()] or [data.none[0]])
+    every = np.stack([f for f, valid in found if valid.all()] or [data.empty_organ_fractions[0]])
     return dict(mean=every.mean(0), median=np.median(every, 0))
 
 
@@ -146,7 +160,7 @@ def organ_fraction_errors(
     sample, guess, guesses
 ) -> dict:  # mean absolute errors, with and without background, and per group
     "How far shares are from the truth, over known patches"
-    truth, known = sample["shares"], sample["known"]
+    truth, known = sample["organ_fractions"], sample["organ_valid"]
     out = {}
     if not known.any():
         return out  # no organ map
@@ -167,33 +181,49 @@ def mismatched_patients(patients) -> list:  # for each case of a batch, one of a
 
 
 def mlm_accuracy(
-    model, b, latent, aligned
+    model: ASAP,
+    batch: Batch,
+    encoded: EncoderOutput,
+    aligned: AlignmentOutput,
 ) -> torch.Tensor:  # (B,) share of the hidden words that are found
     "Hidden words, guessed with these images"
-    x, asked = model.fuse(b["words"], b["pad"], latent, b["of"], aligned), b["labels"] >= 0
-    right = (model.fuse.vocab(x).argmax(-1) == b["labels"]) & asked
-    return right.sum(1) / asked.sum(1).clamp(min=1)
+    x = model.forward_fusion(
+        encoded=encoded,
+        aligned=aligned,
+        token_embeds=batch["token_embeds"],
+        padding_mask=batch["padding_mask"],
+        token_to_sentence=batch["token_to_sentence"],
+    )
+    hidden = batch["mlm_labels"] >= 0
+    right = (model.fusion.mlm_head(x).argmax(-1) == batch["mlm_labels"]) & hidden
+    return right.sum(1) / hidden.sum(1).clamp(min=1)
 
 
-def retrieval_accuracy(aligned, real, k, duplicate, frozen) -> tuple:  # (B,) each
+def retrieval_accuracy(
+    aligned: AlignmentOutput,
+    sentence_mask,  # (B,S) bool
+    k,  # (B,S) patches of each sentence
+    false_negative_threshold: float,
+    sentence_embeds,  # (B,S,C')
+) -> tuple:  # (B,) each
     "Share of a report's sentences that their region finds among the report's own, and that find their image among the batch's"
-    mask = lambda s, other: s.masked_fill(other, -torch.inf)
+    real, text = sentence_mask, aligned.text_embeds
     eye = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    other = ~real[:, None] | ((frozen @ frozen.transpose(1, 2) >= duplicate) & ~eye)
-    within = mask(aligned["region"] @ aligned["text"].transpose(1, 2), other).argmax(
-        -1
-    ) == torch.arange(real.shape[1], device=real.device)
+    same = sentence_embeds @ sentence_embeds.transpose(1, 2) >= false_negative_threshold
+    scores = aligned.region_embeds @ text.transpose(1, 2)
+    scores = scores.masked_fill(~real[:, None] | (same & ~eye), -torch.inf)
+    intra = scores.argmax(-1) == torch.arange(real.shape[1], device=real.device)
     w = soft_topk(
-        torch.einsum("bsc,avc->bsav", aligned["text"], aligned["patches"][0]),
+        torch.einsum("bsc,avc->bsav", text, aligned.patch_embeds[0]),
         k[..., None].expand(-1, -1, len(real)),
         0.0,
     )
     score = (
-        torch.einsum("bsav,avc->bsac", w / w.sum(-1, keepdim=True), aligned["patches"][-1])
-        * aligned["text"][:, :, None]
+        torch.einsum("bsav,avc->bsac", w / w.sum(-1, keepdim=True), aligned.patch_embeds[-1])
+        * text[:, :, None]
     ).sum(-1)
-    across = score.argmax(-1) == torch.arange(len(real), device=real.device)[:, None]
-    return tuple((x & real).sum(1) / real.sum(1).clamp(min=1) for x in (within, across))
+    inter = score.argmax(-1) == torch.arange(len(real), device=real.device)[:, None]
+    return tuple((x & real).sum(1) / real.sum(1).clamp(min=1) for x in (intra, inter))
 
 
 @torch.no_grad()
@@ -201,14 +231,14 @@ def evaluate(
     model: ASAP,
     data: ImageReportDataset,  # held-out cases, centre crops
     guesses: dict,  # of `positional_baseline`
-    visible: float,
-    word_mask: float,
+    mask_ratio: float,
+    mlm_probability: float,
     batch: int = 16,
     label: str | None = "held-out",  # of the bar; None: no bar
 ) -> pd.DataFrame:  # a row a case
     "What a model makes of cases that it was not trained on; what its arm does not train is left empty"
     model.eval().to(get_device())
-    data.text.to(get_device())
+    data.text_encoder.to(get_device())
     rows, arm = [], model.arm
     starts = range(0, len(data), batch)
     for i in progress_bar(starts, label=label) if label else starts:
@@ -216,74 +246,67 @@ def evaluate(
         b = add_text_features(
             {
                 k: v.to(get_device()) if torch.is_tensor(v) else v
-                for k, v in collate(samples, data.text, word_mask).items()
+                for k, v in collate(samples, data.text_encoder, mlm_probability).items()
             },
-            data.text,
-            bool(arm["words"]),
+            data.text_encoder,
+            bool(arm["mlm_weight"]),
         )
-        patches = patchify(b["image"], model.vit.patch)
-        keep, rest = random_masking(b["order"], visible)
-        first = model.vit.embedded(patches, keep)
-        latent = model.vit.mixed(first)
+        encoded = model.forward_encoder(b["image"], b["patch_order"], mask_ratio)
         out = [
             dict(case=s["case"], patient=data.rows[i + j].get("patient"))
             for j, s in enumerate(samples)
         ]
-        put = lambda name, values: [o.update({name: float(v)}) for o, v in zip(out, values)]
-        if arm["voxels"] or arm["organs"]:
-            shares, voxels = model.decoder(latent, keep, rest)
-        if arm["voxels"]:
+
+        def put(name, values):
+            for o, v in zip(out, values):
+                o[name] = float(v)
+
+        if arm["recon_weight"] or arm["organ_weight"]:
+            logits, pred = model.decoder(encoded.latent, encoded.ids_keep, encoded.ids_mask)
+        if arm["recon_weight"]:
+            target = gather_patches(encoded.patches, encoded.ids_mask)
             put(
-                "voxels",
+                "recon",
                 (
-                    reconstruction_loss(g[None], t[None], model.norm_patch)
-                    for g, t in zip(voxels, gather_patches(patches, rest))
+                    reconstruction_loss(g[None], t[None], model.norm_pix_loss)
+                    for g, t in zip(pred, target)
                 ),
             )
-        if arm["organs"]:
-            [
+        if arm["organ_weight"]:
+            for o, s, g in zip(out, samples, model.predict_organ_fractions(logits).cpu().numpy()):
                 o.update(organ_fraction_errors(s, g, guesses))
-                for o, s, g in zip(
-                    out,
-                    samples,
-                    (
-                        shares.float().sigmoid()
-                        if model.has("separate_bce")
-                        else shares.float().softmax(-1)
-                    )
-                    .cpu()
-                    .numpy(),
-                )
-            ]
-        aligned = dict(
-            model.align(latent[:, 1:], b["sentences"], first[:, 1:], hard=True), real=b["real"]
-        )
-        if arm["align"] and arm["contrast"] == "region":
-            within, across = retrieval_accuracy(
-                aligned, b["real"], aligned["k"], model.duplicate, b["sentences"]
+        sentences = dict(sentence_embeds=b["sentence_embeds"], sentence_mask=b["sentence_mask"])
+        aligned = model.forward_alignment(encoded, **sentences, hard=True)
+        if arm["align_weight"] and arm["contrast_level"] == "region":
+            intra, inter = retrieval_accuracy(
+                aligned,
+                b["sentence_mask"],
+                aligned.k,
+                model.false_negative_threshold,
+                b["sentence_embeds"],
             )
-            put("within", within)
-            put("across", across)
+            put("intra_report_accuracy", intra)
+            put("inter_report_accuracy", inter)
             for q in (0.1, 0.5, 0.9):
                 put(
                     f"k{q:.0%}"[:-1],
-                    (k[r].quantile(q) / keep.shape[1] for k, r in zip(aligned["k"], b["real"])),
-                )
-        if arm["words"]:
-            other = torch.tensor(
-                mismatched_patients([o["patient"] for o in out]), device=keep.device
-            )
-            put("words", mlm_accuracy(model, b, latent, aligned))
-            put(
-                "words_stranger",
-                mlm_accuracy(
-                    model,
-                    b,
-                    latent[other],
-                    dict(
-                        model.align(latent[other, 1:], b["sentences"], first[other, 1:], hard=True),
-                        real=b["real"],
+                    (
+                        k[r].quantile(q) / encoded.ids_keep.shape[1]
+                        for k, r in zip(aligned.k, b["sentence_mask"])
                     ),
+                )
+        if arm["mlm_weight"]:
+            other = torch.tensor(
+                mismatched_patients([o["patient"] for o in out]), device=encoded.latent.device
+            )
+            swapped = replace(
+                encoded, embedded=encoded.embedded[other], latent=encoded.latent[other]
+            )
+            put("mlm_accuracy", mlm_accuracy(model, b, encoded, aligned))
+            put(
+                "mlm_accuracy_mismatched",
+                mlm_accuracy(
+                    model, b, swapped, model.forward_alignment(swapped, **sentences, hard=True)
                 ),
             )
         rows += out
@@ -291,14 +314,14 @@ def evaluate(
 
 
 EVAL_COLUMNS = [
-    "voxels",
+    "recon",
     "mae_model",
     "mae_mean",
     "mae_median",
-    "words",
-    "words_stranger",
-    "within",
-    "across",
+    "mlm_accuracy",
+    "mlm_accuracy_mismatched",
+    "intra_report_accuracy",
+    "inter_report_accuracy",
     "k10",
     "k50",
     "k90",
@@ -308,11 +331,12 @@ EVAL_COLUMNS = [
 def make_eval_callback(data: ImageReportDataset, guesses, p):  # (model, step) -> dict
     "The means of `evaluate` over some held-out cases, for `fit`"
 
-    def watch(model, step):
-        rows = evaluate(model, data, guesses, p.pretrain.visible, p.pretrain.word_mask, label=None)
+    def on_eval(model, step):
+        t = p.pretrain
+        rows = evaluate(model, data, guesses, t.mask_ratio, t.mlm_probability, label=None)
         return {k: round(float(rows[k].mean()), 5) for k in EVAL_COLUMNS if k in rows}
 
-    return watch
+    return on_eval
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #0a683b91
 def compare_to_baseline(
@@ -361,15 +385,15 @@ def run(
     folder: Path,  # where it can resume from
     inputs: dict,  # what goes in: `asap.data.cohort.corpus_digest`, and the text encoder's hash
     shipped: Path | None = None,  # a checkpoint folder with its recipe, taken where that fits
-) -> tuple:  # model, log, watched, rows, metrics
+) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or take its shipped weights, and ask it what it learnt"
     seed = p.study.seed
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build_model(p, arm, text, seed)
     data = ImageReportDataset(parts["train"], p, text, seed)
-    if data.lost:
+    if data.num_truncated:
         log_message(
-            f"{data.lost} of {len(data)} reports are longer than text.max_length {text.max_length}: their last sentences are left out"
+            f"{data.num_truncated} of {len(data)} reports are longer than text.max_length {text.max_length}: their last sentences are left out"
         )
     nothing = pd.DataFrame(dict(step=[0], loss=[0.0])), pd.DataFrame(dict(step=[0]))
     plain = lambda rows: ImageReportDataset(rows, p, text, seed, augment=False)
@@ -379,12 +403,12 @@ def run(
             model,
             *nothing,
             pd.DataFrame(columns=["case", "patient"]),
-            dict(arm=name, steps=0, weights="none", recipe={}, **count_parameters(model)),
+            dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
         )
-    guesses = positional_baseline(plain(parts["train"])) if arm["organs"] else {}
+    guesses = positional_baseline(plain(parts["train"])) if arm["organ_weight"] else {}
     fp = recipe(arm, p, inputs, seed)
     if shipped and recipe_matches(shipped, fp):
-        log, watched, how = *load_shipped(shipped, model), "shipped"
+        log, eval_log, source = *load_shipped(shipped, model), "shipped"
     else:
         log = train(
             model,
@@ -393,20 +417,22 @@ def run(
             seed,
             folder,
             dict(fp, code=code_hash(*PRETRAIN_MODULES)),
-            make_eval_callback(plain(parts["val"].head(p.pretrain.watch_cases)), guesses, p),
+            make_eval_callback(plain(parts["val"].head(p.pretrain.num_eval_cases)), guesses, p),
             f"pretrain {name}",
         )
-        watched, how = pd.read_csv(folder / "watch.csv"), "trained"
-    rows = evaluate(model, plain(parts["test"]), guesses, p.pretrain.visible, p.pretrain.word_mask)
+        eval_log, source = pd.read_csv(folder / "eval.csv"), "trained"
+    rows = evaluate(
+        model, plain(parts["test"]), guesses, p.pretrain.mask_ratio, p.pretrain.mlm_probability
+    )
     return (
         model,
         log,
-        watched,
+        eval_log,
         rows,
         dict(
             arm=name,
             steps=int(p.pretrain.steps),
-            weights=how,
+            weights_source=source,
             recipe=fp,
             **summarize(rows),
             **count_parameters(model),
@@ -419,10 +445,10 @@ INPUT_TOLERANCES = dict(
 )  # how far means of the same corpus, made on two machines, may be apart
 IGNORED_RECIPE_KEYS = (
     "weights",
-    "save_every",
-    "workers",
-    "watch_every",
-    "watch_cases",
+    "checkpoint_every",
+    "num_workers",
+    "eval_every",
+    "num_eval_cases",
     "precision",
 )  # change nothing of what is learnt, or only its last bits
 
@@ -431,12 +457,12 @@ def recipe(arm, p, inputs, seed) -> dict:  # fingerprint
     "What weights depend on, the code apart"
     dump = {k: getattr(p, k).model_dump() for k in ("model", "pretrain", "volumes")}
     dump["pretrain"] = {
-        k: v * arm.get("rate", 1) if k in ("lr", "matrix_lr") else v
+        k: v * arm.get("lr_scale", 1) if k in ("lr", "muon_lr") else v
         for k, v in dump["pretrain"].items()
         if k not in IGNORED_RECIPE_KEYS
     }
     return fingerprint(
-        arm={k: v for k, v in arm.items() if k != "rate"},
+        arm={k: v for k, v in arm.items() if k != "lr_scale"},
         **dump,
         groups=p.anatomy.groups,
         inputs=inputs,
@@ -465,7 +491,7 @@ def recipe_matches(
     return why is None
 
 
-def load_shipped(folder, model) -> tuple:  # log, watched
+def load_shipped(folder, model) -> tuple:  # log, eval_log
     "Shipped weights into a model, with the log of their training"
     file = Path(folder) / "model.safetensors"
     try:
@@ -474,21 +500,28 @@ def load_shipped(folder, model) -> tuple:  # log, watched
         raise ValueError(
             f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), or say pretrain.weights: none"
         ) from None
-    return tuple(pd.read_csv(Path(folder) / f"{k}.csv") for k in ("log", "watch"))
+    return tuple(pd.read_csv(Path(folder) / f"{k}.csv") for k in ("log", "eval"))
 
 
 def summarize(rows) -> dict:  # for metrics.json
     "What held-out cases say, with intervals by patient"
-    out = {k: round(float(rows[k].mean()), 5) for k in ("voxels", "within", "across") if k in rows}
+    columns = ("recon", "intra_report_accuracy", "inter_report_accuracy")
+    out = {k: round(float(rows[k].mean()), 5) for k in columns if k in rows}
     out["organs"] = (
         {k: compare_to_baseline(rows, k) for k in ("mae", "mae_organs")}
         if "mae_model" in rows
         else {}
     )
-    out["words"] = bootstrap_difference(rows, "words", "words_stranger") if "words" in rows else {}
+    out["mlm_accuracy"] = (
+        bootstrap_difference(rows, "mlm_accuracy", "mlm_accuracy_mismatched")
+        if "mlm_accuracy" in rows
+        else {}
+    )
     return out
 
 
 def count_parameters(model) -> dict:  # parameters of the whole and of the encoder
-    count = lambda m: sum(q.numel() for q in m.parameters())
-    return dict(parameters=count(model), encoder=count(model.vit))
+    def count(module):
+        return sum(q.numel() for q in module.parameters())
+
+    return dict(num_parameters=count(model), num_encoder_parameters=count(model.vit))

@@ -56,7 +56,7 @@ CT_RATE_TRAIN_VOLUMES = 47_143  # of CT-RATE
 # %% ../../nbs/8_study/85_cost.ipynb #co09steps
 def count_steps(p, a: CostAssumptions = CostAssumptions()) -> dict:  # params
     "Volumes a step, volumes seen, passes through the train split"
-    each = p.pretrain.batch * p.pretrain.accumulate * a.gpus
+    each = p.pretrain.batch_size * p.pretrain.accum_iter * a.gpus
     return dict(
         steps=p.pretrain.steps,
         volumes_a_step=each,
@@ -71,7 +71,7 @@ def block_flops(n, d: int, ratio: float = 4) -> float:
 
 
 def count_patches(p) -> int:
-    return prod(s // q for s, q in zip(p.volumes.size, p.model.patch))
+    return prod(s // q for s, q in zip(p.volumes.size, p.model.patch_size))
 
 
 def forward_flops(
@@ -80,19 +80,19 @@ def forward_flops(
     dict
 ):  # params, a row of arms, word pieces of a report, and of its padded form -> GFLOP by part
     "Operations of one volume in pre-training, forward"
-    m, t, n, voxels = p.model, p.text, count_patches(p), prod(p.model.patch)
-    seen = round(n * p.pretrain.visible) + 1
-    out = dict(encoder=2 * seen * voxels * m.dim + m.depth * block_flops(seen, m.dim))
-    if arm.voxels or arm.organs:
+    m, t, n, voxels = p.model, p.text, count_patches(p), prod(p.model.patch_size)
+    seen = round(n * (1 - p.pretrain.mask_ratio)) + 1
+    out = dict(encoder=2 * seen * voxels * m.embed_dim + m.depth * block_flops(seen, m.embed_dim))
+    if arm.recon_weight or arm.organ_weight:
         out["decoder"] = (
-            (m.decoder_depth if arm.voxels else 2) * block_flops(n + 1, m.decoder_dim)
-            + 2 * seen * m.dim * m.decoder_dim
-            + 2 * (n + 1 - seen) * voxels * m.decoder_dim * bool(arm.voxels)
+            (m.decoder_depth if arm.recon_weight else 2) * block_flops(n + 1, m.decoder_embed_dim)
+            + 2 * seen * m.embed_dim * m.decoder_embed_dim
+            + 2 * (n + 1 - seen) * voxels * m.decoder_embed_dim * bool(arm.recon_weight)
         )
-    if arm.words:
-        out["words"] = _mlm_flops(m, t, seen, report, tokens, p.pretrain.word_mask)
-    if arm.align or arm.words:
-        out["text, frozen"] = 2 * t.depth * block_flops(tokens, t.dim)
+    if arm.mlm_weight:
+        out["words"] = _mlm_flops(m, t, seen, report, tokens, p.pretrain.mlm_probability)
+    if arm.align_weight or arm.mlm_weight:
+        out["text, frozen"] = 2 * t.num_layers * block_flops(tokens, t.embed_dim)
     return {k: v / 1e9 for k, v in out.items()}
 
 
@@ -100,14 +100,14 @@ def _mlm_flops(
     m, t, seen, report, tokens, hidden
 ) -> float:  # one layer that looks at itself and at the image, `words_depth` blocks, the vocabulary
     looks = (
-        2 * tokens * (7 * t.dim**2)
-        + 2 * seen * 2 * m.dim * t.dim
-        + 4 * tokens * t.dim * (tokens + seen)
+        2 * tokens * (7 * t.embed_dim**2)
+        + 2 * seen * 2 * m.embed_dim * t.embed_dim
+        + 4 * tokens * t.embed_dim * (tokens + seen)
     )
     return (
         looks
-        + m.words_depth * block_flops(tokens, t.dim, m.words_ratio)
-        + 2 * report * hidden * t.dim * t.vocab
+        + m.mlm_depth * block_flops(tokens, t.embed_dim, m.mlm_mlp_ratio)
+        + 2 * report * hidden * t.embed_dim * t.vocab_size
     )
 
 
@@ -115,7 +115,7 @@ def train_flops(
     p, arm, **kw
 ) -> float:  # GFLOP of one volume, forward and backward; 0 for an arm that learns nothing
     "Three times what learns, once what is frozen"
-    if not any((arm.voxels, arm.organs, arm.align, arm.words)):
+    if not any((arm.recon_weight, arm.organ_weight, arm.align_weight, arm.mlm_weight)):
         return 0.0
     return sum(v if "frozen" in k else 3 * v for k, v in forward_flops(p, arm, **kw).items())
 
@@ -124,7 +124,8 @@ def embedding_flops(p) -> float:  # GFLOP of one volume
     "All patches through the encoder"
     n = count_patches(p)
     return (
-        2 * n * prod(p.model.patch) * p.model.dim + p.model.depth * block_flops(n + 1, p.model.dim)
+        2 * n * prod(p.model.patch_size) * p.model.embed_dim
+        + p.model.depth * block_flops(n + 1, p.model.embed_dim)
     ) / 1e9
 
 
@@ -169,8 +170,8 @@ def disk_usage(
             {
                 "standard volumes": 2 * voxels * count(p.study.cohorts),
                 "organ maps": voxels * a.map_share * count(p.pretrain.cohorts),
-                "features": 4 * p.model.dim * count(p.study.cohorts) * arms,
-                "all tokens": 2 * (n + 1) * p.model.dim * tokens * arms,
+                "features": 4 * p.model.embed_dim * count(p.study.cohorts) * arms,
+                "all tokens": 2 * (n + 1) * p.model.embed_dim * tokens * arms,
                 "checkpoints": 4 * parameters * arms,
                 "states to resume from": 12 * parameters * arms * a.states,
             }
@@ -186,5 +187,5 @@ def estimate_preprocessing(p, measured: dict) -> dict:  # of benchmarks/prepare.
         scans=there,
         core_hours=round(there * measured["whole"]["ours"] / 3600, 1),
         hours=round(there * measured["whole"]["ours"] / 3600 / p.study.jobs, 1),
-        crops_a_second=round(p.pretrain.workers / measured["crop"]["ours"]),
+        crops_a_second=round(p.pretrain.num_workers / measured["crop"]["ours"]),
     )

@@ -53,13 +53,13 @@ def plot_loss_curves(logs: dict, out):  # arm -> log of pre-training
     data = pd.concat([t.melt("step", var_name="part").assign(arm=a) for a, t in logs.items()])
     parts = [
         p
-        for p in ("loss", "voxels", "organs", "align", "words", "words_found", "k")
+        for p in ("loss", "recon", "organ", "align", "mlm", "mlm_accuracy", "k_ratio")
         if p in set(data.part)
     ]
     fig, axes = plt.subplots(
         2, -(-len(parts) // 2), figsize=(2.6 * -(-len(parts) // 2), 4.2), squeeze=False
     )
-    titles = dict(loss="sum", words_found="hidden words found", k="patches a sentence takes")
+    titles = dict(loss="sum", mlm_accuracy="hidden words found", k_ratio="patches a sentence takes")
     for ax, part in zip(axes.flat, parts):
         sns.lineplot(
             data[data.part == part],
@@ -187,8 +187,8 @@ def plot_and_save(
 
 
 def plot_organ_error(
-    rows: pd.DataFrame, names, visible: float, out
-):  # heldout.csv of one arm, groups, share of patches that the model saw
+    rows: pd.DataFrame, names, mask_ratio: float, out
+):  # heldout.csv of one arm, groups, share of patches hidden from the model
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"
     import matplotlib.pyplot as plt, seaborn as sns
 
@@ -199,7 +199,7 @@ def plot_organ_error(
             dict(organ=every[c], guess=m, error=rows[f"group{c}_{k}"].mean())
             for c in range(len(every))
             for k, m in (
-                ("model", f"model, {visible:.0%} of patches seen"),
+                ("model", f"model, {1 - mask_ratio:.0%} of patches seen"),
                 ("mean", "mean share at the place"),
                 ("median", "median share at the place"),
             )

@@ -39,8 +39,8 @@ from ..data.checks import body_mask
 from ..data.cohort import load as load_table, find_raw_dir, available_cohorts
 from ..data.cohorts import rex_grounding_ct as lesions
 from ..data.crops import apply_crop, center_crop, scale_intensity
-from ..model.align import AlignmentHead
-from ..model.asap import ASAP
+from ..model.align import AlignmentHead, AlignmentOutput
+from ..model.asap import ASAP, build_asap
 from ..model.vit import random_masking, patchify, unpatchify
 from ..phantom.abnormalities import ABNORMALITIES
 from ..phantom.words import NEGATIVE_TEMPLATES
@@ -142,7 +142,7 @@ def predict_regions(
     "Where each question points, and the region that it asks for"
     where, by, cases = get_device(), asked.groupby("case").indices, list(dict.fromkeys(asked.case))
     model.to(where)
-    n = int(np.prod(model.vit.grid))
+    n = int(np.prod(model.vit.grid_size))
     out = dict(
         point=np.zeros(len(asked), int),
         region=np.zeros((len(asked), n), bool),
@@ -150,17 +150,17 @@ def predict_regions(
     )
     for i in progress_bar(range(0, len(cases), batch), label=label):
         x = torch.stack([load_image(images[c], size, hu) for c in cases[i : i + batch]]).to(where)
-        first = model.vit.embedded(patchify(x, model.vit.patch))
-        tokens = model.vit.mixed(first)
+        first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
+        tokens = model.vit.forward_blocks(first)
         for j, c in enumerate(cases[i : i + batch]):
-            a = model.align(
+            a = model.alignment(
                 tokens[j : j + 1, 1:],
                 text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where),
                 first[j : j + 1, 1:],
                 hard=True,
             )
             for key, v in dict(
-                point=a["sim"][0].argmax(-1), region=a["weights"][0] > 0.5, k=a["k"][0]
+                point=a.similarity[0].argmax(-1), region=a.weights[0] > 0.5, k=a.k[0]
             ).items():
                 out[key][by[c]] = v.cpu().numpy()
     return out
@@ -392,15 +392,15 @@ def predict_untrained_k(
     for i in range(NUM_UNTRAINED_HEADS):
         torch.manual_seed(derive_seed("head", seed, i))
         head = AlignmentHead(
-            m["dim"],
+            m["embed_dim"],
             config["text_dim"],
-            m["shared_dim"],
-            p["max_share"],
+            m["proj_dim"],
+            p["max_k_ratio"],
             p["temperature"],
-            start_share=p["start_share"],
+            init_k_ratio=p["init_k_ratio"],
         )
         with torch.no_grad():
-            out.append(head.k(frozen[None].cpu(), seen)[0].numpy())
+            out.append(head.predict_k(frozen[None].cpu(), seen)[0].numpy())
     return np.stack(out)
 
 
@@ -501,7 +501,7 @@ def load_lesion_targets(
 def reinitialize(model, seed) -> ASAP:  # in eval mode
     "The same model before it learnt anything; what was fitted to images without learning is its own too"
     torch.manual_seed(derive_seed("untrained", seed))
-    new = ASAP(model.config).eval()
+    new = build_asap(model.config).eval()
     for mine, its in zip(new.buffers(), model.buffers(), strict=True):
         mine.copy_(its)
     return new
@@ -538,7 +538,7 @@ def _write_unavailable(out, why) -> dict:
 
 
 def _describe_patches(model, share, body, p) -> dict:  # of the patches
-    mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch, p.volumes.spacing))
+    mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, p.volumes.spacing))
     return dict(
         there=True,
         patch_mm=mm,
@@ -565,7 +565,7 @@ def evaluate_grounding(
         said,
         load_table(root / f"build/cohorts/{name}/{name}.parquet", root),
         p.volumes.size,
-        last.vit.patch,
+        last.vit.patch_size,
         p.volumes.hu,
         bad,
     )
@@ -685,11 +685,14 @@ def align_sentences(
     model,  # asap.model.asap.ASAP in eval mode
     x,  # (B,1,H,W,D) in [-1,1]
     frozen,  # (S,C') sentence features
-) -> dict:  # sim (B,S,N), weights (B,S,N) 1 in the region and 0 elsewhere, k (B,S), and what else `AlignmentHead` gives
+) -> AlignmentOutput:  # similarity (B,S,N), weights (B,S,N) 1 in the region and 0 elsewhere, k (B,S), and what else `AlignmentHead` gives
     "Every image with every sentence, all patches visible: what `predict_scan` and `asap ground` show"
-    first = model.vit.embedded(patchify(x, model.vit.patch))
-    return model.align(
-        model.vit.mixed(first)[:, 1:], frozen.expand(len(x), -1, -1), first[:, 1:], hard=True
+    first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
+    return model.alignment(
+        model.vit.forward_blocks(first)[:, 1:],
+        frozen.expand(len(x), -1, -1),
+        first[:, 1:],
+        hard=True,
     )
 
 
@@ -698,21 +701,23 @@ def predict_scan(
     model,  # asap.model.asap.ASAP in eval mode
     x,  # (1,1,H,W,D) in [-1,1]
     frozen,  # (S,C') sentence features
-    visible: float,  # share of patches for organs and reconstruction
+    mask_ratio: float,  # share of patches hidden for organs and reconstruction
 ) -> dict:  # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
     "Everything that the panel shows; on the processor, where it takes a moment"
-    vit, patches = model.cpu().vit, patchify(x, model.vit.patch)
+    vit, patches = model.cpu().vit, patchify(x, model.vit.patch_size)
     keep_, rest = random_masking(
-        torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], visible
+        torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], mask_ratio
     )
-    shares, voxels = model.decoder(vit.see(patches, keep_), keep_, rest)
+    shares, voxels = model.decoder(vit.forward_encoder(patches, keep_), keep_, rest)
     fill = lambda x, index, values: x.scatter(
         1, index[..., None].expand(-1, -1, x.shape[-1]), values
     )
-    rebuilt = unpatchify(fill(patches, rest, voxels), vit.size, vit.patch)[0, 0]
+    rebuilt = unpatchify(fill(patches, rest, voxels), vit.img_size, vit.patch_size)[0, 0]
     seen = (
         unpatchify(
-            fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)), vit.size, vit.patch
+            fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)),
+            vit.img_size,
+            vit.patch_size,
         )[0, 0]
         > 0
     )
@@ -721,16 +726,16 @@ def predict_scan(
         organs=shares[0].argmax(-1).numpy(),
         rebuilt=rebuilt.numpy(),
         seen=seen.numpy(),
-        heat=a["sim"][0].numpy(),
-        region=a["weights"][0].numpy(),
-        k=a["k"][0].round().numpy(),
+        heat=a.similarity[0].numpy(),
+        region=a.weights[0].numpy(),
+        k=a.k[0].round().numpy(),
     )
 
 
 def expand_patches(values, vit) -> np.ndarray:  # (N,) -> (H,W,D)
     "A value a patch, painted over its voxels"
-    g = rearrange(values, "(h w d) -> h w d", h=vit.grid[0], w=vit.grid[1])
-    for axis, n in enumerate(vit.patch):
+    g = rearrange(values, "(h w d) -> h w d", h=vit.grid_size[0], w=vit.grid_size[1])
+    for axis, n in enumerate(vit.patch_size):
         g = g.repeat(n, axis)
     return g
 
@@ -742,7 +747,7 @@ def plot_panel(
     model,
     text,  # frozen encoder
     sentences: list,
-    visible: float,
+    mask_ratio: float,
     names,  # of organ groups
     hu,  # window
     out: Path,
@@ -754,7 +759,7 @@ def plot_panel(
     import matplotlib.pyplot as plt
 
     set_style()
-    size = model.vit.size
+    size = model.vit.img_size
     box = lambda v, fill, order=0: apply_crop(v, center_crop(image.shape, size), size, fill, order)
     hu_box, organ_box, mark = (
         box(image, hu[0], 1),
@@ -762,7 +767,7 @@ def plot_panel(
         box(organs * 0 if lesion is None else lesion, 0),
     )
     x = torch.from_numpy(scale_intensity(hu_box, *hu))[None, None]
-    o = predict_scan(model, x, text.sentences(sentences), visible)
+    o = predict_scan(model, x, text.sentences(sentences), mask_ratio)
     cut = int(
         (mark > 0 if mark.any() else np.isin(organ_box, range(1, len(names) + 1)))
         .sum((0, 2))
@@ -788,7 +793,7 @@ def plot_panel(
     )
     axes[0, 1].set_title("organs guessed, patch by patch", fontsize=8)
     axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray)
-    axes[0, 2].set_title(f"seen: {visible:.0%} of the patches", fontsize=8)
+    axes[0, 2].set_title(f"seen: {1 - mask_ratio:.0%} of the patches", fontsize=8)
     axes[0, 3].imshow(view(o["rebuilt"]), **gray)
     axes[0, 3].set_title("rebuilt", fontsize=8)
     for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]):
@@ -808,8 +813,8 @@ def plot_panel(
     return add_hit_columns(
         sentence_table(sentences, o, organ_box, model.vit, names),
         o["heat"],
-        hit_patches(patch_coverage(mark > 0, model.vit.patch)),
-        body_patches(hu_box, model.vit.patch),
+        hit_patches(patch_coverage(mark > 0, model.vit.patch_size)),
+        body_patches(hu_box, model.vit.patch_size),
         about,
     )
 
@@ -857,7 +862,7 @@ def plot_scan(
         model,
         text,
         sentences,
-        p.pretrain.visible,
+        p.pretrain.mask_ratio,
         list(p.anatomy.groups),
         p.volumes.hu,
         out,

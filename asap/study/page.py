@@ -144,7 +144,7 @@ def render_cohorts(t) -> str:
 def describe_weights(p, folder) -> str:
     "Which arms were trained by this run, and which came with the code"
     of = {
-        a: read_json(f)["weights"]
+        a: read_json(f)["weights_source"]
         for a in p.study.arms
         if (f := folder / f"pretrain/{a}/metrics.json").exists()
     }
@@ -350,7 +350,7 @@ def arm_cost_table(
         )
         took = (
             re.search(r"in (\d+) minutes", card.read_text(encoding="utf8"))
-            if card.exists() and m["weights"] == "shipped"
+            if card.exists() and m["weights_source"] == "shipped"
             else None
         )
         spent = {
@@ -358,12 +358,12 @@ def arm_cost_table(
             for k in ("pretrain", "embed", "segment", "report", "vqa")
             if (f := folder / f"minutes/{k}-{a}.json").exists()
         }
-        here = {"pretrain": "loading"} if m["weights"] == "shipped" else {}
+        here = {"pretrain": "loading"} if m["weights_source"] == "shipped" else {}
         rows.append(
             dict(
                 arm=a,
-                parameters=m["parameters"],
-                encoder=m["encoder"],
+                parameters=m["num_parameters"],
+                encoder=m["num_encoder_parameters"],
                 **({"pre-training": int(took[1])} if took else {}),
                 **{here.get(k, k): v["minutes"] for k, v in spent.items()},
                 **{
@@ -821,7 +821,7 @@ def render_hit_rate_table(t, s) -> str:
     return f"<details><summary>By label and arm</summary><p class='soft'>{s['sentences']} sentences of {s['patients']} test patients; {s['atlas']} masks of train made the atlas.{gone} All columns: <code>runs/grounding/hits.csv</code>.</p>{render_table(t[columns].rename(columns=words))}</details>"
 
 # %% ../../nbs/8_study/83_page.ipynb #c4e4135f
-def render_pretraining(tables, figures, text, visible) -> str:
+def render_pretraining(tables, figures, text, mask_ratio) -> str:
     "Curves and organ shares"
     body = SHORT_DATA_NOTE + render_image(
         figures / "curves.png", "Losses of pre-training, step by step."
@@ -829,7 +829,7 @@ def render_pretraining(tables, figures, text, visible) -> str:
     if (tables / "organs.csv").exists():
         for r in pd.read_csv(tables / "organs.csv").to_dict("records"):
             body += (
-                f"<p>Organ shares of held-out patients from {visible:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {describe_interval(r['lo'], r['hi'])} the best guess by place alone "
+                f"<p>Organ shares of held-out patients from {1 - mask_ratio:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {describe_interval(r['lo'], r['hi'])} the best guess by place alone "
                 f"({r['best']}, {r['guess']:.4f}); difference {r['difference']:+.4f} [{r['lo']:+.4f}, {r['hi']:+.4f}], {r['patients']} patients.</p>"
             )
     body += render_image(
@@ -1002,7 +1002,7 @@ def write_page(
             "learnt",
             "What the model learnt",
             render_pretraining(
-                tables, figures, read_json(folder / "text/metrics.json"), p.pretrain.visible
+                tables, figures, read_json(folder / "text/metrics.json"), p.pretrain.mask_ratio
             ),
         ),
         ("classify", "What a probe finds", render_classification(t, figures, p.study.encoders)),

@@ -103,13 +103,14 @@ def load_model_and_text(
             f"{folder} is a file: the released weights come without their text side as it is needed here; give a checkpoint folder, such as {CHECKPOINT_DIRS[0]}"
         )
     model = load_model(folder)
-    if not model.config["arm"]["align"]:
+    if not model.config["arm"]["align_weight"]:
         raise ValueError(
-            f"{folder} was trained without sentences (its arm's align is 0), so none can be put to it: give an arm with an alignment, such as {CHECKPOINT_DIRS[0]}"
+            f"{folder} was trained without sentences (its arm's align_weight is 0), so none can be put to it: give an arm with an alignment, such as {CHECKPOINT_DIRS[0]}"
         )
     frozen = load_text_encoder(model, folder, text)
-    model.vit.spacing, model.vit.window = tuple(model.config["spacing"]), tuple(model.config["hu"])
-    set_input_size(model.vit, size or model.vit.size)
+    model.vit.spacing = tuple(model.config["spacing"])
+    model.vit.hu_range = tuple(model.config["hu_range"])
+    set_input_size(model.vit, size or model.vit.img_size)
     return model.to(get_device()), frozen
 
 
@@ -146,16 +147,18 @@ class LoadedScan:
 
 def load_scan(
     path,  # of any format
-    encoder,  # with size, spacing, window
+    encoder,  # with img_size, spacing, hu_range
     source: Source = Source(),  # what is declared of the file
 ) -> LoadedScan:
     "Read and check a scan, and cut out what the encoder takes; `ValueError` says why it cannot be used"
     v, found = load_checked(path, source)
-    std = standardize(v, encoder.spacing, encoder.window)
-    how, affine = center_crop(std.hu.shape, encoder.size), std.affine.copy()
+    std = standardize(v, encoder.spacing, encoder.hu_range)
+    how, affine = center_crop(std.hu.shape, encoder.img_size), std.affine.copy()
     affine[:3, 3] = (std.affine @ [*how["start"], 1])[:3]
     x = torch.from_numpy(
-        scale_intensity(apply_crop(std.hu, how, encoder.size, encoder.window[0]), *encoder.window)
+        scale_intensity(
+            apply_crop(std.hu, how, encoder.img_size, encoder.hu_range[0]), *encoder.hu_range
+        )
     )[None, None]
     return LoadedScan(
         v, x.to(get_device()), affine, [*map(str, found), *_crop_warnings(std.hu, how)]
@@ -254,17 +257,17 @@ def ground_sentences(
         )
     a, grid = (
         align_sentences(model, seen.x, text.sentences(sentences).to(seen.x.device)),
-        model.vit.grid,
+        model.vit.grid_size,
     )
-    affine, patch = seen.affine.copy(), np.array(model.vit.patch)
+    affine, patch = seen.affine.copy(), np.array(model.vit.patch_size)
     affine[:3, 3] = (seen.affine @ [*(patch - 1) / 2, 1])[:3]
     affine[:3, :3] *= patch
     of = lambda x: x[0].float().cpu().numpy()
     return GroundingResult(
         list(sentences),
-        of(a["sim"]).reshape(-1, *grid),
-        of(a["weights"]).reshape(-1, *grid) > 0.5,
-        of(a["k"]),
+        of(a.similarity).reshape(-1, *grid),
+        of(a.weights).reshape(-1, *grid) > 0.5,
+        of(a.k),
         affine,
     )
 

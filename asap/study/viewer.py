@@ -80,7 +80,7 @@ def analyze_scan(
     s: dict,  # paths: image, and lesion where there is one; sentences that are true of it
     model,
     text,  # an arm, and its frozen encoder
-    p,  # params: grounding.sentences, pretrain.visible, volumes.hu
+    p,  # params: grounding.sentences, pretrain.mask_ratio, volumes.hu
 ) -> dict:  # affine, size, patch, grid of the box; a dict a sentence
     "What a scan shows to every sentence"
     img, vit, rows = (
@@ -89,19 +89,19 @@ def analyze_scan(
         list_sentences(s.get("sentences", []), p.grounding.sentences),
     )
     box = lambda v, fill: apply_crop(
-        np.asanyarray(v), center_crop(img.shape, vit.size), vit.size, fill
+        np.asanyarray(v), center_crop(img.shape, vit.img_size), vit.img_size, fill
     )
     hu = box(img.dataobj, p.volumes.hu[0])
     lesion = (
-        box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.size, bool)
+        box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.img_size, bool)
     )
     o = predict_scan(
         model,
         torch.from_numpy(scale_intensity(hu, *p.volumes.hu))[None, None],
         text.sentences([r["text"] for r in rows]),
-        p.pretrain.visible,
+        p.pretrain.mask_ratio,
     )
-    beyond = patch_coverage(box(np.ones(img.shape, np.uint8), 0), vit.patch) == 0
+    beyond = patch_coverage(box(np.ones(img.shape, np.uint8), 0), vit.patch_size) == 0
     for r, h, g, k in zip(rows, o["heat"], o["region"] > 0.5, o["k"]):
         r |= dict(
             k=int(k),
@@ -113,15 +113,19 @@ def analyze_scan(
     for r, j in zip(
         rows,
         score_sentences(
-            o, lesion, body_patches(hu, vit.patch), vit.patch, [r["kind"] == "own" for r in rows]
+            o,
+            lesion,
+            body_patches(hu, vit.patch_size),
+            vit.patch_size,
+            [r["kind"] == "own" for r in rows],
         ),
     ):
         r |= j
     return dict(
-        affine=crop_affine(img.affine, img.shape, vit.size).tolist(),
-        size=list(vit.size),
-        patch=list(vit.patch),
-        grid=list(vit.grid),
+        affine=crop_affine(img.affine, img.shape, vit.img_size).tolist(),
+        size=list(vit.img_size),
+        patch=list(vit.patch_size),
+        grid=list(vit.grid_size),
         sentences=rows,
     )
 
@@ -151,7 +155,7 @@ def write_viewer_data(
     write_json(
         dict(
             arm=arm,
-            patch_mm=" x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch, mm)),
+            patch_mm=" x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, mm)),
             scans=rows,
         ),
         path,

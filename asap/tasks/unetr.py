@@ -63,13 +63,13 @@ def apply_stem(
         x,
         [
             side
-            for k, b in reversed([*zip(stem.kernel, by)])
+            for k, b in reversed([*zip(stem.kernel_size, by)])
             for side in ((k - b) // 2, (k - b + 1) // 2)
         ],
         mode="replicate",
     )
-    w, b = stem.templates()
-    return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel), b, by))
+    w, b = stem.unwhitened_kernels()
+    return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel_size), b, by))
 
 # %% ../../nbs/7_tasks/72_unetr.ipynb #seg00017
 class Unetr(nn.Module):
@@ -79,12 +79,12 @@ class Unetr(nn.Module):
         from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
         super().__init__()
-        steps, self.last_stride = decoder_strides(vit.patch)
+        steps, self.last_stride = decoder_strides(vit.patch_size)
         up = [
             min(features * 2 ** (len(steps) - 1 - i), 4 * features) for i in range(len(steps))
         ]  # channels after each step
         ins, kw, depth = (
-            [vit.dim, *up[:-1]],
+            [vit.embed_dim, *up[:-1]],
             dict(spatial_dims=3, kernel_size=3, norm_name="instance"),
             len(vit.blocks),
         )
@@ -111,12 +111,12 @@ class Unetr(nn.Module):
             for i, s in enumerate(steps)
         )
         stem = (
-            vit.embed
-            if isinstance(vit.embed, ConvStem)
-            and all(k >= b for k, b in zip(vit.embed.kernel, self.last_stride))
+            vit.patch_embed
+            if isinstance(vit.patch_embed, ConvStem)
+            and all(k >= b for k, b in zip(vit.patch_embed.kernel_size, self.last_stride))
             else None
         )
-        self.stem_proj = nn.Conv3d(stem.first.out_features, up[-1], 1, bias=False) if stem else None
+        self.stem_proj = nn.Conv3d(stem.fc1.out_features, up[-1], 1, bias=False) if stem else None
         self.image_block = UnetrBasicBlock(
             in_channels=prod(self.last_stride) + (up[-1] if stem else 0),
             out_channels=up[-1],
@@ -125,7 +125,7 @@ class Unetr(nn.Module):
             **kw,
         )
         self.coarse_head, self.out = (
-            nn.Linear(vit.dim, n),
+            nn.Linear(vit.embed_dim, n),
             nn.Conv3d(up[-1], n * prod(self.last_stride), 3, padding=1),
         )
         for layer in (self.coarse_head, self.out):
@@ -133,11 +133,13 @@ class Unetr(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def hidden_states(self, x) -> list:  # (B,N,C) after each block that is taken
-        t, out = self.vit.embedded(patchify(x, self.vit.patch)), []
+        t, out = self.vit.embed_patches(patchify(x, self.vit.patch_size)), []
         for i, b in enumerate(self.vit.blocks):
             t = b(t)
             if i in self.skip_indices:
-                out += [normalize_tokens(t[:, 1:]) + self.vit.pos] * self.skip_indices.count(i)
+                out += [normalize_tokens(t[:, 1:]) + self.vit.pos_embed] * self.skip_indices.count(
+                    i
+                )
         return out
 
     def image_features(self, x) -> torch.Tensor:  # (B,1,H,W,D) -> (B,C,H/p,W/q,D/r)
@@ -146,12 +148,12 @@ class Unetr(nn.Module):
         if self.stem_proj is None:
             return image
         with torch.no_grad():
-            seen = apply_stem(self.vit.embed, x, self.last_stride)
+            seen = apply_stem(self.vit.patch_embed, x, self.last_stride)
         return torch.cat([image, F.instance_norm(self.stem_proj(seen), eps=1e-4)], 1)
 
     def forward(self, x) -> torch.Tensor:  # (B,1,H,W,D) in [-1,1] -> (B,n,H,W,D) logits
         tokens = self.hidden_states(x)
-        laid = [t.transpose(1, 2).unflatten(2, self.vit.grid) for t in tokens]
+        laid = [t.transpose(1, 2).unflatten(2, self.vit.grid_size) for t in tokens]
         y, image = laid[-1], self.image_block(self.image_features(x))
         for i, up in enumerate(self.decoder_blocks):
             y = up(
@@ -160,7 +162,9 @@ class Unetr(nn.Module):
                 if i < len(self.skip_upsamplers)
                 else image,
             )
-        coarse = self.coarse_head(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid).float()
+        coarse = (
+            self.coarse_head(tokens[-1]).transpose(1, 2).unflatten(2, self.vit.grid_size).float()
+        )
         coarse = F.interpolate(coarse, y.shape[2:], mode="trilinear")
         return pixel_shuffle(
             self.out(y) + coarse.repeat_interleave(prod(self.last_stride), 1), self.last_stride
@@ -182,18 +186,18 @@ def encoder_config(vit: ViT3D) -> dict:  # what `ViT3D` takes, size apart
     "What an encoder is built from"
     stem = (
         dict(
-            kernel=list(vit.embed.kernel),
-            stride=list(vit.embed.stride),
-            widths=[vit.embed.first.out_features, vit.embed.second.out_features],
+            kernel_size=list(vit.patch_embed.kernel_size),
+            stride=list(vit.patch_embed.stride),
+            channels=[vit.patch_embed.fc1.out_features, vit.patch_embed.fc2.out_features],
         )
-        if isinstance(vit.embed, ConvStem)
+        if isinstance(vit.patch_embed, ConvStem)
         else None
     )
     return dict(
-        patch=list(vit.patch),
-        dim=vit.dim,
+        patch_size=list(vit.patch_size),
+        embed_dim=vit.embed_dim,
         depth=len(vit.blocks),
-        heads=vit.blocks[0].attend.heads,
+        num_heads=vit.blocks[0].attn.num_heads,
         stem=stem,
     )
 

@@ -349,11 +349,11 @@ def add_mismatched_control(
 def contrast_level(model, arm: str) -> str:  # region or global
     "How an arm compares images and sentences; one that does not is refused"
     row = model.config["arm"]
-    if not row["align"] or row["contrast"] not in ("region", "global"):
+    if not row["align_weight"] or row["contrast_level"] not in ("region", "global"):
         raise ValueError(
-            f"arm `{arm}` has no space that images and sentences share (align is {row['align']}, contrast is {row['contrast']}): leave it out of zero-shot"
+            f"arm `{arm}` has no space that images and sentences share (align_weight is {row['align_weight']}, contrast_level is {row['contrast_level']}): leave it out of zero-shot"
         )
-    return row["contrast"]
+    return row["contrast_level"]
 
 
 @torch.no_grad()
@@ -365,15 +365,17 @@ def image_text_similarity(
 ) -> torch.Tensor:  # (B,M)
     "Every image with every sentence, all patches visible"
     with torch.autocast(x.device.type, torch.bfloat16, enabled=resolve_precision() == "bf16"):
-        first = model.vit.embedded(patchify(x, model.vit.patch))
-        tokens = model.vit.mixed(first)
-    a = model.align(
+        first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
+        tokens = model.vit.forward_blocks(first)
+    a = model.alignment(
         tokens[:, 1:].float(), frozen.expand(len(x), -1, -1), first[:, 1:].float(), hard=True
     )
     if kind == "global":
-        return torch.einsum("bc,bmc->bm", F.normalize(a["patches"][-1].mean(1), dim=-1), a["text"])
+        return torch.einsum(
+            "bc,bmc->bm", F.normalize(a.patch_embeds[-1].mean(1), dim=-1), a.text_embeds
+        )
     return torch.stack(
-        [(weighted_pool(y, a["weights"]) * a["text"]).sum(-1) for y in a["patches"]]
+        [(weighted_pool(y, a.weights) * a.text_embeds).sum(-1) for y in a.patch_embeds]
     ).mean(0)
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #3695df17
@@ -405,7 +407,9 @@ def zero_shot_proba(
     said,  # (...,2) of `prompt_similarity`
 ) -> np.ndarray:  # (...) in (0,1)
     "Present against absent, at the temperature that the arm learnt"
-    return 1 / (1 + np.exp(-model.align.scale.item() * (said[..., 0] - said[..., 1])))
+    return 1 / (
+        1 + np.exp(-model.alignment.similarity_scale.item() * (said[..., 0] - said[..., 1]))
+    )
 
 
 def zero_shot_similarity(

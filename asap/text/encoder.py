@@ -75,19 +75,19 @@ def train_text_encoder(
     "Word pieces and a small BERT from the train reports; saved, with its accuracy on val"
     from transformers import BertConfig, BertForMaskedLM
 
-    tokenizer = train_wordpiece_tokenizer([" ".join(s) for s in train], p.vocab, out)
+    tokenizer = train_wordpiece_tokenizer([" ".join(s) for s in train], p.vocab_size, out)
     torch.manual_seed(derive_seed("text", seed))
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer),
-            hidden_size=p.dim,
-            num_hidden_layers=p.depth,
-            num_attention_heads=p.heads,
-            intermediate_size=4 * p.dim,
+            hidden_size=p.embed_dim,
+            num_hidden_layers=p.num_layers,
+            num_attention_heads=p.num_heads,
+            intermediate_size=4 * p.embed_dim,
             max_position_embeddings=p.max_length,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
-            initializer_range=p.dim**-0.5,
+            initializer_range=p.embed_dim**-0.5,
             by_sentence=True,
         )
     )
@@ -102,7 +102,7 @@ def train_text_encoder(
         loss,
         TextDataset(single_sentence_reports(train), tokenizer, p.max_length),
         steps=p.steps,
-        batch=p.batch,
+        batch=p.batch_size,
         lr=p.lr,
         warmup=p.steps // 10,
         seed=("text", seed),
@@ -257,14 +257,14 @@ def load(
 
     local = next((f for f in (Path(name), project_root() / name) if f.is_dir()), None)
     if local is None and str(name).startswith(("build/", "/", ".")):
-        raise FileNotFoundError(f"text.encoder: there is no folder {name}: run `dvc repro text`")
+        raise FileNotFoundError(f"text.model: there is no folder {name}: run `dvc repro text`")
     name = local or name
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     bert, how = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
     if lost := sorted(how["missing_keys"]):
         raise ValueError(
-            f"text.encoder {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+            f"text.model {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?"
         )
     return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
 
@@ -281,9 +281,9 @@ def build_text_encoder(
     shipped=None,  # a folder of an encoder with its recipe, taken where that fits
 ) -> dict:  # its scores; only its name when it is not the study's own
     "Train the study's own encoder, or note that another one is used"
-    if p.encoder != TEXT_ENCODER_DIR:
-        write_json(dict(encoder=p.encoder), Path(out) / "elsewhere.json")
-        return dict(encoder=p.encoder)
+    if p.model != TEXT_ENCODER_DIR:
+        write_json(dict(encoder=p.model), Path(out) / "elsewhere.json")
+        return dict(encoder=p.model)
     said = {
         s: [
             x
@@ -297,12 +297,12 @@ def build_text_encoder(
         why = first_difference(read_json(Path(shipped) / "recipe.json"), fp)
         if why is None:
             shutil.copytree(shipped, out, dirs_exist_ok=True)
-            return dict(read_json(Path(shipped) / "scores.json"), weights="shipped")
+            return dict(read_json(Path(shipped) / "scores.json"), weights_source="shipped")
         log_message(f"text: the shipped weights are of another recipe ({why}), so it is trained")
     scores = dict(
-        encoder=p.encoder,
+        encoder=p.model,
         **train_text_encoder(said["train"], said["val"], p, seed, out, folder, fp),
     )
     write_json(fp, Path(out) / "recipe.json")
     write_json(scores, Path(out) / "scores.json")
-    return dict(scores, weights="trained")
+    return dict(scores, weights_source="trained")

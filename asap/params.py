@@ -202,10 +202,10 @@ class VolumesConfig(BaseConfig):
     hu: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
 
     def check(self, params) -> None:
-        patch = params.model.patch if hasattr(params, "model") else [1, 1, 1]
+        patch = params.model.patch_size if hasattr(params, "model") else [1, 1, 1]
         if any(s % q for s, q in zip(self.size, patch)):
             raise ValueError(
-                f"`volumes.size` {self.size} is not a multiple of `model.patch` {patch}"
+                f"`volumes.size` {self.size} is not a multiple of `model.patch_size` {patch}"
             )
         if self.hu[0] >= self.hu[1]:
             raise ValueError(f"`volumes.hu` is {self.hu}: give lower, upper")

@@ -108,11 +108,11 @@ class SegmentConfig(BaseConfig):
 
     def check(self, params) -> None:
         check_arms("segment", self.arms, params, ["unet"])
-        patch = params.model.patch if hasattr(params, "model") else [1, 1, 1]
+        patch = params.model.patch_size if hasattr(params, "model") else [1, 1, 1]
         for name, row in self.datasets.items():
             if row.roi_size and any(s % q for s, q in zip(row.roi_size, patch)):
                 raise ValueError(
-                    f"`segment.datasets.{name}.roi_size` {row.roi_size} is not a multiple of `model.patch` {patch}"
+                    f"`segment.datasets.{name}.roi_size` {row.roi_size} is not a multiple of `model.patch_size` {patch}"
                 )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00006

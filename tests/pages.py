@@ -268,8 +268,8 @@ def shell(path):
     class Shell(CaptureShell):
         displayhook_class = Value
         display_pub_class = Display
-        source = ""
-        made: list = []
+        source = ""  # the cell that runs
+        made = None  # its outputs
 
         def outputs(self, source):
             "What one cell prints; an exception is raised"
@@ -296,7 +296,9 @@ def run(path):
     with contextlib.chdir(path.parent):
         for cell in notebook["cells"]:
             source = joined(cell["source"])
-            if cell["cell_type"] != "code" or re.search(r"^#\|\s*eval:\s*false", source, re.M):
+            if cell["cell_type"] != "code" or re.search(
+                r"^#\|\s*eval:\s*false", source, re.MULTILINE
+            ):
                 continue
             try:
                 made[cell["id"]] = ip.outputs(source)

@@ -329,7 +329,7 @@ def _save_picture(v, name, folder):
 # %% ../nbs/90_cli.ipynb #510d23ed
 def _standard_options(a) -> dict:  # spacing and window of the study, or of the options
     p = load_params()
-    return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu))
+    return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu_range))
 
 
 def run_standardize(a) -> int:
@@ -779,7 +779,7 @@ def _build_parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="at a time (default: study.stages of params.yaml)",
+        help="at a time (default: study.max_parallel_stages of params.yaml)",
     )
     c = _add_command(
         sub,
@@ -795,7 +795,7 @@ def _build_parser() -> argparse.ArgumentParser:
 def _run_study(a) -> int:
     from asap.study.run import run_study
 
-    return run_study(project_root(), a.stages or load_params().study.stages)
+    return run_study(project_root(), a.stages or load_params().study.max_parallel_stages)
 
 
 def _check_params(a) -> int:

@@ -6,11 +6,11 @@
 __all__ = ['Fraction', 'PositiveFloat', 'NonNegativeInt', 'PositiveInt', 'Shape3D', 'Spacing3D', 'CohortName', 'TaskName',
            'FEATURE_FAMILIES', 'TOKEN_FAMILIES', 'TASK_FAMILIES', 'PromptTemplate', 'BaseConfig', 'task_family',
            'cohorts_of', 'reference_arm', 'StudyConfig', 'PhantomConfig', 'VolumesConfig', 'CohortOptions',
-           'CTRGOptions', 'OwnCohortOptions', 'CohortsConfig', 'SplitsConfig', 'AnatomyConfig', 'ArchiveConfig',
-           'RealConfig', 'TextConfig', 'StemConfig', 'ModelConfig', 'PretrainConfig', 'ArmConfig', 'VocabularyConfig',
-           'RetrieveConfig', 'SegmentDatasetConfig', 'SegmentConfig', 'ReportConfig', 'TinyLMConfig', 'KindWeights',
-           'VQAConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig', 'Params', 'load_params', 'StageParams',
-           'load_stage_params']
+           'CTRGOptions', 'OwnCohortOptions', 'CohortsConfig', 'SplitsConfig', 'TotalSegmentatorConfig',
+           'AnatomyConfig', 'ArchiveConfig', 'RealConfig', 'TextConfig', 'StemConfig', 'ModelConfig', 'PretrainConfig',
+           'ArmConfig', 'VocabularyConfig', 'RetrieveConfig', 'SegmentDatasetConfig', 'SegmentConfig', 'ReportConfig',
+           'TinyLMConfig', 'KindWeights', 'VQAConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig', 'Params',
+           'load_params', 'StageParams', 'load_stage_params']
 
 # %% ../nbs/01_params.ipynb #par00003
 import difflib
@@ -134,8 +134,8 @@ class StudyConfig(BaseConfig):
     encoders: dict[
         Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str
     ]  # {name: module:function}, beside the arms in every task on features
-    jobs: PositiveInt  # processes that prepare data
-    stages: PositiveInt  # that `asap study` runs at a time
+    n_jobs: PositiveInt  # processes that prepare data
+    max_parallel_stages: PositiveInt  # that `asap study` runs at a time
     backend: Literal["loky", "dask"]  # this machine's processes, or a cluster
 
 
@@ -154,8 +154,8 @@ class VolumesConfig(BaseConfig):
     "The standard volume"
 
     spacing: Spacing3D
-    size: Shape3D  # what the model sees: crop and pad to this
-    hu: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
+    roi_size: Shape3D  # what the model sees: crop and pad to this
+    hu_range: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
 
 
 class CohortOptions(BaseConfig):
@@ -208,12 +208,18 @@ class SplitsConfig(BaseConfig):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]  # draws of the fractions below 1
 
 
+class TotalSegmentatorConfig(BaseConfig):
+    "Where a cohort has no organ maps"
+
+    download: bool  # may TotalSegmentator fetch its weights?
+    fast: bool  # its one 3 mm model; false: its 1.5 mm models
+
+
 class AnatomyConfig(BaseConfig):
     "Organ groups, each a list of TotalSegmentator class names"
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
-    download: bool  # may TotalSegmentator fetch its weights?
-    fast: bool  # its one 3 mm model; false: its 1.5 mm models
+    totalsegmentator: TotalSegmentatorConfig
 
 
 class ArchiveConfig(BaseConfig):
@@ -370,9 +376,9 @@ class SegmentDatasetConfig(BaseConfig):
     batch: PositiveInt  # samples a step
     lr: PositiveFloat
     window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
-        None  # HU mapped to -1 and 1; null: volumes.hu
+        None  # HU mapped to -1 and 1; null: volumes.hu_range
     )
-    size: Shape3D | None = None  # what the model sees at a time; null: volumes.size
+    size: Shape3D | None = None  # what the model sees at a time; null: volumes.roi_size
 
 
 class SegmentConfig(BaseConfig):
@@ -485,8 +491,8 @@ class VQAConfig(BaseConfig):
 class TablesConfig(BaseConfig):
     "Intervals"
 
-    bootstrap: Annotated[int, Field(ge=20)]
-    level: Annotated[float, Field(gt=0.5, lt=1)]
+    n_bootstrap: Annotated[int, Field(ge=20)]
+    confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class GroundingConfig(BaseConfig):
@@ -570,10 +576,10 @@ class Params(BaseConfig):
             raise ValueError(
                 f"`phantom.patients.radgenome` is {few}: it asks about ct_rate's patients, who are {given}"
             )
-        for size, patch in zip(self.volumes.size, self.model.patch):
+        for size, patch in zip(self.volumes.roi_size, self.model.patch):
             if size % patch:
                 raise ValueError(
-                    f"`volumes.size` {self.volumes.size} is not a multiple of `model.patch` {self.model.patch}"
+                    f"`volumes.roi_size` {self.volumes.roi_size} is not a multiple of `model.patch` {self.model.patch}"
                 )
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
             if getattr(self.model, dim) % getattr(self.model, heads):
@@ -587,13 +593,13 @@ class Params(BaseConfig):
             raise ValueError(
                 f"`report.dim` is {self.report.dim}, not a multiple of `report.heads`, {self.report.heads}"
             )
-        grid = [s // q for s, q in zip(self.volumes.size, self.model.patch)]
+        grid = [s // q for s, q in zip(self.volumes.roi_size, self.model.patch)]
         if any(g % k for g, k in zip(grid, self.report.pool)):
             raise ValueError(
                 f"`report.pool` is {self.report.pool}, which does not divide the grid of patches, {grid}: take divisors"
             )
-        if self.volumes.hu[0] >= self.volumes.hu[1]:
-            raise ValueError(f"`volumes.hu` is {self.volumes.hu}: give lower, upper")
+        if self.volumes.hu_range[0] >= self.volumes.hu_range[1]:
+            raise ValueError(f"`volumes.hu_range` is {self.volumes.hu_range}: give lower, upper")
         return self
 
 # %% ../nbs/01_params.ipynb #03795980

@@ -179,7 +179,7 @@ def told(steps=4):
     row = dict(few=False, steps=steps, batch=1, lr=0.01, window=None, size=None)
     return dict(
         segment=dict(s, rows=dict(luna16=row)),
-        volumes=dict(spacing=list(MM), size=list(SIZE), hu=[-1000, 1000]),
+        volumes=dict(spacing=list(MM), roi_size=list(SIZE), hu_range=[-1000, 1000]),
         phantoms=dict(luna16=True),
     )
 
@@ -340,7 +340,7 @@ def test_the_baseline_is_of_like_size():
     from asap.model.vit import ViT3D
 
     vit = ViT3D(
-        p.volumes.size,
+        p.volumes.roi_size,
         p.model.patch,
         p.model.dim,
         p.model.depth,
@@ -350,6 +350,6 @@ def test_the_baseline_is_of_like_size():
     count = lambda m: sum(q.numel() for q in m.parameters())
     ours, plain = (
         count(segment.Unetr(vit, 4, p.segment.features)),
-        count(segment.build_unet(4, p.volumes.size, p.segment.features)),
+        count(segment.build_unet(4, p.volumes.roi_size, p.segment.features)),
     )
     assert 0.67 < ours / plain < 1.5, (ours, plain)

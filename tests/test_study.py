@@ -67,7 +67,7 @@ def test_a_second_repro_runs_nothing(clone):
 
 
 def test_a_changed_number_reruns_what_depends_on_it(clone):
-    with edited(clone, tables__bootstrap=60):
+    with edited(clone, tables__n_bootstrap=60):
         assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "grounding", "page"}
     run("dvc", "repro", cwd=clone)
 

@@ -234,9 +234,9 @@ def build_config(p, arm: dict, text_dim: int, vocab: int) -> dict:  # plain JSON
         ("visible", "max_share", "temperature", "start_share", "duplicate", "norm_patch", "within"),
     )
     return dict(
-        size=list(p.volumes.size),
+        size=list(p.volumes.roi_size),
         spacing=list(p.volumes.spacing),
-        hu=list(p.volumes.hu),
+        hu=list(p.volumes.hu_range),
         patch=list(model["patch"]),
         model=model,
         arm=dump(arm),

@@ -60,7 +60,7 @@ class ImageReportDataset:
         )
         self.n, self.patches = (
             len(list(p.anatomy.groups)),
-            int(np.prod(np.array(p.volumes.size) // p.model.patch)),
+            int(np.prod(np.array(p.volumes.roi_size) // p.model.patch)),
         )
         self.none = (
             np.zeros((self.patches, self.n + 1), np.float32),
@@ -92,19 +92,19 @@ class ImageReportDataset:
             self.none
             if organs is None
             else organ_fractions(
-                apply_crop(organs, how, self.p.volumes.size, 0, 0), self.p.model.patch, self.n
+                apply_crop(organs, how, self.p.volumes.roi_size, 0, 0), self.p.model.patch, self.n
             )
         )
 
     def where(self, draw, i, shape, organs) -> dict:  # where to look
         if not self.augment:
-            return center_crop(shape, self.p.volumes.size)
+            return center_crop(shape, self.p.volumes.roi_size)
         if i not in self.boxes:
             self.boxes[i] = None if organs is None else lung_bounding_box(organs)
         return random_crop(
             rng("crop", self.seed, draw, i),
             shape,
-            self.p.volumes.size,
+            self.p.volumes.roi_size,
             self.boxes[i],
             scale=self.p.pretrain.scale,
         )
@@ -126,10 +126,10 @@ class ImageReportDataset:
 
     def __getitem__(self, at) -> dict:
         draw, i = at
-        row, size = self.rows[i], self.p.volumes.size
+        row, size = self.rows[i], self.p.volumes.roi_size
         volume, organs = np.asanyarray(nib.load(row["image"], mmap="r").dataobj), self.organs(row)
         how = self.where(draw, i, volume.shape, organs)
-        lo, hi = self.p.volumes.hu
+        lo, hi = self.p.volumes.hu_range
         out = dict(
             image=self.look(scale_intensity(apply_crop(volume, how, size, lo), lo, hi), draw, i),
             case=row["case"],

@@ -134,7 +134,7 @@ def train(
 def positional_baseline(data: ImageReportDataset) -> dict:  # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
     found = (
-        data.shares(o, center_crop(o.shape, data.p.volumes.size))
+        data.shares(o, center_crop(o.shape, data.p.volumes.roi_size))
         for r in progress_bar(data.rows, label="places")
         if (o := data.organs(r)) is not None
     )

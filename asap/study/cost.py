@@ -71,7 +71,7 @@ def block_flops(n, d: int, ratio: float = 4) -> float:
 
 
 def count_patches(p) -> int:
-    return prod(s // q for s, q in zip(p.volumes.size, p.model.patch))
+    return prod(s // q for s, q in zip(p.volumes.roi_size, p.model.patch))
 
 
 def forward_flops(
@@ -185,6 +185,6 @@ def estimate_preprocessing(p, measured: dict) -> dict:  # of benchmarks/prepare.
     return dict(
         scans=there,
         core_hours=round(there * measured["whole"]["ours"] / 3600, 1),
-        hours=round(there * measured["whole"]["ours"] / 3600 / p.study.jobs, 1),
+        hours=round(there * measured["whole"]["ours"] / 3600 / p.study.n_jobs, 1),
         crops_a_second=round(p.pretrain.workers / measured["crop"]["ours"]),
     )

@@ -564,9 +564,9 @@ def evaluate_grounding(
     t, share, body, hidden = load_lesion_targets(
         said,
         load_table(root / f"build/cohorts/{name}/{name}.parquet", root),
-        p.volumes.size,
+        p.volumes.roi_size,
         last.vit.patch,
-        p.volumes.hu,
+        p.volumes.hu_range,
         bad,
     )
     bad.path = Path(out) / "quarantine.csv"
@@ -613,7 +613,13 @@ def evaluate_arms(
     )
     for arm, model in arms.items():
         got = predict_regions(
-            model, text, asked, images, p.volumes.size, p.volumes.hu, label=f"ground {arm}"
+            model,
+            text,
+            asked,
+            images,
+            p.volumes.roi_size,
+            p.volumes.hu_range,
+            label=f"ground {arm}",
         )
         out.append(
             score_pointing(held, share, body, maps, asked, got).assign(task="grounding", arm=arm)
@@ -623,7 +629,12 @@ def evaluate_arms(
 
 def write_grounding(hits, found, text, status, p, out):
     "hits.parquet; hits.csv, against.csv and extent.csv; the figure; status.json"
-    n, level, out, arm = p.tables.bootstrap, p.tables.level, Path(out), reference_arm(found)
+    n, level, out, arm = (
+        p.tables.n_bootstrap,
+        p.tables.confidence_level,
+        Path(out),
+        reference_arm(found),
+    )
     write_parquet(hits, out / "hits.parquet")
     t = hit_rate_table(hits, status["large"], status["patch_mm"], n, level)
     write_csv(t.round(5), out / "hits.csv")
@@ -859,7 +870,7 @@ def plot_scan(
         sentences,
         p.pretrain.visible,
         list(p.anatomy.groups),
-        p.volumes.hu,
+        p.volumes.hu_range,
         out,
         name,
         mask("lesion"),

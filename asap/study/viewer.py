@@ -80,7 +80,7 @@ def analyze_scan(
     s: dict,  # paths: image, and lesion where there is one; sentences that are true of it
     model,
     text,  # an arm, and its frozen encoder
-    p,  # params: grounding.sentences, pretrain.visible, volumes.hu
+    p,  # params: grounding.sentences, pretrain.visible, volumes.hu_range
 ) -> dict:  # affine, size, patch, grid of the box; a dict a sentence
     "What a scan shows to every sentence"
     img, vit, rows = (
@@ -91,13 +91,13 @@ def analyze_scan(
     box = lambda v, fill: apply_crop(
         np.asanyarray(v), center_crop(img.shape, vit.size), vit.size, fill
     )
-    hu = box(img.dataobj, p.volumes.hu[0])
+    hu = box(img.dataobj, p.volumes.hu_range[0])
     lesion = (
         box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.size, bool)
     )
     o = predict_scan(
         model,
-        torch.from_numpy(scale_intensity(hu, *p.volumes.hu))[None, None],
+        torch.from_numpy(scale_intensity(hu, *p.volumes.hu_range))[None, None],
         text.sentences([r["text"] for r in rows]),
         p.pretrain.visible,
     )

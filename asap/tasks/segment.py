@@ -763,7 +763,11 @@ SEGMENT_MODULES = ["asap.tasks.segment", "asap.model.vit", "asap.train"]
 def dataset_settings(cohort: str, p: dict) -> tuple:  # row of params, window, size
     "What is set for a data set"
     row = p["segment"]["rows"][cohort]
-    return row, row["window"] or p["volumes"]["hu"], tuple(row["size"] or p["volumes"]["size"])
+    return (
+        row,
+        row["window"] or p["volumes"]["hu_range"],
+        tuple(row["size"] or p["volumes"]["roi_size"]),
+    )
 
 
 def training_fingerprint(

@@ -424,10 +424,10 @@ def _embed_one(path, source, encoder):
     from asap.study.scan import load_scan
 
     s = load_scan(path, encoder, source)
-    for doubt in s.doubts:
+    for doubt in s.warnings:
         log_message(f"warning: {Path(path).name}: {doubt}")
     with torch.no_grad():
-        return encoder.tokens(s.x, norm=False)[0].float().cpu().numpy()
+        return encoder.tokens(s.image, norm=False)[0].float().cpu().numpy()
 
 
 def run_embed(a) -> int:
@@ -468,7 +468,7 @@ def _load_ct(a, path, model):
         raise ValueError(
             f"{e}; and {a.command} takes a CT alone, so that an MR is refused with --mr too"
         ) from None
-    for doubt in s.doubts:
+    for doubt in s.warnings:
         log_message(f"warning: {Path(path).name}: {doubt}")
     return s
 
@@ -516,7 +516,8 @@ def run_zero_shot(a) -> int:
         print(
             f"{name}: "
             + ", ".join(
-                f"{r.label} {r.chance:.2f}" for r in z.nlargest(a.top, "chance").itertuples()
+                f"{r.label} {r.probability:.2f}"
+                for r in z.nlargest(a.top, "probability").itertuples()
             ),
             flush=True,
         )
@@ -542,7 +543,7 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
     g = ground_sentences(model, text, s, list(dict.fromkeys(a.sentence)))
     t = region_table(g, s.volume)
     for i, r in enumerate(t.itertuples()):
-        heat, region = g.back(i, s.volume)
+        heat, region = g.to_scan_space(i, s.volume)
         write(heat, s.volume.affine, out / f"{name}_{i + 1}_heat.nii.gz")
         write(region, s.volume.affine, out / f"{name}_{i + 1}_region.nii.gz")
         fig = plot_grounding(g, i, s.volume, note)
@@ -550,7 +551,7 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
             fig.savefig(tmp, format="png", dpi=110)
         plt.close(fig)
         print(
-            f'{name}: "{r.sentence}" {r.patches} patches around {r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), cosine up to {r.highest:.2f}: {out / f"{name}_{i + 1}.png"}',
+            f'{name}: "{r.sentence}" {r.num_patches} patches around {r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), cosine up to {r.max_similarity:.2f}: {out / f"{name}_{i + 1}.png"}',
             flush=True,
         )
     write_csv(

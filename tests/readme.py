@@ -51,7 +51,7 @@ def picture(to):
             write(c.hu, c.affine, Path(tmp) / "scan.nii.gz")
             seen = scan.load_scan(Path(tmp) / "scan.nii.gz", model.vit)
             g = scan.ground_sentences(model, text, seen, [said])
-            heat, region = g.back(0, seen.volume)
+            heat, region = g.to_scan_space(0, seen.volume)
             at = [
                 int(x.argmax())
                 for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
@@ -64,7 +64,7 @@ def picture(to):
             )
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
-            overlay_heatmap(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect)
+            overlay_heatmap(ax, h, r, np.percentile(g.similarity[0], 5), g.similarity[0].max(), aspect)
             plot_contours(ax, np.zeros_like(m), m)
             ax.set_title(textwrap.fill(said, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)

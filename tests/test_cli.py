@@ -104,7 +104,8 @@ def test_a_broken_scan_does_not_stop_the_others(tmp_path, capsys):
     assert z.groupby("scan").label.apply(list).to_dict() == dict(
         one=ABNORMALITIES, two=ABNORMALITIES
     )
-    assert z.chance.between(0, 1).all() and np.allclose(z.score, z.present - z.absent, atol=2e-5)
+    assert z.probability.between(0, 1).all()
+    assert np.allclose(z.score, z.positive_similarity - z.negative_similarity, atol=2e-5)
     assert np.load(tmp_path / "embed/all.npz")["cases"].tolist() == ["one", "two"]
     assert sorted(f.name for f in (tmp_path / "ground").iterdir()) == [
         "one.csv",
@@ -176,7 +177,7 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
     assert heat.get_data_dtype() == np.float32 and region.get_data_dtype() == np.uint8
     h, r = np.asanyarray(heat.dataobj), np.asanyarray(region.dataobj) > 0
     top = np.nanmax(h)
-    assert abs(top - row.highest) < 1e-4 and (np.isfinite(h).all() or form == "oblique")
+    assert abs(top - row.max_similarity) < 1e-4 and (np.isfinite(h).all() or form == "oblique")
     peak = (v.affine @ [*np.argwhere(h == top).mean(0), 1])[:3]  # the patch is 42 mm wide
     assert np.abs(peak - row[["peak_x_mm", "peak_y_mm", "peak_z_mm"]].to_numpy(float)).max() < (
         8 if form != "oblique" else 21
@@ -184,7 +185,7 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
     if form not in ("oblique",):
         middle = (v.affine @ [*np.argwhere(r).mean(0), 1])[:3]
         assert (
-            row.inside == 1
+            row.inside_fraction == 1
             and np.abs(middle - row[["x_mm", "y_mm", "z_mm"]].to_numpy(float)).max() < 8
         )
         same, _, first = grounded(
@@ -192,8 +193,8 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
         )
         assert (
             np.abs(
-                row[["highest", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
-                - first[["highest", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
+                row[["max_similarity", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
+                - first[["max_similarity", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
             ).max()
             < 0.2
         )
@@ -213,7 +214,7 @@ def test_a_larger_box(tmp_path, capsys):
         "give a larger" not in err
         and "position table" in err
         and np.isfinite(heat.get_fdata()).all()
-        and row.patches <= 0.2 * 1024
+        and row.num_patches <= 0.2 * 1024
     )
     assert (
         main(

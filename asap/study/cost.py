@@ -19,16 +19,16 @@ from ..params import cohorts_of
 class CostAssumptions:
     "What neither the params nor a measurement of ours says"
 
-    gpus: int = 4  # of the paper's recipe
-    peak: tuple = (
+    num_gpus: int = 4  # of the paper's recipe
+    peak_tflops: tuple = (
         ("A100", 312.0),
         ("H100", 989.0),
     )  # TFLOP/s in bf16, without sparsity, as the data sheets state
-    reached: tuple = (0.15, 0.4)  # share of the peak that a step gets
-    view: tuple = (360.0, 360.0, 330.0)  # mm, of a chest CT, the mean of a cohort
-    map_share: float = 0.03  # size of a compressed organ map against one byte a voxel
-    states: int = 2  # states to resume from that are kept
-    gb: float = 1e9  # bytes
+    flops_utilization: tuple = (0.15, 0.4)  # share of the peak that a step gets
+    scan_size_mm: tuple = (360.0, 360.0, 330.0)  # mm, of a chest CT, the mean of a cohort
+    organ_map_ratio: float = 0.03  # size of a compressed organ map against one byte a voxel
+    num_saved_states: int = 2  # states to resume from that are kept
+    bytes_per_gb: float = 1e9  # bytes
 
 # %% ../../nbs/8_study/85_cost.ipynb #co07volumes
 COHORT_VOLUMES = dict(
@@ -56,7 +56,7 @@ CT_RATE_TRAIN_VOLUMES = 47_143  # of CT-RATE
 # %% ../../nbs/8_study/85_cost.ipynb #co09steps
 def count_steps(p, a: CostAssumptions = CostAssumptions()) -> dict:  # params
     "Volumes a step, volumes seen, passes through the train split"
-    each = p.pretrain.batch * p.pretrain.accumulate * a.gpus
+    each = p.pretrain.batch * p.pretrain.accumulate * a.num_gpus
     return dict(
         steps=p.pretrain.steps,
         volumes_a_step=each,
@@ -136,7 +136,7 @@ def gpu_hours_table(
     rows = {f"pretrain {n}": train_flops(p, p.arms[n]) * seen for n in p.study.arms} | {
         f"embed {n}": embedding_flops(p) * there for n in p.study.arms
     }
-    low, high = a.reached
+    low, high = a.flops_utilization
     return pd.DataFrame(
         [
             dict(
@@ -144,7 +144,7 @@ def gpu_hours_table(
                 exaflop=v / 1e9,
                 **{
                     f"{g} {w}": v / (t * 1000 * r) / 3600
-                    for g, t in a.peak
+                    for g, t in a.peak_tflops
                     for w, r in (("fewest", high), ("most", low))
                 },
             )
@@ -159,7 +159,7 @@ def disk_usage(
     "What a study at this scale leaves on a disk, the raw data not counted"
     count = lambda cohorts: sum(COHORT_VOLUMES[c] for c in cohorts)
     voxels, arms, n = (
-        prod(v / s for v, s in zip(a.view, p.volumes.spacing)),
+        prod(v / s for v, s in zip(a.scan_size_mm, p.volumes.spacing)),
         len(p.study.arms),
         count_patches(p),
     )
@@ -168,14 +168,14 @@ def disk_usage(
         pd.Series(
             {
                 "standard volumes": 2 * voxels * count(p.study.cohorts),
-                "organ maps": voxels * a.map_share * count(p.pretrain.cohorts),
+                "organ maps": voxels * a.organ_map_ratio * count(p.pretrain.cohorts),
                 "features": 4 * p.model.dim * count(p.study.cohorts) * arms,
                 "all tokens": 2 * (n + 1) * p.model.dim * tokens * arms,
                 "checkpoints": 4 * parameters * arms,
-                "states to resume from": 12 * parameters * arms * a.states,
+                "states to resume from": 12 * parameters * arms * a.num_saved_states,
             }
         )
-        / a.gb
+        / a.bytes_per_gb
     )
 
 # %% ../../nbs/8_study/85_cost.ipynb #co26prepare

@@ -117,7 +117,7 @@ def _plot_intervals(ax, t, names, arms, colours, middle=0.5):  # t: row, arm, va
     ax.set_yticklabels(names)
 
 
-def plot_task_auc(figures: pd.DataFrame, arms, out):  # of `tables.figures`
+def plot_task_auc(figures: pd.DataFrame, arms, out):  # of `tables.metrics`
     "AUC of each task that has one, all labels given: arms with intervals"
     import matplotlib.pyplot as plt, seaborn as sns
 
@@ -146,9 +146,9 @@ def plot_label_efficiency(
     set_style()
     fig, ax = plt.subplots(figsize=(4.6, 3.2))
     for a, c in zip(arms, sns.color_palette("colorblind", len(arms))):
-        g = t[t.arm == a].sort_values("labelled")
+        g = t[t.arm == a].sort_values("num_labeled")
         ax.errorbar(
-            g.labelled,
+            g.num_labeled,
             g.value,
             [g.value - g.lo, g.hi - g.value],
             fmt="o-",
@@ -163,7 +163,7 @@ def plot_label_efficiency(
             ceiling.cnn_auc.mean(), color="0.35", ls="--", lw=1, label="supervised CNN, all labels"
         )
     ax.set(xscale="log", xlabel="labelled train volumes", ylabel="macro AUC")
-    ax.set_xticks(sorted(t.labelled.unique()))
+    ax.set_xticks(sorted(t.num_labeled.unique()))
     ax.get_xaxis().set_major_formatter("{x:.0f}")
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -267,9 +267,9 @@ def plot_forest(
 
     set_style()
     told = ranks.drop_duplicates("number")[["number", "task", "metric", "fraction"]]
-    t = told.merge(against[against.against.isin(others)], on=["task", "metric", "fraction"]).rename(
-        columns=dict(against="other")
-    )
+    t = told.merge(
+        against[against.comparator.isin(others)], on=["task", "metric", "fraction"]
+    ).rename(columns=dict(comparator="other"))
     rows = [
         f"{r.number} {r.task.replace('_', ' ')}"
         for r in told.itertuples()
@@ -299,10 +299,10 @@ def plot_ablation(t: pd.DataFrame, out):  # of `tables.ablation_table`
     import matplotlib.pyplot as plt, seaborn as sns
 
     set_style()
-    t = t[t.chief_minus.notna()]
+    t = t[t.difference.notna()]
     if not len(t):
         return
-    what, arms = list(dict.fromkeys(t.what)), list(dict.fromkeys(t.arm))
+    what, arms = list(dict.fromkeys(t.evaluation)), list(dict.fromkeys(t.arm))
     fig, axes = plt.subplots(
         1,
         len(what),
@@ -311,15 +311,15 @@ def plot_ablation(t: pd.DataFrame, out):  # of `tables.ablation_table`
         squeeze=False,
     )
     for ax, w in zip(axes[0], what):
-        g = t[t.what == w].set_index("arm").reindex(arms)
+        g = t[t.evaluation == w].set_index("arm").reindex(arms)
         ax.barh(
             np.arange(len(arms)),
-            g.chief_minus,
+            g.difference,
             color=sns.color_palette("colorblind", len(arms)),
             height=0.6,
             alpha=0.85,
         )
-        ax.hlines(np.arange(len(arms)), g.minus_lo, g.minus_hi, color="0.2", lw=1.4)
+        ax.hlines(np.arange(len(arms)), g.difference_lo, g.difference_hi, color="0.2", lw=1.4)
         ax.axvline(0, color="0.4", lw=0.8)
         ax.set_title("\n".join(textwrap.wrap(w.replace("_", " "), 16)), fontsize=8)
         ax.tick_params(axis="x", labelsize=7)

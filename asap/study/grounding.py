@@ -121,10 +121,10 @@ def build_sentence_queries(
         out.append(dict(row=n, kind="own", case=r.case, sentence=r.sentence))
         if other:
             out.append(
-                dict(row=n, kind="stranger", case=first[other[r.patient]], sentence=r.sentence)
+                dict(row=n, kind="shuffled_scan", case=first[other[r.patient]], sentence=r.sentence)
             )
         if r.label:
-            out.append(dict(row=n, kind="denial", case=r.case, sentence=negate_finding(r.label)))
+            out.append(dict(row=n, kind="negated", case=r.case, sentence=negate_finding(r.label)))
     return pd.DataFrame(out)
 
 # %% ../../nbs/8_study/82_grounding.ipynb #2c9469fc
@@ -188,10 +188,11 @@ def score_pointing(
     maps: dict,  # of `build_atlas`
     asked,
     got,  # of `build_sentence_queries` and `predict_regions`
-) -> pd.DataFrame:  # t with hit, uniform, atlas, stranger, denial (1, 0, a share, or empty), point, k, extent, and Dice of each
+) -> pd.DataFrame:  # t with hit, random, atlas, shuffled_scan, negated (1, 0, a share, or empty), peak_patch, k, extent, and Dice of each
     "What every sentence hits, and what the others hit in its place"
     of = {
-        kind: asked.index[asked.kind == kind].to_numpy() for kind in ("own", "stranger", "denial")
+        kind: asked.index[asked.kind == kind].to_numpy()
+        for kind in ("own", "shuffled_scan", "negated")
     }
     row, own, at, size = asked.row.to_numpy(), of["own"], hit_patches(share), share.sum(1)
 
@@ -206,18 +207,18 @@ def score_pointing(
     k = got["region"][own].sum(1)
     by_map = [_score_atlas(maps.get(l), a, c, n) for l, a, c, n in zip(t.label, at, share, k)]
     t = t.assign(
-        point=got["point"][own],
+        peak_patch=got["point"][own],
         hit=hit("own"),
-        uniform=guess(at),
-        stranger=hit("stranger"),
-        denial=hit("denial"),
+        random=guess(at),
+        shuffled_scan=hit("shuffled_scan"),
+        negated=hit("negated"),
         k=got["k"][own],
         extent=size,
     )
     t = t.assign(
         dice=over("own"),
-        dice_uniform=2 * k * guess(share) / np.maximum(k + size, 1e-6),
-        dice_stranger=over("stranger"),
+        dice_random=2 * k * guess(share) / np.maximum(k + size, 1e-6),
+        dice_shuffled_scan=over("shuffled_scan"),
     )
     return t.assign(atlas=[a for a, _ in by_map], dice_atlas=[d for _, d in by_map])
 
@@ -259,15 +260,15 @@ FOCAL_LESIONS = [
 LARGE_LESION_FRACTION = (
     0.1  # of the patches: a label is large when half of its train masks touch as many
 )
-POINTING_BASELINES = ["atlas", "stranger", "denial"]
+POINTING_BASELINES = ["atlas", "shuffled_scan", "negated"]
 
 
 def label_groups(labels, large=()) -> dict:  # name -> labels; those that there are
     "The four in one, those too large for a point in one, and each label"
     there = [n for n in ABNORMALITIES if n in set(labels)]
     pooled = {
-        "the four": [n for n in FOCAL_LESIONS if n in there],
-        "the large ones": [n for n in there if n in large],
+        "focal_lesions": [n for n in FOCAL_LESIONS if n in there],
+        "large_lesions": [n for n in there if n in large],
     }
     return {k: v for k, v in pooled.items() if v} | {
         n: [n] for n in sorted(there, key=lambda n: n not in FOCAL_LESIONS)
@@ -291,28 +292,28 @@ def summarize_hits(
 ) -> dict:  # hit with interval, against each of the others; Dice likewise
     "A line of the table: sentences of some labels, by one arm"
     w = bootstrap_weights(g.patient.to_numpy(), n)
-    hit, by_chance = bootstrap_mean(g.hit, w), bootstrap_mean(g.uniform, w)
+    hit, by_chance = bootstrap_mean(g.hit, w), bootstrap_mean(g.random, w)
     out = dict(
         sentences=len(g),
         patients=g.patient.nunique(),
-        **_ci_columns("hit", *hit, level),
-        uniform=by_chance[0],
+        **_ci_columns("hit_rate", *hit, level),
+        random=by_chance[0],
     )
     with np.errstate(invalid="ignore", divide="ignore"):
         out |= _ci_columns(
-            "times",
+            "lift",
             hit[0] / by_chance[0] if by_chance[0] else float("nan"),
             hit[1] / by_chance[1],
             level,
         )
     for k in POINTING_BASELINES:
         out |= _ci_columns(k, *bootstrap_mean(g[k], w), level) | _ci_columns(
-            f"above_{k}", *bootstrap_mean(g.hit - g[k], w), level
+            f"diff_{k}", *bootstrap_mean(g.hit - g[k], w), level
         )
     out |= _ci_columns("dice", *bootstrap_mean(g.dice, w), level)
-    for k in ("uniform", "atlas", "stranger"):
+    for k in ("random", "atlas", "shuffled_scan"):
         out |= {f"dice_{k}": bootstrap_mean(g[f"dice_{k}"], w)[0]} | _ci_columns(
-            f"dice_above_{k}", *bootstrap_mean(g.dice - g[f"dice_{k}"], w), level
+            f"dice_diff_{k}", *bootstrap_mean(g.dice - g[f"dice_{k}"], w), level
         )
     return out | dict(extent=float(g.extent.median()), k=float(g.k.median()))
 
@@ -340,7 +341,7 @@ def hit_rate_table(
 
 def hit_difference_table(
     hits, arm: str, n: int, level: float
-) -> pd.DataFrame:  # label, arm, against, difference, lo, hi
+) -> pd.DataFrame:  # label, arm, comparator, difference, lo, hi
     "Hit rate of one arm minus every other's, on the same sentences"
     keys, rows = ["case", "channel"], []
     own = hits[hits.arm == arm]
@@ -357,7 +358,7 @@ def hit_difference_table(
                 dict(
                     label=name,
                     arm=arm,
-                    against=b,
+                    comparator=b,
                     sentences=len(g),
                     difference=d["difference"],
                     lo=d["difference_lo"],
@@ -365,7 +366,7 @@ def hit_difference_table(
                 )
             )
     return pd.DataFrame(
-        rows, columns=["label", "arm", "against", "sentences", "difference", "lo", "hi"]
+        rows, columns=["label", "arm", "comparator", "sentences", "difference", "lo", "hi"]
     )
 
 # %% ../../nbs/8_study/82_grounding.ipynb #cc6b467a
@@ -376,7 +377,7 @@ EXTENT_COLUMNS = [
     *[
         f"{k}{end}"
         for k in ("rho", "untrained", "difference")
-        for end in (("", "_low", "_high") if k == "untrained" else ("", "_lo", "_hi"))
+        for end in (("", "_heads_lo", "_heads_hi") if k == "untrained" else ("", "_lo", "_hi"))
     ],
 ]
 
@@ -436,8 +437,8 @@ def extent_correlation(
         sentences=len(y),
         **_ci_columns("rho", rho, drawn[:, 0], level),
         untrained=untrained,
-        untrained_low=low,
-        untrained_high=high,
+        untrained_heads_lo=low,
+        untrained_heads_hi=high,
     )
     return out | _ci_columns(
         "difference", rho - untrained, drawn[:, 0] - np.nanmean(drawn[:, 1:], 1), level
@@ -532,7 +533,7 @@ def load_lesion_sentences(
 # %% ../../nbs/8_study/82_grounding.ipynb #4209dd64
 def _write_unavailable(out, why) -> dict:
     log_message(f"grounding: not measured, because {why}")
-    status = dict(there=False, reason=why)
+    status = dict(available=False, reason=why)
     write_json(status, Path(out) / "status.json")
     return status
 
@@ -540,10 +541,10 @@ def _write_unavailable(out, why) -> dict:
 def _describe_patches(model, share, body, p) -> dict:  # of the patches
     mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch, p.volumes.spacing))
     return dict(
-        there=True,
+        available=True,
         patch_mm=mm,
-        patches=int(share.shape[1]),
-        body=round(float(body.sum(1).mean()), 1),
+        num_patches=int(share.shape[1]),
+        num_body_patches=round(float(body.sum(1).mean()), 1),
     )
 
 
@@ -589,13 +590,13 @@ def evaluate_grounding(
     )
     status = dict(
         _describe_patches(last, share, body[test], p),
-        large=large_lesion_labels(share[train], t.label[train]),
+        large_lesions=large_lesion_labels(share[train], t.label[train]),
         sentences=int(test.sum()),
         patients=int(held.patient.nunique()),
-        unlabelled=int((held.label == "").sum()),
-        atlas=int(train.sum()),
-        out_of_sight=hidden,
-        left_out=len(bad),
+        unlabeled=int((held.label == "").sum()),
+        num_atlas_masks=int(train.sum()),
+        outside_crop=hidden,
+        excluded=len(bad),
         arms=list(found),
     )
     write_grounding(hits, found, text, status, p, out)
@@ -628,7 +629,7 @@ def evaluate_arms(
 
 
 def write_grounding(hits, found, text, status, p, out):
-    "hits.parquet; hits.csv, against.csv and extent.csv; the figure; status.json"
+    "hits.parquet; hits.csv, differences.csv and extent_correlation.csv; the figure; status.json"
     n, level, out, arm = (
         p.tables.n_bootstrap,
         p.tables.confidence_level,
@@ -636,23 +637,23 @@ def write_grounding(hits, found, text, status, p, out):
         reference_arm(found),
     )
     write_parquet(hits, out / "hits.parquet")
-    t = hit_rate_table(hits, status["large"], status["patch_mm"], n, level)
+    t = hit_rate_table(hits, status["large_lesions"], status["patch_mm"], n, level)
     write_csv(t.round(5), out / "hits.csv")
-    write_csv(hit_difference_table(hits, arm, n, level).round(5), out / "against.csv")
+    write_csv(hit_difference_table(hits, arm, n, level).round(5), out / "differences.csv")
     adaptive = [(a, m, g) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
     heads = lambda m, g: predict_untrained_k(
-        m.config, text.sentences(g.sentence.tolist()), status["patches"], p.study.seed
+        m.config, text.sentences(g.sentence.tolist()), status["num_patches"], p.study.seed
     )
     rows = [dict(arm=a, **extent_correlation(g, heads(m, g), n, level)) for a, m, g in adaptive]
-    write_csv(pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5), out / "extent.csv")
+    write_csv(pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5), out / "extent_correlation.csv")
     plot_hit_rates(t[t.arm == arm], arm, status, out)
-    write_json(dict(status, chief=arm), out / "status.json")
+    write_json(dict(status, reference_arm=arm), out / "status.json")
 
 # %% ../../nbs/8_study/82_grounding.ipynb #10560297
 def plot_hit_rates(
     t: pd.DataFrame,  # rows of `hit_rate_table` of one arm
     arm: str,
-    status: dict,  # patches, patch_mm
+    status: dict,  # num_patches, patch_mm
     out,
 ):
     "Hit rates of an arm and of the others who play, label by label"
@@ -661,11 +662,11 @@ def plot_hit_rates(
     set_style()
     names, y = (
         {
-            "hit": arm,
+            "hit_rate": arm,
             "atlas": "atlas of train",
-            "stranger": "a stranger's scan",
-            "denial": "denial",
-            "uniform": "guess",
+            "shuffled_scan": "a stranger's scan",
+            "negated": "denial",
+            "random": "guess",
         },
         np.arange(len(t))[::-1],
     )
@@ -678,7 +679,7 @@ def plot_hit_rates(
     ax.set(yticks=y, xlabel="share of sentences that point into their lesion", xlim=(0, 1))
     ax.set_yticklabels([f"{l} ({n})" for l, n in zip(t.label, t.sentences)])
     ax.set_title(
-        f"Pointing game, {status['patches']} patches of {status['patch_mm']} mm", fontsize=9
+        f"Pointing game, {status['num_patches']} patches of {status['patch_mm']} mm", fontsize=9
     )
     ax.legend(
         loc="upper center",
@@ -827,12 +828,12 @@ def plot_panel(
 
 def add_hit_columns(
     t, heat, right, body, about: int
-) -> pd.DataFrame:  # columns hit (1, 0 or empty) and chance
+) -> pd.DataFrame:  # columns hit (1, 0 or empty) and random
     "Does each sentence about the lesion point into it, and would a guess? Empty for other sentences and without a lesion"
     known = np.arange(len(t)) < (about if right.any() else 0)
     t.insert(4, "hit", np.where(known, right[heat.argmax(-1)].astype(float), np.nan))
     t.insert(
-        5, "chance", np.where(known, (right & body).sum() / max(body.sum(), 1), np.nan).round(4)
+        5, "random", np.where(known, (right & body).sum() / max(body.sum(), 1), np.nan).round(4)
     )
     return t
 
@@ -937,8 +938,8 @@ def sentence_table(sentences, o, organs, vit, names) -> pd.DataFrame:
             dict(
                 sentence=s,
                 k=int(k),
-                highest=round(float(heat.max()), 4),
-                mean=round(float(heat.mean()), 4),
+                max_similarity=round(float(heat.max()), 4),
+                mean_similarity=round(float(heat.mean()), 4),
                 **{n: round(float((inside == i).mean()), 4) for i, n in enumerate(names, 1)},
             )
         )

@@ -128,10 +128,10 @@ def render_cohorts(t) -> str:
     shown = t.drop(columns=["data"]) if t.data.nunique() == 1 else t
     words = dict(
         organ_maps="organ maps",
-        left_out="left out",
-        same_report="same report",
-        same_voxels="same voxels",
-        across_splits="across splits",
+        excluded="left out",
+        duplicate_reports="same report",
+        duplicate_volumes="same voxels",
+        duplicates_across_splits="across splits",
     )
     return (
         note
@@ -227,32 +227,32 @@ def render_ceiling(csv, how) -> str:
 
 # %% ../../nbs/8_study/83_page.ipynb #pageclm2
 CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, what is claimed, what to keep in mind
-    "tasks": (
+    "transfer": (
         "Better across tasks",
         "An encoder that is pre-trained this way does better than its peers across tasks.",
         "Every arm has the same cases, steps and batch. Its rate is the study's times <code>rate</code> of its row: for asap, simcrop, clip and mae the better of once and twice on development patients; variants of asap keep asap's. A mean over tasks hides which; the table below does not. Intervals are over patients, not over trainings: another draw of one training for segmentation can move its Dice by 0.05.",
     ),
-    "labels": (
+    "label_efficiency": (
         "Most where labels are few",
         "The lead is widest where few labels are given.",
         "With 1 % of the labels the small cohorts hold a patient or none and are left out: the mean is of those that have enough.",
     ),
-    "shift": (
+    "domain_shift": (
         "Most under distribution shift",
         "The lead is wider on data of another hospital than at home.",
         "Shift here is what the phantom was told to change (spacing, noise, kernel, contrast, how common things are), which is less than hospitals differ by.",
     ),
-    "components": (
+    "ablation": (
         "Each component contributes",
         "Without organs, without an adaptive k, or without the fusion, the encoder is worse.",
         "One seed a row: an interval here is over patients, and not over trainings.",
     ),
-    "regions": (
+    "grounding": (
         "Regions can be interpreted",
         "The region that is found for a sentence lies where the sentence's finding is.",
         "These rows are about one training of each arm. Four more trainings of the recipe of asap point into the four small lesions in 21.6, 0.0, 0.0 and 12.6 % of the sentences, all below the atlas (24.1 %): with the shipped weights' 37.4 % the claim holds for that training, and not for the recipe. Half a mask's best patch counts as a hit. Masks are known for lungs and pleura alone.",
     ),
-    "repairs": (
+    "bug_fixes": (
         "What the repairs are worth",
         "No claim of the paper: this code against the released code's behaviour, where it differs.",
         "Six faults at once: which of them costs how much is not told apart here.",
@@ -262,22 +262,22 @@ CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, what is claimed, what
 
 def summarize_verdicts(verdicts) -> str:  # of one claim
     "The verdict on a claim as a whole"
-    n, of = sum(v == "borne out" for v in verdicts), len(verdicts)
+    n, of = sum(v == "supported" for v in verdicts), len(verdicts)
     if n == of:
-        return "borne out in the small"
-    if all(v == "not decided" for v in verdicts):
-        return "not decided"
-    return "not borne out" if not n else f"borne out in {n} of {of} comparisons, not in the others"
+        return "supported at this scale"
+    if all(v == "inconclusive" for v in verdicts):
+        return "inconclusive"
+    return "not supported" if not n else f"supported in {n} of {of} comparisons, not in the others"
 
 
 def render_claim(name, t) -> str:  # its rows of `tables.claim_table`
     "A claim, its evidence, its caveat"
     title, words, caveat = CLAIM_TEXTS[name]
-    over = lambda r: f"{html.escape(r['about'])}" + (f" ({r['tasks']})" if r["tasks"] > 1 else "")
+    over = lambda r: f"{html.escape(r['outcome'])}" + (f" ({r['tasks']})" if r["tasks"] > 1 else "")
     rows = pd.DataFrame(
         [
             {
-                "against": r["against"],
+                "comparator": r["comparator"],
                 "on": over(r),
                 "difference": f"{r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}]",
                 "verdict": r["verdict"],
@@ -316,7 +316,7 @@ def render_claims(t, figures) -> str:  # `load_tables`
         + "</ul>"
     )
     more_of = dict(
-        tasks=render_ranking(t["tasks"])
+        transfer=render_ranking(t["tasks"])
         + render_image(
             figures / "radar.png",
             "The 22 tasks in the paper's order, each by its own figure; a gap where an arm was not asked.",
@@ -325,11 +325,13 @@ def render_claims(t, figures) -> str:  # `load_tables`
             figures / "forest.png",
             "The lead of the study's arm in each task, with 95 % intervals by patient, paired.",
         ),
-        components=render_image(
+        ablation=render_image(
             figures / "ablation.png",
             "What each piece is worth, with 95 % intervals by patient, paired.",
         ),
-        shift=render_details("At home and elsewhere", t["shift"]) if len(t["shift"]) else "",
+        domain_shift=render_details("At home and elsewhere", t["external_drop"])
+        if len(t["external_drop"])
+        else "",
     )
     return body + "".join(
         render_claim(k, g) + more_of.get(k, "") for k in CLAIM_TEXTS if len(g := c[c.claim == k])
@@ -387,7 +389,7 @@ def format_ci(r) -> str:  # a row with value, lo, hi
 
 def pivot_metrics(
     t, column: str
-) -> pd.DataFrame:  # rows of tables.figures, one an arm and value of `column` ("task" or "metric")
+) -> pd.DataFrame:  # rows of tables.metrics, one an arm and value of `column` ("task" or "metric")
     "Arms down, tasks or figures across, all labels given"
     t = t[t.fraction == 1].assign(shown=lambda d: [format_ci(r) for r in d.to_dict("records")])
     wide = t.pivot(index="arm", columns=column, values="shown").fillna("")
@@ -398,7 +400,7 @@ def pivot_metrics(
     )
 
 
-def render_differences(against, tasks, fractions=None) -> str:  # tables.against
+def render_differences(against, tasks, fractions=None) -> str:  # tables.differences
     "How the study's arm stands to the others, a line a task and share of the labels"
     t = against[against.task.isin(tasks)]
     if fractions is not None:
@@ -406,7 +408,7 @@ def render_differences(against, tasks, fractions=None) -> str:  # tables.against
     out = []
     for (task, f, metric), g in t.groupby(["task", "fraction", "metric"], sort=False):
         each = [
-            f"{describe_interval(r['lo'], r['hi'])} <b>{html.escape(r['against'])}</b> ({r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}])"
+            f"{describe_interval(r['lo'], r['hi'])} <b>{html.escape(r['comparator'])}</b> ({r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}])"
             for r in g.to_dict("records")
         ]
         of = (
@@ -422,7 +424,7 @@ def render_differences(against, tasks, fractions=None) -> str:  # tables.against
 
 def render_baseline_comparison(against, other: str) -> str:  # an encoder
     "Where something simple does as well, said in one sentence"
-    t = against[(against.against == other) & (against.fraction == 1) & (against.metric == "auc")]
+    t = against[(against.comparator == other) & (against.fraction == 1) & (against.metric == "auc")]
     if not len(t):
         return ""
     even, behind = t.task[(t.lo <= 0) & (t.hi >= 0)].tolist(), t.task[t.hi < 0].tolist()
@@ -434,7 +436,7 @@ def render_baseline_comparison(against, other: str) -> str:  # an encoder
     return f"<p><b>{html.escape(t.arm.iloc[0])}</b> against <b>{html.escape(other)}</b>, all labels given: {'; '.join(parts) or 'ahead in every task'}.</p>"
 
 
-def render_negative_controls(t) -> str:  # tables.controls
+def render_negative_controls(t) -> str:  # tables.negative_controls
     "What the leak controls found"
     out = []
     for name, g in t.groupby("control", sort=False):
@@ -467,7 +469,7 @@ def render_details(title, t, digits=3) -> str:
 
 def render_classification(t, figures, encoders) -> str:  # `load_tables`, folder of figures
     "Tasks 1 to 6, and RSPECT from outside"
-    if "labels" not in t:
+    if "per_label" not in t:
         return "<p>No probe ran: none of the cohorts that <code>study.tasks</code> asks about is in <code>data/</code>.</p>"
     body = SHORT_DATA_NOTE + (
         "<p>A linear probe on frozen features, its penalty chosen on validation patients alone; test patients were not used for any choice. Macro AUC by scan, for <code>external_rspect</code> of the probe that learnt on INSPECT; "
@@ -484,8 +486,8 @@ def render_classification(t, figures, encoders) -> str:  # `load_tables`, folder
         figures / "tasks.png",
         "Macro AUC by task, all labels given, with 95 % intervals by patient.",
     )
-    body += render_differences(t["against"], [CLASSIFICATION_MEAN]) + "".join(
-        render_baseline_comparison(t["against"], e) for e in encoders
+    body += render_differences(t["differences"], [CLASSIFICATION_MEAN]) + "".join(
+        render_baseline_comparison(t["differences"], e) for e in encoders
     )
     body += render_image(
         figures / "efficiency.png",
@@ -495,17 +497,17 @@ def render_classification(t, figures, encoders) -> str:  # `load_tables`, folder
         figures / "labels.png",
         "AUC of each abnormality of CT-RATE, all labels given: frozen features of the study's first arms with 95 % intervals by patient, beside a CNN trained with all labels on other phantoms (development seeds), and a histogram of the volume.",
     )
-    body += render_negative_controls(t["controls"])
-    fine = t["against"][t["against"].task.str.startswith(("classify_", "external_"))]
+    body += render_negative_controls(t["negative_controls"])
+    fine = t["differences"][t["differences"].task.str.startswith(("classify_", "external_"))]
     return (
         body
         + render_details("Task by task against the others", fine)
-        + render_details("By label", t["labels"])
-        + render_details("By spacing, kernel and contrast", t["groups"])
+        + render_details("By label", t["per_label"])
+        + render_details("By spacing, kernel and contrast", t["subgroups"])
     )
 
 
-def select_largest_fraction(g) -> pd.DataFrame:  # rows of tables.figures
+def select_largest_fraction(g) -> pd.DataFrame:  # rows of tables.metrics
     "Each task at the largest share of the labels that was asked"
     return g[g.fraction == g.groupby("task").fraction.transform("max")]
 
@@ -538,7 +540,7 @@ def render_segmentation(t, folder) -> str:  # `load_tables`, runs/segment
                 else render_details(words, pivot_metrics(k, "task"))
             )
     body += render_differences(
-        t["against"][t["against"].metric == "dice"].merge(
+        t["differences"][t["differences"].metric == "dice"].merge(
             g[["task", "fraction"]].drop_duplicates()
         ),
         sorted(set(g.task)),
@@ -571,7 +573,7 @@ def render_report_generation(
     for task, k in g.groupby("task", sort=False):
         body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
     body += render_differences(
-        t["against"][t["against"].metric == "clinical F1"], sorted(set(g.task))
+        t["differences"][t["differences"].metric == "clinical F1"], sorted(set(g.task))
     )
     if not g.metric.str.startswith("METEOR").any():
         body += "<p class='soft'>No METEOR: <code>report.meteor</code> is off, or Java was not found where this ran.</p>"
@@ -613,7 +615,7 @@ def render_vqa(t) -> str:  # `load_tables`
             pivot_metrics(k.assign(metric=k.metric.str.rsplit(", ", n=1).str[0]), "metric")
         )
     return body + render_differences(
-        t["against"][t["against"].metric == "accuracy, presence"], sorted(set(g.task))
+        t["differences"][t["differences"].metric == "accuracy, presence"], sorted(set(g.task))
     )
 
 
@@ -628,7 +630,7 @@ def render_prognosis(t, figures) -> str:
         body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
     return (
         body
-        + render_differences(t["against"], sorted(set(g.task)))
+        + render_differences(t["differences"], sorted(set(g.task)))
         + render_image(
             figures / "survival.png",
             "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given.",
@@ -650,7 +652,7 @@ def render_vocabulary(t) -> str:
         )
     )
     return body + render_differences(
-        t["against"], sorted(set(_select_family(t, ("vocabulary_", "zero_shot_")).task))
+        t["differences"], sorted(set(_select_family(t, ("vocabulary_", "zero_shot_")).task))
     )
 
 
@@ -677,7 +679,7 @@ def render_retrieval(t) -> str:
             f"<h3>{html.escape(task)}, {way}</h3><p>A pool of {known['pool']:.0f}{by}.</p>"
             + render_table(pivot_metrics(k[~k.metric.isin(["pool", "R@10 by chance"])], "metric"))
         )
-    return body + render_differences(t["against"], sorted(set(g.task)))
+    return body + render_differences(t["differences"], sorted(set(g.task)))
 
 
 _NOT_EVALUATED = (
@@ -687,26 +689,26 @@ _NOT_EVALUATED = (
 
 def _select_family(t, family) -> pd.DataFrame:
     return (
-        t["figures"][t["figures"].task.str.startswith(family)] if "figures" in t else pd.DataFrame()
+        t["metrics"][t["metrics"].task.str.startswith(family)] if "metrics" in t else pd.DataFrame()
     )
 
 # %% ../../nbs/8_study/83_page.ipynb #eab38978
 def describe_hit_difference(r, other: str) -> str:  # a row of hits.csv
     "Is an arm above another who plays?"
-    d, lo, hi = (r[f"above_{other}{end}"] for end in ("", "_lo", "_hi"))
+    d, lo, hi = (r[f"diff_{other}{end}"] for end in ("", "_lo", "_hi"))
     if pd.isna(d):
         return ""
-    return f"{describe_interval(lo, hi)} {dict(atlas='the atlas', stranger='a stranger', denial='its denial')[other]} ({r[other]:.1%}; difference {d:+.3f} [{lo:+.3f}, {hi:+.3f}])"
+    return f"{describe_interval(lo, hi)} {dict(atlas='the atlas', shuffled_scan='a stranger', negated='its denial')[other]} ({r[other]:.1%}; difference {d:+.3f} [{lo:+.3f}, {hi:+.3f}])"
 
 
 def render_hit_rate(r) -> str:  # a row of hits.csv
     "One arm's hits in words"
     others = "; ".join(
-        filter(None, (describe_hit_difference(r, k) for k in ("atlas", "stranger", "denial")))
+        filter(None, (describe_hit_difference(r, k) for k in ("atlas", "shuffled_scan", "negated")))
     )
     return (
-        f"<p><b>{html.escape(r['arm'])}</b>, {html.escape(r['label'])} ({r['sentences']} sentences of {r['patients']} patients, patches of {r['patch_mm']} mm): {r['hit']:.1%} [{r['hit_lo']:.1%}, {r['hit_hi']:.1%}] of the sentences point into their lesion, "
-        f"{r['times']:.1f} times [{r['times_lo']:.1f}, {r['times_hi']:.1f}] a guess ({r['uniform']:.1%}); {others}.</p>"
+        f"<p><b>{html.escape(r['arm'])}</b>, {html.escape(r['label'])} ({r['sentences']} sentences of {r['patients']} patients, patches of {r['patch_mm']} mm): {r['hit_rate']:.1%} [{r['hit_rate_lo']:.1%}, {r['hit_rate_hi']:.1%}] of the sentences point into their lesion, "
+        f"{r['lift']:.1f} times [{r['lift_lo']:.1f}, {r['lift_hi']:.1f}] a guess ({r['random']:.1%}); {others}.</p>"
     )
 
 
@@ -732,7 +734,7 @@ def render_training_variation(trainings) -> str:  # benchmarks/trainings.csv, or
 def render_grounding(folder, trainings=None) -> str:  # runs/grounding, benchmarks/trainings.csv
     "The pointing game: words, figure, tables; or why there is none"
     s = read_json(folder / "status.json")
-    if not s["there"]:
+    if not s["available"]:
         return f"<div class='note'><b>Not measured</b>: {html.escape(s['reason'])}.</div>"
     t = pd.read_csv(folder / "hits.csv")
     first = t[t.label == t.label.iloc[0]]
@@ -743,7 +745,7 @@ def render_grounding(folder, trainings=None) -> str:  # runs/grounding, benchmar
     )
     body += render_image(
         folder / "pointing.png",
-        f"Hit rates by abnormality, arm {html.escape(s['chief'])}, {s['patches']} patches of {s['patch_mm']} mm, {s['body']:.0f} of them body; number of sentences in brackets. The four: nodule, opacity, consolidation, atelectasis, which may lie in any lobe.",
+        f"Hit rates by abnormality, arm {html.escape(s['reference_arm'])}, {s['num_patches']} patches of {s['patch_mm']} mm, {s['num_body_patches']:.0f} of them body; number of sentences in brackets. The four: nodule, opacity, consolidation, atelectasis, which may lie in any lobe.",
     )
     return (
         body
@@ -755,26 +757,26 @@ def render_grounding(folder, trainings=None) -> str:  # runs/grounding, benchmar
 # %% ../../nbs/8_study/83_page.ipynb #001ea7ee
 def render_large_lesions(t, s) -> str:  # hits.csv, status
     "Large lesions, by overlap"
-    g = t[t.label == "the large ones"]
+    g = t[t.label == "large_lesions"]
     if not len(g):
         return ""
     rows = "".join(
-        f"<li><b>{html.escape(r['arm'])}</b>: Dice {r['dice']:.3f} [{r['dice_lo']:.3f}, {r['dice_hi']:.3f}]; guess {r['dice_uniform']:.3f}, atlas {r['dice_atlas']:.3f}, a stranger {r['dice_stranger']:.3f}, each of as many patches</li>"
+        f"<li><b>{html.escape(r['arm'])}</b>: Dice {r['dice']:.3f} [{r['dice_lo']:.3f}, {r['dice_hi']:.3f}]; guess {r['dice_random']:.3f}, atlas {r['dice_atlas']:.3f}, a stranger {r['dice_shuffled_scan']:.3f}, each of as many patches</li>"
         for r in g.to_dict("records")
     )
-    return f"<h3>Large ones</h3><p>{html.escape(', '.join(s['large']))}: half of their masks in train touch a tenth of all patches or more, so a point says little. The region that a sentence asks for against the mask, voxel by voxel, patches of {s['patch_mm']} mm:</p><ul>{rows}</ul>"
+    return f"<h3>Large ones</h3><p>{html.escape(', '.join(s['large_lesions']))}: half of their masks in train touch a tenth of all patches or more, so a point says little. The region that a sentence asks for against the mask, voxel by voxel, patches of {s['patch_mm']} mm:</p><ul>{rows}</ul>"
 
 
 def render_arms_and_extent(folder, s) -> str:  # runs/grounding, status
     "One arm against the others; k against the true extent"
-    a, e = pd.read_csv(folder / "against.csv"), pd.read_csv(folder / "extent.csv")
+    a, e = pd.read_csv(folder / "differences.csv"), pd.read_csv(folder / "extent_correlation.csv")
     body = "<h3>Arms, and how much a sentence asks for</h3>"
     for r in a[a.label == a.label.iloc[0]].to_dict("records") if len(a) else ():
         sign = describe_interval(r["lo"], r["hi"])
-        body += f"<p><b>{html.escape(r['arm'])}</b> is {sign} <b>{html.escape(r['against'])}</b> in hits, {html.escape(r['label'])}: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], the same sentences, patches of {s['patch_mm']} mm.</p>"
+        body += f"<p><b>{html.escape(r['arm'])}</b> is {sign} <b>{html.escape(r['comparator'])}</b> in hits, {html.escape(r['label'])}: difference {r['difference']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}], the same sentences, patches of {s['patch_mm']} mm.</p>"
     for r in e.to_dict("records"):
         body += (
-            f"<p>Rank correlation of k with the true extent (the mask's volume), <b>{html.escape(r['arm'])}</b>: {r['rho']:+.3f} [{r['rho_lo']:+.3f}, {r['rho_hi']:+.3f}]; by heads that learnt nothing {r['untrained']:+.3f} on average, most of them {r['untrained_low']:+.3f} to {r['untrained_high']:+.3f}; "
+            f"<p>Rank correlation of k with the true extent (the mask's volume), <b>{html.escape(r['arm'])}</b>: {r['rho']:+.3f} [{r['rho_lo']:+.3f}, {r['rho_hi']:+.3f}]; by heads that learnt nothing {r['untrained']:+.3f} on average, most of them {r['untrained_heads_lo']:+.3f} to {r['untrained_heads_hi']:+.3f}; "
             f"difference {r['difference']:+.3f} [{r['difference_lo']:+.3f}, {r['difference_hi']:+.3f}].</p>"
         )
     return body
@@ -783,13 +785,13 @@ def render_arms_and_extent(folder, s) -> str:  # runs/grounding, status
 def render_hit_rate_table(t, s) -> str:
     "The table, and who was asked"
     words = dict(
-        hit="hits",
-        hit_lo="from",
-        hit_hi="to",
-        uniform="guess",
-        times="times a guess",
+        hit_rate="hits",
+        hit_rate_lo="from",
+        hit_rate_hi="to",
+        random="guess",
+        lift="times a guess",
         dice="Dice",
-        dice_uniform="Dice of a guess",
+        dice_random="Dice of a guess",
         dice_atlas="Dice of the atlas",
         extent="extent in patches",
         patch_mm="patch, mm",
@@ -798,27 +800,27 @@ def render_hit_rate_table(t, s) -> str:
         "label",
         "arm",
         "sentences",
-        "hit",
-        "hit_lo",
-        "hit_hi",
-        "uniform",
-        "times",
+        "hit_rate",
+        "hit_rate_lo",
+        "hit_rate_hi",
+        "random",
+        "lift",
         "atlas",
-        "stranger",
-        "denial",
+        "shuffled_scan",
+        "negated",
         "dice",
-        "dice_uniform",
+        "dice_random",
         "dice_atlas",
         "extent",
         "k",
         "patch_mm",
     ]
     gone = (
-        f" {s['left_out']} cases were left out because their masks do not fit, and {s['out_of_sight']} lesions lie outside what the model sees."
-        if s["left_out"] or s["out_of_sight"]
+        f" {s['excluded']} cases were left out because their masks do not fit, and {s['outside_crop']} lesions lie outside what the model sees."
+        if s["excluded"] or s["outside_crop"]
         else ""
     )
-    return f"<details><summary>By label and arm</summary><p class='soft'>{s['sentences']} sentences of {s['patients']} test patients; {s['atlas']} masks of train made the atlas.{gone} All columns: <code>runs/grounding/hits.csv</code>.</p>{render_table(t[columns].rename(columns=words))}</details>"
+    return f"<details><summary>By label and arm</summary><p class='soft'>{s['sentences']} sentences of {s['patients']} test patients; {s['num_atlas_masks']} masks of train made the atlas.{gone} All columns: <code>runs/grounding/hits.csv</code>.</p>{render_table(t[columns].rename(columns=words))}</details>"
 
 # %% ../../nbs/8_study/83_page.ipynb #c4e4135f
 def render_pretraining(tables, figures, text, visible) -> str:
@@ -826,11 +828,11 @@ def render_pretraining(tables, figures, text, visible) -> str:
     body = SHORT_DATA_NOTE + render_image(
         figures / "curves.png", "Losses of pre-training, step by step."
     )
-    if (tables / "organs.csv").exists():
-        for r in pd.read_csv(tables / "organs.csv").to_dict("records"):
+    if (tables / "organ_error.csv").exists():
+        for r in pd.read_csv(tables / "organ_error.csv").to_dict("records"):
             body += (
                 f"<p>Organ shares of held-out patients from {visible:.0%} of the patches, {r['classes']}: mean absolute error of <b>{r['arm']}</b> {r['model']:.4f}, {describe_interval(r['lo'], r['hi'])} the best guess by place alone "
-                f"({r['best']}, {r['guess']:.4f}); difference {r['difference']:+.4f} [{r['lo']:+.4f}, {r['hi']:+.4f}], {r['patients']} patients.</p>"
+                f"({r['baseline_name']}, {r['baseline']:.4f}); difference {r['difference']:+.4f} [{r['lo']:+.4f}, {r['hi']:+.4f}], {r['patients']} patients.</p>"
             )
     body += render_image(
         figures / "organs.png",
@@ -979,7 +981,7 @@ def write_page(
             .query("metric == 'auc' and fraction == 1")
             .to_dict("records")[:5]
         ]
-        if "labels" in t
+        if "per_label" in t
         else []
     )
     if ceiling_csv is not None:
@@ -1030,11 +1032,11 @@ def write_page(
     write_json(
         {
             a: {r["task"]: round(r["value"], 5) for r in g.to_dict("records")}
-            for a, g in t["figures"]
+            for a, g in t["metrics"]
             .query("fraction == 1 and metric in @HEADLINE_METRICS")
             .groupby("arm")
         }
-        if "figures" in t
+        if "metrics" in t
         else {},
         out / "metrics.json",
     )

@@ -139,9 +139,9 @@ class LoadedScan:
     "A scan, and the box of it that a model sees"
 
     volume: Volume  # as the file has it
-    x: torch.Tensor  # (1,1,H,W,D) in [-1,1]
+    image: torch.Tensor  # (1,1,H,W,D) in [-1,1]
     affine: np.ndarray  # 4x4, voxel of the box -> mm
-    doubts: list  # sentences
+    warnings: list  # sentences
 
 
 def load_scan(
@@ -183,18 +183,20 @@ def classify_zero_shot(
     seen: LoadedScan,
     labels,  # names
     p,  # params `vocabulary`: present, absent
-) -> pd.DataFrame:  # label, score, chance, present, absent; in the order of the labels
+) -> pd.DataFrame:  # label, score, probability, positive_similarity, negative_similarity; in the order of the labels
     "What the arm's own zero-shot reading says of one scan"
     if blank := [n for n in labels if not str(n).strip()]:
         raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
-    said = prompt_similarity(model, text, [seen.x], build_prompts(labels, p.present, p.absent))[0]
+    said = prompt_similarity(model, text, [seen.image], build_prompts(labels, p.present, p.absent))[
+        0
+    ]
     return pd.DataFrame(
         dict(
             label=list(labels),
             score=said[:, 0] - said[:, 1],
-            chance=zero_shot_proba(model, said),
-            present=said[:, 0],
-            absent=said[:, 1],
+            probability=zero_shot_proba(model, said),
+            positive_similarity=said[:, 0],
+            negative_similarity=said[:, 1],
         )
     )
 
@@ -212,27 +214,27 @@ class GroundingResult:
     "Sentences and their places in one scan"
 
     sentences: list  # S of them
-    heat: np.ndarray  # (S,h,w,d) cosine of each patch
+    similarity: np.ndarray  # (S,h,w,d) cosine of each patch
     region: np.ndarray  # (S,h,w,d) bool
     k: np.ndarray  # (S,) patches wanted, before rounding
     affine: np.ndarray  # 4x4, patch -> mm
 
-    def peak(self, i: int) -> np.ndarray:  # (3,) mm, RAS
+    def peak_position(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "The middle of the patch that is most like sentence i"
         return _mean_position(
-            self.affine, [np.unravel_index(self.heat[i].argmax(), self.heat[i].shape)]
+            self.affine, [np.unravel_index(self.similarity[i].argmax(), self.similarity[i].shape)]
         )
 
-    def middle(self, i: int) -> np.ndarray:  # (3,) mm, RAS
+    def region_center(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "The middle of the region of sentence i"
         return _mean_position(self.affine, np.argwhere(self.region[i]))
 
-    def back(
+    def to_scan_space(
         self, i: int, v: Volume
     ) -> tuple:  # heat float32 (NaN: not seen), region uint8, on the grid of `v`
         "The heat map and the region of sentence i on a scan's own grid"
         on = lambda x, fill: resample(x, self.affine, v.hu.shape, v.affine, order=0, fill=fill)
-        return on(self.heat[i], np.nan), on(self.region[i].astype(np.uint8), 0)
+        return on(self.similarity[i], np.nan), on(self.region[i].astype(np.uint8), 0)
 
 
 def _mean_position(affine, patches) -> np.ndarray:  # mean place of some patches
@@ -251,7 +253,7 @@ def ground_sentences(
             f"sentence {blank[0]!r} is empty: say what to look for, such as `There is pleural effusion.`"
         )
     a, grid = (
-        align_sentences(model, seen.x, text.sentences(sentences).to(seen.x.device)),
+        align_sentences(model, seen.image, text.sentences(sentences).to(seen.image.device)),
         model.vit.grid,
     )
     affine, patch = seen.affine.copy(), np.array(model.vit.patch)
@@ -270,25 +272,28 @@ def ground_sentences(
 def region_table(
     g: GroundingResult,
     v: Volume,  # the scan
-) -> pd.DataFrame:  # sentence, k, patches, middle and peak in mm (RAS), highest and mean cosine, share of the region inside the scan
+) -> pd.DataFrame:  # sentence, k, num_patches, center and peak in mm (RAS), max_similarity, mean_similarity, inside_fraction
     "A row a sentence"
     size, rows = abs(np.linalg.det(g.affine[:3, :3])), []
     for i, sentence in enumerate(g.sentences):
         mm = {
             f"{name}{axis}_mm": round(float(x), 1)
-            for name, of in (("", g.middle(i)), ("peak_", g.peak(i)))
+            for name, of in (("", g.region_center(i)), ("peak_", g.peak_position(i)))
             for axis, x in zip("xyz", of)
         }
-        n, inside = int(g.region[i].sum()), float(g.back(i, v)[1].sum() * np.prod(v.spacing))
+        n, inside = (
+            int(g.region[i].sum()),
+            float(g.to_scan_space(i, v)[1].sum() * np.prod(v.spacing)),
+        )
         rows.append(
             dict(
                 sentence=sentence,
                 k=round(float(g.k[i]), 2),
-                patches=n,
+                num_patches=n,
                 **mm,
-                highest=round(float(g.heat[i].max()), 4),
-                mean=round(float(g.heat[i].mean()), 4),
-                inside=round(min(1.0, inside / (n * size)), 3),
+                max_similarity=round(float(g.similarity[i].max()), 4),
+                mean_similarity=round(float(g.similarity[i].mean()), 4),
+                inside_fraction=round(min(1.0, inside / (n * size)), 3),
             )
         )
     return pd.DataFrame(rows)
@@ -304,15 +309,15 @@ def plot_grounding(
     import matplotlib.pyplot as plt, textwrap
 
     set_style()
-    heat, region = g.back(i, v)
+    heat, region = g.to_scan_space(i, v)
     ct, hot, mark = (Volume(x, v.affine).ras() for x in (v.hu, heat, region))
-    at = np.rint(np.linalg.inv(ct.affine) @ [*g.peak(i), 1])[:3].astype(int)
+    at = np.rint(np.linalg.inv(ct.affine) @ [*g.peak_position(i), 1])[:3].astype(int)
     at = [int(np.clip(a, 0, n - 1)) for a, n in zip(at, ct.hu.shape)]
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
         ax.grid(False)
-    lo, hi = np.percentile(g.heat[i], 5), g.heat[i].max()
+    lo, hi = np.percentile(g.similarity[i], 5), g.similarity[i].max()
     for k, (name, (img, aspect), (h, _), (r, _)) in enumerate(
         zip(
             ("coronal", "sagittal", "axial"),
@@ -329,7 +334,7 @@ def plot_grounding(
     ).ax.tick_params(labelsize=7)
     fig.suptitle(
         textwrap.fill(f"\u201c{g.sentences[i]}\u201d", 90)
-        + f"\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; planes through the most similar one, {', '.join(f'{x:.0f}' for x in g.peak(i))} mm (RAS)",
+        + f"\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; planes through the most similar one, {', '.join(f'{x:.0f}' for x in g.peak_position(i))} mm (RAS)",
         fontsize=10,
     )
     if note:

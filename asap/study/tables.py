@@ -118,14 +118,14 @@ def mean_auc_table(found, arms, level) -> pd.DataFrame:  # as `listed`
 
 def difference_table(
     found, arm, others, level
-) -> pd.DataFrame:  # task, arm, against, fraction, metric, difference, lo, hi, tasks
+) -> pd.DataFrame:  # task, arm, comparator, fraction, metric, difference, lo, hi, tasks
     "One arm against each of the others, task by task and on the mean of those of tasks 1 to 6 that the share of the labels allows, paired by patient"
     t = compare_arms(found, arm, [b for b in others if b != arm], level)
     rows = [
         dict(
             task=CLASSIFICATION_MEAN,
             arm=arm,
-            against=b,
+            comparator=b,
             fraction=f,
             metric="auc",
             tasks=len(w),
@@ -263,7 +263,9 @@ def external_pairs(
 
 def external_drop_table(
     found, arms, level
-) -> pd.DataFrame:  # task, at, metric, fraction, arm, inside, outside, drop, lo, hi
+) -> (
+    pd.DataFrame
+):  # task, internal_task, metric, fraction, arm, internal, external, external_drop, lo, hi
     "What is lost elsewhere"
     rows = []
     for a in arms:
@@ -272,14 +274,14 @@ def external_drop_table(
             rows.append(
                 dict(
                     task=away,
-                    home=home,
+                    internal_task=home,
                     metric=metric,
                     fraction=f,
                     arm=a,
-                    inside=i[0],
-                    outside=o[0],
+                    internal=i[0],
+                    external=o[0],
                     **{
-                        {"difference": "drop"}.get(k, k): v
+                        {"difference": "external_drop"}.get(k, k): v
                         for k, v in paired_difference(i, o, level).items()
                     },
                 )
@@ -288,13 +290,13 @@ def external_drop_table(
         rows,
         columns=[
             "task",
-            "home",
+            "internal_task",
             "metric",
             "fraction",
             "arm",
-            "inside",
-            "outside",
-            "drop",
+            "internal",
+            "external",
+            "external_drop",
             "lo",
             "hi",
         ],
@@ -308,7 +310,9 @@ def ablated_arms(arms, chief) -> list:
 
 def ablation_table(
     found, pointed: dict, chief, arms, level
-) -> pd.DataFrame:  # what, metric, arm, value, lo, hi, chief_minus, minus_lo, minus_hi
+) -> (
+    pd.DataFrame
+):  # evaluation, metric, arm, value, lo, hi, difference, difference_lo, difference_hi
     "The chief and the chief without a piece: CT-RATE at each share of the labels, in words, retrieved, and pointing"
     wanted = [
         (t, f, m)
@@ -323,12 +327,12 @@ def ablation_table(
     ]
     rows = []
     for a in [chief, *ablated_arms(arms, chief)]:
-        name = lambda end: {"difference": "chief_minus"}.get(end, f"minus_{end}")
+        name = lambda end: end if end == "difference" else f"difference_{end}"
         for t, f, m in wanted:
             if (t, a, f, m) in found:
                 rows.append(
                     dict(
-                        what=f"{t}, {f:.0%} of the labels" if t.startswith("classify") else t,
+                        evaluation=f"{t}, {f:.0%} of the labels" if t.startswith("classify") else t,
                         metric=m,
                         arm=a,
                         **with_ci(*found[t, a, f, m], level),
@@ -342,15 +346,17 @@ def ablation_table(
                     )
                 )
         if "hits" in pointed and len(h := _first_label_rows(pointed["hits"]).query("arm == @a")):
-            d = _first_label_rows(pointed["against"]).query("arm == @chief and against == @a")
+            d = _first_label_rows(pointed["differences"]).query(
+                "arm == @chief and comparator == @a"
+            )
             rows.append(
                 dict(
-                    what="pointing game, " + h.label.iloc[0],
+                    evaluation="pointing game, " + h.label.iloc[0],
                     metric="hits",
                     arm=a,
-                    value=h.hit.iloc[0],
-                    lo=h.hit_lo.iloc[0],
-                    hi=h.hit_hi.iloc[0],
+                    value=h.hit_rate.iloc[0],
+                    lo=h.hit_rate_lo.iloc[0],
+                    hi=h.hit_rate_hi.iloc[0],
                     **(
                         {name(k): d[k].iloc[0] for k in ("difference", "lo", "hi")}
                         if len(d)
@@ -361,15 +367,15 @@ def ablation_table(
     return pd.DataFrame(
         rows,
         columns=[
-            "what",
+            "evaluation",
             "metric",
             "arm",
             "value",
             "lo",
             "hi",
-            "chief_minus",
-            "minus_lo",
-            "minus_hi",
+            "difference",
+            "difference_lo",
+            "difference_hi",
         ],
     )
 
@@ -380,7 +386,7 @@ def _first_label_rows(t):
 # %% ../../nbs/8_study/80_tables.ipynb #tabclai2
 def claim_verdict(lo, hi) -> str:
     "Is a difference above zero?"
-    return "borne out" if lo > 0 else "the opposite" if hi < 0 else "not decided"
+    return "supported" if lo > 0 else "contradicted" if hi < 0 else "inconclusive"
 
 
 def _mean_difference(found, wanted, a, b):
@@ -435,21 +441,31 @@ def _external_lead(found, a, b) -> tuple | None:  # lead elsewhere minus lead at
     ), len(away)
 
 # %% ../../nbs/8_study/80_tables.ipynb #tabclai3
-CLAIM_COLUMNS = ["claim", "about", "arm", "against", "difference", "lo", "hi", "tasks", "verdict"]
+CLAIM_COLUMNS = [
+    "claim",
+    "outcome",
+    "arm",
+    "comparator",
+    "difference",
+    "lo",
+    "hi",
+    "tasks",
+    "verdict",
+]
 
 
 def claim_table(found, pointed: dict, chief, arms, level) -> pd.DataFrame:  # columns CLAIM
     "Each claim against each arm that it is made against"
     rows, peers = [], [a for a in arms if a != chief and a not in ablated_arms(arms, chief)]
 
-    def put(claim, about, other, v, n=1):
+    def put(claim, outcome, other, v, n=1):
         d = with_ci(*v, level)
         rows.append(
             dict(
                 claim=claim,
-                about=about,
+                outcome=outcome,
                 arm=chief,
-                against=other,
+                comparator=other,
                 difference=d["value"],
                 lo=d["lo"],
                 hi=d["hi"],
@@ -459,20 +475,20 @@ def claim_table(found, pointed: dict, chief, arms, level) -> pd.DataFrame:  # co
 
     for b in peers:
         both = _shared_headline_tasks(found, chief, b)
-        for about, w in (
+        for outcome, w in (
             (CLASSIFICATION_MEAN, shared_classification_tasks(found, 1.0, chief, b)),
             ("mean of tasks 7 to 13", [x for x in both if x[0].startswith("segment_")]),
             ("mean of all tasks that both have", both),
         ):
             if w:
-                put("tasks", about, b, _mean_difference(found, w, chief, b), len(w))
+                put("transfer", outcome, b, _mean_difference(found, w, chief, b), len(w))
         for f, v, n in _low_label_lead(found, chief, b):
-            put("labels", f"lead at {f:.0%} of the labels minus lead at all", b, v, n)
+            put("label_efficiency", f"lead at {f:.0%} of the labels minus lead at all", b, v, n)
         if v := _external_lead(found, chief, b):
-            put("shift", "lead elsewhere minus lead at home", b, *v)
+            put("domain_shift", "lead elsewhere minus lead at home", b, *v)
     for b in ablated_arms(arms, chief):
         kind, w = (
-            "repairs" if b == "released" else "components",
+            "bug_fixes" if b == "released" else "ablation",
             shared_classification_tasks(found, 1.0, chief, b),
         )
         if w:
@@ -492,38 +508,38 @@ def _pointing_claims(
         return []
     h, a = (
         _first_label_rows(pointed["hits"]).query("arm == @chief"),
-        _first_label_rows(pointed["against"]),
+        _first_label_rows(pointed["differences"]),
     )
     row = lambda claim, other, d, lo, hi: dict(
         claim=claim,
-        about="pointing game",
+        outcome="pointing game",
         arm=chief,
-        against=other,
+        comparator=other,
         difference=d,
         lo=lo,
         hi=hi,
         tasks=1,
     )
     rows = [
-        row("regions", name, *h[[f"above_{k}", f"above_{k}_lo", f"above_{k}_hi"]].iloc[0])
+        row("grounding", name, *h[[f"diff_{k}", f"diff_{k}_lo", f"diff_{k}_hi"]].iloc[0])
         for k, name in (
             ("atlas", "where such things lie"),
-            ("stranger", "another patient's scan"),
-            ("denial", "a sentence that denies it"),
+            ("shuffled_scan", "another patient's scan"),
+            ("negated", "a sentence that denies it"),
         )
-        if len(h) and h[f"above_{k}"].notna().all()
+        if len(h) and h[f"diff_{k}"].notna().all()
     ]
     of = lambda b: (
-        "repairs"
+        "bug_fixes"
         if b == "released"
-        else "components"
+        else "ablation"
         if b in ablated_arms(arms, chief)
-        else "regions"
+        else "grounding"
     )
     return rows + [
-        row(of(r["against"]), r["against"], r["difference"], r["lo"], r["hi"])
+        row(of(r["comparator"]), r["comparator"], r["difference"], r["lo"], r["hi"])
         for r in a[a.arm == chief].to_dict("records")
-        if r["against"] in arms
+        if r["comparator"] in arms
     ]
 
 # %% ../../nbs/8_study/80_tables.ipynb #tablabs2
@@ -602,7 +618,7 @@ def organ_error_table(rows: dict, n: int) -> pd.DataFrame:  # arm -> heldout.csv
             for a, t in rows.items()
             for k in names
         ]
-    )
+    ).rename(columns=dict(guess="baseline", best="baseline_name"))
 
 
 def cohort_table(
@@ -632,13 +648,13 @@ def cohort_table(
                         "organ_maps",
                         "targets",
                         "questions",
-                        "left_out",
-                        "warnings",
                     )
                 },
-                same_report=s["twice"]["report"],
-                same_voxels=s["twice"]["volume"],
-                across_splits=s["leaks"],
+                excluded=s["left_out"],
+                warnings=s["warnings"],
+                duplicate_reports=s["twice"]["report"],
+                duplicate_volumes=s["twice"]["volume"],
+                duplicates_across_splits=s["leaks"],
             )
         )
     t = pd.DataFrame(rows)
@@ -651,10 +667,10 @@ def to_markdown(t: pd.DataFrame, digits: int = 3) -> str:
 
 
 LATEX_TABLES = (
-    "figures",
+    "metrics",
     "tasks",
-    "efficiency",
-    "shift",
+    "label_efficiency",
+    "external_drop",
     "ablation",
     "claims",
     "cohorts",
@@ -691,7 +707,7 @@ def subgroup_table(
 
 def label_efficiency_table(
     figures, predictions
-) -> pd.DataFrame:  # task, arm, fraction, labelled, value, lo, hi
+) -> pd.DataFrame:  # task, arm, fraction, num_labeled, value, lo, hi
     "Macro AUC against labelled volumes"
     labelled = (
         predictions.groupby(["task", "fraction"]).labelled.mean().round().astype(int).reset_index()
@@ -700,6 +716,7 @@ def label_efficiency_table(
         figures[figures.metric == "auc"]
         .merge(labelled, on=["task", "fraction"])
         .drop(columns="metric")
+        .rename(columns=dict(labelled="num_labeled"))
     )
 
 # %% ../../nbs/8_study/80_tables.ipynb #21859856
@@ -713,7 +730,7 @@ def write_tables(
     n: int,
     level: float,  # bootstrap
     out: Path,
-    pointed: dict | None = None,  # hits and against of the pointing game
+    pointed: dict | None = None,  # hits and differences of the pointing game
     trained: list = (),  # the study's arms, without other encoders
 ) -> dict:  # name -> table
     "All tables, as CSV and Markdown, some as LaTeX"
@@ -731,28 +748,28 @@ def write_tables(
             tasks=ranking_table(
                 found, [*ours, *(a for a in arms if a in BASELINES and a not in ours)], level
             ),
-            shift=external_drop_table(found, arms, level),
+            external_drop=external_drop_table(found, arms, level),
             claims=claim_table(found, pointed or {}, chief, ours, level),
         )
     if found and len(a := ablation_table(found, pointed or {}, chief, ours, level)):
         tables["ablation"] = a
     if found:
         tables |= dict(
-            figures=pd.concat(
+            metrics=pd.concat(
                 [to_table(found, level), mean_auc_table(found, arms, level)], ignore_index=True
             ),
-            against=difference_table(found, chief, arms, level),
+            differences=difference_table(found, chief, arms, level),
         )
     if len(probes):
         tables |= dict(
-            labels=per_label_table(probes, n, level),
-            controls=negative_control_table(leaks, n, level),
-            groups=subgroup_table(probes, acquired, n, level),
+            per_label=per_label_table(probes, n, level),
+            negative_controls=negative_control_table(leaks, n, level),
+            subgroups=subgroup_table(probes, acquired, n, level),
         )
     if len(probes):
-        tables["efficiency"] = label_efficiency_table(tables["figures"], probes)
+        tables["label_efficiency"] = label_efficiency_table(tables["metrics"], probes)
     if organ_rows:
-        tables["organs"] = organ_error_table(organ_rows, n)
+        tables["organ_error"] = organ_error_table(organ_rows, n)
     for name, t in tables.items():
         shown = format_ranking(t) if name == "tasks" else t
         write_csv(t.round(5), Path(out) / f"{name}.csv")

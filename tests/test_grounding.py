@@ -12,16 +12,13 @@ from asap.data.crops import apply_crop, center_crop
 from asap.data.volumes import resample, standardize
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import synthesize_chest
+from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
 from asap.study.grounding import (
     FOCAL_LESIONS,
     build_atlas,
-    hit_patches,
-    patch_coverage,
     negate_finding,
-    patch_dice,
     label_groups,
     evaluate_grounding,
-    topk_patches,
     build_sentence_queries,
     summarize_hits,
     score_pointing,

@@ -27,7 +27,7 @@ from asap.data.cohort import (
     label_columns,
 )
 from .volumes import Volume, open_nifti, read, read_voxels
-from ..phantom.body import orthogonal_planes
+from .volumes import orthogonal_planes
 
 # %% ../../nbs/2_data/26_review.ipynb #6b7cb368
 def cohort_names() -> list:  # "acdc", "btcv", ...

@@ -6,9 +6,10 @@
 __all__ = ['Fraction', 'Shape3D', 'Spacing3D', 'CohortName', 'TaskName', 'FEATURE_FAMILIES', 'TOKEN_FAMILIES', 'TASK_FAMILIES',
            'ArmsConfig', 'SECTIONS', 'BaseConfig', 'task_family', 'cohorts_of', 'reference_arm', 'StudyConfig',
            'PhantomConfig', 'VolumesConfig', 'CohortOptions', 'CTRGOptions', 'OwnCohortOptions', 'CohortsConfig',
-           'SplitsConfig', 'AnatomyConfig', 'ArchiveConfig', 'RealConfig', 'TextConfig', 'StemConfig', 'ModelConfig',
-           'PretrainConfig', 'ArmConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig', 'section_type',
-           'params_model', 'check_arms', 'check_sections', 'load_params', 'StageParams', 'load_stage_params']
+           'SplitsConfig', 'TotalSegmentatorConfig', 'AnatomyConfig', 'ArchiveConfig', 'RealConfig', 'TextConfig',
+           'StemConfig', 'ModelConfig', 'PretrainConfig', 'ArmConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig',
+           'section_type', 'params_model', 'check_arms', 'check_sections', 'load_params', 'StageParams',
+           'load_stage_params']
 
 # %% ../nbs/01_params.ipynb #par00003
 import difflib, importlib
@@ -145,8 +146,8 @@ class StudyConfig(BaseConfig):
     encoders: dict[
         Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str
     ]  # {name: module:function}, beside the arms in every task on features
-    jobs: PositiveInt  # processes that prepare data
-    stages: PositiveInt  # that `asap study` runs at a time
+    n_jobs: PositiveInt  # processes that prepare data
+    max_parallel_stages: PositiveInt  # that `asap study` runs at a time
     backend: Literal["loky", "dask"]  # this machine's processes, or a cluster
 
     def check(self, params) -> None:
@@ -198,17 +199,17 @@ class VolumesConfig(BaseConfig):
     "The standard volume"
 
     spacing: Spacing3D
-    size: Shape3D  # what the model sees: crop and pad to this
-    hu: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
+    roi_size: Shape3D  # what the model sees: crop and pad to this
+    hu_range: Annotated[list[float], Field(min_length=2, max_length=2)]  # clip, mapped to [-1, 1]
 
     def check(self, params) -> None:
         patch = params.model.patch_size if hasattr(params, "model") else [1, 1, 1]
-        if any(s % q for s, q in zip(self.size, patch)):
+        if any(s % q for s, q in zip(self.roi_size, patch)):
             raise ValueError(
-                f"`volumes.size` {self.size} is not a multiple of `model.patch_size` {patch}"
+                f"`volumes.roi_size` {self.roi_size} is not a multiple of `model.patch_size` {patch}"
             )
-        if self.hu[0] >= self.hu[1]:
-            raise ValueError(f"`volumes.hu` is {self.hu}: give lower, upper")
+        if self.hu_range[0] >= self.hu_range[1]:
+            raise ValueError(f"`volumes.hu_range` is {self.hu_range}: give lower, upper")
 
 
 class CohortOptions(BaseConfig):
@@ -261,12 +262,18 @@ class SplitsConfig(BaseConfig):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]  # draws of the fractions below 1
 
 
+class TotalSegmentatorConfig(BaseConfig):
+    "Where a cohort has no organ maps"
+
+    download: bool  # may TotalSegmentator fetch its weights?
+    fast: bool  # its one 3 mm model; false: its 1.5 mm models
+
+
 class AnatomyConfig(BaseConfig):
     "Organ groups, each a list of TotalSegmentator class names"
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
-    download: bool  # may TotalSegmentator fetch its weights?
-    fast: bool  # its one 3 mm model; false: its 1.5 mm models
+    totalsegmentator: TotalSegmentatorConfig
 
 
 class ArchiveConfig(BaseConfig):
@@ -422,8 +429,8 @@ ArmsConfig = dict[str, ArmConfig]
 class TablesConfig(BaseConfig):
     "Intervals"
 
-    bootstrap: Annotated[int, Field(ge=20)]
-    level: Annotated[float, Field(gt=0.5, lt=1)]
+    n_bootstrap: Annotated[int, Field(ge=20)]
+    confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class GroundingConfig(BaseConfig):

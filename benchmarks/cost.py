@@ -1,5 +1,5 @@
 """What one training step of `asap` at the paper's size takes: floating-point operations as PyTorch counts them, seconds of this
-machine, and what share of the machine's own matrix products that is. The page nbs/8_study/85_cost.ipynb builds on it.
+machine, and what share of the machine's own matrix products that is. The page nbs/96_cost.ipynb builds on it.
 
 usage: python benchmarks/cost.py [--repeat 3] [--threads 1] [--save]        (--save writes benchmarks/cost.json)
 """

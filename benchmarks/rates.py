@@ -23,7 +23,9 @@ from asap.text import encoder
 
 
 def probe(model, table, p) -> float:  # macro AUC
-    f = embed.extract_features(model.vit.eval(), table.image, p.volumes.size, p.volumes.hu)
+    f = embed.extract_features(
+        model.vit.eval(), table.image, p.volumes.roi_size, p.volumes.hu_range
+    )
     found = classify.average_by_scan(
         classify.fit_predict(f, table, table.split == "train", "ct_rate")
     )

@@ -70,7 +70,7 @@ class Ours(torch.nn.Module):
 def batch(p, n, vocab, tokens=TOKENS, real=REAL):
     "Random volumes and reports in the shape of real ones"
     g = torch.Generator().manual_seed(0)
-    patches = int(torch.tensor([s // q for s, q in zip(p.volumes.size, p.model.patch)]).prod())
+    patches = int(torch.tensor([s // q for s, q in zip(p.volumes.roi_size, p.model.patch_size)]).prod())
     ids = torch.randint(5, vocab, (n, tokens), generator=g)
     at = torch.arange(tokens).expand(n, -1)
     of = torch.where(
@@ -78,7 +78,7 @@ def batch(p, n, vocab, tokens=TOKENS, real=REAL):
     )
     hide = (torch.rand(n, tokens, generator=g) < 0.75) & (of >= 0)
     return dict(
-        image=torch.rand(n, 1, *p.volumes.size, generator=g) * 2 - 1,
+        image=torch.rand(n, 1, *p.volumes.roi_size, generator=g) * 2 - 1,
         shares=torch.rand(n, patches, 9, generator=g).softmax(-1),
         known=torch.ones(n, patches).bool(),
         order=torch.rand(n, patches, generator=g).argsort(1),

@@ -35,12 +35,11 @@ def picture(to):
     "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
     import matplotlib.pyplot as plt, numpy as np, tempfile, textwrap
     from asap.core import atomic_write, rng
-    from asap.data.volumes import Volume, write
+    from asap.data.volumes import Volume, orthogonal_planes, write
     from asap.phantom.abnormalities import synthesize_chest
-    from asap.phantom.body import orthogonal_planes
     from asap.phantom.words import finding_sentence
-    from asap.study import scan
-    from asap.study.grounding import plot_contours, overlay_heatmap
+    from asap.inference import scan
+    from asap.inference.ground import ground_sentences, overlay_heatmap, plot_contours
 
     model, text = scan.load_model_and_text()
     fig, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
@@ -50,8 +49,8 @@ def picture(to):
             lesion, said = c.findings[0].mask, finding_sentence(c.findings[0], rng("readme", label))
             write(c.hu, c.affine, Path(tmp) / "scan.nii.gz")
             seen = scan.load_scan(Path(tmp) / "scan.nii.gz", model.vit)
-            g = scan.ground_sentences(model, text, seen, [said])
-            heat, region = g.back(0, seen.volume)
+            g = ground_sentences(model, text, seen, [said])
+            heat, region = g.to_scan_space(0, seen.volume)
             at = [
                 int(x.argmax())
                 for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
@@ -64,7 +63,9 @@ def picture(to):
             )
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
-            overlay_heatmap(ax, h, r, np.percentile(g.heat[0], 5), g.heat[0].max(), aspect)
+            overlay_heatmap(
+                ax, h, r, np.percentile(g.similarity[0], 5), g.similarity[0].max(), aspect
+            )
             plot_contours(ax, np.zeros_like(m), m)
             ax.set_title(textwrap.fill(said, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"`asap zeroshot`, `ground` and `embed`: what is written, where it lies, and that nothing is written for what is no CT"
+"`asap zero-shot`, `ground` and `embed`: what is written, where it lies, and that nothing is written for what is no CT"
 
 import gzip, resource, shutil, subprocess, sys
 
@@ -14,11 +14,11 @@ from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest
 
 C = synthesize_chest(("cli", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
 SAID = "There is pleural effusion."
-COMMANDS = dict(
-    zeroshot=lambda out: ["-o", str(out / "all.csv")],
-    ground=lambda out: ["-o", str(out), "--sentence", SAID],
-    embed=lambda out: ["-o", str(out / "all.npz")],
-)
+COMMANDS = {
+    "zero-shot": lambda out: ["-o", str(out / "all.csv")],
+    "ground": lambda out: ["-o", str(out), "--sentence", SAID],
+    "embed": lambda out: ["-o", str(out / "all.npz")],
+}
 
 
 def call(command, out, *paths):
@@ -87,7 +87,7 @@ def test_nothing_is_written_for_what_is_no_ct(command, bad, tmp_path, capsys):
         assert "an MR is refused with --mr too" in said
 
 
-@pytest.mark.parametrize("command", ["zeroshot", "ground"])
+@pytest.mark.parametrize("command", ["zero-shot", "ground"])
 def test_a_declared_mr_is_refused_too(command, tmp_path, capsys):
     path = mr(tmp_path / "a.nii.gz")
     assert main([command, str(path), "--mr", *COMMANDS[command](tmp_path / "out")]) == 1
@@ -100,11 +100,12 @@ def test_a_broken_scan_does_not_stop_the_others(tmp_path, capsys):
     text(tmp_path / "in/broken.nii.gz")
     for command in COMMANDS:
         assert call(command, tmp_path / command, tmp_path / "in") == 1
-    z = pd.read_csv(tmp_path / "zeroshot/all.csv")
+    z = pd.read_csv(tmp_path / "zero-shot/all.csv")
     assert z.groupby("scan").label.apply(list).to_dict() == dict(
         one=ABNORMALITIES, two=ABNORMALITIES
     )
-    assert z.chance.between(0, 1).all() and np.allclose(z.score, z.present - z.absent, atol=2e-5)
+    assert z.probability.between(0, 1).all()
+    assert np.allclose(z.score, z.positive_similarity - z.negative_similarity, atol=2e-5)
     assert np.load(tmp_path / "embed/all.npz")["cases"].tolist() == ["one", "two"]
     assert sorted(f.name for f in (tmp_path / "ground").iterdir()) == [
         "one.csv",
@@ -118,7 +119,7 @@ def test_a_broken_scan_does_not_stop_the_others(tmp_path, capsys):
         "two_1_region.nii.gz",
     ]
     listed = [
-        tmp_path / "zeroshot/all.quarantine.csv",
+        tmp_path / "zero-shot/all.quarantine.csv",
         tmp_path / "embed/all.quarantine.csv",
         tmp_path / "ground/quarantine.csv",
     ]
@@ -176,7 +177,7 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
     assert heat.get_data_dtype() == np.float32 and region.get_data_dtype() == np.uint8
     h, r = np.asanyarray(heat.dataobj), np.asanyarray(region.dataobj) > 0
     top = np.nanmax(h)
-    assert abs(top - row.highest) < 1e-4 and (np.isfinite(h).all() or form == "oblique")
+    assert abs(top - row.max_similarity) < 1e-4 and (np.isfinite(h).all() or form == "oblique")
     peak = (v.affine @ [*np.argwhere(h == top).mean(0), 1])[:3]  # the patch is 42 mm wide
     assert np.abs(peak - row[["peak_x_mm", "peak_y_mm", "peak_z_mm"]].to_numpy(float)).max() < (
         8 if form != "oblique" else 21
@@ -184,7 +185,7 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
     if form not in ("oblique",):
         middle = (v.affine @ [*np.argwhere(r).mean(0), 1])[:3]
         assert (
-            row.inside == 1
+            row.inside_fraction == 1
             and np.abs(middle - row[["x_mm", "y_mm", "z_mm"]].to_numpy(float)).max() < 8
         )
         same, _, first = grounded(
@@ -192,8 +193,8 @@ def test_heat_and_region_lie_on_the_scan(form, tmp_path):
         )
         assert (
             np.abs(
-                row[["highest", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
-                - first[["highest", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
+                row[["max_similarity", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
+                - first[["max_similarity", "x_mm", "y_mm", "z_mm"]].to_numpy(float)
             ).max()
             < 0.2
         )
@@ -213,12 +214,12 @@ def test_a_larger_box(tmp_path, capsys):
         "give a larger" not in err
         and "position table" in err
         and np.isfinite(heat.get_fdata()).all()
-        and row.patches <= 0.2 * 1024
+        and row.num_patches <= 0.2 * 1024
     )
     assert (
         main(
             [
-                "zeroshot",
+                "zero-shot",
                 str(tmp_path / "long.nii.gz"),
                 "-o",
                 str(tmp_path / "a.csv"),
@@ -268,7 +269,7 @@ def test_a_checkpoint_that_is_none(how, why, tmp_path, capsys):
     assert (
         main(
             [
-                "zeroshot",
+                "zero-shot",
                 str(tmp_path / "a.nii.gz"),
                 "-o",
                 str(tmp_path / "out/a.csv"),
@@ -316,7 +317,7 @@ def test_models_and_encoders_that_do_not_fit(tmp_path, capsys):
             )
             == 0
             == call(
-                "zeroshot",
+                "zero-shot",
                 tmp_path / arm,
                 tmp_path / "a.nii.gz",
                 "--checkpoint",
@@ -332,15 +333,15 @@ def test_models_and_encoders_that_do_not_fit(tmp_path, capsys):
 @pytest.mark.parametrize(
     "given, why",
     [
-        (["zeroshot", "{}", "-o", "{}"], "ends in .csv"),
+        (["zero-shot", "{}", "-o", "{}"], "ends in .csv"),
         (["embed", "{}", "-o", "{}"], "is a scan that is read"),
         (["ground", "{}", "-o", "{}", "--sentence", SAID], "is a file, expected a folder"),
         (["ground", "{}", "-o", "out", "--sentence", " "], "is empty"),
         (
-            ["zeroshot", "{}", "-o", "a.csv", "--labels", "Nodule", "{}"],
+            ["zero-shot", "{}", "-o", "a.csv", "--labels", "Nodule", "{}"],
             "for a label: give the scans before",
         ),
-        (["zeroshot", "{}", "-o", "a.csv", "--labels", ""], "is empty"),
+        (["zero-shot", "{}", "-o", "a.csv", "--labels", ""], "is empty"),
         (["embed", "{}", "-o", "."], "is a folder"),
     ],
 )
@@ -375,7 +376,7 @@ def test_words_that_nobody_taught_are_said(tmp_path, capsys):
     assert (
         main(
             [
-                "zeroshot",
+                "zero-shot",
                 str(tmp_path / "a.nii.gz"),
                 "-o",
                 str(tmp_path / "a.csv"),
@@ -396,7 +397,7 @@ def test_words_that_nobody_taught_are_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "standardise", "organs", "embed", "zeroshot", "ground"]
+    "command", ["check", "standardize", "organs", "embed", "zero-shot", "ground"]
 )
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as e:
@@ -413,7 +414,7 @@ def scans(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, command", [("totalsegmentator_chest", "ground"), ("pyradiomics_lung1", "zeroshot")]
+    "name, command", [("totalsegmentator_chest", "ground"), ("pyradiomics_lung1", "zero-shot")]
 )
 def test_real_chests_in_time(scans, name, command, tmp_path):
     "Less than 25 s of one processor from the shell, libraries loaded; their places are checked above"

@@ -38,7 +38,7 @@ def params(**cohorts):  # as a stage sees them
     tree = P.model_dump(by_alias=True)
     for n, more in cohorts.items():
         tree["cohorts"][n] |= more
-    tree["study"]["jobs"] = 1
+    tree["study"]["n_jobs"] = 1
     return StageParams(tree, "prepare")
 
 
@@ -126,7 +126,7 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
     data = ImageReportDataset(t.head(3), P, text, seed=0)
     b = collate([data[(0, i)] for i in range(len(data))], text, 0.5)
     assert (
-        b["image"].shape == (len(data), 1, *P.volumes.size)
+        b["image"].shape == (len(data), 1, *P.volumes.roi_size)
         and b["image"].abs().max() <= 1 + P.pretrain.shift + 1e-6
         and b["image"].std() > 0.05
     )

@@ -130,7 +130,7 @@ def test_a_link_that_leads_nowhere_is_said(caplog):
 def test_from_disk_with_search(site):
     with tab() as t:
         t.call("Emulation.setFocusEmulationEnabled", enabled=True)
-        t.open((site / "8_study/82_grounding.html").as_uri())
+        t.open((site / "9_study/92_grounding.html").as_uri())
         t.until("document.readyState === 'complete' && document.querySelector('iframe')")
         t.run(
             "document.querySelector('label[for=__search]').click(); document.querySelector('.md-search__input').focus()"

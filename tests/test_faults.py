@@ -256,7 +256,7 @@ def test_embed_and_standardise_quarantine(tmp_path, capsys):
     assert (
         main(
             [
-                "standardise",
+                "standardize",
                 str(tmp_path / "in"),
                 "-o",
                 str(tmp_path / "out"),
@@ -275,7 +275,7 @@ def test_embed_and_standardise_quarantine(tmp_path, capsys):
     assert (
         main(
             [
-                "standardise",
+                "standardize",
                 str(tmp_path / "in/good.nii.gz"),
                 "-o",
                 str(tmp_path / "out"),
@@ -291,7 +291,7 @@ def test_embed_and_standardise_quarantine(tmp_path, capsys):
         "what is there and fits is kept"
     )
     (tmp_path / "out/mine.nii").write_text("a user's own file")
-    main(["standardise", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--to", "9", "9", "9"])
+    main(["standardize", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--to", "9", "9", "9"])
     assert (tmp_path / "out/mine.nii").exists() and nib.load(
         tmp_path / "out/good.nii"
     ).header.get_zooms() == (9, 9, 9)

@@ -1,6 +1,7 @@
 "The graph: what a stage declares is what it reaches"
 
 import ast, json
+from pathlib import Path
 
 import grimp, pytest, yaml
 from conftest import STAGES, TOP
@@ -40,14 +41,24 @@ ADAPTERS = dict(
 )  # stages that import them by name
 
 
+def templates(names) -> set[str]:
+    "Folders of the templates that modules render"
+    return {
+        f"{Path(f).parent.as_posix()}/templates"
+        for f in names
+        if "PackageLoader" in (TOP / f).read_text()
+    }
+
+
 def files(stage) -> set[str]:
     "What a stage reaches, as files; with what adapters reach where it imports them by name"
     found = modules(stage)
     if stage.stem in ADAPTERS:
         found = found.union(*(REACH.find_upstream_modules(m) for m in COHORTS))
-    return {
+    names = {
         f"{m.replace('.', '/')}.py" for m in found if (TOP / f"{m.replace('.', '/')}.py").exists()
-    } | ADAPTERS.get(stage.stem, set())
+    }
+    return names | templates(names) | ADAPTERS.get(stage.stem, set())
 
 
 def test_the_cohorts_of_the_study_are_the_pages():

@@ -12,16 +12,13 @@ from asap.data.crops import apply_crop, center_crop
 from asap.data.volumes import resample, standardize
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import synthesize_chest
+from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
 from asap.study.grounding import (
     FOCAL_LESIONS,
     build_atlas,
-    hit_patches,
-    patch_coverage,
     negate_finding,
-    patch_dice,
     label_groups,
     evaluate_grounding,
-    topk_patches,
     build_sentence_queries,
     summarize_hits,
     score_pointing,
@@ -54,7 +51,10 @@ def played(own, stranger, deny, maps=None, share=SHARE) -> pd.DataFrame:
     "`score` of arms that point where they are told; regions are the patch pointed at"
     asked = build_sentence_queries(T, 0)
     point = np.array(
-        [dict(own=own, stranger=stranger, denial=deny)[k][n] for k, n in zip(asked.kind, asked.row)]
+        [
+            dict(own=own, shuffled_scan=stranger, negated=deny)[k][n]
+            for k, n in zip(asked.kind, asked.row)
+        ]
     )
     got = dict(point=point, region=np.eye(4, dtype=bool)[point], k=np.arange(len(asked)) % 3 + 1.0)
     return score_pointing(T, share, BODY, {} if maps is None else maps, asked, got)
@@ -64,8 +64,8 @@ def test_a_hit_is_its_own_sentence_on_its_own_mask():
     r = played([0, 3], [1, 1], [2, 2])
     assert (
         r.hit.tolist() == [1, 1]
-        and r.stranger.tolist() == [0, 0]
-        and r.denial.tolist() == [0, 0]
+        and r.shuffled_scan.tolist() == [0, 0]
+        and r.negated.tolist() == [0, 0]
         and r.atlas.isna().all()
     )
     assert played([3, 0], [1, 1], [2, 2]).hit.tolist() == [0, 0]
@@ -77,19 +77,19 @@ def test_a_grazed_patch_does_not_count():
 
 def test_a_stranger_is_judged_by_the_mask_of_the_sentence():
     r = played([1, 1], [0, 0], [1, 1])
-    assert r.stranger.tolist() == [1, 0], (
+    assert r.shuffled_scan.tolist() == [1, 0], (
         "patch 0 is the first one's lesion: pointing at it on the second one's scan is what position alone gives"
     )
 
 
 def test_a_denial_is_judged_by_the_mask_of_what_it_denies():
-    assert played([1, 1], [1, 1], [0, 3]).denial.tolist() == [1, 1]
+    assert played([1, 1], [1, 1], [0, 3]).negated.tolist() == [1, 1]
 
 
 def test_a_guess_is_over_the_body():
     r = played([0, 3], [1, 1], [2, 2])
-    np.testing.assert_allclose(r.uniform, [1 / 2, 1 / 3])
-    np.testing.assert_allclose(r.dice_uniform, [2 * 0.9 / 2 / (1 + 0.9), 2 * 0.4 / 3 / (1 + 0.4)])
+    np.testing.assert_allclose(r.random, [1 / 2, 1 / 3])
+    np.testing.assert_allclose(r.dice_random, [2 * 0.9 / 2 / (1 + 0.9), 2 * 0.4 / 3 / (1 + 0.4)])
 
 
 def test_the_atlas_is_of_its_label_and_of_train():
@@ -124,7 +124,7 @@ def test_nobody_is_his_own_stranger(n):
     )
     for seed in range(5):
         q = build_sentence_queries(t, seed)
-        q = q[q.kind == "stranger"]
+        q = q[q.kind == "shuffled_scan"]
         lender, asker = q.case.str.split("_").str[0], t.patient.loc[q.row].to_numpy()
         assert len(q) == len(t) and (lender != asker).all() and set(lender) == set(t.patient)
     assert build_sentence_queries(t, 0).equals(build_sentence_queries(t, 0)) and (
@@ -143,14 +143,14 @@ def test_one_patient_has_no_stranger_and_no_label_no_denial():
 def frame(n, patients, **columns):
     zero = dict.fromkeys(
         [
-            "uniform",
+            "random",
             "atlas",
-            "stranger",
-            "denial",
+            "shuffled_scan",
+            "negated",
             "dice",
-            "dice_uniform",
+            "dice_random",
             "dice_atlas",
-            "dice_stranger",
+            "dice_shuffled_scan",
             "extent",
             "k",
         ],
@@ -166,25 +166,25 @@ def test_intervals_are_paired_and_by_patient():
     own = frame(120, [f"p{i}" for i in range(120)], hit=hit, atlas=hit)
     r = summarize_hits(own, 300, 0.95)
     assert (
-        r["above_atlas"] == r["above_atlas_lo"] == r["above_atlas_hi"] == 0
-        and 0.1 < r["hit_hi"] - r["hit_lo"] < 0.25
+        r["diff_atlas"] == r["diff_atlas_lo"] == r["diff_atlas_hi"] == 0
+        and 0.1 < r["hit_rate_hi"] - r["hit_rate_lo"] < 0.25
     )
     again = summarize_hits(pd.concat([own] * 4), 300, 0.95)
-    assert again["hit_hi"] - again["hit_lo"] == pytest.approx(r["hit_hi"] - r["hit_lo"]), (
-        "the same patients four times know no more"
-    )
-    assert np.isnan(summarize_hits(own.assign(denial=np.nan), 50, 0.95)["above_denial"])
+    assert again["hit_rate_hi"] - again["hit_rate_lo"] == pytest.approx(
+        r["hit_rate_hi"] - r["hit_rate_lo"]
+    ), "the same patients four times know no more"
+    assert np.isnan(summarize_hits(own.assign(negated=np.nan), 50, 0.95)["diff_negated"])
 
 
 def test_the_four_are_pooled_and_the_others_stand_apart():
     g = label_groups(["Emphysema", "Atelectasis", "Lung nodule", ""], ["Emphysema"])
     assert list(g) == [
-        "the four",
-        "the large ones",
+        "focal_lesions",
+        "large_lesions",
         "Atelectasis",
         "Lung nodule",
         "Emphysema",
-    ] and g["the four"] == ["Lung nodule", "Atelectasis"]
+    ] and g["focal_lesions"] == ["Lung nodule", "Atelectasis"]
 
 
 def digest(folder):

@@ -7,7 +7,7 @@ import pytest, yaml
 from conftest import TOP
 
 from asap.params import load_params
-from asap.study.cost import (
+from asap.cost import (
     CostAssumptions,
     block_flops,
     disk_usage,

@@ -181,7 +181,7 @@ def told(steps=4):
     row = dict(low_label=False, steps=steps, batch_size=1, lr=0.01, hu_window=None, roi_size=None)
     return dict(
         segment=dict(s, datasets=dict(luna16=row)),
-        volumes=dict(spacing=list(MM), size=list(SIZE), hu=[-1000, 1000]),
+        volumes=dict(spacing=list(MM), roi_size=list(SIZE), hu_range=[-1000, 1000]),
         phantoms=dict(luna16=True),
     )
 
@@ -342,16 +342,16 @@ def test_the_baseline_is_of_like_size():
     from asap.model.vit import ViT3D
 
     vit = ViT3D(
-        p.volumes.size,
-        p.model.patch,
-        p.model.dim,
+        p.volumes.roi_size,
+        p.model.patch_size,
+        p.model.embed_dim,
         p.model.depth,
-        p.model.heads,
+        p.model.num_heads,
         p.model.stem.model_dump(),
     )
     count = lambda m: sum(q.numel() for q in m.parameters())
     ours, plain = (
         count(unetr.Unetr(vit, 4, p.segment.feature_size)),
-        count(unetr.build_unet(4, p.volumes.size, p.segment.feature_size)),
+        count(unetr.build_unet(4, p.volumes.roi_size, p.segment.feature_size)),
     )
     assert 0.67 < ours / plain < 1.5, (ours, plain)

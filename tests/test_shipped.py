@@ -37,7 +37,11 @@ def study(
         dict(corpus="1", mean_hu=[-500.0, -510.0]),
     )
     about = dict(
-        spacing=P.volumes.spacing, hu_range=P.volumes.hu, train=dict(ct_rate=5), seed=0, phantom=2
+        spacing=P.volumes.spacing,
+        hu_range=P.volumes.hu_range,
+        train=dict(ct_rate=5),
+        seed=0,
+        phantom=2,
     )
     save(model, out / "checkpoint", model_card("asap", model.config, metrics, about))
     write_csv(log, out / "log.csv")
@@ -93,7 +97,7 @@ def test_an_arm_trained_from_nothing_is_taken_again(study, tmp_path):
     )
     pd.testing.assert_frame_equal(log, study.log, check_dtype=False)
     pd.testing.assert_frame_equal(watched, study.watched, check_dtype=False)
-    x = torch.zeros(1, 1, *P.volumes.size)
+    x = torch.zeros(1, 1, *P.volumes.roi_size)
     assert torch.equal(
         load(study.kept).forward_features(x), study.model.eval().vit.forward_features(x)
     )

@@ -30,21 +30,27 @@ def test_the_study_runs(clone):
         and "verdict" in (clone / "runs/tables/claims.csv").read_text()
         and "\\toprule" in (clone / "runs/tables/tasks.tex").read_text()
     )
-    controls = (clone / "runs/tables/controls.csv").read_text()
+    controls = (clone / "runs/tables/negative_controls.csv").read_text()
     assert all(
         f"{c} dealt out anew,mean of tasks 1 to 6" in controls for c in ("labels", "volumes")
     )
     grounded = json.loads((clone / "runs/grounding/status.json").read_text())
     assert (
-        grounded["there"]
+        grounded["available"]
         and grounded["arms"] == ["asap"]
-        and grounded["left_out"] == 0
+        and grounded["excluded"] == 0
         and "Where sentences point" in page
         and "Not measured" not in page
     )
     assert all(
         (clone / "runs/grounding" / f).exists()
-        for f in ("hits.parquet", "hits.csv", "against.csv", "extent.csv", "pointing.png")
+        for f in (
+            "hits.parquet",
+            "hits.csv",
+            "differences.csv",
+            "extent_correlation.csv",
+            "pointing.png",
+        )
     )
 
 
@@ -67,7 +73,7 @@ def test_a_second_repro_runs_nothing(clone):
 
 
 def test_a_changed_number_reruns_what_depends_on_it(clone):
-    with edited(clone, tables__bootstrap=60):
+    with edited(clone, tables__n_bootstrap=60):
         assert ran(run("dvc", "repro", cwd=clone)) == {"tables", "figures", "grounding", "page"}
     run("dvc", "repro", cwd=clone)
 

@@ -102,7 +102,7 @@ def test_a_kill_while_preparing_leaves_nothing_half(clone):
 
 
 def test_a_killed_study_goes_on(clone):
-    with edited(clone, tables__bootstrap=70):
+    with edited(clone, tables__n_bootstrap=70):
         kill_when(
             clone,
             lambda: {"tables", "grounding"} <= ran((clone / "killed.log").read_text()),

@@ -12,7 +12,16 @@ from asap.params import load_params
 from asap.data.volumes import Volume, write
 from asap.phantom.abnormalities import synthesize_chest
 
-P = load_params().anatomy.model_copy(update=dict(fast=True, download=False))
+P = load_params().anatomy
+
+
+def with_options(**options):
+    "The params `anatomy` with other options of TotalSegmentator"
+    told = P.totalsegmentator.model_copy(update=options)
+    return P.model_copy(update=dict(totalsegmentator=told))
+
+
+P = with_options(fast=True, download=False)
 NAMES = [n for g in P.groups.values() for n in g]
 
 
@@ -134,13 +143,13 @@ def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("fast", [True, False])
 def test_absent_weights_are_named(place, monkeypatch, tmp_path, fast):
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="Dataset29.*anatomy.download") as e:
+    with pytest.raises(
+        FileNotFoundError, match="Dataset29.*anatomy.totalsegmentator.download"
+    ) as e:
         seg.segment([], P.groups, fast=fast)
     assert str(tmp_path / "none") in str(e.value) and not (tmp_path / "none").exists()
     table = pd.DataFrame(dict(case=["a"], image=["a.nii"], organ_map=[""]))
-    assert seg.fill_organ_maps(
-        table, P.model_copy(update=dict(fast=fast)), tmp_path
-    ).organ_map.tolist() == [""]
+    assert seg.fill_organ_maps(table, with_options(fast=fast), tmp_path).organ_map.tolist() == [""]
     assert not list(tmp_path.iterdir())
 
 

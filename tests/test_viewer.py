@@ -7,7 +7,7 @@ import nibabel as nib, numpy as np, pytest
 from asap.core import write_json
 from asap.data.volumes import write
 from asap.phantom.abnormalities import synthesize_chest
-from asap.study import viewer
+from asap.inference import viewer
 from browser import CHROMIUM, tab
 
 needs = pytest.mark.skipif(

@@ -84,7 +84,7 @@ def ensure_weights(fast: bool, download: bool = False) -> Path:  # folder of wei
     if lost := missing_models(fast):
         raise FileNotFoundError(
             f"TotalSegmentator's weights are not whole in {weights_dir()}: missing {', '.join(lost.values())}. "
-            "Set anatomy.download: true to fetch them (a folder that is there but not whole: remove it first), or put them there "
+            "Set anatomy.totalsegmentator.download: true to fetch them (a folder that is there but not whole: remove it first), or put them there "
             "or name their folder in TOTALSEG_WEIGHTS_PATH, or go on without organ maps"
         )
     return weights_dir()
@@ -179,7 +179,7 @@ def _warn_slow(n, fast, device):
     if device == "cpu" and n * _MINUTES_PER_SCAN[fast] >= 5:
         log_message(
             f"TotalSegmentator on the processor: about {n * _MINUTES_PER_SCAN[fast]} minutes for {n} scan{'s' if n > 1 else ''}"
-            + ("" if fast else "; anatomy.fast: true takes about a tenth")
+            + ("" if fast else "; anatomy.totalsegmentator.fast: true takes about a tenth")
         )
 
 
@@ -236,7 +236,7 @@ def _segment_case(row, out, origin, device) -> str | None:  # None, or why it wa
 # %% ../../nbs/3_anatomy/32_segment.ipynb #82dbd7f7
 def fill_organ_maps(
     table,  # of `asap.data.cohort.prepare_cases`
-    p,  # params `coarse_anatomy`: groups, download, fast
+    p,  # params `anatomy`: groups, totalsegmentator
     out: Path,  # folder of organ maps
     quarantine: Path | None = None,  # CSV of the cases that stay without
     device=None,  # of torch; Accelerate's choice when None
@@ -246,14 +246,14 @@ def fill_organ_maps(
     if not rows:
         return table
     try:
-        ensure_weights(p.fast, p.download)
+        ensure_weights(p.totalsegmentator.fast, p.totalsegmentator.download)
     except FileNotFoundError as e:
         log_message(f"{len(rows)} of {len(table)} cases stay without an organ map: {e}")
         return table
     lost = _segment_cases(
         rows,
         {g: list(p.groups[g]) for g in p.groups},
-        p.fast,
+        p.totalsegmentator.fast,
         Path(out),
         Quarantine(quarantine),
         totalsegmentator_device(device),

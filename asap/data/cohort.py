@@ -762,7 +762,7 @@ PHANTOM_MARKER = "PHANTOMS.txt"  # lies in data/ where the built-in phantoms do
 def run(
     name: str,  # of the cohort
     adapter,  # its module
-    p,  # params: study.seed, study.jobs, study.backend, volumes, cohort, anatomy, cohorts.<name>
+    p,  # params: study.seed, study.n_jobs, study.backend, volumes, cohort, anatomy, cohorts.<name>
     root: Path,  # the project's folder
     organs,  # (path, shape, affine) -> organ map
     fill,  # (table, folder of organ maps, quarantine) -> table, for cases that bring none
@@ -782,7 +782,7 @@ def run(
     table, known = pop_acquisition(table, name)
     how = dict(
         spacing=p.volumes.spacing,
-        hu=p.volumes.hu,
+        hu=p.volumes.hu_range,
         groups=p.anatomy.groups.model_dump(),
         code=[code_hash("asap.data.volumes"), code],
     )
@@ -793,7 +793,7 @@ def run(
             store.organs,
             how,
             organs,
-            p.study.jobs,
+            p.study.n_jobs,
             here / "quarantine.csv",
             bad,
             adapter.SOURCE,

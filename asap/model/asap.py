@@ -420,9 +420,9 @@ def build_config(p, arm: dict, text_dim: int, vocab_size: int) -> dict:  # plain
         "intra_report_weight",
     )
     return dict(
-        img_size=list(p.volumes.size),
+        img_size=list(p.volumes.roi_size),
         spacing=list(p.volumes.spacing),
-        hu_range=list(p.volumes.hu),
+        hu_range=list(p.volumes.hu_range),
         patch_size=list(model["patch_size"]),
         model=model,
         arm=dump(arm),

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'ORGAN_IDS', 'CARINA', 'sample_traits', 'BodyFrame', 'make_body_frame', 'ellipsoid_distance_sq',
            'capsule_distance_sq', 'lobe_masks', 'heart_center', 'heart_radii', 'aorta_mask', 'airway_distance_sq',
-           'esophagus_mask', 'bone_density', 'Body', 'smooth_noise', 'soft_tissue_hu', 'synthesize_body',
-           'orthogonal_planes']
+           'esophagus_mask', 'bone_density', 'Body', 'smooth_noise', 'soft_tissue_hu', 'synthesize_body']
 
 # %% ../../nbs/1_phantom/10_body.ipynb #5bb0ae3e
 from dataclasses import dataclass, field
@@ -293,20 +292,3 @@ def synthesize_body(
     return Body(
         hu, labels, f, t, affine, lung, dict(right=lung & x, left=lung & ~x), seed, heart_factor
     )
-
-# %% ../../nbs/1_phantom/10_body.ipynb #a0e2a4a3
-def orthogonal_planes(
-    volume, spacing, at=None
-) -> list:  # coronal, sagittal, axial slices as seen by a radiologist
-    "Three planes through `at` (voxel), patient's right on the left of the picture"
-    at = at or [n // 2 for n in volume.shape]
-    cor, sag, axi = (
-        volume[::-1, at[1], :].T[::-1],
-        volume[at[0], ::-1, :].T[::-1],
-        volume[::-1, :, at[2]].T[::-1],
-    )
-    return [
-        (cor, spacing[2] / spacing[0]),
-        (sag, spacing[2] / spacing[1]),
-        (axi, spacing[1] / spacing[0]),
-    ]

@@ -58,7 +58,9 @@ class ImageReportDataset:
         self.params, self.text_encoder = params, text_encoder
         self.seed, self.augment = seed, augment
         self.num_organs = len(list(params.anatomy.groups))
-        self.num_patches = int(np.prod(np.array(params.volumes.size) // params.model.patch_size))
+        self.num_patches = int(
+            np.prod(np.array(params.volumes.roi_size) // params.model.patch_size)
+        )
         self.empty_organ_fractions = (
             np.zeros((self.num_patches, self.num_organs + 1), np.float32),
             np.zeros(self.num_patches, bool),
@@ -93,18 +95,18 @@ class ImageReportDataset:
             return self.empty_organ_fractions
         p = self.params
         return organ_fractions(
-            apply_crop(organs, crop, p.volumes.size, 0, 0), p.model.patch_size, self.num_organs
+            apply_crop(organs, crop, p.volumes.roi_size, 0, 0), p.model.patch_size, self.num_organs
         )
 
     def choose_crop(self, draw, i, shape, organs) -> dict:  # where to look
         if not self.augment:
-            return center_crop(shape, self.params.volumes.size)
+            return center_crop(shape, self.params.volumes.roi_size)
         if i not in self.lung_boxes:
             self.lung_boxes[i] = None if organs is None else lung_bounding_box(organs)
         return random_crop(
             rng("crop", self.seed, draw, i),
             shape,
-            self.params.volumes.size,
+            self.params.volumes.roi_size,
             self.lung_boxes[i],
             scale=self.params.pretrain.crop_scale,
         )
@@ -128,11 +130,11 @@ class ImageReportDataset:
 
     def __getitem__(self, at) -> dict:
         draw, i = at
-        row, size = self.rows[i], self.params.volumes.size
+        row, size = self.rows[i], self.params.volumes.roi_size
         volume = np.asanyarray(nib.load(row["image"], mmap="r").dataobj)
         organs = self.load_organ_map(row)
         crop = self.choose_crop(draw, i, volume.shape, organs)
-        lo, hi = self.params.volumes.hu
+        lo, hi = self.params.volumes.hu_range
         image = scale_intensity(apply_crop(volume, crop, size, lo), lo, hi)
         fractions, valid = self.organ_fractions(organs, crop)
         input_ids, token_to_sentence, _ = self.encoded_reports[i]

@@ -148,7 +148,7 @@ def train(
 def positional_baseline(data: ImageReportDataset) -> dict:  # "mean", "median" -> (N,n+1)
     "Share of each organ at each place over the train cases"
     found = (
-        data.organ_fractions(o, center_crop(o.shape, data.params.volumes.size))
+        data.organ_fractions(o, center_crop(o.shape, data.params.volumes.roi_size))
         for r in progress_bar(data.rows, label="places")
         if (o := data.load_organ_map(r)) is not None
     )

@@ -313,13 +313,13 @@ def paired_difference(a: tuple, b: tuple, level: float) -> dict:  # difference, 
 
 def compare_arms(
     found: dict, a: str, others, level: float
-) -> pd.DataFrame:  # task, arm, against, fraction, metric, difference, lo, hi
+) -> pd.DataFrame:  # task, arm, comparator, fraction, metric, difference, lo, hi
     "Arm a against others, on the same patients in every draw"
     rows = [
         dict(
             task=t,
             arm=a,
-            against=b,
+            comparator=b,
             fraction=f,
             metric=m,
             **paired_difference(v, found[t, b, f, m], level),
@@ -330,7 +330,7 @@ def compare_arms(
         if (t, b, f, m) in found
     ]
     return pd.DataFrame(
-        rows, columns=["task", "arm", "against", "fraction", "metric", "difference", "lo", "hi"]
+        rows, columns=["task", "arm", "comparator", "fraction", "metric", "difference", "lo", "hi"]
     )
 
 

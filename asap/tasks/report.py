@@ -69,7 +69,7 @@ class ReportConfig(BaseConfig):
             )
         if not (hasattr(params, "volumes") and hasattr(params, "model")):
             return
-        grid = [s // q for s, q in zip(params.volumes.size, params.model.patch_size)]
+        grid = [s // q for s, q in zip(params.volumes.roi_size, params.model.patch_size)]
         if any(g % k for g, k in zip(grid, self.token_pool)):
             raise ValueError(
                 f"`report.token_pool` is {self.token_pool}, which does not divide the grid of patches, {grid}: take divisors"

@@ -74,9 +74,9 @@ class SegmentDatasetConfig(BaseConfig):
     batch_size: PositiveInt  # samples a step
     lr: PositiveFloat
     hu_window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = (
-        None  # HU mapped to -1 and 1; null: volumes.hu
+        None  # HU mapped to -1 and 1; null: volumes.hu_range
     )
-    roi_size: Shape3D | None = None  # what the model sees at a time; null: volumes.size
+    roi_size: Shape3D | None = None  # what the model sees at a time; null: volumes.roi_size
 
 
 class SegmentConfig(BaseConfig):
@@ -539,8 +539,8 @@ def dataset_settings(cohort: str, p: dict) -> tuple:  # row of params, window, s
     row = p["segment"]["datasets"][cohort]
     return (
         row,
-        row["hu_window"] or p["volumes"]["hu"],
-        tuple(row["roi_size"] or p["volumes"]["size"]),
+        row["hu_window"] or p["volumes"]["hu_range"],
+        tuple(row["roi_size"] or p["volumes"]["roi_size"]),
     )
 
 

@@ -433,7 +433,7 @@ def run_zero_shot(
     models: dict,  # arm -> model, of arms that learnt to align
     text,  # frozen encoder
     p,  # params `vocabulary`
-    volumes,  # params `volumes`: size, hu
+    volumes,  # params `volumes`: roi_size, hu_range
     batch: int = 16,
 ) -> pd.DataFrame:  # COLUMNS
     "Predictions of all arms that can be asked"
@@ -447,7 +447,7 @@ def run_zero_shot(
         )
         for arm, model in models.items():
             said = zero_shot_similarity(
-                model, text, t.image, wordings, volumes.size, volumes.hu, batch, arm
+                model, text, t.image, wordings, volumes.roi_size, volumes.hu_range, batch, arm
             )
             probability = zero_shot_proba(model, said)
             out += [

@@ -256,7 +256,7 @@ def test_rad_refuses_a_copy_in_the_owners_form(made, tmp_path):
 def test_rad_labels_of_places(made):
     a = ADAPTERS["rad_chest_ct"]
     k, row = (
-        synthesize_case("rad_chest_ct 1", "train", 1, shift=a.SHIFT, recon_share=0, **SMALL),
+        synthesize_case("rad_chest_ct 1", "train", 1, shift=a.SHIFT, second_recon_prob=0, **SMALL),
         made["rad_chest_ct"][1].set_index("case").loc["trn00001"],
     )
     assert (

@@ -35,7 +35,7 @@ def adapter(key):
 
 def make(key, root, seed=0, train=4, test=2):
     more = dict(layout="released") if key.endswith("released") else {}
-    adapter(key).write(root, seed=seed, train=train, test=test, **SMALL, recon_share=0.0, **more)
+    adapter(key).write(root, seed=seed, train=train, test=test, **SMALL, second_recon_prob=0.0, **more)
     return root
 
 

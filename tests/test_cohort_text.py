@@ -26,7 +26,7 @@ def organs(path, shape, affine):
 
 def miniature(name, folder, seed=3, train=4, test=2):
     root = folder / name
-    ADAPTERS[name].write(root, seed, train, test, **SMALL, recon_share=0.4, **EXTRA.get(name, {}))
+    ADAPTERS[name].write(root, seed, train, test, **SMALL, second_recon_prob=0.4, **EXTRA.get(name, {}))
     return root
 
 

@@ -76,7 +76,7 @@ def root(tmp_path_factory):
             test,
             size=(48, 48, 24),
             spacing=(7.0, 7.0, 14.0),
-            recon_share=0.3,
+            second_recon_prob=0.3,
         )
     return to
 

@@ -199,7 +199,7 @@ def digest(folder):
 def tree(request, tmp_path_factory):
     "CT-RATE in either release, with masks beside it; the tree is as it was"
     data = tmp_path_factory.mktemp(request.param) / "data"
-    ct_rate.write(data / "ct_rate", 3, 4, 3, **SMALL, recon_share=0.5, release=request.param)
+    ct_rate.write(data / "ct_rate", 3, 4, 3, **SMALL, second_recon_prob=0.5, release=request.param)
     before = digest(data / "ct_rate")
     rex.write(data / "rex_grounding_ct", 3, 4, 3, **SMALL)
     assert digest(data / "ct_rate") == before
@@ -299,7 +299,7 @@ def test_an_odd_entry_is_left_out_by_name(edited, change, says):
 def study(tmp_path_factory):
     "A project whose cohort table has standard volumes, and masks beside it"
     root = tmp_path_factory.mktemp("study")
-    ct_rate.write(root / "data/ct_rate", 5, 6, 4, **SMALL, recon_share=0.0)
+    ct_rate.write(root / "data/ct_rate", 5, 6, 4, **SMALL, second_recon_prob=0.0)
     rex.write(root / "data/rex_grounding_ct", 5, 6, 4, **SMALL)
     t, _ = ct_rate.read(root / "data/ct_rate")
     for r in t.itertuples():

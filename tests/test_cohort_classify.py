@@ -7,7 +7,8 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest
 
 from asap.data.checks import load_checked
-from asap.data.cohort import check_table, prepare_cases
+from asap.data.prepare import prepare_cases
+from asap.data.table import check_table
 from asap.data.volumes import standard_grid, standardize
 from asap.phantom.words import synthesize_case
 

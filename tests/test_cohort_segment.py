@@ -8,7 +8,8 @@ import numpy as np, pandas as pd, pytest
 from asap.core import write_text
 from asap.data import layouts
 from asap.data.checks import check_mask, load_checked
-from asap.data.cohort import label_columns, prepare_cases
+from asap.data.prepare import prepare_cases
+from asap.data.table import label_columns
 from asap.data.volumes import read as read_volume
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))

@@ -8,13 +8,9 @@ import numpy as np, pandas as pd, pytest
 from asap.core import Quarantine
 from asap.data import volumes
 from asap.data.checks import check_mask, load_checked
-from asap.data.cohort import (
-    check_table,
-    label_columns,
-    apply_splits,
-    prepare_cases,
-    read_split_files,
-)
+from asap.data.prepare import prepare_cases
+from asap.data.split_files import apply_splits, read_split_files
+from asap.data.table import check_table, label_columns
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 HOW = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000])
@@ -35,7 +31,9 @@ def adapter(key):
 
 def make(key, root, seed=0, train=4, test=2):
     more = dict(layout="released") if key.endswith("released") else {}
-    adapter(key).write(root, seed=seed, train=train, test=test, **SMALL, second_recon_prob=0.0, **more)
+    adapter(key).write(
+        root, seed=seed, train=train, test=test, **SMALL, second_recon_prob=0.0, **more
+    )
     return root
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from asap.data.checks import check_volume, check_mask, load_checked
-from asap.data.cohort import label_columns, prepare_cases
+from asap.data.prepare import prepare_cases
+from asap.data.table import label_columns
 from asap.data.cohorts import ct_rate, ctrg, own, radgenome
 from asap.data.volumes import open_nifti, resample, standardize
 
@@ -26,7 +27,9 @@ def organs(path, shape, affine):
 
 def miniature(name, folder, seed=3, train=4, test=2):
     root = folder / name
-    ADAPTERS[name].write(root, seed, train, test, **SMALL, second_recon_prob=0.4, **EXTRA.get(name, {}))
+    ADAPTERS[name].write(
+        root, seed, train, test, **SMALL, second_recon_prob=0.4, **EXTRA.get(name, {})
+    )
     return root
 
 

@@ -11,18 +11,9 @@ from conftest import TOP
 from asap.anatomy.organs import totalsegmentator_classes, read_organ_map
 from asap.core import list_files, parallel_backend
 from asap.params import StageParams, CohortName, load_params
-from asap.data.cohort import (
-    CaseStore,
-    load_acquisition,
-    label_subsets,
-    hash_inventory,
-    label_columns,
-    load,
-    prepare_cases,
-    available_cohorts,
-    run,
-    quick_hash,
-)
+from asap.data.prepare import CaseStore, hash_inventory, prepare_cases, run, quick_hash
+from asap.data.splits import label_subsets
+from asap.data.table import load_acquisition, label_columns, load, available_cohorts
 from asap.data.volumes import read, write
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
@@ -407,7 +398,7 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     code = textwrap.dedent(f"""
         import pandas as pd
         from pathlib import Path
-        from asap.data.cohort import prepare
+        from asap.data.prepare import prepare_cases
         here = Path({str(tmp_path)!r})
         prepare(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
     p = psutil.Popen([sys.executable, "-c", code], cwd=TOP)

@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 
 from asap.core import Quarantine, rng, write_json
-from asap.data.cohort import save
+from asap.data.table import save
 from asap.data.cohorts import ct_rate, rex_grounding_ct as rex
 from asap.data.crops import apply_crop, center_crop
 from asap.data.volumes import resample, standardize

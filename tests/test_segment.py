@@ -9,7 +9,7 @@ from files import FORMS, write as write_as
 
 from asap.core import Quarantine, project_root
 from asap.params import load_params
-from asap.data.cohort import check_table
+from asap.data.table import check_table
 from asap.data.cohorts import acdc, luna16
 from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
 from asap.phantom.abnormalities import synthesize_chest
@@ -277,7 +277,7 @@ def test_several_outlines(tmp_path):
 
 def test_no_patient_on_two_sides(tmp_path):
     "ACDC's frames are split by patient, also in the released list"
-    from asap.data.cohort import hold_out
+    from asap.data.splits import hold_out
 
     for layout in ("owners", "released"):
         acdc.write(tmp_path / layout, 1, 5, 3, layout=layout)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core import fingerprint, progress_bar, reuse_or_set_aside, log_message, derive_seed
-from ..data.cohort import normalize_reports
-from ..phantom.abnormalities import ABNORMALITIES
+from ..data.table import normalize_reports
+from ..abnormalities import ABNORMALITIES
 from ..pretrain import checkpoint
 from ..pretrain.embed import check_same_cases
 from ..text import labels as labeller, scores

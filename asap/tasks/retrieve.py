@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import progress_bar, log_message, derive_seed
-from ..data.cohort import normalize_reports
+from ..data.table import normalize_reports
 from .classify import check_features, layer_norm, standardize
 from .metrics import bootstrap_weights, empty_predictions, retrieval_ranks, recall_at_k
 from .vocabulary import ProjectionHeads, IndexDataset, mismatched_cases

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import progress_bar, rng, log_message, derive_seed
-from ..data.cohort import label_columns
+from ..data.table import label_columns
 from ..model.align import weighted_pool
 from ..model.vit import patchify
 from ..pretrain.embed import ImageDataset

@@ -225,7 +225,7 @@ def test_two_preparations_of_one_cohort(tmp_path):
         from pathlib import Path
         from asap.data.prepare import prepare_cases
         here = Path({str(tmp_path)!r})
-        done = prepare(pd.read_parquet(here/"t.parquet"), here/"volumes", here/"organs", {HOW!r}, quarantine=here/"q.csv")
+        done = prepare_cases(pd.read_parquet(here/"t.parquet"), here/"volumes", here/"organs", {HOW!r}, quarantine=here/"q.csv")
         assert len(done) == 6""")
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=TOP, stderr=subprocess.PIPE, text=True)

@@ -53,7 +53,9 @@ def files(stage) -> set[str]:
     found = modules(stage)
     if stage.stem in ADAPTERS:
         graph = REACH if stage.stem == "synthesize" else READ
-        found = found.union(*(graph.find_upstream_modules(m) for m in COHORTS))
+        named = {f.removesuffix(".py").replace("/", ".") for f in ADAPTERS[stage.stem]}
+        named = named if named <= COHORTS else COHORTS
+        found = found.union(*(graph.find_upstream_modules(m) for m in named))
     return {
         f"{m.replace('.', '/')}.py" for m in found if (TOP / f"{m.replace('.', '/')}.py").exists()
     } | ADAPTERS.get(stage.stem, set())

@@ -76,7 +76,7 @@ def _cohort_rows(rows) -> dict:  # name -> options, of every cohort that there i
 CohortName = Annotated[
     str, AfterValidator(_known_cohort)
 ]  # each has its page in nbs/2_data/cohorts
-CohortRows = Annotated[dict[str, SerializeAsAny[BaseConfig]], BeforeValidator(_cohort_rows)]
+CohortRows = Annotated[dict[str, SerializeAsAny[BaseModel]], BeforeValidator(_cohort_rows)]
 TaskName = Literal[
     "classify_ct_rate",
     "classify_stoic",

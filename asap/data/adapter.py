@@ -110,12 +110,14 @@ def _offered() -> dict[str, EntryPoint]:  # cohorts of other packages
     return {e.name: e for e in entry_points(group="asap.cohorts")}
 
 
-def _adapter_class(name: str) -> type[CohortAdapter] | None:
+def _adapter_class(name: str) -> type[CohortAdapter]:
     if name not in _ADAPTERS and name in _builtin_names():
         importlib.import_module(f"asap.data.cohorts.{name}")
     if name not in _ADAPTERS and name in _offered():
         register_cohort(_offered()[name].load())
-    return _ADAPTERS.get(name)
+    if name not in _ADAPTERS:
+        raise ImportError(f"cohort {name}: its module registers no class of that name")
+    return _ADAPTERS[name]
 
 
 def available_adapters() -> list[str]:
@@ -130,13 +132,12 @@ def available_cohort_names() -> list[str]:
 
 def get_cohort(name: str) -> CohortAdapter:
     "The adapter of a data set; `ValueError` names the nearest where there is none"
-    found = _adapter_class(name)
-    if found is None:
+    if name not in available_adapters():
         known = available_cohort_names()
         near = difflib.get_close_matches(name, known, 1, 0.4)
         hint = f": did you mean `{near[0]}`?" if near else "."
         raise ValueError(f"no cohort `{name}`{hint} There are {', '.join(known)}")
-    return found()
+    return _adapter_class(name)()
 
 # %% ../../nbs/2_data/26_adapter.ipynb #d6a139f0
 def is_available(name: str, data: Path) -> bool:

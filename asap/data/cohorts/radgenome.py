@@ -195,7 +195,7 @@ def _find_ct_rate(root, given) -> Path:  # of CT-RATE
         ) from None
 
 
-def _read_both_splits(root, kind) -> pd.DataFrame:  # both splits, with `synthesize_case`
+def _read_both_splits(root, kind) -> pd.DataFrame:  # both splits, with `case`
     both = [
         read_csv_table(
             _table_path(root, s, kind),

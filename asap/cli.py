@@ -216,7 +216,7 @@ def _cohort_from_args(
     if len(a.paths) > 1 or not folder.is_dir():
         return None
     try:
-        csv = load_params().cohorts.own.csv
+        csv = load_params().cohorts["own"].csv
     except FileNotFoundError:
         csv = "cases.csv"  # outside of a project
     if (folder / csv).is_file():
@@ -259,10 +259,11 @@ def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page
 def _review_cohort(a, name) -> int:
     from asap.core import write_text
     from asap.data import review
+    from asap.data.adapter import get_cohort, read_options
 
-    (folder, page), _ = _review_paths(a, name), review.get_adapter(name)
+    (folder, page), _ = _review_paths(a, name), get_cohort(name)
     try:
-        told = review.adapter_options(name, load_params())
+        told = read_options(load_params().cohorts[name].model_dump())
     except FileNotFoundError:
         told = {}  # outside of a project
     r = review.review_cohort(folder, name, told, a.jobs, a.pictures_of if page else 0)
@@ -334,7 +335,7 @@ def _standard_options(a) -> dict:  # spacing and window of the study, or of the 
 
 def run_standardize(a) -> int:
     "`asap standardize`"
-    from asap.data.cohort import CaseStore, prepare_case
+    from asap.data.prepare import CaseStore, prepare_case
 
     scans, n = _iterate_scans(a, "standardize")
     out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
@@ -492,7 +493,7 @@ def run_zero_shot(a) -> int:
     "`asap zero-shot`"
     import pandas as pd
     from asap.core import write_csv
-    from asap.phantom.abnormalities import ABNORMALITIES
+    from asap.abnormalities import ABNORMALITIES
     from asap.inference.zero_shot import classify_zero_shot
 
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)

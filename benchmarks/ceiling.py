@@ -15,7 +15,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from asap.core import code_hash, progress_bar, rng, project_root, log_message, write_csv, write_json
-from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest, twin_auc
+from asap.abnormalities import ABNORMALITIES
+from asap.phantom.abnormalities import synthesize_chest, twin_auc
 from asap.phantom.body import VERSION
 
 

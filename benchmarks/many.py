@@ -10,7 +10,7 @@ from pathlib import Path
 import joblib, pandas as pd
 
 from asap.core import project_root, log_message, write_json
-from asap.data.cohort import prepare_cases
+from asap.data.prepare import prepare_cases
 from asap.data.volumes import write
 from asap.phantom.abnormalities import synthesize_chest
 

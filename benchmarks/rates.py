@@ -13,7 +13,7 @@ import pandas as pd
 
 from asap.core import project_root, log_message, write_csv
 from asap.params import load_params
-from asap.data.cohort import load
+from asap.data.table import load
 from asap.pretrain import embed
 from asap.pretrain.batches import ImageReportDataset
 from asap.pretrain.pretrain import fit_stem, build_model, train

@@ -70,7 +70,9 @@ class Ours(torch.nn.Module):
 def batch(p, n, vocab, tokens=TOKENS, real=REAL):
     "Random volumes and reports in the shape of real ones"
     g = torch.Generator().manual_seed(0)
-    patches = int(torch.tensor([s // q for s, q in zip(p.volumes.roi_size, p.model.patch_size)]).prod())
+    patches = int(
+        torch.tensor([s // q for s, q in zip(p.volumes.roi_size, p.model.patch_size)]).prod()
+    )
     ids = torch.randint(5, vocab, (n, tokens), generator=g)
     at = torch.arange(tokens).expand(n, -1)
     of = torch.where(

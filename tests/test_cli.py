@@ -10,7 +10,8 @@ from asap.cli import main
 from asap.params import load_params
 from asap.data import real
 from asap.data.volumes import read, write
-from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest
+from asap.abnormalities import ABNORMALITIES
+from asap.phantom.abnormalities import synthesize_chest
 
 C = synthesize_chest(("cli", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
 SAID = "There is pleural effusion."

@@ -1,29 +1,31 @@
 "STOIC, RAD-ChestCT, INSPECT and RSPECT: miniatures in the owners' layout, read, prepared and damaged"
 
 import shutil
-from importlib import import_module
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, pytest
 
+from asap.data.adapter import get_cohort
 from asap.data.checks import load_checked
-from asap.data.cohort import check_table, prepare_cases
+from asap.data.cohorts import inspect, rad_chest_ct
+from asap.data.prepare import prepare_cases
+from asap.data.table import check_table
 from asap.data.volumes import standard_grid, standardize
 from asap.phantom.words import synthesize_case
 
 NAMES = ["stoic", "rad_chest_ct", "inspect", "rspect"]
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 HOW = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000], code="test")
-ADAPTERS = {n: import_module(f"asap.data.cohorts.{n}") for n in NAMES}
+ADAPTERS = {n: get_cohort(n) for n in NAMES}
 FILES = {  # one of each kind, and what its absence is called
     "stoic": ["data/mha/2.mha", "metadata/reference.csv"],
     "rad_chest_ct": [
         "trn00002.npz",
         "val00001.npz",
         "tst00001.npz",
-        *[n for _, n in ADAPTERS["rad_chest_ct"].TABLES.values()],
+        *[n for _, n in rad_chest_ct.TABLES.values()],
     ],
-    "inspect": ["CTPA/*.nii.gz", *[f"{n}_20250611.tsv" for n in ADAPTERS["inspect"].TABLES]],
+    "inspect": ["CTPA/*.nii.gz", *[f"{n}_20250611.tsv" for n in inspect.TABLES]],
     "rspect": ["train/*/*/*.dcm", "train.csv"],
 }
 DAMAGES = {
@@ -62,7 +64,7 @@ def made(tmp_path_factory):
     out = {}
     for n, a in ADAPTERS.items():
         root = tmp_path_factory.mktemp("raw") / n
-        a.write(root, seed=1, train=6, test=4, **SMALL)
+        a.write(root, seed=1, n_train=6, n_test=4, **SMALL)
         out[n] = (root, *a.read(root))
     return out
 
@@ -83,14 +85,14 @@ def ready(table, bad, folder, source):
 def test_counts(made, name):
     _, t, bad = made[name]
     a = ADAPTERS[name]
-    assert [c for c in t if c.startswith("label:")] == [f"label:{n}" for n in a.LABELS]
+    assert [c for c in t if c.startswith("label:")] == [f"label:{n}" for n in a.labels]
     found = dict(
         cases=len(t),
         patients=t.patient.nunique(),
         split=t.split.value_counts().to_dict(),
         left_out=len(bad),
-        labels=[int((t[f"label:{n}"] == 1).sum()) for n in a.LABELS],
-        empty=int(t[[f"label:{n}" for n in a.LABELS]].isna().sum().sum()),
+        labels=[int((t[f"label:{n}"] == 1).sum()) for n in a.labels],
+        empty=int(t[[f"label:{n}" for n in a.labels]].isna().sum().sum()),
     )
     assert found == COUNTS[name]
 
@@ -106,19 +108,22 @@ def test_contract(made, name, tmp_path):
         and not t.case.str.contains(".", regex=False).any()
     )
     assert (
-        (t.organ_map == "").all() and (t.target_map == "").all() and not a.TARGETS and not a.ORGANS
+        (t.organ_map == "").all()
+        and (t.target_map == "").all()
+        and not a.targets
+        and not a.has_organ_maps
     )
-    assert all(Path(p).is_absolute() for p in t.image) and a.UNVERIFIED.endswith(".")
+    assert all(Path(p).is_absolute() for p in t.image) and a.unverified.endswith(".")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prepared(made, name, tmp_path):
     _, t, bad = made[name]
     before = len(bad)
-    out = ready(t, bad, tmp_path, ADAPTERS[name].SOURCE)
+    out = ready(t, bad, tmp_path, ADAPTERS[name].source)
     assert len(out) == len(t) and len(bad) == before, bad.rows
     for raw, new in zip(t.image[:3], out.image[:3]):
-        img, v = nib.load(new), load_checked(raw, ADAPTERS[name].SOURCE)[0]
+        img, v = nib.load(new), load_checked(raw, ADAPTERS[name].source)[0]
         assert (
             np.allclose(img.header.get_zooms(), HOW["spacing"])
             and img.shape == standard_grid(v.hu.shape, v.affine, HOW["spacing"])[0]
@@ -142,7 +147,7 @@ def test_damage_is_named(made, name, kind, damage, tmp_path):
             t.image.map(lambda p: f == Path(p) or Path(p) in f.parents)
         ]  # the cases that the file is a part of
         if len(own):
-            ready(own, bad, tmp_path, ADAPTERS[name].SOURCE)
+            ready(own, bad, tmp_path, ADAPTERS[name].source)
     except (ValueError, FileNotFoundError) as e:
         assert type(e) in (ValueError, FileNotFoundError) and f.stem.split("_2025")[0] in str(e), e
         return
@@ -156,7 +161,7 @@ def test_damage_is_named(made, name, kind, damage, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_bytes(made, name, tmp_path):
     root = made[name][0]
-    ADAPTERS[name].write(tmp_path, seed=1, train=6, test=4, **SMALL)
+    ADAPTERS[name].write(tmp_path, seed=1, n_train=6, n_test=4, **SMALL)
     files = [f.relative_to(root) for f in root.rglob("*") if f.is_file()]
     assert sorted(files) == sorted(
         f.relative_to(tmp_path) for f in tmp_path.rglob("*") if f.is_file()
@@ -190,7 +195,7 @@ def test_a_patient_in_two_splits_is_refused(made, tmp_path):
 
 def test_inspect_flags_agree_with_times(made):
     t = made["inspect"][1]
-    for months, days in ADAPTERS["inspect"].HORIZONS.items():
+    for months, days in inspect.HORIZONS.items():
         flag, label = (
             t[f"{months}_month_mortality"],
             t[f"label:mortality {months} month{'s' * (months > 1)}"],
@@ -233,7 +238,7 @@ def test_rad_refuses_identical_effusions(made, tmp_path):
     assert len(a.read(root)[0]) == len(
         made["rad_chest_ct"][1]
     )  # the owners' tables are there: they are used
-    for _, name in a.TABLES.values():
+    for _, name in rad_chest_ct.TABLES.values():
         (root / name).unlink()
     with pytest.raises(ValueError, match="train.csv.*are the same in all 2 rows.*put the owners'"):
         a.read(root)
@@ -242,7 +247,7 @@ def test_rad_refuses_identical_effusions(made, tmp_path):
 def test_rad_refuses_a_copy_in_the_owners_form(made, tmp_path):
     a, root = ADAPTERS["rad_chest_ct"], tmp_path / "rad"
     shutil.copytree(made["rad_chest_ct"][0], root)
-    for prefix, (_, name) in a.TABLES.items():
+    for prefix, (_, name) in rad_chest_ct.TABLES.items():
         t = pd.concat([pd.read_csv(root / name)] * 20, ignore_index=True)
         t["NoteAcc_DEID"] = [f"{prefix}{i:05d}" for i in range(1, len(t) + 1)]
         t["pericardial_effusion*heart"] = (
@@ -256,7 +261,9 @@ def test_rad_refuses_a_copy_in_the_owners_form(made, tmp_path):
 def test_rad_labels_of_places(made):
     a = ADAPTERS["rad_chest_ct"]
     k, row = (
-        synthesize_case("rad_chest_ct 1", "train", 1, shift=a.SHIFT, recon_share=0, **SMALL),
+        synthesize_case(
+            "rad_chest_ct 1", "train", 1, shift=a.domain_shift, second_recon_prob=0, **SMALL
+        ),
         made["rad_chest_ct"][1].set_index("case").loc["trn00001"],
     )
     assert (

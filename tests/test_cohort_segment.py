@@ -1,26 +1,29 @@
 "Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay apart, same seed same bytes"
 
-import functools, importlib
+import functools, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
 from asap.core import write_text
 from asap.data import layouts
+from asap.data.adapter import get_cohort
+from asap.data.cohorts.covid_ct_seg import read_lungs
 from asap.data.checks import check_mask, load_checked
-from asap.data.cohort import label_columns, prepare_cases
+from asap.data.prepare import prepare_cases
+from asap.data.table import label_columns
 from asap.data.volumes import read as read_volume
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 HOW = dict(spacing=(7.0, 7.0, 14.0), hu=(-1000, 1000))
 WRITE = {
-    "luna16": dict(train=7, test=3),
-    "msd_lung": dict(train=6, test=2),
-    "covid_19_20": dict(train=6, test=2),
-    "segthor": dict(train=6, test=2),
-    "segthor-released": dict(train=6, test=2, layout="released"),
-    "rider": dict(train=0, test=4),
-    "covid_ct_seg": dict(train=0, test=5),
+    "luna16": dict(n_train=7, n_test=3),
+    "msd_lung": dict(n_train=6, n_test=2),
+    "covid_19_20": dict(n_train=6, n_test=2),
+    "segthor": dict(n_train=6, n_test=2),
+    "segthor-released": dict(n_train=6, n_test=2, layout="released"),
+    "rider": dict(n_train=0, n_test=4),
+    "covid_ct_seg": dict(n_train=0, n_test=5),
 }
 GOLDEN = {  # cases, patients, positives of each label, splits
     "luna16": (10, 10, {"label:nodule": 4}, dict(train=7, test=3)),
@@ -63,7 +66,7 @@ FOLDERS = {
 
 
 def adapter(name):
-    return importlib.import_module(f"asap.data.cohorts.{name.split('-')[0]}")
+    return get_cohort(name.split("-")[0])
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +80,6 @@ def made(tmp_path_factory):
         return root
 
     return make
-
-
-def target(mod, path):  # array, affine
-    if hasattr(mod, "read_target"):
-        return mod.read_target(path)
-    v = read_volume(path)
-    return v.hu, v.affine
 
 
 def complaints(
@@ -107,7 +103,7 @@ def complaints(
             tmp / "organs",
             HOW,
             quarantine=tmp / "quarantine.csv",
-            source=mod.SOURCE,
+            source=mod.source,
         )
     except ValueError as e:
         said.append(str(e))
@@ -118,9 +114,9 @@ def complaints(
     )
     for row in t.itertuples():
         try:
-            target(mod, row.target_map)
-            if hasattr(mod, "lungs") and hasattr(row, "lung_map"):
-                mod.lungs(row.lung_map)
+            mod.read_target(row.target_map)
+            if hasattr(row, "lung_map"):
+                read_lungs(row.lung_map)
         except (ValueError, FileNotFoundError) as e:
             said.append(str(e))
     return said
@@ -131,7 +127,7 @@ def test_counts(name, made):
     t, bad = adapter(name).read(made(name))
     labels = {c: int(t[c].sum()) for c in label_columns(t)}
     assert (len(t), t.patient.nunique(), labels, t.split.value_counts().to_dict()) == GOLDEN[name]
-    assert [c.removeprefix("label:") for c in label_columns(t)] == adapter(name).LABELS
+    assert [c.removeprefix("label:") for c in label_columns(t)] == adapter(name).labels
     assert (t.groupby("patient").split.nunique() == 1).all()
     assert not t.case.str.contains(r"[./]").any()  # cases name files
     assert [r["case"] for r in bad.rows] == (
@@ -148,13 +144,13 @@ def test_counts(name, made):
 def test_volumes_and_targets(name, made, tmp_path):
     mod = adapter(name)
     t, _ = mod.read(made(name))
-    ready = prepare_cases(t, tmp_path / "volumes", tmp_path / "organs", HOW, source=mod.SOURCE)
+    ready = prepare_cases(t, tmp_path / "volumes", tmp_path / "organs", HOW, source=mod.source)
     assert ready.case.tolist() == t.case.tolist()
     for row in ready.itertuples():
         s, (v, _), (mask, affine) = (
             read_volume(row.image),
-            load_checked(t.set_index("case").image[row.case], mod.SOURCE),
-            target(mod, row.target_map),
+            load_checked(t.set_index("case").image[row.case], mod.source),
+            mod.read_target(row.target_map),
         )
         assert np.allclose(s.spacing, HOW["spacing"], atol=1e-3) and s.axes == "RAS"
         assert np.allclose(
@@ -163,7 +159,7 @@ def test_volumes_and_targets(name, made, tmp_path):
             atol=14,
         )
         check_mask(mask.shape, affine, v, row.target_map)
-        assert set(np.unique(mask)) == {0, *mod.TARGETS}
+        assert set(np.unique(mask)) == {0, *mod.targets}
 
 
 def damage(kind, victim: Path):
@@ -237,7 +233,7 @@ def test_a_missing_case_moves_nobody(name, made):
 
 @pytest.mark.parametrize("name", WRITE)
 def test_same_seed_same_bytes(name, made, tmp_path):
-    few = WRITE[name] | dict(train=2 if WRITE[name]["train"] else 0, test=1)
+    few = WRITE[name] | dict(n_train=2 if WRITE[name]["n_train"] else 0, n_test=1)
     bytes_of = lambda root: {
         f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()
     }
@@ -261,7 +257,7 @@ def test_cohorts_hold_different_patients(made):
 @pytest.mark.parametrize("name", [n for n in WRITE if n != "luna16"])
 def test_every_case_has_its_lesion(name, made):
     t, _ = adapter(name).read(made(name))
-    assert all(target(adapter(name), p)[0].any() for p in t.target_map)
+    assert all(adapter(name).read_target(p)[0].any() for p in t.target_map)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +317,9 @@ def test_the_papers_sizes(name, cases, test, tmp_path):
     pairs = [(tmp_path / f"{i}.nii.gz", tmp_path / f"{i}_seg.nii.gz") for i in range(cases)]
     for f in sum(pairs, ()):
         f.touch()
-    t, bad = adapter("msd_lung").pairs_table(pairs, adapter(name).SHARE, name)
+    t, bad = layouts.segmentation_table(
+        pairs, sys.modules[type(adapter(name)).__module__].TEST_FRACTION, name
+    )
     assert not len(bad) and t.split.value_counts().to_dict() == dict(train=cases - test, test=test)
 
 
@@ -347,23 +345,24 @@ def test_lungs_are_named_by_where_they_lie(made):
     }  # RAS: left is negative
     assert x[3] < 0 < x[4]
     assert (
-        mod.sides(np.where(mask == 3, 4, np.where(mask == 4, 3, mask)), affine, 3, 4) == mask
+        layouts.fix_laterality(np.where(mask == 3, 4, np.where(mask == 4, 3, mask)), affine, 3, 4)
+        == mask
     ).all()
     one = np.where(mask == 4, 0, mask)
-    assert (mod.sides(one, affine, 3, 4) == one).all()
+    assert (layouts.fix_laterality(one, affine, 3, 4) == one).all()
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in WRITE if adapter(n).UNVERIFIED and n != "segthor-released"]
+    "name", [n for n in WRITE if adapter(n).unverified and n != "segthor-released"]
 )
 def test_what_is_unverified_is_said_once(name, made, monkeypatch):
     mod, said = adapter(name), []
-    for m in (layouts, mod):
-        monkeypatch.setattr(m, "say", said.append, raising=False)
+    for m in (layouts, sys.modules[type(mod).__module__]):
+        monkeypatch.setattr(m, "log_message", said.append, raising=False)
     layouts.warn_unverified.cache_clear()
     for _ in range(2):
         mod.read(made(name))
-    assert sum(mod.UNVERIFIED in s for s in said) == 1
+    assert sum(mod.unverified in s for s in said) == 1
     assert name != "segthor" or sum("the owners' layout, train/" in s for s in said) == 2
 
 

@@ -1,20 +1,16 @@
 "Cohorts whose layout is unlike the others': MR frames, folders of pictures, MATLAB masks, abdomens"
 
-import importlib
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 
 from asap.core import Quarantine
 from asap.data import volumes
+from asap.data.adapter import get_cohort
 from asap.data.checks import check_mask, load_checked
-from asap.data.cohort import (
-    check_table,
-    label_columns,
-    apply_splits,
-    prepare_cases,
-    read_split_files,
-)
+from asap.data.prepare import prepare_cases
+from asap.data.split_files import apply_splits, read_split_files
+from asap.data.table import check_table, label_columns
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 HOW = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000])
@@ -30,12 +26,14 @@ GOLDEN = {  # cases, patients, labels, cases a split
 
 
 def adapter(key):
-    return importlib.import_module(f"asap.data.cohorts.{key.split('-')[0]}")
+    return get_cohort(key.split("-")[0])
 
 
 def make(key, root, seed=0, train=4, test=2):
     more = dict(layout="released") if key.endswith("released") else {}
-    adapter(key).write(root, seed=seed, train=train, test=test, **SMALL, recon_share=0.0, **more)
+    adapter(key).write(
+        root, seed=seed, n_train=train, n_test=test, **SMALL, second_recon_prob=0.0, **more
+    )
     return root
 
 
@@ -60,13 +58,6 @@ def copy(raw, tmp_path):
     return build
 
 
-def mask_of(m, row):  # array, affine
-    if hasattr(m, "read_target"):
-        return m.read_target(row.target_map)
-    v = volumes.read(row.target_map)
-    return v.hu, v.affine
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_golden_counts(key, raw):
     m = adapter(key)
@@ -79,9 +70,9 @@ def test_golden_counts(key, raw):
     )
     assert found == GOLDEN[key] and not len(bad)
     assert (
-        label_columns(t) == [f"label:{n}" for n in m.LABELS]
-        and m.ORGANS is False
-        and isinstance(m.UNVERIFIED, str)
+        label_columns(t) == [f"label:{n}" for n in m.labels]
+        and m.has_organ_maps is False
+        and isinstance(m.unverified, str)
     )
     assert t.groupby("patient").split.nunique().max() == 1 and check_table(t, key) is t
     assert not t.case.str.contains(r"[./]").any()
@@ -97,23 +88,23 @@ def test_read_prepare_and_lay_the_target_on_the_image(key, raw, tmp_path):
         tmp_path / "v",
         tmp_path / "o",
         HOW,
-        source=m.SOURCE,
+        source=m.source,
         bad=bad,
         quarantine=tmp_path / "q.csv",
     )
     assert made.case.tolist() == t.case.tolist() and not len(pd.read_csv(tmp_path / "q.csv"))
     for row, new in zip(t.itertuples(), made.itertuples()):
-        std, v = volumes.read(new.image), volumes.read(row.image, m.SOURCE)
+        std, v = volumes.read(new.image), volumes.read(row.image, m.source)
         assert (
             std.hu.shape == volumes.standard_grid(v.hu.shape, v.affine, HOW["spacing"])[0]
             and std.axes == "RAS"
             and np.allclose(std.spacing, HOW["spacing"])
         )
         assert std.hu.dtype == np.int16 and -1000 <= std.hu.min() < std.hu.max() <= 1000
-        if m.TARGETS:
-            mask, affine = mask_of(m, row)
+        if m.targets:
+            mask, affine = m.read_target(row.target_map)
             check_mask(mask.shape, affine, v, row.target_map)
-            assert set(np.unique(mask)) <= {0, *m.TARGETS} and (mask > 0).any()
+            assert set(np.unique(mask)) <= {0, *m.targets} and (mask > 0).any()
 
 
 def outcome(
@@ -128,9 +119,9 @@ def outcome(
         [str(f) == i or str(f.parent) == i or str(f) == m for i, m in zip(t.image, t.target_map)]
     ].itertuples():
         try:
-            v, _ = load_checked(row.image, m.SOURCE)
-            if m.TARGETS:
-                mask, affine = mask_of(m, row)
+            v, _ = load_checked(row.image, m.source)
+            if m.targets:
+                mask, affine = m.read_target(row.target_map)
                 check_mask(mask.shape, affine, v, row.target_map)
         except (FileNotFoundError, ValueError) as e:
             said.append(f"{row.case}: {e}")

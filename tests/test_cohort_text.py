@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from asap.data.checks import check_volume, check_mask, load_checked
-from asap.data.cohort import label_columns, prepare_cases
-from asap.data.cohorts import ct_rate, ctrg, own, radgenome
+from asap.data.prepare import prepare_cases
+from asap.data.table import label_columns
+from asap.data.adapter import get_cohort
+from asap.data.cohorts import ct_rate, own, radgenome
 from asap.data.volumes import open_nifti, resample, standardize
 
 SMALL, HOW = (
     dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0)),
     dict(spacing=[7, 7, 14], hu=[-1000, 1000]),
 )
-ADAPTERS = dict(own=own, ct_rate=ct_rate, first=ct_rate, radgenome=radgenome, ctrg=ctrg)
+ADAPTERS = {n: get_cohort(n) for n in ("own", "ct_rate", "radgenome", "ctrg")}
+ADAPTERS["first"] = ADAPTERS["ct_rate"]
 EXTRA = dict(first=dict(release="first"))
 NAMES = list(ADAPTERS)
 
@@ -26,7 +29,9 @@ def organs(path, shape, affine):
 
 def miniature(name, folder, seed=3, train=4, test=2):
     root = folder / name
-    ADAPTERS[name].write(root, seed, train, test, **SMALL, recon_share=0.4, **EXTRA.get(name, {}))
+    ADAPTERS[name].write(
+        root, seed, train, test, **SMALL, second_recon_prob=0.4, **EXTRA.get(name, {})
+    )
     return root
 
 
@@ -48,12 +53,11 @@ def through(name, root, out):
         organs,
         quarantine=out / "out.csv",
         bad=bad,
-        source=m.SOURCE,
-        opener=getattr(m, "open_volume", None),
+        source=m.source,
+        opener=m.open_volume,
     )
     left = {r["case"] for r in bad.rows} | set(table.case) - set(t.case)
-    if hasattr(m, "questions"):
-        m.read_questions(root, t, left)
+    m.read_questions(root, t, left)
     return table, t, left
 
 
@@ -76,7 +80,7 @@ def test_golden_counts(name, minis):
         t.split.value_counts().to_dict(),
         [int(t[c].sum()) for c in label_columns(t)],
     )
-    assert label_columns(t) == [f"label:{n}" for n in ADAPTERS[name].LABELS]
+    assert label_columns(t) == [f"label:{n}" for n in ADAPTERS[name].labels]
     assert got == GOLDEN[name], got
 
 
@@ -101,9 +105,7 @@ def test_prepared(name, minis, tmp_path):
         ), img.shape
         if raw.organ_map:
             v, mask = (
-                load_checked(
-                    raw.image, ADAPTERS[name].SOURCE, getattr(ADAPTERS[name], "open_volume", None)
-                )[0],
+                load_checked(raw.image, ADAPTERS[name].source, ADAPTERS[name].open_volume)[0],
                 open_nifti(raw.organ_map),
             )
             check_mask(mask.shape, mask.affine, v, raw.organ_map)
@@ -113,14 +115,14 @@ def test_prepared(name, minis, tmp_path):
 
 def test_first_release(minis, tmp_path):
     "The same volumes as the fixed release; never read without slope and intercept, never with them twice"
-    fixed, _ = ct_rate.read(minis["ct_rate"])
-    first, _ = ct_rate.read(minis["first"])
+    fixed, _ = ADAPTERS["ct_rate"].read(minis["ct_rate"])
+    first, _ = ADAPTERS["ct_rate"].read(minis["first"])
     assert ct_rate.detect_release(minis["first"]) == "first" and set(first.intercept) == {
         -1024,
         -8192,
     }
     for a, b in zip(fixed.itertuples(), first.itertuples()):
-        v = ct_rate.open_volume(b.image)
+        v = ADAPTERS["ct_rate"].open_volume(b.image)
         assert not [f for f in check_volume(v) if f.level == "error"]
         x, y = standardize(load_checked(a.image)[0], HOW["spacing"]), standardize(v, HOW["spacing"])
         assert (
@@ -129,9 +131,9 @@ def test_first_release(minis, tmp_path):
             and np.allclose(x.affine, y.affine, atol=0.02)
         )
         check_mask(open_nifti(b.organ_map).shape, open_nifti(b.organ_map).affine, v, b.organ_map)
-        assert np.array_equal(ct_rate.open_volume(a.image).hu, load_checked(a.image)[0].hu), (
-            "the fixed release is in HU already"
-        )
+        assert np.array_equal(
+            ADAPTERS["ct_rate"].open_volume(a.image).hu, load_checked(a.image)[0].hu
+        ), "the fixed release is in HU already"
     with pytest.raises(
         ValueError, match="none of .* cases could be prepared.*nothing is darker than"
     ):
@@ -218,11 +220,13 @@ def test_a_deleted_volume_is_not_asked_about(minis, tmp_path):
     next((tmp_path / "all/ct_rate").rglob("train_2_a_1.nii.gz")).unlink()
     for f in (tmp_path / "all/ct_rate/dataset").rglob("train_2_a_1.nii.gz"):
         f.unlink()
-    t, bad = radgenome.read(tmp_path / "all/radgenome")
+    t, bad = ADAPTERS["radgenome"].read(tmp_path / "all/radgenome")
     assert [r["case"] for r in bad.rows] == ["train_2_a_1"]
     with pytest.raises(ValueError, match="train_2_a_1"):
-        radgenome.read_questions(tmp_path / "all/radgenome", t)
-    assert len(radgenome.read_questions(tmp_path / "all/radgenome", t, ["train_2_a_1.nii.gz"]))
+        ADAPTERS["radgenome"].read_questions(tmp_path / "all/radgenome", t)
+    assert len(
+        ADAPTERS["radgenome"].read_questions(tmp_path / "all/radgenome", t, ["train_2_a_1.nii.gz"])
+    )
 
 
 def test_same_seed_same_bytes(minis, tmp_path):
@@ -265,18 +269,21 @@ def test_nothing_of_the_patient_goes_through(minis, tmp_path):
 def test_pictures_as_published(tmp_path):
     "A scan of CTRG as a folder of JPG at the assumed spacing"
     small = dict(size=(48, 48, 24), spacing=(4.5, 4.5, 9.0))  # fewer slices
-    ctrg.write(tmp_path / "ctrg", 3, 1, 0, pictures=1, **small)
-    t, bad = ctrg.read(tmp_path / "ctrg")
-    v, _ = load_checked(t.image[0], ctrg.SOURCE)
+    ADAPTERS["ctrg"].write(tmp_path / "ctrg", 3, 1, 0, pictures=1, **small)
+    t, bad = ADAPTERS["ctrg"].read(tmp_path / "ctrg")
+    v, _ = load_checked(t.image[0], ADAPTERS["ctrg"].source)
     assert (
         v.facts["format"] == "pictures"
         and np.allclose(v.spacing, (0.7, 0.7, 1.0))
         and v.axes == "LPS"
         and len(bad) == 0
     )
-    ctrg.write(tmp_path / "nifti/ctrg", 3, 1, 0, **small)
+    ADAPTERS["ctrg"].write(tmp_path / "nifti/ctrg", 3, 1, 0, **small)
     same = standardize(
-        load_checked(ctrg.read(tmp_path / "nifti/ctrg")[0].image[0], ctrg.SOURCE)[0], (14, 14, 14)
+        load_checked(
+            ADAPTERS["ctrg"].read(tmp_path / "nifti/ctrg")[0].image[0], ADAPTERS["ctrg"].source
+        )[0],
+        (14, 14, 14),
     ).hu.astype(float)
     mine = standardize(v, (14, 14, 14)).hu.astype(float)
     assert (
@@ -315,7 +322,7 @@ def test_reports_are_split_at_a_heading(text, parts):
 def test_tables_that_are_none(text, tmp_path):
     (tmp_path / "cases.csv").write_text(text, encoding="latin1")
     with pytest.raises(ValueError) as e:
-        own.read(tmp_path)
+        ADAPTERS["own"].read(tmp_path)
     assert type(e.value) in (ValueError, own.NoUsableCaseError) and "cases.csv" in str(e.value)
 
 
@@ -323,13 +330,13 @@ def test_both_spellings_of_a_scan_folder(minis, tmp_path):
     shutil.copytree(minis["first"], tmp_path / "first")
     for f in list((tmp_path / "first/dataset/train").glob("*/*_a")):
         f.rename(f.with_name(f.name.replace("_a", "a")))
-    t, bad = ct_rate.read(tmp_path / "first")
+    t, bad = ADAPTERS["ct_rate"].read(tmp_path / "first")
     assert (
-        len(t) == len(ct_rate.read(minis["first"])[0])
+        len(t) == len(ADAPTERS["ct_rate"].read(minis["first"])[0])
         and len(bad) == 0
         and t.organ_map.str.len().min() > 0
     )
-    ct_rate.open_volume(t.image[0])
+    ADAPTERS["ct_rate"].open_volume(t.image[0])
 
 
 @pytest.mark.parametrize(
@@ -408,12 +415,12 @@ def test_kernels_where_metadata_says_none(name, minis, tmp_path, capsys):
     "A column or a row that is not there empties kernels and nothing else; a table that is cut off is named"
     shutil.copytree(minis[name], tmp_path / name)
     whole, f = (
-        ct_rate.read(tmp_path / name)[0],
+        ADAPTERS["ct_rate"].read(tmp_path / name)[0],
         tmp_path / name / "dataset/metadata/train_metadata.csv",
     )
     t = pd.read_csv(f)
     t.drop(columns="ConvolutionKernel").to_csv(f, index=False)
-    less, bad = ct_rate.read(tmp_path / name)
+    less, bad = ADAPTERS["ct_rate"].read(tmp_path / name)
     assert (
         "train_metadata.csv has no column ConvolutionKernel" in capsys.readouterr().err
         and len(bad) == 0
@@ -422,7 +429,7 @@ def test_kernels_where_metadata_says_none(name, minis, tmp_path, capsys):
         columns="kernel"
     ).equals(whole.drop(columns="kernel"))
     t[1:].to_csv(f, index=False)
-    less, bad = ct_rate.read(tmp_path / name)
+    less, bad = ADAPTERS["ct_rate"].read(tmp_path / name)
     if name == "ct_rate":
         assert (
             len(bad) == 0
@@ -433,4 +440,4 @@ def test_kernels_where_metadata_says_none(name, minis, tmp_path, capsys):
         assert [r["case"] for r in bad.rows] == ["train_1_a_1.nii.gz"]
     f.write_bytes(f.read_bytes()[:-40])
     with pytest.raises(ValueError, match="train_metadata.csv"):
-        ct_rate.read(tmp_path / name)
+        ADAPTERS["ct_rate"].read(tmp_path / name)

@@ -2,7 +2,6 @@
 
 import contextlib, hashlib, json, shutil, signal, subprocess, sys, textwrap, time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
@@ -10,25 +9,17 @@ from conftest import TOP
 
 from asap.anatomy.organs import totalsegmentator_classes, read_organ_map
 from asap.core import list_files, parallel_backend
-from asap.params import StageParams, CohortName, load_params
-from asap.data.cohort import (
-    CaseStore,
-    load_acquisition,
-    label_subsets,
-    hash_inventory,
-    label_columns,
-    load,
-    prepare_cases,
-    available_cohorts,
-    run,
-    quick_hash,
-)
+from asap.data.adapter import available_cohort_names, get_cohort
+from asap.params import StageParams, load_params
+from asap.data.prepare import CaseStore, hash_inventory, prepare_cases, run, quick_hash
+from asap.data.splits import label_subsets
+from asap.data.table import load_acquisition, label_columns, load, available_cohorts
 from asap.data.volumes import read, write
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
 from asap.text.encoder import load as load_text, train_text_encoder
 
-NAMES = sorted(CohortName.__args__)
+NAMES = available_cohort_names()
 P = load_params(TOP / "params/smoke.yaml")
 HOW = dict(spacing=[7, 7, 14], hu=[-1000, 1000])
 GOLDEN = pd.read_csv(TOP / "tests/cohorts.csv", index_col="cohort", keep_default_na=False)
@@ -46,8 +37,7 @@ def ready(name, root, p=None) -> dict:  # status
     p = p or params()
     organs = partial(read_organ_map, groups=p.anatomy.groups.model_dump())
     return run(
-        name,
-        import_module(f"asap.data.cohorts.{name}"),
+        get_cohort(name),
         p,
         root,
         organs,
@@ -69,14 +59,14 @@ def root(tmp_path_factory):
             rspect=(0, 4),
             ct_rate=(8, 4),
         ).get(n, (6, 4))
-        import_module(f"asap.data.cohorts.{n}").write(
+        get_cohort(n).write(
             to / "data" / n,
             1,
             train,
             test,
             size=(48, 48, 24),
             spacing=(7.0, 7.0, 14.0),
-            recon_share=0.3,
+            second_recon_prob=0.3,
         )
     return to
 
@@ -117,12 +107,12 @@ def test_what_is_in_it(name, made):
         "positive": positive,
     }
     assert {k: str(v) for k, v in got.items()} == {k: str(v) for k, v in GOLDEN.loc[name].items()}
-    assert len(import_module(f"asap.data.cohorts.{name}").LABELS) == status["labels"]
+    assert len(get_cohort(name).labels) == status["labels"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_owners_layout_to_a_batch(name, made, text):
-    adapter, (_, t) = import_module(f"asap.data.cohorts.{name}"), made[name]
+    adapter, (_, t) = get_cohort(name), made[name]
     data = ImageReportDataset(t.head(3), P, text, seed=0)
     b = collate([data[(0, i)] for i in range(len(data))], text, 0.5)
     assert (
@@ -131,7 +121,9 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
         and b["image"].std() > 0.05
     )
     whole = t.organ_map.head(3) != ""
-    assert b["known"].any(1).tolist() == whole.tolist() and (adapter.ORGANS or not whole.any())
+    assert b["known"].any(1).tolist() == whole.tolist() and (
+        adapter.has_organ_maps or not whole.any()
+    )
     if whole.any():
         assert torch.allclose(b["shares"].sum(-1), torch.ones(()), atol=1e-5) and (
             b["shares"][..., 1:6].sum() > 1
@@ -293,7 +285,7 @@ def test_absent_and_pointed_to(root, made, tmp_path, capsys):
 
 def test_lists_by_a_param(tmp_path, capsys):
     "The split of ACDC's re-pack, by the name of its list in params.yaml"
-    acdc = import_module("asap.data.cohorts.acdc")
+    acdc = get_cohort("acdc")
     acdc.write(
         tmp_path / "data/acdc",
         0,
@@ -303,7 +295,7 @@ def test_lists_by_a_param(tmp_path, capsys):
         size=(48, 48, 24),
         spacing=(7.0, 7.0, 14.0),
     )
-    status = ready("acdc", tmp_path, params(acdc=dict(lists="dataset.json")))
+    status = ready("acdc", tmp_path, params(acdc=dict(split_files="dataset.json")))
     said, bad = capsys.readouterr().err, pd.read_csv(tmp_path / "build/cohorts/acdc/quarantine.csv")
     assert (
         status["left_out"] == len(bad) > 0
@@ -311,7 +303,7 @@ def test_lists_by_a_param(tmp_path, capsys):
         and "but its patient is in that of test" in bad.reason[0]
     )
     with pytest.raises(FileNotFoundError, match="nothing.json"):
-        ready("acdc", tmp_path, params(acdc=dict(lists="nothing.json")))
+        ready("acdc", tmp_path, params(acdc=dict(split_files="nothing.json")))
 
 
 def test_what_is_there_twice(root, tmp_path):
@@ -407,9 +399,9 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     code = textwrap.dedent(f"""
         import pandas as pd
         from pathlib import Path
-        from asap.data.cohort import prepare
+        from asap.data.prepare import prepare_cases
         here = Path({str(tmp_path)!r})
-        prepare(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
+        prepare_cases(pd.read_parquet(here/"t.parquet"), here/"v", here/"o", {HOW!r}, jobs=2)""")
     p = psutil.Popen([sys.executable, "-c", code], cwd=TOP)
     end = time.monotonic() + 60
     while len(list_files(tmp_path / "v", "*.json")) < 20:
@@ -460,7 +452,7 @@ def leave(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_macos_leaves_is_no_scan(name, root, tmp_path):
     "The same table, nobody more left out, the same hash and the same voxels"
-    adapter = import_module(f"asap.data.cohorts.{name}")
+    adapter = get_cohort(name)
     used = {name, "ct_rate"} if name == "radgenome" else {name}
     for n in used:
         shutil.copytree(root / "data" / n, tmp_path / "data" / n)

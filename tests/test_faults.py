@@ -11,7 +11,7 @@ from files import FORMS, write as write_as
 from asap.cli import main
 from asap.core import atomic_write, list_files, write_json
 from asap.data.checks import load_checked
-from asap.data.cohort import prepare_cases
+from asap.data.prepare import prepare_cases
 from asap.data.volumes import Source, write
 from asap.phantom.abnormalities import synthesize_chest
 
@@ -223,9 +223,9 @@ def test_two_preparations_of_one_cohort(tmp_path):
     code = textwrap.dedent(f"""
         import pandas as pd
         from pathlib import Path
-        from asap.data.cohort import prepare
+        from asap.data.prepare import prepare_cases
         here = Path({str(tmp_path)!r})
-        done = prepare(pd.read_parquet(here/"t.parquet"), here/"volumes", here/"organs", {HOW!r}, quarantine=here/"q.csv")
+        done = prepare_cases(pd.read_parquet(here/"t.parquet"), here/"volumes", here/"organs", {HOW!r}, quarantine=here/"q.csv")
         assert len(done) == 6""")
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=TOP, stderr=subprocess.PIPE, text=True)

@@ -6,10 +6,16 @@ from pathlib import Path
 import grimp, pytest, yaml
 from conftest import STAGES, TOP
 
-from asap.params import CohortsConfig, CohortName
+from asap.data.adapter import available_adapters, available_cohort_names, get_cohort
+from asap.tasks.segment import SEGMENTATION_TASKS
 
 GRAPH = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
 REACH = grimp.build_graph("asap")
+READ = grimp.build_graph("asap")  # without what only the writers of phantoms import
+for found in READ.find_matching_direct_imports(
+    import_expression="asap.data.cohorts.* -> asap.phantom.*"
+):
+    READ.remove_import(importer=found["importer"], imported=found["imported"])
 
 
 def body(name):
@@ -29,8 +35,9 @@ def modules(stage) -> set[str]:
             direct |= {n.module, *(f"{n.module}.{a.name}" for a in n.names)}
         if isinstance(n, ast.Import):
             direct |= {a.name for a in n.names}
-    direct &= REACH.modules
-    reached = direct.union(*(REACH.find_upstream_modules(m) for m in direct))
+    graph = REACH if stage.stem == "synthesize" else READ
+    direct &= graph.modules
+    reached = direct.union(*(graph.find_upstream_modules(m) for m in direct))
     return {m for m in reached if (TOP / f"{m.replace('.', '/')}.py").exists()}
 
 
@@ -38,6 +45,7 @@ COHORTS = {m for m in REACH.modules if m.startswith("asap.data.cohorts.")}
 ADAPTERS = dict(
     synthesize={f"{m.replace('.', '/')}.py" for m in COHORTS},
     prepare={"asap/data/cohorts/${item}.py"},
+    segment={f"asap/data/cohorts/{t.cohort}.py" for t in SEGMENTATION_TASKS},
 )  # stages that import them by name
 
 
@@ -54,7 +62,10 @@ def files(stage) -> set[str]:
     "What a stage reaches, as files; with what adapters reach where it imports them by name"
     found = modules(stage)
     if stage.stem in ADAPTERS:
-        found = found.union(*(REACH.find_upstream_modules(m) for m in COHORTS))
+        graph = REACH if stage.stem == "synthesize" else READ
+        named = {f.removesuffix(".py").replace("/", ".") for f in ADAPTERS[stage.stem]}
+        named = named if named <= COHORTS else COHORTS
+        found = found.union(*(graph.find_upstream_modules(m) for m in named))
     names = {
         f"{m.replace('.', '/')}.py" for m in found if (TOP / f"{m.replace('.', '/')}.py").exists()
     }
@@ -62,12 +73,20 @@ def files(stage) -> set[str]:
 
 
 def test_the_cohorts_of_the_study_are_the_pages():
-    "Params, adapters and pages name the same data sets"
+    "Adapters and pages name the same data sets"
     pages = {p.stem for p in (TOP / "nbs/2_data/cohorts").glob("*.ipynb")}
-    assert pages == {m.rsplit(".", 1)[1] for m in COHORTS}
-    assert (
-        pages - {"rex_grounding_ct"} == set(CohortsConfig.model_fields) == set(CohortName.__args__)
-    ), "masks beside ct_rate are no cohort"
+    assert pages == {m.rsplit(".", 1)[1] for m in COHORTS} == set(available_adapters())
+    assert all(get_cohort(n).name == n for n in pages)
+    assert pages - {"rex_grounding_ct"} == set(available_cohort_names())
+
+
+def test_only_writers_import_the_phantom():
+    "An edit of the phantom must not rerun what reads real data: imports within functions alone"
+    for f in (TOP / "asap/data").rglob("*.py"):
+        if f.name == "synthesize.py":
+            continue
+        top = [n for n in ast.parse(f.read_text()).body if isinstance(n, ast.ImportFrom)]
+        assert not [n.module for n in top if "phantom" in (n.module or "")], f
 
 
 def test_every_stage_has_its_notebook():

@@ -6,8 +6,10 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 
 from asap.core import Quarantine, rng, write_json
-from asap.data.cohort import save
-from asap.data.cohorts import ct_rate, rex_grounding_ct as rex
+from asap.data.table import save
+from asap.data.cohorts import rex_grounding_ct as rex
+from asap.data.cohorts.ct_rate import CTRATE
+from asap.data.cohorts.rex_grounding_ct import ReXGroundingCT
 from asap.data.crops import apply_crop, center_crop
 from asap.data.volumes import resample, standardize
 from asap.model.vit import patchify
@@ -199,24 +201,24 @@ def digest(folder):
 def tree(request, tmp_path_factory):
     "CT-RATE in either release, with masks beside it; the tree is as it was"
     data = tmp_path_factory.mktemp(request.param) / "data"
-    ct_rate.write(data / "ct_rate", 3, 4, 3, **SMALL, recon_share=0.5, release=request.param)
+    CTRATE().write(data / "ct_rate", 3, 4, 3, **SMALL, second_recon_prob=0.5, release=request.param)
     before = digest(data / "ct_rate")
-    rex.write(data / "rex_grounding_ct", 3, 4, 3, **SMALL)
+    ReXGroundingCT().write(data / "rex_grounding_ct", 3, 4, 3, **SMALL)
     assert digest(data / "ct_rate") == before
     return data
 
 
 def test_masks_go_the_way_of_their_volume(tree):
-    t, bad = rex.read(tree / "rex_grounding_ct")
+    t, bad = ReXGroundingCT().read(tree / "rex_grounding_ct")
     assert len(bad) == 0 and len(t) > 8 and not t.duplicated(["case", "channel"]).any()
-    cohort, _ = ct_rate.read(tree / "ct_rate")
+    cohort, _ = CTRATE().read(tree / "ct_rate")
     told, overlap = (
         dict(zip(cohort.case, cohort.findings)),
         lambda a, b: 2 * (a & b).sum() / (a.sum() + b.sum()),
     )
     close = []
     for r in t.itertuples():
-        std = standardize(ct_rate.open_volume(r.image), SMALL["spacing"])
+        std = standardize(CTRATE().open_volume(r.image), SMALL["spacing"])
         split, i, *_ = r.case.split("_")
         c = synthesize_chest((3, split, int(i)), **SMALL)
         want = (
@@ -264,7 +266,7 @@ def edited(tree, tmp_path):
 
     def put(told):
         write_json(told, to / "dataset.json")
-        return rex.read(to, tree / "ct_rate")
+        return ReXGroundingCT().read(to, tree / "ct_rate")
 
     return told, put, to
 
@@ -299,11 +301,11 @@ def test_an_odd_entry_is_left_out_by_name(edited, change, says):
 def study(tmp_path_factory):
     "A project whose cohort table has standard volumes, and masks beside it"
     root = tmp_path_factory.mktemp("study")
-    ct_rate.write(root / "data/ct_rate", 5, 6, 4, **SMALL, recon_share=0.0)
-    rex.write(root / "data/rex_grounding_ct", 5, 6, 4, **SMALL)
-    t, _ = ct_rate.read(root / "data/ct_rate")
+    CTRATE().write(root / "data/ct_rate", 5, 6, 4, **SMALL, second_recon_prob=0.0)
+    ReXGroundingCT().write(root / "data/rex_grounding_ct", 5, 6, 4, **SMALL)
+    t, _ = CTRATE().read(root / "data/ct_rate")
     for r in t.itertuples():
-        v = standardize(ct_rate.open_volume(r.image), SMALL["spacing"])
+        v = standardize(CTRATE().open_volume(r.image), SMALL["spacing"])
         (root / "build/volumes/ct_rate").mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(v.hu, v.affine), root / f"build/volumes/ct_rate/{r.case}.nii")
     t = t.assign(image=[str(root / f"build/volumes/ct_rate/{c}.nii") for c in t.case], organ_map="")
@@ -314,7 +316,7 @@ def study(tmp_path_factory):
 
 def test_splits_are_the_tables_and_not_the_lists(study):
     root, cohort = study
-    said, _ = rex.read(root / "data/rex_grounding_ct")
+    said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
     watched = cohort.patient[cohort.split == "train"].iloc[0]
     cohort = cohort.assign(
         split=np.where(
@@ -337,7 +339,7 @@ def test_splits_are_the_tables_and_not_the_lists(study):
 
 def test_what_the_crop_does_not_show_is_counted(study):
     root, cohort = study
-    said, _ = rex.read(root / "data/rex_grounding_ct")
+    said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
     t, share, _, out = load_lesion_targets(
         said, cohort, size=(12, 12, 6), patch=(12, 12, 6), hu=(-1000, 1000), bad=Quarantine()
     )
@@ -349,7 +351,7 @@ def test_what_the_crop_does_not_show_is_counted(study):
 def test_patches_are_counted_as_the_encoder_counts_them(study):
     "A mask's patch is the patch of the image that holds it: one voxel, followed through reading, crop and cutting"
     root, cohort = study
-    said, _ = rex.read(root / "data/rex_grounding_ct")
+    said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
     g = said[said.case == said.case.iloc[0]].assign(
         volume=cohort.set_index("case").image[said.case.iloc[0]]
     )

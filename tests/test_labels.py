@@ -7,7 +7,7 @@ import numpy as np
 import pytest, yaml
 from conftest import TOP
 
-from asap.phantom.abnormalities import ABNORMALITIES
+from asap.abnormalities import ABNORMALITIES
 from asap.phantom.words import NEGATIVE_TEMPLATES, NORMAL_TEMPLATES, POSITIVE_TEMPLATES
 from asap.text.labels import extract_labels, highlight_mentions, find_mentions, label_reports
 from asap.text.sentences import split_sentences

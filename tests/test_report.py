@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest
 
-from asap.phantom.abnormalities import ABNORMALITIES, synthesize_chest
+from asap.abnormalities import ABNORMALITIES
+from asap.phantom.abnormalities import synthesize_chest
 from asap.phantom.words import synthesize_report
 from asap.tasks import metrics, report
 from asap.text.tokens import train_wordpiece_tokenizer

@@ -9,7 +9,7 @@ from files import nifti
 
 from asap.cli import main
 from asap.data import review
-from asap.data.cohorts import ct_rate, own, radgenome, stoic
+from asap.data.adapter import available_cohort_names, get_cohort
 from asap.data.volumes import open_nifti, read
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
@@ -112,7 +112,7 @@ def listing(root):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole") / "hospital"
-    own.write(root, 3, 10, 4, **SMALL)
+    get_cohort("own").write(root, 3, 10, 4, **SMALL)
     return root
 
 
@@ -308,7 +308,7 @@ def test_columns_of_other_names(whole, tmp_path, monkeypatch, capsys):
 
 def test_another_cohort(tmp_path, capsys):
     root = tmp_path / "stoic"
-    stoic.write(root, 3, 3, 2, **SMALL)
+    get_cohort("stoic").write(root, 3, 3, 2, **SMALL)
     assert main(["check", str(root), "--cohort", "stoic", "--page", str(tmp_path / "p.html")]) == 0
     out = capsys.readouterr().out
     assert (
@@ -331,11 +331,11 @@ def test_another_cohort(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in review.cohort_names() if n not in ("own", "stoic", "radgenome")]
+    "name", [n for n in available_cohort_names() if n not in ("own", "stoic", "radgenome")]
 )
 def test_every_adapter(name, tmp_path):
     "What the adapter writes is usable, targets and all, and a broken target is refused"
-    adapter = review.get_adapter(name)
+    adapter = get_cohort(name)
     adapter.write(tmp_path / name, 3, 3, 2, **SMALL)
     r = review.review_cohort(tmp_path / name, name, jobs=1, pictures=1)
     assert (
@@ -344,8 +344,8 @@ def test_every_adapter(name, tmp_path):
         and set(r.refused.case) == {x["case"] for x in adapter.read(tmp_path / name)[1].rows}
     ), r.refused
     assert "other" not in set(r.refused.kind)
-    assert review.review_totals(r)["targets"] == (len(r.table) if adapter.TARGETS else 0)
-    if adapter.TARGETS:
+    assert review.review_totals(r)["targets"] == (len(r.table) if adapter.targets else 0)
+    if adapter.targets:
         f = Path(r.table.target_map[0])
         f.write_bytes(f.read_bytes()[: len(f.read_bytes()) // 2])
         bad = review.review_cohort(tmp_path / name, name, jobs=1, pictures=0).refused
@@ -355,9 +355,9 @@ def test_every_adapter(name, tmp_path):
 
 def test_first_release_of_ct_rate(tmp_path):
     "Slope and intercept come out of its table, also under RadGenome's questions"
-    radgenome.write(tmp_path / "radgenome", 3, 3, 2, **SMALL)
+    get_cohort("radgenome").write(tmp_path / "radgenome", 3, 3, 2, **SMALL)
     shutil.rmtree(tmp_path / "ct_rate")
-    ct_rate.write(tmp_path / "ct_rate", 3, 3, 2, **SMALL, release="first")
+    get_cohort("ct_rate").write(tmp_path / "ct_rate", 3, 3, 2, **SMALL, release="first")
     for name in ("ct_rate", "radgenome"):
         r = review.review_cohort(tmp_path / name, name, pictures=1)
         assert "slope" in r.table and len(r.table) and not len(r.refused), r.refused

@@ -9,8 +9,9 @@ from files import FORMS, write as write_as
 
 from asap.core import Quarantine
 from asap.params import load_params
-from asap.data.cohort import check_table
-from asap.data.cohorts import acdc, luna16
+from asap.data.table import check_table
+from asap.data.adapter import get_cohort
+from asap.data.cohorts.luna16 import LUNA16, lung_labels
 from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
 from asap.phantom.abnormalities import synthesize_chest
 from asap.tasks import masks, segment, unetr
@@ -20,7 +21,7 @@ from asap.train import resolve_precision
 torch.set_num_threads(1)
 C = synthesize_chest(("segment", 0), (96, 96, 48), (3.5, 3.5, 7.0))
 SPACING = (3.5, 3.5, 7.0)
-LUNGS = masks.to_class_indices(luna16.lung_labels(C.labels), luna16.TARGETS)
+LUNGS = masks.to_class_indices(lung_labels(C.labels), LUNA16.targets)
 WINDOW = Source(("window", -1000, 1000), C.spacing, "RAS")
 
 
@@ -100,7 +101,7 @@ def test_the_mask_lies_where_the_scan_lies(form, tmp_path):
 
     path = write_as(C.hu, C.affine, tmp_path, form)
     config = dict(
-        class_names=luna16.TARGETS, spacing=SPACING, hu_range=[-1000, 1000], img_size=[96, 96, 48]
+        class_names=LUNA16.targets, spacing=SPACING, hu_range=[-1000, 1000], img_size=[96, 96, 48]
     )
     mask, affine = segment.predict_mask(Ideal(), config, path, tmp_path / "mask.nii.gz")
     v, kept = read(path), read(tmp_path / "mask.nii.gz")
@@ -157,7 +158,7 @@ def cohort(folder, n=dict(train=4, val=1, test=2)):
         k, name = synthesize_chest(("segment", split, i), SIZE, MM), f"{split}{i}"
         std = standardize(Volume(k.hu, k.affine), MM)
         write(std.hu, std.affine, folder / f"{name}.nii")
-        write(luna16.lung_labels(k.labels), k.affine, folder / f"{name}_mask.nii.gz")
+        write(lung_labels(k.labels), k.affine, folder / f"{name}_mask.nii.gz")
         rows.append(
             dict(
                 case=name,
@@ -279,11 +280,11 @@ def test_several_outlines(tmp_path):
 
 def test_no_patient_on_two_sides(tmp_path):
     "ACDC's frames are split by patient, also in the released list"
-    from asap.data.cohort import hold_out
+    from asap.data.splits import hold_out
 
     for layout in ("owners", "released"):
-        acdc.write(tmp_path / layout, 1, 5, 3, layout=layout)
-        t = hold_out(acdc.read(tmp_path / layout)[0], 0.2, 1)
+        get_cohort("acdc").write(tmp_path / layout, 1, 5, 3, layout=layout)
+        t = hold_out(get_cohort("acdc").read(tmp_path / layout)[0], 0.2, 1)
         assert (t.groupby("patient").split.nunique() == 1).all() and (
             t.groupby("patient").size() == 2
         ).all()

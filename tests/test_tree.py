@@ -50,8 +50,8 @@ def test_readme_is_fresh():
 
 
 def keys(tree, prefix="") -> set[str]:
-    "Dotted keys; rows of `arms`, `anatomy.groups` and `phantom.patients` are free"
-    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups.", "phantom.patients."):
+    "Dotted keys; rows of `arms`, `anatomy.groups` and `phantom.n_patients` are free"
+    if not isinstance(tree, dict) or prefix in ("arms.", "anatomy.groups.", "phantom.n_patients."):
         return {prefix}
     return {k for name, sub in tree.items() for k in keys(sub, f"{prefix}{name}.")}
 

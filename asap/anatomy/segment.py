@@ -235,7 +235,7 @@ def _segment_case(row, out, origin, device) -> str | None:  # None, or why it wa
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #82dbd7f7
 def fill_organ_maps(
-    table,  # of `asap.data.cohort.prepare_cases`
+    table,  # of `asap.data.prepare.prepare_cases`
     p,  # params `anatomy`: groups, totalsegmentator
     out: Path,  # folder of organ maps
     quarantine: Path | None = None,  # CSV of the cases that stay without

@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader
 from ..core import read_json, write_json, write_text
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import write
-from ..phantom.abnormalities import ABNORMALITIES
+from ..abnormalities import ABNORMALITIES
 from asap.inference.ground import (
     body_patches,
     hit_patches,

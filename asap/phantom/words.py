@@ -14,14 +14,8 @@ import numpy as np
 from scipy.ndimage import affine_transform
 
 from ..core import rng
-from asap.phantom.abnormalities import (
-    ABNORMALITIES,
-    NO_SHIFT,
-    Chest,
-    DomainShift,
-    synthesize_chest,
-    simulate_scanner,
-)
+from ..abnormalities import ABNORMALITIES, NO_SHIFT, DomainShift
+from .abnormalities import Chest, synthesize_chest, simulate_scanner
 
 # %% ../../nbs/1_phantom/12_words.ipynb #a53feac4
 POSITIVE_TEMPLATES = {
@@ -456,14 +450,14 @@ def synthesize_case(
     index: int,  # of the patient, from 1
     size=(96, 96, 48),  # of the study's grid
     spacing=(3.5, 3.5, 7.0),  # mm
-    recon_share: float = 0.2,  # scans with a second reconstruction
+    second_recon_prob: float = 0.2,  # scans with a second reconstruction
     shift: DomainShift = NO_SHIFT,  # of the hospital
     masks=(),  # abnormalities whose masks are wanted
 ) -> PhantomCase:
     "Draw one patient of a cohort"
     key, recons = (seed, split, index), []
     c = synthesize_chest(key, size, spacing, shift=shift)
-    for n in range(1 + (rng("recons", key).random() < recon_share)):
+    for n in range(1 + (rng("recons", key).random() < second_recon_prob)):
         own = sample_spacing(key, n, np.multiply(spacing, shift.spacing))
         clean, labels, affine = resample_chest(c, own)
         recons.append(

@@ -383,7 +383,7 @@ def run(
     table,  # cohort table with whole paths
     text,  # frozen encoder
     folder: Path,  # where it can resume from
-    inputs: dict,  # what goes in: `asap.data.cohort.corpus_digest`, and the text encoder's hash
+    inputs: dict,  # what goes in: `asap.data.corpus.corpus_digest`, and the text encoder's hash
     shipped: Path | None = None,  # a checkpoint folder with its recipe, taken where that fits
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or take its shipped weights, and ask it what it learnt"

@@ -31,9 +31,11 @@ from asap.core import (
     write_parquet,
 )
 from ..params import reference_arm
-from ..data.cohort import load as load_table, find_raw_dir, available_cohorts
-from ..data.cohorts import rex_grounding_ct as lesions
+from ..abnormalities import ABNORMALITIES
+from ..data.adapter import find_raw_dir
+from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
 from ..data.crops import apply_crop, center_crop, scale_intensity
+from ..data.table import load as load_table, available_cohorts
 from asap.inference.ground import (
     body_patches,
     expand_patches,
@@ -49,7 +51,6 @@ from asap.inference.ground import (
 from ..model.align import AlignmentHead, AlignmentOutput
 from ..model.asap import ASAP, build_asap
 from ..model.vit import patchify
-from ..phantom.abnormalities import ABNORMALITIES
 from ..phantom.words import NEGATIVE_TEMPLATES
 from ..pretrain.embed import load_image
 from .figures import save_figure
@@ -420,7 +421,7 @@ def load_lesion_coverage(
     img = nib.load(rows.volume.iloc[0])
     v = np.asanyarray(img.dataobj)
     how = center_crop(v.shape, size)
-    m = lesions.read_masks(
+    m = read_masks(
         rows["mask"].iloc[0], rows.image.iloc[0], rows.channel.tolist(), v.shape, img.affine
     )
     share = np.stack([patch_coverage(apply_crop(x, how, size, False, 0), patch) for x in m]).astype(
@@ -432,7 +433,7 @@ def load_lesion_coverage(
 
 
 def load_lesion_targets(
-    said: pd.DataFrame,  # of `lesions.read`
+    said: pd.DataFrame,  # of `ReXGroundingCT.read`
     cohort: pd.DataFrame,  # table of CT-RATE
     size,
     patch,
@@ -476,22 +477,22 @@ def load_lesion_sentences(
     cohorts, root
 ) -> tuple:  # sentences and Quarantine, or None and why there are none
     "The sentences with masks, where they are there"
-    if lesions.PARENT_COHORT not in available_cohorts(cohorts, root):
-        return None, f"{lesions.PARENT_COHORT} is not in this study"
+    if ReXGroundingCT.companion_of not in available_cohorts(cohorts, root):
+        return None, f"{ReXGroundingCT.companion_of} is not in this study"
     try:
-        said, bad = lesions.read(
-            find_raw_dir(lesions.NAME, root / "data"),
-            find_raw_dir(lesions.PARENT_COHORT, root / "data"),
+        said, bad = ReXGroundingCT().read(
+            find_raw_dir(ReXGroundingCT.name, root / "data"),
+            find_raw_dir(ReXGroundingCT.companion_of, root / "data"),
         )
     except FileNotFoundError:
         return (
             None,
-            f"data/ has neither {lesions.NAME}/ nor {lesions.NAME}.path, the lesion masks of single sentences",
+            f"data/ has neither {ReXGroundingCT.name}/ nor {ReXGroundingCT.name}.path, the lesion masks of single sentences",
         )
     return (
         (said, bad)
         if len(said)
-        else (None, f"{lesions.NAME} lists no sentence whose mask and volume are there")
+        else (None, f"{ReXGroundingCT.name} lists no sentence whose mask and volume are there")
     )
 
 # %% ../../nbs/9_study/92_grounding.ipynb #4209dd64
@@ -522,7 +523,7 @@ def evaluate_grounding(
     "Every sentence put to every arm; hits.parquet, and the tables and the figure that are made of it"
     if not found:
         return _write_unavailable(out, "no arm of this study was trained with an alignment")
-    (said, bad), name = load_lesion_sentences(p.study.cohorts, root), lesions.PARENT_COHORT
+    (said, bad), name = load_lesion_sentences(p.study.cohorts, root), ReXGroundingCT.companion_of
     if said is None:
         return _write_unavailable(out, bad)
     last = list(found.values())[-1]
@@ -538,7 +539,9 @@ def evaluate_grounding(
     bad.save()
     train, test = (t.split == "train").to_numpy(), (t.split == "test").to_numpy()
     if not test.any():
-        return _write_unavailable(out, f"{lesions.NAME} has no mask of a test case of {name}")
+        return _write_unavailable(
+            out, f"{ReXGroundingCT.name} has no mask of a test case of {name}"
+        )
     maps, held = (
         build_atlas(hit_patches(share[train]), t.label[train]),
         t[test].reset_index(drop=True),

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import progress_bar, rng, log_message
-from ..data.cohort import label_subsets, label_columns
+from ..data.splits import label_subsets
+from ..data.table import label_columns
 from ..pretrain.embed import check_same_cases
 from asap.tasks.metrics import (
     auc,

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core import fingerprint, progress_bar, reuse_or_set_aside, log_message, derive_seed
-from ..data.cohort import normalize_reports
+from ..abnormalities import ABNORMALITIES
+from ..data.table import normalize_reports
 from ..params import BaseConfig, Shape3D, check_arms
-from ..phantom.abnormalities import ABNORMALITIES
 from ..pretrain import checkpoint
 from ..pretrain.embed import check_same_cases
 from ..text import labels as labeller, scores

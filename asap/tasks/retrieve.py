@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ..core import progress_bar, log_message, derive_seed
-from ..data.cohort import normalize_reports
+from ..data.table import normalize_reports
 from ..params import BaseConfig
 from .classify import check_features, layer_norm, standardize
 from .metrics import bootstrap_weights, empty_predictions, retrieval_ranks, recall_at_k

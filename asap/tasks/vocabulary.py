@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ..core import progress_bar, rng, log_message, derive_seed
-from ..data.cohort import label_columns
+from ..data.table import label_columns
 from ..model.align import weighted_pool
 from ..model.vit import patchify
 from ..params import BaseConfig

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import pandas as pd
 
-from ..phantom.abnormalities import ABNORMALITIES
+from ..abnormalities import ABNORMALITIES
 from .sentences import split_sentences
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0006

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 
-.PHONY: help study quick test lab docs readme export weights ceiling hooks clean
+.PHONY: help study quick test lab docs readme export weights ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,4 +61,4 @@ hooks: .venv/done  ## commit only clean, exported notebooks
 	@git config core.hooksPath .githooks && echo "git now runs .githooks/pre-commit"
 
 clean:  ## remove what the study made (not .venv, not what git keeps)
-	@rm -rf build data runs _docs .pytest_cache
+	@rm -rf build data runs _docs .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,11 @@ A notebook links to notebooks and files as they lie in the repository, which is 
 becomes one to its page, a link to a folder one to its first page, and a linked file of the repository is copied into `files/`.
 """
 
-import hashlib, html, logging, re, shutil
+import hashlib
+import html
+import logging
+import re
+import shutil
 from pathlib import Path
 from posixpath import join, normpath
 from urllib.parse import quote, unquote, urlsplit

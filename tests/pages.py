@@ -1,6 +1,8 @@
 "Run one page from top to bottom, in a process forked from one that has loaded what most pages import"
 
-import multiprocessing, os, sys
+import multiprocessing
+import os
+import sys
 
 LOADED = [  # other people's libraries alone: a page brings its own modules
     "torch",

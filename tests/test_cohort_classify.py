@@ -4,7 +4,10 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, pytest
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.data.checks import load_checked
 from asap.data.cohort import check_table, prepare_cases

@@ -1,9 +1,12 @@
 "Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay apart, same seed same bytes"
 
-import functools, importlib
+import functools
+import importlib
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.core import write_text
 from asap.data import layouts

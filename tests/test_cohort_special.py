@@ -3,15 +3,17 @@
 import importlib
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.core import Quarantine
 from asap.data import volumes
 from asap.data.checks import check_mask, load_checked
 from asap.data.cohort import (
+    apply_splits,
     check_table,
     label_columns,
-    apply_splits,
     prepare_cases,
     read_split_files,
 )

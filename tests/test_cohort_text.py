@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
-from asap.data.checks import check_volume, check_mask, load_checked
+from asap.data.checks import check_mask, check_volume, load_checked
 from asap.data.cohort import label_columns, prepare_cases
 from asap.data.cohorts import ct_rate, ctrg, own, radgenome
 from asap.data.volumes import open_nifti, resample, standardize

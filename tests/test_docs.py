@@ -1,13 +1,16 @@
 "The site that `make docs` builds: every link leads somewhere, every formula is read, nothing comes from a network"
 
-import os, re, subprocess, sys
+import os
+import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import PAGES, TOP
 from browser import CHROMIUM, tab
+from conftest import PAGES, TOP
 
 
 class Page(HTMLParser):

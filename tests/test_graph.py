@@ -1,11 +1,14 @@
 "The graph: what a stage declares is what it reaches"
 
-import ast, json
+import ast
+import json
 
-import grimp, pytest, yaml
+import grimp
+import pytest
+import yaml
 from conftest import STAGES, TOP
 
-from asap.params import CohortsConfig, CohortName
+from asap.params import CohortName, CohortsConfig
 
 GRAPH = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
 REACH = grimp.build_graph("asap")

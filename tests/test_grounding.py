@@ -1,9 +1,14 @@
 "Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both releases of CT-RATE, and what is not there"
 
-import hashlib, json
+import hashlib
+import json
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 
 from asap.core import Quarantine, rng, write_json
 from asap.data.cohort import save
@@ -15,20 +20,20 @@ from asap.phantom.abnormalities import synthesize_chest
 from asap.study.grounding import (
     FOCAL_LESIONS,
     build_atlas,
-    hit_patches,
-    patch_coverage,
-    negate_finding,
-    patch_dice,
-    label_groups,
-    evaluate_grounding,
-    topk_patches,
     build_sentence_queries,
-    summarize_hits,
-    score_pointing,
+    evaluate_grounding,
+    hit_patches,
+    label_groups,
     load_lesion_coverage,
     load_lesion_sentences,
-    shuffle_patients,
     load_lesion_targets,
+    negate_finding,
+    patch_coverage,
+    patch_dice,
+    score_pointing,
+    shuffle_patients,
+    summarize_hits,
+    topk_patches,
 )
 from asap.study.page import render_grounding
 

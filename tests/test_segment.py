@@ -1,20 +1,28 @@
 "Outlines: round trips through every format and grid, windows, what a killed training leaves, what a bad mask does"
 
-import os, signal, subprocess, sys, textwrap, time
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from conftest import TOP
 from files import FORMS, write as write_as
 
-from asap.core import Quarantine, project_root
-from asap.params import load_params
+from asap.core import Quarantine
 from asap.data.cohort import check_table
 from asap.data.cohorts import acdc, luna16
-from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
+from asap.data.volumes import Source, Volume, read, resample, standard_grid, standardize, write
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.tasks import segment
-from asap.tasks.metrics import bootstrap, to_table, point_estimates
+from asap.tasks.metrics import bootstrap, point_estimates, to_table
 
 torch.set_num_threads(1)
 C = synthesize_chest(("segment", 0), (96, 96, 48), (3.5, 3.5, 7.0))

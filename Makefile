@@ -22,7 +22,7 @@ help:  ## this list
 	 $(BIN)/pip install -q -c constraints.txt $$TORCH 2>.venv/pip.log \
 	 || $(BIN)/pip install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) $$TORCH 2>.venv/pip.log \
 	 || { cat .venv/pip.log; exit 1; }
-	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
+	@$(BIN)/pip install -q -c constraints.txt -e '.[study,cluster,dev]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
 	@$(BIN)/pip check >/dev/null || $(BIN)/pip check
 	@touch $@
 

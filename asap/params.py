@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .core import project_root
+from .core import project_root, resource_path
 
 # %% ../nbs/01_params.ipynb #c51f4515
 class BaseConfig(BaseModel):
@@ -655,7 +655,7 @@ def load_params(
     path: Path | str | None = None,  # YAML file; the project's params.yaml when None
 ) -> "Params":  # validated, frozen, attribute access
     "Read and check a file of params; `ValueError` names each wrong key, its value and what is allowed"
-    path = Path(path or project_root() / "params.yaml")
+    path = Path(path or resource_path("params.yaml"))
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: restore it with `git checkout {path.name}`")
     try:

@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/asap',
-                'doc_host': 'https://example.invalid',
-                'git_url': 'https://example.invalid/asap',
+                'doc_host': 'https://asap.github.io',
+                'git_url': 'https://github.com/asap/asap',
                 'lib_path': 'asap'},
   'syms': { 'asap.anatomy.masks': { 'asap.anatomy.masks._count_columns': ('3_anatomy/masks.html#_count_columns', 'asap/anatomy/masks.py'),
                                     'asap.anatomy.masks.organ_fractions': ( '3_anatomy/masks.html#organ_fractions',

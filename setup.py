@@ -1,4 +1,4 @@
-"Copies the shipped checkpoint, its text encoder and the params into the wheel (the rest: pyproject.toml)"
+"Copies the shipped checkpoint, its text encoder and the params into the wheel"
 
 import shutil
 from pathlib import Path

@@ -27,7 +27,7 @@ STRING_TABLES = [  # files whose lines may be longer: named in pyproject.toml
     if "E501" in rules
 ]
 MAX_SHARED_NAMES = 12
-SHARED_NAMES = {  # names that their module completes, as in `checkpoint.load` and `classify.metrics`
+SHARED_NAMES = {  # names that their module completes: `checkpoint.load`
     "COLUMNS",
     "evaluate",
     "fit_predict",

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 
-.PHONY: help study quick test lab docs readme export weights ceiling hooks clean
+.PHONY: help study quick test lab docs readme export weights ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,7 +22,7 @@ help:  ## this list
 	 $(BIN)/pip install -q -c constraints.txt $$TORCH 2>.venv/pip.log \
 	 || $(BIN)/pip install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) $$TORCH 2>.venv/pip.log \
 	 || { cat .venv/pip.log; exit 1; }
-	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,cluster]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
+	@$(BIN)/pip install -q -c constraints.txt -e '.[study,cluster,dev]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
 	@$(BIN)/pip check >/dev/null || $(BIN)/pip check
 	@touch $@
 
@@ -61,4 +61,4 @@ hooks: .venv/done  ## commit only clean, exported notebooks
 	@git config core.hooksPath .githooks && echo "git now runs .githooks/pre-commit"
 
 clean:  ## remove what the study made (not .venv, not what git keeps)
-	@rm -rf build data runs _docs .pytest_cache
+	@rm -rf build data runs _docs .pytest_cache .mypy_cache .ruff_cache

@@ -4,18 +4,23 @@ The ceiling that this data and this compute allow, beside which every probe of t
 benchmarks/ceiling.csv (a row a label) and benchmarks/ceiling.json (how it was made). `make ceiling` runs it.
 """
 
-import argparse, os, time
+import argparse
+import os
+import time
 from pathlib import Path
 
-import joblib, numpy as np, pandas as pd, torch
+import joblib
+import numpy as np
+import pandas as pd
+import torch
 from monai.networks.blocks import Convolution, ResidualUnit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from asap.core import code_hash, progress_bar, rng, project_root, log_message, write_csv, write_json
 from asap.abnormalities import ABNORMALITIES
+from asap.core import code_hash, log_message, progress_bar, project_root, rng, write_csv, write_json
 from asap.phantom.abnormalities import synthesize_chest, twin_auc
 from asap.phantom.body import VERSION
 

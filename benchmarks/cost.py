@@ -4,13 +4,14 @@ machine, and what share of the machine's own matrix products that is. The page n
 usage: python benchmarks/cost.py [--repeat 3] [--threads 1] [--save]        (--save writes benchmarks/cost.json)
 """
 
-import argparse, json
+import argparse
+import json
 from pathlib import Path
 
+import step
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import step
 from asap.core import project_root
 from asap.params import load_params
 from asap.train import retain_freed_memory

@@ -4,12 +4,16 @@
 are started beforehand, as they are for all but the first moments of a real run.
 """
 
-import argparse, shutil, tempfile, time
+import argparse
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
-import joblib, pandas as pd
+import joblib
+import pandas as pd
 
-from asap.core import project_root, log_message, write_json
+from asap.core import log_message, project_root, write_json
 from asap.data.prepare import prepare_cases
 from asap.data.volumes import write
 from asap.phantom.abnormalities import synthesize_chest

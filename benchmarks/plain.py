@@ -5,9 +5,11 @@ Where it may be read in more than one way, the cheaper reading is taken. Sizes a
 usage: python benchmarks/plain.py [--full]     (one step and its losses; tiny, or the paper's size: about 6 GB)
 """
 
-import argparse, time
+import argparse
+import time
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM

@@ -5,7 +5,12 @@ NIfTI. Ours: read, check, standardise (asap.data), uncompressed NIfTI. Then a cr
 table; writes benchmarks/prepare.json with --save.  usage: python benchmarks/prepare.py [--slices 300] [--repeat 5] [--save]
 """
 
-import argparse, json, subprocess, sys, tempfile, time
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -13,13 +18,14 @@ import numpy as np
 
 from asap.core import write_json
 from asap.data.checks import check_volume
-from asap.data.volumes import Volume, read_crop, read, standardize, write
+from asap.data.volumes import read, read_crop, standardize, write
 
 SPACING, HU, CROP = (1.5, 1.5, 3.0), (-1000, 1000), (224, 224, 112)
 
 
 def scan(slices, to):  # a phantom on a scanner's grid, with noise in every voxel
     from scipy.ndimage import zoom
+
     from asap.phantom.abnormalities import synthesize_chest
 
     c = synthesize_chest(("benchmark", 0))

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from asap.core import project_root, log_message, write_csv
-from asap.params import load_params
+from asap.core import log_message, project_root, write_csv
 from asap.data.table import load
+from asap.params import load_params
 from asap.pretrain import embed
 from asap.pretrain.batches import ImageReportDataset
-from asap.pretrain.pretrain import fit_stem, build_model, train
+from asap.pretrain.pretrain import build_model, fit_stem, train
 from asap.tasks import classify
 from asap.tasks.metrics import auc, nan_mean
 from asap.text import encoder

@@ -5,7 +5,10 @@ own steps done by PyTorch. By turns, the fastest of several counts, one thread. 
 input. Prints a table; writes benchmarks/shares.json with --save.  usage: python benchmarks/shares.py [--repeat 7] [--save]
 """
 
-import argparse, json, time, tracemalloc
+import argparse
+import json
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np

@@ -7,16 +7,22 @@ usage: python benchmarks/step.py [--repeat 5] [--threads 2] [--save]        (--s
        python benchmarks/step.py --profile                                  (where our paper-size step spends its time)
 """
 
-import argparse, json, subprocess, sys, threading, time
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-import torch, torch.nn.functional as F
-
 import plain
-from asap.core import project_root, log_message
-from asap.params import load_params
+import torch
+import torch.nn.functional as F
+
+from asap.core import log_message, project_root
 from asap.model.asap import ASAP, build_config
-from asap.train import retain_freed_memory, resolve_precision
+from asap.params import load_params
+from asap.train import resolve_precision, retain_freed_memory
 
 DTYPES = (
     dict(fp32=torch.float32, bf16=torch.bfloat16)
@@ -246,7 +252,7 @@ def main():
 
 
 def profile():
-    from torch.profiler import profile as record, ProfilerActivity
+    from torch.profiler import ProfilerActivity, profile as record
 
     run, fastest = ours(paper())[1], [*DTYPES][-1]
     run(fastest)

@@ -1,6 +1,14 @@
 "A headless Chromium, driven through its DevTools protocol"
 
-import base64, contextlib, json, os, shutil, subprocess, tempfile, time, urllib.request
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(

@@ -1,59 +1,67 @@
-"""What `make docs` does to each page beside mkdocs-jupyter: links between notebooks lead to pages, formulas are MathML, nothing comes from a network.
+"""What `make docs` adds to mkdocs-jupyter: links between pages, MathML, an API reference.
 
-A notebook links to notebooks and files as they lie in the repository, which is right in JupyterLab and on a forge. Here a link to a notebook
-becomes one to its page, a link to a folder one to its first page, and a linked file of the repository is copied into `files/`.
+Notebooks link to notebooks and files by their place in the repository, which is right in
+JupyterLab and on a forge. In the site, a link to a notebook becomes a link to its page, a link to a
+folder one to its first page, and a linked file is copied into `files/`. Nothing is loaded from a
+network.
 """
 
-import hashlib, html, logging, re, shutil
+import hashlib
+import html
+import logging
+import re
+import shutil
 from pathlib import Path
 from posixpath import join, normpath
 from urllib.parse import quote, unquote, urlsplit
 
+import api
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 from mkdocs.utils import get_relative_url
 
-TOP, log = (
-    Path(__file__).resolve().parent.parent,
-    logging.getLogger("mkdocs.hooks.docs"),
-)  # fails `mkdocs build --strict`
-copied, written, pages = (
-    {},
-    {},
-    {},
-)  # place in the site -> file; place in the site -> text; source of a page -> its address
+TOP = Path(__file__).resolve().parent.parent
+log = logging.getLogger("mkdocs.hooks.docs")  # an error fails `mkdocs build --strict`
+copied: dict[str, Path] = {}  # path in the site -> file
+written: dict[str, str] = {}  # path in the site -> text
+pages: dict[str, str] = {}  # source of a page -> its address
+references: dict[str, tuple[str, str]] = {}  # notebook -> module, address of its API page
 KEPT = re.compile(r"(?s)(<(pre|code|script|style|svg)\b.*?</\2>)")  # nothing in there is a formula
 MATH = re.compile(r"(?s)\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$<>\n]+?)(?<![\s\\])\$(?![\w$])")
 LINK = re.compile(r'(<(?:a\b[^>]*?\bhref|img\b[^>]*?\bsrc)=")((?!data:)[^"]*)(")')
-WORKER = """// A page that is opened from disk may not start a worker, which the search is: it runs in a frame instead
-if (location.protocol === "file:") window.Worker = class extends EventTarget {
-  constructor(url) {
-    super();
-    const frame = document.createElement("iframe"); frame.hidden = true; document.body.append(frame);
-    this.scope = frame.contentWindow; this.waiting = [];
-    this.scope.postMessage = data => { const e = new MessageEvent("message", {data}); this.dispatchEvent(e); this.onmessage?.(e) };
-    this.scope.importScripts = (...urls) => Promise.all(urls.map(u => this.load(u)));
-    this.load(url).then(() => { const late = this.waiting; this.waiting = null; late.forEach(d => this.postMessage(d)) });
-  }
-  load(url) { return new Promise((done, fail) => { const s = this.scope.document.createElement("script"); s.src = url; s.onload = done; s.onerror = fail; this.scope.document.body.append(s) }) }
-  postMessage(data) { this.waiting ? this.waiting.push(data) : this.scope.dispatchEvent(new MessageEvent("message", {data})) }
-};
-"""
+SCRIPT = re.compile(
+    r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>'
+    r"((?:(?!</script>).)*)</script>"
+)
+WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 
 
 def on_files(files, config):
-    pages.clear()
-    copied.clear()
-    written.clear()
+    for kept in (pages, copied, written, references):
+        kept.clear()
     written["assets/iframe-worker.js"] = WORKER
     pages.update({f"nbs/{f.src_uri}": f.url for f in files if f.src_uri.endswith(".ipynb")})
+    modules = api.modules()
+    files.append(File.generated(config, "api/index.md", content=api.index(modules)))
+    for module, path in modules.items():
+        file = File.generated(config, f"api/{module}.md", content=api.page(module, path))
+        files.append(file)
+        if source := api.notebook(path):
+            references[source] = (module, file.url)
+    return files
 
 
-def target(
-    source: str, path: str
-) -> str | None:  # address in the site of what a page's link names in the repository
-    base = (
-        "" if source == "nbs/index.ipynb" else str(Path(source).parent)
-    )  # the index is the README, which lies at the top
+def on_nav(nav, config, files):
+    for item in nav.items:
+        if item.title == "Api":
+            item.title = "API reference"
+    return nav
+
+
+def target(source: str, path: str) -> str | None:
+    "Address in the site of what a page's link names in the repository"
+    # the index is the README, which lies at the top
+    base = "" if source == "nbs/index.ipynb" else str(Path(source).parent)
     name = normpath(join(base, path))
     if name in pages:
         return pages[name]
@@ -68,9 +76,8 @@ def target(
 def linked(body: str, source: str, here: str) -> str:
     def one(m):
         s = urlsplit(html.unescape(m[2]))
-        if s.fragment and not (
-            s.scheme or s.netloc or s.path
-        ):  # Jupyter names a heading as it is written, the site in small letters
+        # Jupyter names a heading as it is written, the site in small letters
+        if s.fragment and not (s.scheme or s.netloc or s.path):
             return m[0] if f'id="{s.fragment}"' in body else f"{m[1]}#{s.fragment.lower()}{m[3]}"
         if s.scheme or s.netloc or not s.path:
             return m[0]
@@ -78,14 +85,10 @@ def linked(body: str, source: str, here: str) -> str:
         if to is None:
             log.error(f"{source}: its link {m[2]} leads nowhere")
             return m[0]
-        return (
-            m[1]
-            + html.escape(
-                quote(get_relative_url(to, here), safe="/.#")
-                + (f"#{s.fragment}" if s.fragment else "")
-            )
-            + m[3]
-        )
+        address = quote(get_relative_url(to, here), safe="/.#")
+        if s.fragment:
+            address += f"#{s.fragment}"
+        return m[1] + html.escape(address) + m[3]
 
     return LINK.sub(one, body)
 
@@ -105,7 +108,7 @@ def formulas(body: str, source: str) -> str:
 
 
 def shared(body: str, here: str) -> str:
-    "The 0.6 MB of style that every notebook carries, once for all pages; scripts that would fetch MathJax or Mermaid, not at all"
+    "Store the 0.6 MB of style of each notebook once; drop scripts that fetch MathJax or Mermaid"
 
     def one(m):
         if len(m[1]) < 4000:
@@ -115,20 +118,37 @@ def shared(body: str, here: str) -> str:
         return f'<link rel="stylesheet" href="{get_relative_url(name, here)}">'
 
     body = re.sub(r"(?s)<style[^>]*>((?:(?!</style>).)*)</style>", one, body)
-    return re.sub(
-        r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>((?:(?!</script>).)*)</script>',
-        lambda m: "" if not m[1].strip() or re.search("mathjax|mermaid", m[1], re.I) else m[0],
-        body,
-    )
+
+    def unless_fetching(m):
+        return "" if not m[1].strip() or re.search("mathjax|mermaid", m[1], re.I) else m[0]
+
+    return SCRIPT.sub(unless_fetching, body)
+
+
+def with_reference(body: str, source: str, here: str) -> str:
+    "A link from a notebook's page to the API page of its module, below the title"
+    if source not in references:
+        return body
+    module, url = references[source]
+    link = f'<a href="{get_relative_url(url, here)}"><code>{module}</code></a>'
+    return body.replace("</h1>", f'</h1>\n<p class="api-reference">API: {link}</p>', 1)
+
+
+def with_source(body: str, here: str) -> str:
+    "A link from an API page to the notebook that explains its module"
+    for source, (_, url) in references.items():
+        if url == here and source in pages:
+            link = f'<a href="{get_relative_url(pages[source], here)}">the page with examples</a>'
+            return body.replace("</h1>", f"</h1>\n<p>Exported from {link}.</p>", 1)
+    return body
 
 
 def on_page_content(body, page, config, files):
     source = f"nbs/{page.file.src_uri}"
-    return (
-        shared(formulas(linked(body, source, page.url), source), page.url)
-        if source in pages
-        else body
-    )
+    if source not in pages:
+        return with_source(body, page.url)
+    body = formulas(linked(body, source, page.url), source)
+    return shared(with_reference(body, source, page.url), page.url)
 
 
 def on_post_build(config):

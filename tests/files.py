@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pydicom, SimpleITK as sitk
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless

@@ -2,7 +2,17 @@
 
 `python tests/pages.py [NB...]` reports the differences; `--refresh` stores today's outputs."""
 
-import base64, contextlib, io, itertools, json, math, multiprocessing, os, re, sys, tempfile
+import base64
+import contextlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -36,7 +46,7 @@ LOADED = [  # other people's libraries alone: a page brings its own modules
     "pages",
 ]
 ALONE = {
-    "02_train"
+    "03_train"
 }  # what it shows of the memory allocator is true of a process that is nobody's child
 multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
 

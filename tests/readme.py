@@ -33,13 +33,18 @@ def readme() -> str:
 
 def picture(to):
     "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
-    import matplotlib.pyplot as plt, numpy as np, tempfile, textwrap
+    import tempfile
+    import textwrap
+
+    import matplotlib.pyplot as plt
+    import numpy as np
+
     from asap.core import atomic_write, rng
     from asap.data.volumes import Volume, orthogonal_planes, write
-    from asap.phantom.abnormalities import synthesize_chest
-    from asap.phantom.words import finding_sentence
     from asap.inference import scan
     from asap.inference.ground import ground_sentences, overlay_heatmap, plot_contours
+    from asap.phantom.abnormalities import synthesize_chest
+    from asap.phantom.words import finding_sentence
 
     model, text = scan.load_model_and_text()
     fig, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")

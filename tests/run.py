@@ -1,6 +1,7 @@
 "Run every check and end with one line: `N passed, N failed`"
 
-import os, sys
+import os
+import sys
 from pathlib import Path
 
 import pytest

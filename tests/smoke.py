@@ -1,9 +1,19 @@
 "The smoke study, made once for all test files that change something in it, and what they run it with"
 
-import contextlib, hashlib, os, re, shutil, signal, subprocess, sys, time
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import psutil, pytest, yaml
+import psutil
+import pytest
+import yaml
 from conftest import TOP
 from filelock import FileLock
 

@@ -1,25 +1,37 @@
 "Files of weights: the paper's format read by hand, any grid, hub methods, and what is refused"
 
-import argparse, ast, math, os, pickle, shutil, signal, subprocess, sys
+import argparse
+import ast
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
 
-import huggingface_hub.hub_mixin, numpy as np, pytest, torch, torch.nn.functional as F
+import huggingface_hub.hub_mixin
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 from conftest import TOP
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from asap.core import read_json, write_json
-from asap.params import load_params
 from asap.model.asap import build_config
 from asap.model.vit import ViT3D, sincos_pos_embed
+from asap.params import load_params
 from asap.pretrain import checkpoint
 from asap.pretrain.checkpoint import (
     CHECKPOINT_FILES,
     ASAPHubModel,
-    load_mae2d_blocks,
     load,
+    load_mae2d_blocks,
     load_model,
-    set_input_size,
     save,
+    set_input_size,
 )
 
 
@@ -536,6 +548,7 @@ def test_an_image_models_head_is_no_part_of_the_blocks(tmp_path):
 @pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
 def test_any_bert_is_a_text_encoder(tmp_path, kind):
     import transformers
+
     from asap.text.encoder import load as load_text
 
     (tmp_path / "vocab.txt").write_text(

@@ -1,12 +1,15 @@
 "Each check on files: one that must be refused, and one alike that must pass"
 
-import nibabel as nib, numpy as np, pytest, SimpleITK as sitk
-from files import dicom, itk, nifti, npz, pictures
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from files import dicom, itk, nifti, pictures
 from PIL import Image
 
 from asap.cli import main
 from asap.data.checks import check_mask, load_checked
-from asap.data.volumes import Source, read
+from asap.data.volumes import Source
 from asap.phantom.abnormalities import synthesize_chest
 
 C = synthesize_chest(("checks", 11), (96, 96, 48), (3.5, 3.5, 7.0), present=["Lung nodule"])

@@ -1,16 +1,22 @@
 "`asap zero-shot`, `ground` and `embed`: what is written, where it lies, and that nothing is written for what is no CT"
 
-import gzip, resource, shutil, subprocess, sys
+import resource
+import shutil
+import subprocess
+import sys
 
-import nibabel as nib, numpy as np, pandas as pd, pytest
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
 from conftest import TOP
 from files import dicom, write as write_as
 
+from asap.abnormalities import ABNORMALITIES
 from asap.cli import main
-from asap.params import load_params
 from asap.data import real
 from asap.data.volumes import read, write
-from asap.abnormalities import ABNORMALITIES
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 
 C = synthesize_chest(("cli", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")

@@ -3,7 +3,10 @@
 import shutil
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, pytest
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.data.adapter import get_cohort
 from asap.data.checks import load_checked

@@ -1,15 +1,18 @@
 "Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay apart, same seed same bytes"
 
-import functools, sys
+import functools
+import sys
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.core import write_text
 from asap.data import layouts
 from asap.data.adapter import get_cohort
-from asap.data.cohorts.covid_ct_seg import read_lungs
 from asap.data.checks import check_mask, load_checked
+from asap.data.cohorts.covid_ct_seg import read_lungs
 from asap.data.prepare import prepare_cases
 from asap.data.table import label_columns
 from asap.data.volumes import read as read_volume

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.core import Quarantine
 from asap.data import volumes

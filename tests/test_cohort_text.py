@@ -3,13 +3,15 @@
 import shutil
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
-from asap.data.checks import check_volume, check_mask, load_checked
+from asap.data.adapter import get_cohort
+from asap.data.checks import check_mask, check_volume, load_checked
+from asap.data.cohorts import ct_rate, own, radgenome
 from asap.data.prepare import prepare_cases
 from asap.data.table import label_columns
-from asap.data.adapter import get_cohort
-from asap.data.cohorts import ct_rate, own, radgenome
 from asap.data.volumes import open_nifti, resample, standardize
 
 SMALL, HOW = (

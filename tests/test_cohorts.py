@@ -1,20 +1,33 @@
 "All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
 
-import contextlib, hashlib, json, shutil, signal, subprocess, sys, textwrap, time
+import contextlib
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, psutil, pytest, torch
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
 from conftest import TOP
 
-from asap.anatomy.organs import totalsegmentator_classes, read_organ_map
+from asap.anatomy.organs import read_organ_map, totalsegmentator_classes
 from asap.core import list_files, parallel_backend
 from asap.data.adapter import available_cohort_names, get_cohort
-from asap.params import StageParams, load_params
-from asap.data.prepare import CaseStore, hash_inventory, prepare_cases, run, quick_hash
+from asap.data.prepare import CaseStore, hash_inventory, prepare_cases, quick_hash, run
 from asap.data.splits import label_subsets
-from asap.data.table import load_acquisition, label_columns, load, available_cohorts
+from asap.data.table import available_cohorts, label_columns, load, load_acquisition
 from asap.data.volumes import read, write
+from asap.params import StageParams, load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
 from asap.text.encoder import load as load_text, train_text_encoder

@@ -1,13 +1,19 @@
-"The site that `make docs` builds: every link leads somewhere, every formula is read, nothing comes from a network"
+"The site that `make docs` builds: links, formulas, API reference, and nothing from a network"
 
-import os, re, subprocess, sys
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import api
 import pytest
-from conftest import PAGES, TOP
 from browser import CHROMIUM, tab
+from conftest import PAGES, TOP
 
 
 class Page(HTMLParser):
@@ -61,6 +67,40 @@ def test_every_notebook_is_a_page(site):
     ] == []
 
 
+def test_every_public_name_is_in_the_reference(site, pages):
+    missing = []
+    for module, path in api.modules().items():
+        page = pages[site / f"api/{module}.html"]
+        names = api.public_names(ast.parse(path.read_text(encoding="utf8")))
+        missing += [f"{module}.{name}" for name in names if name not in page.ids]
+        back = site / Path(api.notebook(path)).relative_to("nbs").with_suffix(".html")
+        if not any(link.endswith(f"api/{module}.html") for link in pages[back].links):
+            missing.append(f"{back.name} has no link to {module}")
+    assert not missing, missing
+    index = json.loads((site / "search/search_index.json").read_text(encoding="utf8"))
+    assert "api/asap.core.html#atomic_write" in {d["location"] for d in index["docs"]}
+
+
+def test_reference_of_a_function():
+    source = """
+def f(
+    x: int,  # of `y`
+    *,
+    size=(1, 2),  # voxels
+) -> str:  # joined
+    "Join <both>"
+    return ""
+"""
+    function = ast.parse(source).body[0]
+    assert api.arguments(function, source) == [
+        api.Argument("x", "int", "", "of `y`"),
+        api.Argument("size", "", "(1, 2)", "voxels"),
+    ]
+    assert api.returned(function, source) == api.Argument("returns", "str", "", "joined")
+    text = api.section("f", function, source)
+    assert "{ #f }" in text and "Join &lt;both&gt;" in text and "of <code>y</code>" in text
+
+
 def test_no_link_is_broken(pages):
     bad = []
     for page, it in pages.items():
@@ -80,10 +120,10 @@ def test_no_link_is_broken(pages):
 
 def test_nothing_is_loaded_from_a_network(site, pages):
     assert {
-        l
+        address
         for it in pages.values()
-        for l in it.loads
-        if urlsplit(l).scheme not in ("", "data") or urlsplit(l).netloc
+        for address in it.loads
+        if urlsplit(address).scheme not in ("", "data") or urlsplit(address).netloc
     } == set()
     for f in site.rglob("*.css"):
         assert not re.search(
@@ -107,9 +147,10 @@ def test_a_link_that_leads_nowhere_is_said(caplog):
     docs.pages.update(
         {"nbs/a/x.ipynb": "a/x.html", "nbs/a/y.ipynb": "a/y.html", "nbs/index.ipynb": "index.html"}
     )
-    see = lambda link, source="nbs/a/x.ipynb", here="a/x.html": docs.linked(
-        f'<a class="z" href="{link}">', source, here
-    ).split('"')[3]
+
+    def see(link, source="nbs/a/x.ipynb", here="a/x.html"):
+        return docs.linked(f'<a class="z" href="{link}">', source, here).split('"')[3]
+
     assert (
         see("y.ipynb#part"),
         see("../../params.yaml"),
@@ -133,11 +174,13 @@ def test_from_disk_with_search(site):
         t.open((site / "9_study/92_grounding.html").as_uri())
         t.until("document.readyState === 'complete' && document.querySelector('iframe')")
         t.run(
-            "document.querySelector('label[for=__search]').click(); document.querySelector('.md-search__input').focus()"
+            "document.querySelector('label[for=__search]').click();"
+            " document.querySelector('.md-search__input').focus()"
         )
         t.call("Input.insertText", text="pointing game")
         t.run(
-            "document.querySelector('.md-search__input').dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))"
+            "document.querySelector('.md-search__input')"
+            ".dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))"
         )
         t.until(
             "document.querySelector('.md-search-result').innerText.includes('matching document')"

@@ -1,10 +1,20 @@
 "Broken files, folders without permission, a full disk, a kill, two at once: nothing half-written is taken for whole, nothing is lost"
 
-import contextlib, os, signal, subprocess, sys, textwrap, time
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, psutil, pytest
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
 from conftest import TOP
 from files import FORMS, write as write_as
 

@@ -3,7 +3,9 @@
 import tempfile
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pytest
+import nibabel as nib
+import numpy as np
+import pytest
 from files import FORMS, dicom, write as write_as
 from hypothesis import HealthCheck, given, settings, strategies as st
 

@@ -1,9 +1,12 @@
 "The graph: what a stage declares is what it reaches"
 
-import ast, json
+import ast
+import json
 from pathlib import Path
 
-import grimp, pytest, yaml
+import grimp
+import pytest
+import yaml
 from conftest import STAGES, TOP
 
 from asap.data.adapter import available_adapters, available_cohort_names, get_cohort

@@ -1,33 +1,38 @@
 "Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both releases of CT-RATE, and what is not there"
 
-import hashlib, json
+import hashlib
+import json
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 
 from asap.core import Quarantine, rng, write_json
-from asap.data.table import save
 from asap.data.cohorts import rex_grounding_ct as rex
 from asap.data.cohorts.ct_rate import CTRATE
 from asap.data.cohorts.rex_grounding_ct import ReXGroundingCT
 from asap.data.crops import apply_crop, center_crop
+from asap.data.table import save
 from asap.data.volumes import resample, standardize
+from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import synthesize_chest
-from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
 from asap.study.grounding import (
     FOCAL_LESIONS,
     build_atlas,
-    negate_finding,
-    label_groups,
-    evaluate_grounding,
     build_sentence_queries,
-    summarize_hits,
-    score_pointing,
+    evaluate_grounding,
+    label_groups,
     load_lesion_coverage,
     load_lesion_sentences,
-    shuffle_patients,
     load_lesion_targets,
+    negate_finding,
+    score_pointing,
+    shuffle_patients,
+    summarize_hits,
 )
 from asap.study.page import render_grounding
 

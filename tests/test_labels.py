@@ -1,15 +1,17 @@
 "Labels of reports: sentences read as a careful reader does, what a cue reaches, and odd texts"
 
-import re, time
+import re
+import time
 from collections import Counter
 
 import numpy as np
-import pytest, yaml
+import pytest
+import yaml
 from conftest import TOP
 
 from asap.abnormalities import ABNORMALITIES
 from asap.phantom.words import NEGATIVE_TEMPLATES, NORMAL_TEMPLATES, POSITIVE_TEMPLATES
-from asap.text.labels import extract_labels, highlight_mentions, find_mentions, label_reports
+from asap.text.labels import extract_labels, find_mentions, highlight_mentions, label_reports
 from asap.text.sentences import split_sentences
 
 

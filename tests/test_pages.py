@@ -1,6 +1,8 @@
 "Every page runs from top to bottom, its checks hold, and what it stores is what it prints today"
 
-import base64, io, json
+import base64
+import io
+import json
 
 import pages
 import pytest

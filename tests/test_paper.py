@@ -1,21 +1,26 @@
 "The paper's scale: its params make a graph that DVC reads, and what it costs follows from them"
 
-import os, re, shutil, subprocess, sys
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 from conftest import TOP
 
-from asap.params import load_params
 from asap.cost import (
     CostAssumptions,
     block_flops,
+    count_steps,
     disk_usage,
     forward_flops,
     gpu_hours_table,
     train_flops,
-    count_steps,
 )
+from asap.params import load_params
 
 PAPER = load_params(TOP / "params/paper.yaml")
 
@@ -104,6 +109,7 @@ def test_an_arm_costs_what_it_uses():
 def test_a_block_is_what_pytorch_counts():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+
     from asap.model.vit import Block
 
     with FlopCounterMode(display=False) as f:

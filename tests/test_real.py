@@ -1,13 +1,14 @@
 "The real scans: nothing is refused, and what ships with them lies where it belongs"
 
-import numpy as np, pytest
+import numpy as np
+import pytest
 
 from asap.anatomy.organs import merge_class_masks, read_multilabel_map
 from asap.cli import main
-from asap.params import load_params
 from asap.data import real
 from asap.data.checks import body_mask, check_mask, load_checked
 from asap.data.volumes import open_nifti, read, standardize
+from asap.params import load_params
 
 P = load_params()
 

@@ -1,24 +1,29 @@
 """What the released code gets wrong, P1 to P21 of the table on nbs/5_model/54_asap.ipynb: each check fails on the faulty behaviour."""
 
-import subprocess, tracemalloc
-
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+import subprocess
+import tracemalloc
 from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_cases import cases
 
 from asap.anatomy.masks import organ_fractions
 from asap.core import project_root
-from asap.params import load_params
 from asap.data.volumes import resample
 from asap.model.align import AlignmentHead, inter_report_loss, intra_report_loss
 from asap.model.anatomy import soft_cross_entropy
-from asap.model.asap import ASAP, build_config, reconstruction_loss
-from asap.model.fuse import FusionEncoder, mlm_loss
+from asap.model.asap import reconstruction_loss
+from asap.model.fuse import mlm_loss
 from asap.model.vit import ViT3D
+from asap.params import load_params
 from asap.pretrain.batches import ImageReportDataset, collate
-from asap.pretrain.pretrain import build_model, add_text_features
+from asap.pretrain.pretrain import add_text_features, build_model
 from asap.text.encoder import load, train_text_encoder
 from asap.text.sentences import join_report, split_sentences
-from tiny_cases import cases
 
 P = load_params(project_root() / "params/smoke.yaml")
 unit = lambda *s: F.normalize(torch.randn(*s), dim=-1)
@@ -349,6 +354,7 @@ def test_P18_one_case_any_grid_any_device(study):
 
 def test_P19_no_worker_repeats_a_crop(study):
     from torch.utils.data import DataLoader
+
     from asap.train import EpochBatchSampler
 
     read_ = lambda n: [

@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
 from asap.abnormalities import ABNORMALITIES
 from asap.phantom.abnormalities import synthesize_chest

@@ -1,16 +1,22 @@
 "What is usable of a data set: each fault is named, each sound case is listed, nothing is written beside the data"
 
-import os, re, shutil, stat
+import os
+import re
+import shutil
+import stat
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, yaml
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
 from conftest import TOP
 from files import nifti
 
 from asap.cli import main
 from asap.data import review
 from asap.data.adapter import available_cohort_names, get_cohort
-from asap.data.volumes import open_nifti, read
+from asap.data.volumes import open_nifti
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
 

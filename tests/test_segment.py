@@ -1,21 +1,29 @@
 "Outlines: round trips through every format and grid, windows, what a killed training leaves, what a bad mask does"
 
-import os, signal, subprocess, sys, textwrap, time
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from conftest import TOP
 from files import FORMS, write as write_as
 
 from asap.core import Quarantine
-from asap.params import load_params
-from asap.data.table import check_table
 from asap.data.adapter import get_cohort
 from asap.data.cohorts.luna16 import LUNA16, lung_labels
-from asap.data.volumes import Source, Volume, standard_grid, read, resample, standardize, write
+from asap.data.table import check_table
+from asap.data.volumes import Source, Volume, read, resample, standard_grid, standardize, write
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.tasks import masks, segment, unetr
-from asap.tasks.metrics import bootstrap, to_table, point_estimates
+from asap.tasks.metrics import bootstrap, point_estimates, to_table
 from asap.train import resolve_precision
 
 torch.set_num_threads(1)

@@ -1,9 +1,11 @@
 "Sentences of real reports: fragments with the sentences that a careful reader sees, and what holds for any text"
 
-import re, time
+import re
+import time
 
 import numpy as np
-import pytest, yaml
+import pytest
+import yaml
 from conftest import TOP
 
 from asap.phantom.words import NEGATIVE_TEMPLATES, NORMAL_TEMPLATES, POSITIVE_TEMPLATES

@@ -1,14 +1,17 @@
 "Weights that were trained once: taken where their recipe is still the recipe, else trained from nothing"
 
-import pandas as pd, pytest, torch
 from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from tiny_cases import cases
 
 from asap.core import project_root, write_csv, write_json
 from asap.params import load_params
-from asap.pretrain.checkpoint import model_card, load, save, export_weights
+from asap.pretrain.checkpoint import export_weights, load, model_card, save
 from asap.pretrain.pretrain import run
-from asap.text.encoder import load as load_text, build_text_encoder
-from tiny_cases import cases
+from asap.text.encoder import build_text_encoder, load as load_text
 
 P = load_params(project_root() / "params/smoke.yaml")
 ROW = P.arms["asap"].model_dump(by_alias=True)

@@ -1,10 +1,14 @@
 "The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what changed, it survives a kill"
 
-import json, re, shutil, sys
+import json
+import re
+import shutil
+import sys
 
-import pytest, yaml
+import pytest
+import yaml
 from conftest import TOP
-from smoke import STUDY, change, clone, digest, edited, kill_when, ran, run
+from smoke import change, clone as clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 

@@ -1,9 +1,10 @@
 "The smoke study with other data, and killed while it runs"
 
-import json, sys
+import json
+import sys
 
 import pytest
-from smoke import STUDY, clone, digest, edited, kill_when, ran, run
+from smoke import STUDY, clone as clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 

@@ -1,15 +1,21 @@
 "TotalSegmentator really called, on a tiny random network, with the network cut off"
 
-import json, os, socket
+import json
+import os
+import socket
 
-import nibabel as nib, numpy as np, pandas as pd, pytest, requests
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import requests
 from tiny_totalsegmentator import write_tiny
 
 from asap.anatomy import segment as seg
 from asap.anatomy.organs import map_to_groups
 from asap.cli import main
-from asap.params import load_params
 from asap.data.volumes import Volume, write
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 
 P = load_params().anatomy

@@ -1,11 +1,16 @@
 "Training in processes of its own: killed at any moment, shared by two, in the precisions there are."
 
-import os, random, signal, subprocess, sys, time
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
-import pytest, torch
-from safetensors.torch import load_file
-
+import pytest
+import torch
 from conftest import TOP
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(TOP / "tests"))
 from trains import cohort

@@ -1,9 +1,16 @@
 "The tree: exports, README, params, import rules, what is installed"
 
-import ast, importlib.metadata, json, os, re, shutil, subprocess, sys
+import ast
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, yaml
+import pytest
+import yaml
 from conftest import PAGES, STAGES, TOP
 
 from asap.params import load_params

@@ -1,8 +1,11 @@
 "What tutorials tell to write down by hand: it parses, and names what is there"
 
-import ast, json, re
+import ast
+import json
+import re
 
-import pytest, yaml
+import pytest
+import yaml
 from conftest import TOP
 
 from asap.params import SECTIONS, TaskName, load_params, section_type

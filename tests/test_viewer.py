@@ -1,14 +1,15 @@
 "The viewer in a headless Chromium: from disk, without a network, and another sentence is another picture"
 
-import hashlib, json
+import hashlib
 
-import nibabel as nib, numpy as np, pytest
+import numpy as np
+import pytest
+from browser import CHROMIUM, tab
 
 from asap.core import write_json
 from asap.data.volumes import write
-from asap.phantom.abnormalities import synthesize_chest
 from asap.inference import viewer
-from browser import CHROMIUM, tab
+from asap.phantom.abnormalities import synthesize_chest
 
 needs = pytest.mark.skipif(
     CHROMIUM is None,

@@ -1,8 +1,9 @@
 "Questions and answers: kills, other language models, the same bits, wrong input"
 
-from pathlib import Path
-
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 
 from asap.pretrain import embed
 from asap.tasks import metrics, vqa

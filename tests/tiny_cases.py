@@ -1,6 +1,7 @@
 "A handful of small phantoms with organ maps and reports on disk, for what needs cases and no cohort"
 
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
 from asap.anatomy.organs import map_to_groups
 from asap.data.volumes import write

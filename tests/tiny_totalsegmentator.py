@@ -1,6 +1,7 @@
 "A tiny random nnU-Net in the place and the form of TotalSegmentator's weights: it proves the plumbing, its masks mean nothing"
 
-import json, pydoc
+import json
+import pydoc
 from pathlib import Path
 
 STAGES, FEATURES, PATCH = 3, [4, 8, 8], [48, 48, 48]

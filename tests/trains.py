@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
+import torch
 from safetensors.torch import save_file
 
 from asap.anatomy.organs import map_to_groups
 from asap.core import project_root
-from asap.params import load_params
 from asap.data.volumes import write
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.phantom.words import synthesize_report
 from asap.pretrain.batches import ImageReportDataset
@@ -44,6 +46,7 @@ def contrast(
     folder, n=4
 ):  # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
     from accelerate import PartialState
+
     from asap.model.align import inter_report_loss, intra_report_loss
 
     state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)

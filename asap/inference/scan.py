@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import read_json, project_root
+from ..core import read_json, project_root, resource_path
 from ..data.checks import body_mask, load_checked
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import Source, Volume, standardize
@@ -36,7 +36,7 @@ def resolve_folder(
     "The folder given, or one of the project's"
     if given:
         return Path(given)
-    found = [project_root() / f for f in known if (project_root() / f).is_dir()]
+    found = [resource_path(f) for f in known if resource_path(f).is_dir()]
     if not found:
         raise FileNotFoundError(
             f"the project has neither {' nor '.join(known)}: give a folder with {option}"
@@ -72,7 +72,7 @@ def load_text_encoder(
         _recipe_text_hash(Path(folder)),
         [given]
         if given
-        else [project_root() / f for f in TEXT_ENCODER_DIRS if (project_root() / f).is_dir()]
+        else [resource_path(f) for f in TEXT_ENCODER_DIRS if resource_path(f).is_dir()]
         or [resolve_folder(None, TEXT_ENCODER_DIRS, "--text")],
     )
     for name in names:
@@ -118,7 +118,8 @@ def load_image_encoder(folder=None, size=None):  # ViT3D in eval mode on the dev
 def describe_checkpoint(folder=None) -> str:  # a sentence
     "What a checkpoint was trained on, from its card"
     folder = resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint")
-    name = folder.relative_to(project_root()) if folder.is_relative_to(project_root()) else folder
+    base = resource_path("")
+    name = folder.relative_to(base) if folder.is_relative_to(base) else folder
     said = (folder / "card.md").read_text(encoding="utf8") if (folder / "card.md").is_file() else ""
     if "Procedural phantoms" in said:
         return f"{name} was pre-trained on phantoms and knows no patient: what it says of a scan is not for patients"

@@ -18,6 +18,7 @@ from asap.core import (
     fingerprint,
     read_json,
     project_root,
+    resource_path,
     log_message,
     derive_seed,
     write_json,
@@ -255,7 +256,7 @@ def load(
     from transformers import AutoTokenizer, BertModel
     from transformers.utils import logging
 
-    local = next((f for f in (Path(name), project_root() / name) if f.is_dir()), None)
+    local = next((f for f in (Path(name), resource_path(name)) if f.is_dir()), None)
     if local is None and str(name).startswith(("build/", "/", ".")):
         raise FileNotFoundError(f"text.model: there is no folder {name}: run `dvc repro text`")
     name = local or name

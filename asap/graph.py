@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import project_root, read_json, write_text
-from .params import section_schema
+from .params import SECTIONS, section_type
 from .registry import TaskFamily, task_families
 
 # %% ../nbs/94_graph.ipynb #gra00006
@@ -76,7 +76,7 @@ class Except:
 
     def expand(self) -> list[str]:
         "Dotted names of the keys that are left, in the schema's order"
-        fields = section_schema(self.section).model_fields
+        fields = section_type(self.section).model_fields
         return [f"{self.section}.{f.alias or k}" for k, f in fields.items() if k not in self.keys]
 
 
@@ -160,7 +160,7 @@ def stage_params(stage: str) -> list[str]:
     if stage == "tables":
         return [*_expand(STAGE_PARAMS[stage]), *arms]
     if stage == "page":
-        return list(all_sections())
+        return list(SECTIONS)
     return _expand(STAGE_PARAMS[stage])
 
 # %% ../nbs/94_graph.ipynb #gra00010

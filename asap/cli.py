@@ -7,17 +7,23 @@ __all__ = ['execute_stage', 'find_scans', 'run_check', 'run_standardize', 'run_o
            'run_ground', 'main']
 
 # %% ../nbs/98_cli.ipynb #ada30da1
-import argparse, contextlib, os, sys, tempfile, threading, time
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 from asap.core import (
     Quarantine,
     atomic_write,
+    list_files,
+    log_message,
     progress_bar,
     project_root,
-    log_message,
-    list_files,
     write_json,
 )
 from .params import load_params
@@ -361,7 +367,7 @@ def run_organs(a) -> int:
     from asap.anatomy import segment
     from asap.anatomy.organs import map_to_groups
     from asap.data import checks
-    from asap.data.volumes import standard_grid, resample, write
+    from asap.data.volumes import resample, standard_grid, write
 
     groups, how = load_params().anatomy.groups, _standard_options(a)
     segment.ensure_weights(not a.full, a.download)
@@ -422,6 +428,7 @@ def _save_refused(done, bad, listed) -> int:  # exit code
 # %% ../nbs/98_cli.ipynb #9540f56d
 def _embed_one(path, source, encoder):
     import torch
+
     from asap.inference.scan import load_scan
 
     s = load_scan(path, encoder, source)
@@ -434,7 +441,8 @@ def _embed_one(path, source, encoder):
 def run_embed(a) -> int:
     "`asap embed`"
     import numpy as np
-    from asap.inference.scan import load_image_encoder, describe_checkpoint
+
+    from asap.inference.scan import describe_checkpoint, load_image_encoder
 
     _refuse_overwrite(a.out, find_scans(a.paths))
     encoder = load_image_encoder(a.checkpoint, _roi_size_from_args(a))
@@ -476,7 +484,7 @@ def _load_ct(a, path, model):
 
 def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
     "The model, what it was trained on, and what it was never taught to read"
-    from asap.inference.scan import require_ct, load_model_and_text, describe_checkpoint
+    from asap.inference.scan import describe_checkpoint, load_model_and_text, require_ct
     from asap.inference.zero_shot import find_unknown_words
 
     require_ct(_source_from_args(a))
@@ -492,8 +500,9 @@ def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
 def run_zero_shot(a) -> int:
     "`asap zero-shot`"
     import pandas as pd
-    from asap.core import write_csv
+
     from asap.abnormalities import ABNORMALITIES
+    from asap.core import write_csv
     from asap.inference.zero_shot import classify_zero_shot
 
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
@@ -532,9 +541,10 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     from asap.core import write_csv
     from asap.data.volumes import write
-    from asap.inference.ground import plot_grounding, ground_sentences, region_table
+    from asap.inference.ground import ground_sentences, plot_grounding, region_table
 
     s, out = _load_ct(a, path, model), Path(a.out)
     g = ground_sentences(model, text, s, list(dict.fromkeys(a.sentence)))

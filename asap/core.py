@@ -9,7 +9,15 @@ __all__ = ['project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everythi
            'Quarantine']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
-import contextlib, errno, hashlib, importlib.util, json, os, shutil, sys, time
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +79,9 @@ def seed_everything(
     *keys,  # what this run is, such as `"pretrain", arm, seed`
 ) -> int:  # the seed that was set
     "Seed Python, NumPy and torch, and ask torch for algorithms that give the same bits twice"
-    import random, torch
+    import random
+
+    import torch
 
     seed = derive_seed(*keys)
     random.seed(seed)

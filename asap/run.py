@@ -6,7 +6,12 @@
 __all__ = ['IGNORED_DVC_OUTPUT', 'find_stale_stages', 'find_ready_stages', 'run_stage', 'remove_broken_lock', 'run_study']
 
 # %% ../nbs/95_run.ipynb #run00003
-import contextlib, json, os, subprocess, sys, time
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 

@@ -8,7 +8,12 @@ __all__ = ['lr_factor', 'EpochBatchSampler', 'IndexDataset', 'world_size', 'glob
            'build_optimizers', 'fit']
 
 # %% ../nbs/03_train.ipynb #edfaa59d
-import contextlib, ctypes, json, math, sys, time
+import contextlib
+import ctypes
+import json
+import math
+import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,11 +24,11 @@ from torch.utils.data import DataLoader
 
 from asap.core import (
     atomic_write,
+    derive_seed,
+    log_message,
     progress_bar,
     reuse_or_set_aside,
     rng,
-    log_message,
-    derive_seed,
     write_csv,
     write_json,
 )

@@ -7,7 +7,11 @@ __all__ = ['required_models', 'weights_dir', 'missing_models', 'find_weights', '
            'totalsegmentator_device', 'run_totalsegmentator', 'segment', 'fill_organ_maps']
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #1a2d05b6
-import contextlib, importlib.metadata, os, sys, tempfile
+import contextlib
+import importlib.metadata
+import os
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +19,12 @@ import numpy as np
 from .organs import group_class_ids, map_to_groups
 from asap.core import (
     Quarantine,
-    first_difference,
     file_hash,
     fingerprint,
+    first_difference,
+    log_message,
     progress_bar,
     read_json,
-    log_message,
     write_json,
 )
 from ..data.checks import check_finite, check_hounsfield, check_spacing

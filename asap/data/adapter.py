@@ -7,7 +7,9 @@ __all__ = ['CohortOptions', 'read_options', 'CohortAdapter', 'register_cohort', 
            'get_cohort', 'is_available', 'find_raw_dir']
 
 # %% ../../nbs/2_data/26_adapter.ipynb #15efeef7
-import difflib, importlib, pkgutil
+import difflib
+import importlib
+import pkgutil
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path

@@ -7,14 +7,16 @@ __all__ = ['SPELLING_VARIANTS', 'warn_unverified', 'read_csv_table', 'read_decat
            'fix_laterality']
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00003
-import csv, io, json
+import csv
+import io
+import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import Quarantine, log_message, list_files, write_json
+from ..core import Quarantine, list_files, log_message, write_json
 from .splits import hold_out
 from .table import check_table, cohort_row
 

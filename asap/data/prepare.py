@@ -8,7 +8,9 @@ __all__ = ['PHANTOM_MARKER', 'hash_contents', 'hash_inventory', 'quick_hash', 'c
            'prepare_cases', 'pop_acquisition', 'save_acquisition', 'read_raw_cohort', 'run']
 
 # %% ../../nbs/2_data/27_prepare.ipynb #9aba0642
-import hashlib, json, shutil
+import hashlib
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 

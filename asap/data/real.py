@@ -8,13 +8,18 @@ __all__ = ['ARCHIVE_FOLDERS', 'SCANS', 'ABBREVIATIONS', 'VIEW_SPACING', 'VIEW_HU
            'make_view', 'prepare_scan', 'fetch_scans', 'prepare_scans']
 
 # %% ../../nbs/2_data/24_real.ipynb #086079a4
-import hashlib, shutil, subprocess, sys, tarfile, tempfile
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..core import read_json, log_message, list_files, write_json
+from ..core import list_files, log_message, read_json, write_json
 from .checks import check_mask, load_checked
 from .volumes import Volume, open_nifti, read, resample, standardize, write
 

@@ -9,7 +9,12 @@ __all__ = ['CHECK_TITLES', 'REFUSAL_KINDS', 'MAP_CHECKS', 'TEMPLATES', 'classify
            'render_review']
 
 # %% ../../nbs/2_data/28_review.ipynb #d5968d6e
-import base64, contextlib, hashlib, io, re, warnings
+import base64
+import contextlib
+import hashlib
+import io
+import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +22,12 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from ..core import Quarantine, parallel_map, list_files
+from ..core import Quarantine, list_files, parallel_map
 from . import checks
 from .adapter import CohortAdapter, get_cohort
 from .prepare import check_organ_masks
 from .table import COHORT_COLUMNS, SPLITS, find_duplicates, label_columns
-from .volumes import Volume, open_nifti, read, read_voxels
-from .volumes import orthogonal_planes
+from .volumes import Volume, open_nifti, orthogonal_planes, read, read_voxels
 
 # %% ../../nbs/2_data/28_review.ipynb #ae06d975
 CHECK_TITLES = dict(

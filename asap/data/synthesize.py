@@ -12,10 +12,10 @@ from pathlib import Path
 
 from asap.core import (
     code_hash,
-    first_difference,
     fingerprint,
-    read_json,
+    first_difference,
     log_message,
+    read_json,
     write_json,
     write_text,
 )

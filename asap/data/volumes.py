@@ -9,14 +9,17 @@ __all__ = ['RAS_TO_LPS', 'DICOM_TAGS', 'PICTURE_SUFFIXES', 'READERS', 'Volume', 
            'crop_or_pad']
 
 # %% ../../nbs/2_data/20_volumes.ipynb #db46559b
-import gzip, re, zipfile, zlib
+import gzip
+import re
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from ..core import atomic_write, log_message, list_files
+from ..core import atomic_write, list_files, log_message
 
 # %% ../../nbs/2_data/20_volumes.ipynb #3ed1d497
 @dataclass

@@ -20,8 +20,8 @@ from ..core import rng
 from ..data.checks import body_mask
 from ..data.volumes import Volume, orthogonal_planes, resample
 from .scan import LoadedScan
-from ..model.vit import patchify, random_masking, unpatchify
 from ..model.align import AlignmentOutput
+from ..model.vit import patchify, random_masking, unpatchify
 
 # %% ../../nbs/8_inference/82_ground.ipynb #0438f1c5
 @torch.no_grad()
@@ -219,7 +219,8 @@ def topk_patches(counts, k: int) -> np.ndarray:  # (N,) bool
 # %% ../../nbs/8_inference/82_ground.ipynb #infg0009
 def set_style():
     "Look of every figure"
-    import matplotlib, seaborn as sns
+    import matplotlib
+    import seaborn as sns
 
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.05)
     matplotlib.rcParams.update(
@@ -257,7 +258,9 @@ def plot_grounding(
     note: str = "",  # under the picture
 ):  # matplotlib figure
     "One sentence in three planes of the scan"
-    import matplotlib.pyplot as plt, textwrap
+    import textwrap
+
+    import matplotlib.pyplot as plt
 
     set_style()
     heat, region = g.to_scan_space(i, v)

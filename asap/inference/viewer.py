@@ -8,7 +8,10 @@ __all__ = ['NIIVUE_VERSION', 'NIIVUE_SHA256', 'NIIVUE_PATH', 'TEMPLATES', 'list_
            'render_viewer', 'write_viewer']
 
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw01imports
-import base64, gzip, hashlib, json
+import base64
+import gzip
+import hashlib
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,10 +20,10 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
 
+from ..abnormalities import ABNORMALITIES
 from ..core import read_json, write_json, write_text
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import write
-from ..abnormalities import ABNORMALITIES
 from asap.inference.ground import (
     body_patches,
     hit_patches,

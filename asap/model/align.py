@@ -10,7 +10,8 @@ __all__ = ['soft_topk', 'weighted_pool', 'info_nce', 'intra_report_loss', 'inter
 import math
 from dataclasses import dataclass
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .vit import init_weights

@@ -6,7 +6,8 @@
 __all__ = ['OrganHead', 'soft_cross_entropy', 'per_organ_bce']
 
 # %% ../../nbs/5_model/51_anatomy.ipynb #9fe2fefc
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .vit import init_weights

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypedDict
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .align import AlignmentHead, AlignmentOutput, ReleasedAlignmentHead, info_nce
@@ -21,11 +22,11 @@ from asap.model.vit import (
     Block,
     PatchEmbed,
     ViT3D,
-    random_masking,
-    patchify,
-    sincos_pos_embed,
-    init_weights,
     gather_patches,
+    init_weights,
+    patchify,
+    random_masking,
+    sincos_pos_embed,
 )
 from ..train import all_gather, global_mean
 

@@ -6,7 +6,8 @@
 __all__ = ['similarity_bias', 'FusionEncoder', 'ReleasedFusionEncoder', 'mlm_loss']
 
 # %% ../../nbs/5_model/53_fuse.ipynb #66bd6058
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .align import AlignmentOutput

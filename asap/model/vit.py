@@ -9,7 +9,8 @@ __all__ = ['MAX_ATTENTION_SCORES', 'patchify', 'unpatchify', 'sincos_pos_embed',
 # %% ../../nbs/5_model/50_vit.ipynb #d83f195a
 from math import prod
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 

@@ -19,13 +19,13 @@ from asap.phantom.body import (
     ORGAN_IDS,
     Body,
     aorta_mask,
+    capsule_distance_sq,
     ellipsoid_distance_sq,
-    synthesize_body,
     heart_center,
     heart_radii,
-    smooth_noise,
     sample_traits,
-    capsule_distance_sq,
+    smooth_noise,
+    synthesize_body,
 )
 
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #ddaf4a0e

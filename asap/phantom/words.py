@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.ndimage import affine_transform
 
-from ..core import rng
 from ..abnormalities import ABNORMALITIES, NO_SHIFT, DomainShift
-from .abnormalities import Chest, synthesize_chest, simulate_scanner
+from ..core import rng
+from .abnormalities import Chest, simulate_scanner, synthesize_chest
 
 # %% ../../nbs/1_phantom/12_words.ipynb #a53feac4
 POSITIVE_TEMPLATES = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..anatomy.masks import organ_fractions
-from ..core import rng, derive_seed
+from ..core import derive_seed, rng
 from ..data.crops import apply_crop, center_crop, lung_bounding_box, random_crop, scale_intensity
 from ..model.asap import Batch
 from ..text.sentences import join_report, split_sentences

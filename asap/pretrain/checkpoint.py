@@ -9,20 +9,26 @@ __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WE
            'model_card', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
-import argparse, configparser, os, shutil, subprocess, zipfile
+import argparse
+import configparser
+import os
+import shutil
+import subprocess
+import zipfile
 from collections import Counter
 from math import prod
 from pathlib import Path
 from statistics import mode
 
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..core import atomic_write, read_json, project_root, log_message, write_json, write_text
+from ..core import atomic_write, log_message, project_root, read_json, write_json, write_text
 from ..model.asap import ASAP, ReleasedASAP, is_released
 from ..model.vit import ViT3D, sincos_pos_embed
 

@@ -7,7 +7,9 @@ __all__ = ['load_image', 'ImageDataset', 'encode_tokens', 'threaded_map', 'iter_
            'load', 'check_same_cases', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #b5c2f115
-import importlib, inspect, shutil
+import importlib
+import inspect
+import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +21,16 @@ import torch
 
 from asap.core import (
     atomic_write,
+    log_message,
     progress_bar,
     read_json,
     reuse_or_set_aside,
-    log_message,
     write_json,
     write_parquet,
 )
 from ..data.crops import apply_crop, center_crop, scale_intensity
-from ..data.volumes import standard_grid, resample
-from ..train import get_device, retain_freed_memory, resolve_precision
+from ..data.volumes import resample, standard_grid
+from ..train import get_device, resolve_precision, retain_freed_memory
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #56a64c16
 def load_image(

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 from asap.core import (
     code_hash,
-    first_difference,
+    derive_seed,
     fingerprint,
+    first_difference,
+    log_message,
     progress_bar,
     read_json,
     rng,
-    log_message,
-    derive_seed,
 )
 from ..data.crops import center_crop
 from ..model.align import AlignmentOutput, soft_topk
@@ -38,9 +38,9 @@ from asap.model.asap import (
     build_config,
     reconstruction_loss,
 )
-from ..model.vit import ConvStem, patchify, gather_patches
+from ..model.vit import ConvStem, gather_patches, patchify
 from .batches import ImageReportDataset, collate
-from ..train import get_device, fit
+from ..train import fit, get_device
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #eb594655
 PRETRAIN_MODULES = [

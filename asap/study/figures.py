@@ -32,7 +32,8 @@ def save_figure(fig, data: pd.DataFrame | None, out, name):
 # %% ../../nbs/9_study/91_figures.ipynb #fb80aeb4
 def plot_loss_curves(logs: dict, out):  # arm -> log of pre-training
     "Each loss over the steps"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     data = pd.concat([t.melt("step", var_name="part").assign(arm=a) for a, t in logs.items()])
@@ -66,7 +67,8 @@ def plot_label_auc(
     labels: pd.DataFrame, arms, ceiling, out
 ):  # of `tables.per_label_table`, one task
     "AUC of each label: arms with intervals, the supervised CNN, a histogram"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     names = list(dict.fromkeys(labels.label))[::-1]
@@ -104,7 +106,8 @@ def _plot_intervals(ax, t, names, arms, colours, middle=0.5):  # t: row, arm, va
 
 def plot_task_auc(figures: pd.DataFrame, arms, out):  # of `tables.metrics`
     "AUC of each task that has one, all labels given: arms with intervals"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     t = figures[(figures.metric == "auc") & (figures.fraction == 1) & figures.arm.isin(arms)]
@@ -126,7 +129,8 @@ def plot_label_efficiency(
     t: pd.DataFrame, arms, ceiling, out
 ):  # of `tables.label_efficiency_table`, one task
     "Macro AUC against the number of labelled volumes"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     fig, ax = plt.subplots(figsize=(4.6, 3.2))
@@ -175,7 +179,8 @@ def plot_organ_error(
     rows: pd.DataFrame, names, mask_ratio: float, out
 ):  # heldout.csv of one arm, groups, share of patches hidden from the model
     "Error of organ shares: the model, and the guesses by place alone, organ by organ"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     every = ["background", *names]
@@ -217,7 +222,8 @@ def plot_phantoms(volumes: list, texts: list, spacing, out):  # standard volumes
 # %% ../../nbs/9_study/91_figures.ipynb #figstud2
 def plot_radar(ranks: pd.DataFrame, arms, out):  # of `tables.ranking_table`
     "Each arm's figure in each of the 22 tasks"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     names = ranks.drop_duplicates("number").set_index("number").task
@@ -247,7 +253,8 @@ def plot_forest(
     against: pd.DataFrame, ranks: pd.DataFrame, others, out
 ):  # of `tables.difference_table`, `tables.ranking_table`
     "By how much one arm leads each other, task by task"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     told = ranks.drop_duplicates("number")[["number", "task", "metric", "fraction"]]
@@ -280,7 +287,8 @@ def plot_forest(
 
 def plot_ablation(t: pd.DataFrame, out):  # of `tables.ablation_table`
     "What each piece is worth: the whole minus the whole without it"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     t = t[t.difference.notna()]
@@ -317,7 +325,8 @@ def plot_ablation(t: pd.DataFrame, out):  # of `tables.ablation_table`
 
 def plot_reliability(curves: dict, out):  # arm -> table of `metrics.calibration`
     "Of the cases given a chance, how many have it?"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     fig, ax = plt.subplots(figsize=(3.6, 3.4))

@@ -19,23 +19,22 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..abnormalities import ABNORMALITIES
 from ..anatomy.organs import plot_organ_overlay
 from asap.core import (
     Quarantine,
+    derive_seed,
+    log_message,
     progress_bar,
     rng,
-    log_message,
-    derive_seed,
     write_csv,
     write_json,
     write_parquet,
 )
-from ..params import reference_arm
-from ..abnormalities import ABNORMALITIES
 from ..data.adapter import find_raw_dir
 from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
 from ..data.crops import apply_crop, center_crop, scale_intensity
-from ..data.table import load as load_table, available_cohorts
+from ..data.table import available_cohorts, load as load_table
 from asap.inference.ground import (
     body_patches,
     expand_patches,
@@ -51,6 +50,7 @@ from asap.inference.ground import (
 from ..model.align import AlignmentHead, AlignmentOutput
 from ..model.asap import ASAP, build_asap
 from ..model.vit import patchify
+from ..params import reference_arm
 from ..phantom.words import NEGATIVE_TEMPLATES
 from ..pretrain.embed import load_image
 from .figures import save_figure
@@ -624,7 +624,8 @@ def plot_hit_rates(
     out,
 ):
     "Hit rates of an arm and of the others who play, label by label"
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
 
     set_style()
     names, y = (

@@ -16,7 +16,10 @@ __all__ = ['TEMPLATES', 'PHANTOM_NOTE', 'SHORT_DATA_NOTE', 'REAL_CT_CAPTION', 'V
            'render_training_note', 'write_page']
 
 # %% ../../nbs/9_study/93_page.ipynb #21b34782
-import base64, html, platform, re
+import base64
+import html
+import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from jinja2 import Environment, PackageLoader
 
 from ..core import read_json, write_json, write_text
 from ..params import reference_arm
-from .tables import HEADLINE_METRICS, CLASSIFICATION_MEAN
+from .tables import CLASSIFICATION_MEAN, HEADLINE_METRICS
 
 # %% ../../nbs/9_study/93_page.ipynb #56ae2e89
 TEMPLATES = Environment(loader=PackageLoader("asap.study"), autoescape=True)
@@ -912,7 +915,9 @@ def list_stage_files(
 
 def export_notebooks(source, out, p) -> str:
     "Executed stage notebooks as HTML, and links to them"
-    import logging, nbformat
+    import logging
+
+    import nbformat
     from nbconvert import HTMLExporter
 
     quiet = logging.getLogger("asap.page")

@@ -22,16 +22,16 @@ from ..params import cohorts_of
 from ..pretrain.pretrain import compare_to_baseline
 from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
 from asap.tasks.metrics import (
-    mean_over_tasks,
-    compare_arms,
     bootstrap,
     bootstrap_weights,
-    to_table,
-    paired_difference,
+    compare_arms,
     empty_predictions,
+    mean_over_tasks,
+    paired_difference,
     per_label_auc,
-    with_ci,
     to_matrix,
+    to_table,
+    with_ci,
 )
 
 # %% ../../nbs/9_study/90_tables.ipynb #820279d9

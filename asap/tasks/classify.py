@@ -12,22 +12,22 @@ __all__ = ['C_GRID', 'COHORT_LABELS', 'MULTICLASS_COHORTS', 'EXTERNAL_SOURCE', '
 import numpy as np
 import pandas as pd
 
-from ..core import progress_bar, rng, log_message
+from ..core import log_message, progress_bar, rng
 from ..data.splits import label_subsets
 from ..data.table import label_columns
 from ..pretrain.embed import check_same_cases
 from asap.tasks.metrics import (
     auc,
-    calibration,
-    threshold_metrics,
+    best_f1_threshold,
     bootstrap,
     bootstrap_weights,
+    calibration,
+    empty_predictions,
     macro_auc,
     nan_mean,
-    empty_predictions,
-    with_ci,
-    best_f1_threshold,
+    threshold_metrics,
     to_matrix,
+    with_ci,
 )
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #8d55e8e5

@@ -20,8 +20,8 @@ from .classify import C_GRID, iter_label_subsets, layer_norm, standardize
 from asap.tasks.metrics import (
     auc,
     bootstrap_weights,
-    nan_mean,
     empty_predictions,
+    nan_mean,
     per_label_auc,
     survival_array,
     to_matrix,

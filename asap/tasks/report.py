@@ -9,7 +9,8 @@ __all__ = ['NUM_SUMMARY_TOKENS', 'COLUMNS', 'HIGHLIGHT_STYLES', 'ReportConfig', 
            'parse_labels', 'clinical_efficacy', 'metrics', 'run', 'run_all', 'highlight_report']
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00003
-import re, shutil
+import re
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -19,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from ..core import fingerprint, progress_bar, reuse_or_set_aside, log_message, derive_seed
 from ..abnormalities import ABNORMALITIES
+from ..core import derive_seed, fingerprint, log_message, progress_bar, reuse_or_set_aside
 from ..data.table import normalize_reports
 from ..params import BaseConfig, Shape3D, check_arms
 from ..pretrain import checkpoint
 from ..pretrain.embed import check_same_cases
+from .classify import layer_norm
+from .metrics import bootstrap_weights, empty_predictions
 from ..text import labels as labeller, scores
 from ..text.sentences import clean_text, split_sentences
 from ..text.tokens import pad_rows
-from .classify import layer_norm
-from .metrics import bootstrap_weights, empty_predictions
-from ..train import IndexDataset, get_device, limit_threads, fit
+from ..train import IndexDataset, fit, get_device, limit_threads
 
 # %% ../../nbs/7_tasks/76_report.ipynb #58d622ec
 class ReportConfig(BaseConfig):

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import progress_bar, log_message, derive_seed
+from ..core import derive_seed, log_message, progress_bar
 from ..data.table import normalize_reports
 from ..params import BaseConfig
 from .classify import check_features, layer_norm, standardize
-from .metrics import bootstrap_weights, empty_predictions, retrieval_ranks, recall_at_k
+from .metrics import bootstrap_weights, empty_predictions, recall_at_k, retrieval_ranks
 from .vocabulary import ProjectionHeads, mismatched_cases
 from ..text.sentences import join_report, split_sentences
 from ..train import IndexDataset, fit

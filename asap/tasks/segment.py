@@ -26,19 +26,19 @@ from asap.core import (
     Quarantine,
     atomic_write,
     code_hash,
-    parallel_map,
+    derive_seed,
     file_hash,
     fingerprint,
+    log_message,
+    parallel_map,
     progress_bar,
     reuse_or_set_aside,
-    log_message,
-    derive_seed,
     seed_everything,
 )
-from ..data.splits import label_subsets
 from ..data.adapter import get_cohort
 from ..data.cohorts import covid_ct_seg
 from ..data.crops import scale_intensity
+from ..data.splits import label_subsets
 from ..data.volumes import Source, read, resample, standardize, write
 from ..params import BaseConfig, Fraction, Shape3D, check_arms
 from ..pretrain import checkpoint
@@ -52,9 +52,9 @@ from asap.tasks.masks import (
     to_class_indices,
     to_label_values,
 )
-from .metrics import bootstrap_weights, nan_mean, empty_predictions
+from .metrics import bootstrap_weights, empty_predictions, nan_mean
 from .unetr import Unetr, build_from_config, encoder_config, load_encoder
-from ..train import get_device, fit, retain_freed_memory, resolve_precision
+from ..train import fit, get_device, resolve_precision, retain_freed_memory
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #3b9b2bdc
 class SegmentDatasetConfig(BaseConfig):

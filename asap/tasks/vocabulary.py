@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import progress_bar, rng, log_message, derive_seed
+from ..core import derive_seed, log_message, progress_bar, rng
 from ..data.table import label_columns
 from ..model.align import weighted_pool
 from ..model.vit import patchify
@@ -26,8 +26,8 @@ from ..params import BaseConfig
 from ..pretrain.embed import ImageDataset
 from . import classify
 from .classify import check_features, layer_norm, standardize
-from .metrics import macro_auc, empty_predictions, best_f1_threshold
-from ..train import IndexDataset, get_device, fit, resolve_precision
+from .metrics import best_f1_threshold, empty_predictions, macro_auc
+from ..train import IndexDataset, fit, get_device, resolve_precision
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #b4e19ceb
 PromptTemplate = Annotated[str, Field(pattern=r"\{label\}")]

@@ -22,31 +22,31 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from asap.core import (
+    derive_seed,
     fingerprint,
+    log_message,
     progress_bar,
     read_json,
     reuse_or_set_aside,
     rng,
-    log_message,
-    derive_seed,
 )
 from ..model.vit import Attention, Block, init_weights
 from ..params import BaseConfig, check_arms
 from ..pretrain import checkpoint, embed
-from ..pretrain.embed import threaded_map, check_same_cases
+from ..pretrain.embed import check_same_cases, threaded_map
 from .metrics import bootstrap_weights, empty_predictions
 from .vocabulary import mismatched_cases
 from ..text import language, scores
 from asap.text.language import (
     TinyLMConfig,
     add_lora,
-    encode_answers,
-    collate_pairs,
-    check_lengths,
     answer_losses,
+    check_lengths,
+    collate_pairs,
+    encode_answers,
     encode_questions,
 )
-from ..train import get_device, limit_threads, fit, global_mean
+from ..train import fit, get_device, global_mean, limit_threads
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #8d84606f
 class KindWeights(BaseConfig):

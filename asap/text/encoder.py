@@ -7,20 +7,22 @@ __all__ = ['TEXT_ENCODER_DIR', 'TextDataset', 'single_sentence_reports', 'train_
            'TextEncoder', 'load', 'build_text_encoder']
 
 # %% ../../nbs/4_text/42_encoder.ipynb #f71721ea
-import contextlib, hashlib, shutil
+import contextlib
+import hashlib
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from asap.core import (
-    first_difference,
-    fingerprint,
-    read_json,
-    project_root,
-    resource_path,
-    log_message,
     derive_seed,
+    fingerprint,
+    first_difference,
+    log_message,
+    project_root,
+    read_json,
+    resource_path,
     write_json,
 )
 from .sentences import join_report, split_sentences

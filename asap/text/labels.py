@@ -7,7 +7,8 @@ __all__ = ['FINDING_PATTERNS', 'OTHER_ORGAN_PATTERNS', 'CUES', 'STATE_COLORS', '
            'label_reports', 'highlight_mentions']
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0003
-import html, re
+import html
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 

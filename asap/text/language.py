@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import fingerprint, rng, project_root, derive_seed, write_json
+from ..core import derive_seed, fingerprint, project_root, rng, write_json
 from ..params import BaseConfig
-from ..train import limit_threads, fit
+from ..train import fit, limit_threads
 
 # %% ../../nbs/4_text/45_language.ipynb #81b56cf5
 class TinyLMConfig(BaseConfig):

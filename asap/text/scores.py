@@ -7,7 +7,9 @@ __all__ = ['BLEU_COLUMNS', 'METRIC_NAMES', 'split_words', 'bleu_counts', 'bleu',
            'score_texts', 'corpus_scores']
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0003
-import re, shutil, subprocess
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import gaussian_filter
 from fastcore.basics import patch
+from scipy.ndimage import gaussian_filter
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, parallel_map, rng, log_message, list_files, write_json, write_text
+from ...core import Quarantine, list_files, log_message, parallel_map, rng, write_json, write_text
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import read_decathlon, warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import warn_unverified, read_decathlon
 from ..volumes import Source, make_affine, write as write_volume
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #b3708814

@@ -13,10 +13,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, parallel_map, rng, log_message, list_files, write_json
+from ...core import Quarantine, list_files, log_message, parallel_map, rng, write_json
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import read_decathlon, warn_unverified
 from ..table import check_table
-from ..layouts import warn_unverified, read_decathlon
 from ..volumes import Source, write as write_volume
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #e183e9ad

@@ -15,12 +15,12 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, list_files
+from ...core import Quarantine, atomic_write, list_files, parallel_map
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import warn_unverified
-from ..volumes import PICTURE_SUFFIXES, Source, standard_grid, resample
+from ..volumes import PICTURE_SUFFIXES, Source, resample, standard_grid
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #eab268ef
 TEST_FRACTION = 1008 / 3393  # of the patients, as of the paper's scans
@@ -81,9 +81,9 @@ def to_grayscale(hu, affine) -> np.ndarray:  # uint8 (columns, rows, slices) in 
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #905d5d2e
 def _write_patient(seed, split, i, n, root, kw):  # one patient, the n-th of all
-    from asap.phantom.words import synthesize_case
-
     from PIL import Image
+
+    from asap.phantom.words import synthesize_case
 
     kind = CCCCII.labels[n % 3]
     k = synthesize_case(f"{CCCCII.name} {seed}", split, i, shift=class_shift(kind), **kw)

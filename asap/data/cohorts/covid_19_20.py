@@ -8,12 +8,13 @@ __all__ = ['TEST_FRACTION', 'LESIONS', 'COVID1920', 'write_case', 'patient_id']
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #75da45a0
 import re
 from pathlib import Path
+
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import parallel_map, list_files
+from ...core import list_files, parallel_map
 from ..adapter import CohortAdapter, register_cohort
-from ..layouts import warn_unverified, segmentation_table
+from ..layouts import segmentation_table, warn_unverified
 from ..volumes import Source, write as write_volume
 
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #191cd972

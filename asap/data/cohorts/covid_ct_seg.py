@@ -13,10 +13,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, parallel_map, list_files
+from ...core import Quarantine, list_files, parallel_map
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import fix_laterality, warn_unverified
 from ..table import check_table
-from ..layouts import warn_unverified, fix_laterality
 from ..volumes import Source, read as read_volume, write as write_volume
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #ed4d3ff7

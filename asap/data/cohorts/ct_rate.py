@@ -7,7 +7,8 @@ __all__ = ['SPLIT_FILES', 'INTERCEPTS', 'STORAGE_COLUMNS', 'volume_path', 'CTRAT
            'parse_storage', 'parse_contrast']
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c5c047ec
-import csv, re
+import csv
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,15 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import ABNORMALITIES
-from ...core import Quarantine, parallel_map, log_message, list_files, write_csv, write_text
+from ...core import Quarantine, list_files, log_message, parallel_map, write_csv, write_text
 from ..adapter import CohortAdapter, register_cohort
-from ..table import check_table
 from ..layouts import warn_unverified
+from ..table import check_table
 from asap.data.volumes import (
     Source,
     Volume,
-    read as read_volume,
     compact_dtype,
+    read as read_volume,
     write as write_volume,
 )
 

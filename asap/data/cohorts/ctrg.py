@@ -6,7 +6,8 @@
 __all__ = ['TEST_FRACTION', 'FIELD_ALIASES', 'CTRGOptions', 'CTRG', 'write_jpg_slices', 'write_case']
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #33db7437
-import json, re
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, log_message, list_files, write_json
+from ...core import Quarantine, atomic_write, list_files, log_message, parallel_map, write_json
 from ..adapter import CohortAdapter, CohortOptions, register_cohort
+from ..layouts import read_csv_table, warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import warn_unverified, read_csv_table
 from ..volumes import PICTURE_SUFFIXES, Source, make_affine, resample, write as write_volume
 
 if TYPE_CHECKING:

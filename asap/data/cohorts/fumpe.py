@@ -14,17 +14,17 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, rng, list_files
+from ...core import Quarantine, atomic_write, list_files, parallel_map, rng
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import warn_unverified
 from asap.data.volumes import (
     RAS_TO_LPS,
     Source,
     choose_series,
-    read_dicom_headers,
     read as read_volume,
+    read_dicom_headers,
 )
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #c8fee86a

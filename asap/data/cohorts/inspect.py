@@ -15,10 +15,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, parallel_map, rng, derive_seed, list_files, write_text
+from ...core import Quarantine, derive_seed, list_files, parallel_map, rng, write_text
 from ..adapter import CohortAdapter, register_cohort
-from ..table import check_table
 from ..layouts import warn_unverified
+from ..table import check_table
 from ..volumes import Source, write as write_volume
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, rng, list_files, write_csv, write_text
+from ...core import Quarantine, atomic_write, list_files, parallel_map, rng, write_csv, write_text
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import fix_laterality, warn_unverified
 from ..table import check_table
-from ..layouts import warn_unverified, fix_laterality
 from ..volumes import RAS_TO_LPS, Source, read as read_volume
 
 if TYPE_CHECKING:

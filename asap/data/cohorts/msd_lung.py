@@ -15,10 +15,10 @@ from ...abnormalities import DomainShift
 from ...core import parallel_map
 from ..adapter import CohortAdapter, register_cohort
 from asap.data.layouts import (
-    warn_unverified,
     read_decathlon,
-    write_dataset_json,
     segmentation_table,
+    warn_unverified,
+    write_dataset_json,
 )
 from ..volumes import Source, write as write_volume
 

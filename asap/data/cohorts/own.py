@@ -7,7 +7,8 @@ __all__ = ['TEST_FRACTION', 'KNOWN_COLUMNS', 'OwnCohortOptions', 'OwnCohort', 'w
            'resolve_inside', 'NoUsableCaseError']
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #4dad097b
-import os, re
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import ABNORMALITIES, DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, derive_seed, write_csv
+from ...core import Quarantine, atomic_write, derive_seed, parallel_map, write_csv
 from ..adapter import CohortAdapter, CohortOptions, register_cohort
+from ..layouts import read_csv_table
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import read_csv_table
 from ..volumes import RAS_TO_LPS, Source, write as write_volume
 
 if TYPE_CHECKING:

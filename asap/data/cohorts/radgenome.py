@@ -13,10 +13,10 @@ from fastcore.basics import patch
 
 from ...abnormalities import ABNORMALITIES
 from ...core import Quarantine, parallel_map, rng, write_csv
-from ..table import check_table
 from ..adapter import CohortAdapter, find_raw_dir, register_cohort
-from ..layouts import warn_unverified, read_csv_table
 from .ct_rate import CTRATE, SPLIT_FILES
+from ..layouts import read_csv_table, warn_unverified
+from ..table import check_table
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #3709dab9
 SPLIT_NAMES = dict(train="train", validation="valid")

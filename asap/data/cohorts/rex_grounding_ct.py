@@ -7,7 +7,10 @@ __all__ = ['LISTS', 'LABEL_RULES', 'INVALID_ENTRY', 'MASK_COLUMNS', 'ReXGroundin
            'read_masks']
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #b74ea588
-import gzip, json, re, zlib
+import gzip
+import json
+import re
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -15,11 +18,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ...core import Quarantine, atomic_write, parallel_map, rng, log_message, write_json
+from ...core import Quarantine, atomic_write, log_message, parallel_map, rng, write_json
 from ..adapter import CohortAdapter, find_raw_dir, register_cohort
-from ..layouts import warn_unverified, read_csv_table
-from ..volumes import open_nifti, resample
 from .ct_rate import CTRATE, SPLIT_FILES, detect_release, volume_path
+from ..layouts import read_csv_table, warn_unverified
+from ..volumes import open_nifti, resample
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #df69db43
 LISTS = ("train", "val", "test")

@@ -14,10 +14,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, parallel_map, rng, list_files
+from ...core import Quarantine, list_files, parallel_map, rng
 from ..adapter import CohortAdapter, register_cohort
-from ..table import check_table
 from ..layouts import warn_unverified
+from ..table import check_table
 from ..volumes import Source, resample, write as write_volume
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #6c2cc223

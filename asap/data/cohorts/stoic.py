@@ -14,11 +14,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, parallel_map, rng, list_files, write_csv
+from ...core import Quarantine, atomic_write, list_files, parallel_map, rng, write_csv
 from ..adapter import CohortAdapter, register_cohort
+from ..layouts import warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..layouts import warn_unverified
 from ..volumes import Source
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ def _parse_assignments(pairs: list[str]) -> dict:  # ["arm=asap"] -> {"arm": "as
 
 
 def _peak_memory_gb() -> float | None:  # GB
-    "Memory that the largest process of the stage had at its peak; None where the system does not say"
+    "Peak memory of the largest process of the stage; None where the system does not report it"
     try:
         import resource
     except ImportError:
@@ -79,13 +79,12 @@ def _peak_memory_gb() -> float | None:  # GB
 
 
 def execute_stage(
-    name: str,  # stage in dvc.yaml, such as `pretrain@asap`; the notebook is nbs/stages/pretrain.ipynb
+    name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
     given: dict | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    sys.modules.setdefault(
-        "rfc3987_syntax", None
-    )  # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
+    # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
 
     source = project_root() / "nbs/stages" / f"{name.split('@')[0]}.ipynb"
@@ -129,7 +128,7 @@ def execute_stage(
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(paths: list) -> list:  # (name, path), names unique
-    "Files and folders that are a scan, in the folders given too"
+    "Files and folders that are a scan, searched recursively"
     from asap.data.volumes import READERS, file_suffix
 
     out, loose = [], (".dcm", ".ima")
@@ -201,7 +200,8 @@ def _iterate_scans(a, label):  # scans with a bar, and the quarantine
     scans = find_scans(a.paths)
     if not scans:
         raise ValueError(
-            f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+            f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a "
+            "folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
         )
     return (progress_bar(scans, label=label) if len(scans) > 1 else scans), len(scans)
 
@@ -230,7 +230,8 @@ def _cohort_from_args(
     others = [f.name for f in list_files(folder, "*.csv")]
     if others:
         log_message(
-            f"{folder} holds {', '.join(others[:3])}: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now {csv})"
+            f"{folder} holds {', '.join(others[:3])}: to check it as a data set, "
+            f"name the table in params.yaml, cohorts.own.csv (now {csv})"
         )
 
 
@@ -248,7 +249,8 @@ def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page
     ]
     if loose:
         raise ValueError(
-            f"{loose[0]} is for loose scans: what the files of `{name}` do not say is declared in its page in nbs/2_data/cohorts, and --page shows pictures"
+            f"{loose[0]} is for loose scans: what the files of `{name}` do not say is declared in "
+            "its page in nbs/2_data/cohorts, and --page shows pictures"
         )
     if len(a.paths) > 1:
         raise ValueError(f"{len(a.paths)} paths, expected the one folder of the data set `{name}`")
@@ -280,14 +282,15 @@ def _review_cohort(a, name) -> int:
     return 1 if len(r.refused) else 0
 
 
-def run_check(a) -> int:
+def run_check(a: argparse.Namespace) -> int:
     "`asap check`"
     name = _cohort_from_args(a)
     if name:
         return _review_cohort(a, name)
     if a.page:
         raise ValueError(
-            f"--page needs a data set: a folder with its table, or --cohort NAME; {', '.join(map(str, a.paths))} was taken for loose scans"
+            "--page needs a data set: a folder with its table, or --cohort NAME; "
+            f"{', '.join(map(str, a.paths))} was taken for loose scans"
         )
     return _check_scans(a)
 
@@ -308,12 +311,11 @@ def _check_scans(a) -> int:
         found = checks.check_volume(v)
         errors = [f for f in found if f.level == "error"]
         refused += bool(errors)
-        shape, mm = "x".join(map(str, v.hu.shape)), "x".join(f"{s:.3g}" for s in v.spacing)
-        print(
-            f"{'REFUSED ' if errors else 'warning ' if found else 'ok      '} {name}: {v.facts['format']} {shape}, {mm} mm, {v.axes}"
-            + "".join(f"; {f}" for f in found),
-            flush=True,
-        )
+        shape = "x".join(map(str, v.hu.shape))
+        mm = "x".join(f"{s:.3g}" for s in v.spacing)
+        verdict = "REFUSED " if errors else "warning " if found else "ok      "
+        facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
+        print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
         if a.pictures:
             _save_picture(v, name, a.pictures)
     if n > 1:
@@ -339,7 +341,7 @@ def _standard_options(a) -> dict:  # spacing and window of the study, or of the 
     return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu_range))
 
 
-def run_standardize(a) -> int:
+def run_standardize(a: argparse.Namespace) -> int:
     "`asap standardize`"
     from asap.data.prepare import CaseStore, prepare_case
 
@@ -362,7 +364,7 @@ def run_standardize(a) -> int:
     return _save_quarantine(bad, n)
 
 
-def run_organs(a) -> int:
+def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
     from asap.anatomy import segment
     from asap.anatomy.organs import map_to_groups
@@ -404,7 +406,7 @@ def _refuse_overwrite(out, scans):
 
 
 def _map_scans(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
-    "Every scan by itself; one that is refused is named, and the rest goes on"
+    "Process scans one by one; refused ones are logged and skipped"
     scans, n = _iterate_scans(a, label)
     done, bad = [], Quarantine()
     for name, path in scans:
@@ -419,7 +421,7 @@ def _map_scans(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
 
 
 def _save_refused(done, bad, listed) -> int:  # exit code
-    "List the refused beside what was written; nothing where nothing was"
+    "List refused scans beside the output; nothing where there is no output"
     bad.path = Path(listed)
     if done and (len(bad) or bad.path.exists()):
         bad.save()
@@ -438,7 +440,7 @@ def _embed_one(path, source, encoder):
         return encoder.forward_features(s.image, norm=False)[0].float().cpu().numpy()
 
 
-def run_embed(a) -> int:
+def run_embed(a: argparse.Namespace) -> int:
     "`asap embed`"
     import numpy as np
 
@@ -483,7 +485,7 @@ def _load_ct(a, path, model):
 
 
 def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
-    "The model, what it was trained on, and what it was never taught to read"
+    "The model and its text encoder; log the training data and unknown words"
     from asap.inference.scan import describe_checkpoint, load_model_and_text, require_ct
     from asap.inference.zero_shot import find_unknown_words
 
@@ -492,12 +494,13 @@ def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
     log_message(describe_checkpoint(a.checkpoint))
     if odd := find_unknown_words(text, sentences):
         log_message(
-            f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, and reads past it"
+            f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, "
+            "and reads past it"
         )
     return model, text
 
 
-def run_zero_shot(a) -> int:
+def run_zero_shot(a: argparse.Namespace) -> int:
     "`asap zero-shot`"
     import pandas as pd
 
@@ -512,7 +515,8 @@ def run_zero_shot(a) -> int:
         raise ValueError(f'--labels {blank[0]!r} is empty: give a name, such as "Pleural effusion"')
     if files := [n for n in labels if Path(n).is_file()]:
         raise ValueError(
-            f"--labels took {files[0]}, which is a file, for a label: give the scans before the options"
+            f"--labels took {files[0]}, which is a file, for a label: "
+            "give the scans before the options"
         )
     _refuse_overwrite(a.out, scans)
     (model, text), p = _load_model_and_text(a, labels), load_params().vocabulary
@@ -558,7 +562,9 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
             fig.savefig(tmp, format="png", dpi=110)
         plt.close(fig)
         print(
-            f'{name}: "{r.sentence}" {r.num_patches} patches around {r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), cosine up to {r.max_similarity:.2f}: {out / f"{name}_{i + 1}.png"}',
+            f'{name}: "{r.sentence}" {r.num_patches} patches around '
+            f"{r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), "
+            f"cosine up to {r.max_similarity:.2f}: {out / f'{name}_{i + 1}.png'}",
             flush=True,
         )
     write_csv(
@@ -567,7 +573,7 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
     return len(t)
 
 
-def run_ground(a) -> int:
+def run_ground(a: argparse.Namespace) -> int:
     "`asap ground`"
     from asap.inference.scan import describe_checkpoint
 
@@ -576,7 +582,8 @@ def run_ground(a) -> int:
         raise ValueError(f"-o {out} is a file, expected a folder")
     if blank := [s for s in a.sentence if not s.strip()]:
         raise ValueError(
-            f'--sentence {blank[0]!r} is empty: say what to look for, such as "There is pleural effusion."'
+            f"--sentence {blank[0]!r} is empty: say what to look for, "
+            'such as "There is pleural effusion."'
         )
     scans = find_scans(a.paths)
     for name, _ in scans:
@@ -628,14 +635,16 @@ def _add_model_options(p, text=False):  # which model
         g.add_argument(
             "--text",
             metavar="FOLDER",
-            help="the text encoder that it was trained with; default: weights/text, else build/text",
+            help="the text encoder that it was trained with; "
+            "default: weights/text, else build/text",
         )
     g.add_argument(
         "--size",
         type=int,
         nargs=3,
         metavar="N",
-        help="voxels of the box that the model sees, at its spacing, whole patches (default: as trained)",
+        help="voxels of the box that the model sees, at its spacing, whole patches "
+        "(default: as trained)",
     )
 
 
@@ -646,26 +655,22 @@ def _add_command(sub, name, run, text, example):
     p.set_defaults(run=run)
     return p
 
-
-def _build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "asap",
-        description="ASAP: vision-language pre-training on chest CT and reports.",
-        epilog="The whole study: dvc repro. Its numbers: params.yaml.",
-    )
-    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+# %% ../nbs/98_cli.ipynb #cliparse1
+def _add_check(sub) -> None:
     c = _add_command(
         sub,
         "check",
         run_check,
-        "say of each scan, or of each case of a data set, whether it can be used",
-        "asap check scans/ --pictures look/ (loose scans); asap check hospital/ --page usable.html (a data set)",
+        "report for each scan, or each case of a data set, whether it can be used",
+        "asap check scans/ --pictures look/ (loose scans); "
+        "asap check hospital/ --page usable.html (a data set)",
     )
     c.add_argument("--pictures", metavar="FOLDER", help="write three planes of each scan as PNG")
     _add_source_options(c)
     g = c.add_argument_group(
         "a data set",
-        "A folder with the table that params.yaml names (cohorts.own.csv), or that of another data set by --cohort; it is only read.",
+        "A folder with the table that params.yaml names (cohorts.own.csv), or that of another "
+        "data set by --cohort; it is only read.",
     )
     g.add_argument(
         "--cohort",
@@ -685,6 +690,9 @@ def _build_parser() -> argparse.ArgumentParser:
         help="usable cases pictured on the page (default 24)",
     )
     g.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default 2)")
+
+
+def _add_standardize(sub) -> None:
     c = _add_command(
         sub,
         "standardize",
@@ -701,6 +709,9 @@ def _build_parser() -> argparse.ArgumentParser:
         help="spacing of the standard volume (default: params.yaml)",
     )
     _add_source_options(c)
+
+
+def _add_organs(sub) -> None:
     c = _add_command(
         sub,
         "organs",
@@ -715,6 +726,9 @@ def _build_parser() -> argparse.ArgumentParser:
     c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
     c.add_argument("--download", action="store_true", help="fetch weights that are missing")
     _add_source_options(c)
+
+# %% ../nbs/98_cli.ipynb #cliparse2
+def _add_embed(sub) -> None:
     c = _add_command(
         sub,
         "embed",
@@ -726,12 +740,16 @@ def _build_parser() -> argparse.ArgumentParser:
     c.add_argument("--tokens", action="store_true", help="keep every token, not the mean alone")
     _add_model_options(c)
     _add_source_options(c)
+
+
+def _add_zero_shot(sub) -> None:
     c = _add_command(
         sub,
         "zero-shot",
         run_zero_shot,
-        "abnormalities named in words: what a checkpoint says of each, nothing trained",
-        'asap zero-shot scan.nii.gz -o scan.csv; asap zero-shot scans/ -o all.csv --labels "Pleural effusion" "Rib fracture"',
+        "zero-shot classification with text prompts",
+        "asap zero-shot scan.nii.gz -o scan.csv; "
+        'asap zero-shot scans/ -o all.csv --labels "Pleural effusion" "Rib fracture"',
     )
     c.add_argument("-o", "--out", required=True, metavar="FILE.csv")
     c.add_argument(
@@ -749,12 +767,16 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_model_options(c, text=True)
     _add_source_options(c)
+
+
+def _add_ground(sub) -> None:
     c = _add_command(
         sub,
         "ground",
         run_ground,
-        "the place that a sentence speaks of: heat map, mask and picture in the scan's own space",
-        'asap ground scan.nii.gz -o places/ --sentence "There is pleural effusion." --sentence "The heart is enlarged."',
+        "localize sentences: heat map, mask and picture in the scan's own space",
+        'asap ground scan.nii.gz -o places/ --sentence "There is pleural effusion." '
+        '--sentence "The heart is enlarged."',
     )
     c.add_argument("-o", "--out", required=True, metavar="FOLDER")
     c.add_argument(
@@ -766,10 +788,30 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_model_options(c, text=True)
     _add_source_options(c)
+
+# %% ../nbs/98_cli.ipynb #cliparse3
+def _run_stage(a: argparse.Namespace) -> int:
+    execute_stage(a.name, _parse_assignments(a.given))
+    return 0
+
+
+def _run_study(a: argparse.Namespace) -> int:
+    from asap.run import run_study
+
+    return run_study(project_root(), a.stages or load_params().study.max_parallel_stages)
+
+
+def _check_params(a: argparse.Namespace) -> int:
+    load_params(a.file)
+    print(f"{a.file or 'params.yaml'}: fine")
+    return 0
+
+
+def _add_study_commands(sub) -> None:
     c = _add_command(
         sub,
         "stage",
-        lambda a: execute_stage(a.name, _parse_assignments(a.given)) and 0,
+        _run_stage,
         "run one stage of the study, as DVC does",
         "asap stage pretrain@asap arm=asap",
     )
@@ -797,19 +839,23 @@ def _build_parser() -> argparse.ArgumentParser:
         "asap params params/paper.yaml",
     )
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
+
+# %% ../nbs/98_cli.ipynb #cliparse4
+def _build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "asap",
+        description="ASAP: vision-language pre-training on chest CT and reports.",
+        epilog="The whole study: dvc repro. Its numbers: params.yaml.",
+    )
+    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_check(sub)
+    _add_standardize(sub)
+    _add_organs(sub)
+    _add_embed(sub)
+    _add_zero_shot(sub)
+    _add_ground(sub)
+    _add_study_commands(sub)
     return p
-
-
-def _run_study(a) -> int:
-    from asap.run import run_study
-
-    return run_study(project_root(), a.stages or load_params().study.max_parallel_stages)
-
-
-def _check_params(a) -> int:
-    load_params(a.file)
-    print(f"{a.file or 'params.yaml'}: fine")
-    return 0
 
 
 def main(

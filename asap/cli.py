@@ -24,9 +24,11 @@ from asap.core import (
     log_message,
     progress_bar,
     project_root,
+    resource_path,
     write_json,
+    write_text,
 )
-from .params import load_params
+from .params import load_params, read_params
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -593,6 +595,20 @@ def run_ground(a) -> int:
     )
     return _save_refused(done, bad, out / "quarantine.csv")
 
+# %% ../nbs/98_cli.ipynb #climrg01
+def _print_merged(file: str | None, out: str | None) -> int:
+    "`asap params --merged`: a file of params with what it takes from its `base`"
+    import yaml
+
+    text = yaml.safe_dump(
+        read_params(Path(file or resource_path("params.yaml"))), sort_keys=False, width=100
+    )
+    if out:
+        write_text(text, out)
+    else:
+        print(text, end="")
+    return 0
+
 # %% ../nbs/98_cli.ipynb #32af066e
 def _add_source_options(p):  # options that declare what files do not say
     g = p.add_argument_group("what the files do not say")
@@ -797,6 +813,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "asap params params/paper.yaml",
     )
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
+    c.add_argument("--merged", action="store_true", help="print it with what it takes from `base`")
+    c.add_argument("-o", "--out", metavar="FILE", help="with --merged: write it there")
     return p
 
 
@@ -808,6 +826,8 @@ def _run_study(a) -> int:
 
 def _check_params(a) -> int:
     load_params(a.file)
+    if a.merged:
+        return _print_merged(a.file, a.out)
     print(f"{a.file or 'params.yaml'}: fine")
     return 0
 

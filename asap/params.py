@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Shape3D', 'Spacing3D', 'CohortName', 'CohortRows', 'TaskName', 'FEATURE_FAMILIES', 'TOKEN_FAMILIES',
-           'TASK_FAMILIES', 'ArmsConfig', 'SECTIONS', 'BaseConfig', 'task_family', 'cohorts_of', 'reference_arm',
-           'StudyConfig', 'PatientCounts', 'PhantomConfig', 'VolumesConfig', 'SplitsConfig', 'TotalSegmentatorConfig',
-           'AnatomyConfig', 'ArchiveConfig', 'RealConfig', 'TextConfig', 'StemConfig', 'ModelConfig', 'PretrainConfig',
-           'ArmConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig', 'section_type', 'params_model', 'check_arms',
-           'check_sections', 'load_params', 'StageParams', 'load_stage_params']
+           'TASK_FAMILIES', 'EncoderName', 'ArmsConfig', 'SECTIONS', 'BaseConfig', 'task_family', 'cohorts_of',
+           'reference_arm', 'EncoderConfig', 'StudyConfig', 'PatientCounts', 'PhantomConfig', 'VolumesConfig',
+           'SplitsConfig', 'TotalSegmentatorConfig', 'AnatomyConfig', 'ArchiveConfig', 'RealConfig', 'TextConfig',
+           'StemConfig', 'ModelConfig', 'PretrainConfig', 'ArmConfig', 'TablesConfig', 'GroundingConfig', 'PageConfig',
+           'section_type', 'params_model', 'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params',
+           'StageParams', 'load_stage_params']
 
 # %% ../nbs/02_params.ipynb #par00003
 import difflib
@@ -150,6 +151,16 @@ def reference_arm(
     "The arm that is held against the others: `asap`, else the last"
     return "asap" if "asap" in arms else list(arms)[-1]
 
+# %% ../nbs/02_params.ipynb #parencc1
+class EncoderConfig(BaseConfig):
+    "An encoder beside the arms: how it is built, and the code that a stage is rerun for"
+
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]  # module:function, no arguments
+    code: str  # file or folder that DVC tracks, relative to the project
+
+
+EncoderName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+
 # %% ../nbs/02_params.ipynb #6b6d2601
 class StudyConfig(BaseConfig):
     "What runs, and from which seed"
@@ -160,9 +171,7 @@ class StudyConfig(BaseConfig):
     ]  # one that is not in data/ is left out by name
     tasks: list[TaskName]
     arms: list[str]
-    encoders: dict[
-        Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], str
-    ]  # {name: module:function}, beside the arms in every task on features
+    encoders: dict[EncoderName, EncoderConfig]  # beside the arms in every task on features
     n_jobs: PositiveInt  # processes that prepare data
     max_parallel_stages: PositiveInt  # that `asap study` runs at a time
     backend: Literal["loky", "dask"]  # this machine's processes, or a cluster
@@ -550,7 +559,32 @@ def _read_yaml(path) -> dict:
         raise ValueError(f"{path} holds {type(raw).__name__}, expected sections such as `study:`")
     return raw
 
+# %% ../nbs/02_params.ipynb #parovex1
+def merge_params(
+    base: dict,  # sections
+    overlay: dict,  # sections with some of their keys
+) -> dict:  # sections of both
+    "Lay an overlay over a file of params: each of its keys replaces that key of the section"
+    merged = dict(base)
+    for name, section in overlay.items():
+        both = isinstance(section, dict) and isinstance(base.get(name), dict)
+        merged[name] = {**base[name], **section} if both else section
+    return merged
 
+
+def read_params(
+    path: Path,  # YAML file
+) -> dict:  # sections as they are in the file, not checked
+    "Read a file of params; one with a key `base` is laid over the file that it names"
+    raw = _read_yaml(path)
+    if "base" not in raw:
+        return raw
+    base = resource_path(raw.pop("base"))
+    if base.resolve() == path.resolve():
+        raise ValueError(f"{path}: `base` names the file itself: name the file that it changes")
+    return merge_params(read_params(base), raw)
+
+# %% ../nbs/02_params.ipynb #parovld1
 def check_sections(params) -> None:
     "Everything that has to fit together, of the sections that were loaded"
     for name in type(params).model_fields:
@@ -565,7 +599,7 @@ def load_params(
 ) -> BaseConfig:  # validated, frozen, attribute access
     "Read and check a file of params; `ValueError` names each wrong key, its value and what is allowed"
     path = Path(path or resource_path("params.yaml"))
-    raw, model = _read_yaml(path), params_model(*(sections or ()))
+    raw, model = read_params(path), params_model(*(sections or ()))
     if sections is not None:
         raw = {name: raw[name] for name in sections if name in raw}
     try:

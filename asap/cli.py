@@ -609,6 +609,24 @@ def _print_merged(file: str | None, out: str | None) -> int:
         print(text, end="")
     return 0
 
+# %% ../nbs/98_cli.ipynb #cligrf01
+def _run_graph(a) -> int:
+    from asap.graph import write_graph
+
+    if write_graph(check=a.check):
+        print("dvc.yaml is up to date")
+        return 0
+    if a.check:
+        raise ValueError("dvc.yaml is stale: run `make graph`")
+    print("dvc.yaml: written")
+    return 0
+
+
+def _add_graph_command(sub) -> None:
+    text = "write the modules and params of every stage to dvc.yaml"
+    c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
+    c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
+
 # %% ../nbs/98_cli.ipynb #32af066e
 def _add_source_options(p):  # options that declare what files do not say
     g = p.add_argument_group("what the files do not say")
@@ -815,6 +833,7 @@ def _build_parser() -> argparse.ArgumentParser:
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
     c.add_argument("--merged", action="store_true", help="print it with what it takes from `base`")
     c.add_argument("-o", "--out", metavar="FILE", help="with --merged: write it there")
+    _add_graph_command(sub)
     return p
 
 

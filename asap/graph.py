@@ -86,9 +86,12 @@ def _reach(modules: set[str], graph: Any) -> set[str]:
 
 
 def _segmentation_cohorts() -> set[str]:
-    from asap.tasks.segment import SEGMENTATION_TASKS
+    families = task_families()
+    if "segment" not in families:
+        from asap.tasks.segment import SEGMENTATION_TASKS
 
-    return {t.cohort for t in SEGMENTATION_TASKS}
+        return {t.cohort for t in SEGMENTATION_TASKS}
+    return {t.cohort for t in families["segment"].tasks}
 
 # %% ../nbs/94_graph.ipynb #gra00020
 def _file(module: str) -> str:

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 
-.PHONY: help study quick test lab docs readme export weights ceiling lint hooks clean
+.PHONY: help study quick graph test lab docs readme export weights ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,6 +35,9 @@ quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 	@bash tests/smoke.sh $(QUICK)
 	@cd $(QUICK) && python -m asap.cli study
 	@echo "The study page: $(CURDIR)/$(QUICK)/runs/study/index.html"
+
+graph: .venv/done  ## write the modules and params of each stage, and the stages of task families, to dvc.yaml
+	@python -m asap.cli graph
 
 test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py

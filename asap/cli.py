@@ -24,9 +24,11 @@ from asap.core import (
     log_message,
     progress_bar,
     project_root,
+    resource_path,
     write_json,
+    write_text,
 )
-from .params import load_params
+from .params import load_params, read_params
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -600,6 +602,38 @@ def run_ground(a: argparse.Namespace) -> int:
     )
     return _save_refused(done, bad, out / "quarantine.csv")
 
+# %% ../nbs/98_cli.ipynb #climrg01
+def _print_merged(file: str | None, out: str | None) -> int:
+    "`asap params --merged`: a file of params with what it takes from its `base`"
+    import yaml
+
+    text = yaml.safe_dump(
+        read_params(Path(file or resource_path("params.yaml"))), sort_keys=False, width=100
+    )
+    if out:
+        write_text(text, out)
+    else:
+        print(text, end="")
+    return 0
+
+# %% ../nbs/98_cli.ipynb #cligrf01
+def _run_graph(a) -> int:
+    from asap.graph import write_graph
+
+    if write_graph(check=a.check):
+        print("dvc.yaml is up to date")
+        return 0
+    if a.check:
+        raise ValueError("dvc.yaml is stale: run `make graph`")
+    print("dvc.yaml: written")
+    return 0
+
+
+def _add_graph_command(sub) -> None:
+    text = "write the modules and params of every stage to dvc.yaml"
+    c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
+    c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
+
 # %% ../nbs/98_cli.ipynb #32af066e
 def _add_source_options(p):  # options that declare what files do not say
     g = p.add_argument_group("what the files do not say")
@@ -803,6 +837,8 @@ def _run_study(a: argparse.Namespace) -> int:
 
 def _check_params(a: argparse.Namespace) -> int:
     load_params(a.file)
+    if a.merged:
+        return _print_merged(a.file, a.out)
     print(f"{a.file or 'params.yaml'}: fine")
     return 0
 
@@ -839,6 +875,9 @@ def _add_study_commands(sub) -> None:
         "asap params params/paper.yaml",
     )
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
+    c.add_argument("--merged", action="store_true", help="print it with what it takes from `base`")
+    c.add_argument("-o", "--out", metavar="FILE", help="with --merged: write it there")
+    _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4
 def _build_parser() -> argparse.ArgumentParser:

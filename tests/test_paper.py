@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from asap.cost import (
     gpu_hours_table,
     train_flops,
 )
-from asap.params import load_params
+from asap.params import load_params, read_params
 from asap.registry import family_of
 
 PAPER = load_params(TOP / "params/paper.yaml")
@@ -30,8 +29,14 @@ PAPER = load_params(TOP / "params/paper.yaml")
 def clone(tmp_path_factory):
     "This tree as a repository of its own, at the paper's scale, with nothing made"
     to = tmp_path_factory.mktemp("paper") / "asap"
-    subprocess.run(["bash", TOP / "tests/smoke.sh", to], check=True, capture_output=True)
-    shutil.copy(TOP / "params/paper.yaml", to / "params.yaml")
+    subprocess.run(
+        ["bash", TOP / "tests/smoke.sh", to],
+        check=True,
+        capture_output=True,
+        env=os.environ | dict(PYTHON=sys.executable),
+    )
+    paper = read_params(TOP / "params/paper.yaml")
+    (to / "params.yaml").write_text(yaml.safe_dump(paper, sort_keys=False))
     return to
 
 

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PHANTOM_MARKER', 'hash_contents', 'hash_inventory', 'quick_hash', 'check_organ_masks', 'ras_spacing',
            'standardize_case', 'CaseResult', 'CaseStore', 'cache_store', 'cache_restore', 'prepare_case',
-           'prepare_cases', 'pop_acquisition', 'save_acquisition', 'read_raw_cohort', 'run']
+           'prepare_cases', 'pop_acquisition', 'save_acquisition', 'read_raw_cohort', 'read_phantom_version', 'run']
 
 # %% ../../nbs/2_data/27_prepare.ipynb #9aba0642
 import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import numpy as np
@@ -386,6 +387,18 @@ def read_raw_cohort(
         table = check_table(apply_splits(table, lists, bad, adapter.name), adapter.name)
     return table, bad
 
+# %% ../../nbs/2_data/27_prepare.ipynb #prepver1
+def read_phantom_version(
+    name: str,  # of the cohort
+    data: Path,  # the project's data/
+) -> str | None:  # None: not a phantom
+    "Version of the phantom that a cohort was synthesized by, from the file beside it"
+    marker = data / PHANTOM_MARKER
+    if not ((data / name).is_dir() and marker.exists()):
+        return None
+    found = re.search(r"^Version of the phantom: (\S+)$", marker.read_text(encoding="utf8"), re.M)
+    return found[1] if found else "unknown"
+
 # %% ../../nbs/2_data/27_prepare.ipynb #7f7f3a68
 PHANTOM_MARKER = "PHANTOMS.txt"  # lies in data/ where the built-in phantoms do
 
@@ -443,6 +456,7 @@ def run(
         cohort=name,
         there=True,
         phantoms=(data / name).is_dir() and (data / PHANTOM_MARKER).exists(),
+        phantom_version=read_phantom_version(name, data),
         questions=0 if asked is None else len(asked),
         warnings=len(pd.read_csv(here / "warnings.csv")),
         **count_cohort(table, len(bad), pd.read_csv(here / "duplicates.csv")),

@@ -21,9 +21,11 @@ from asap.core import (
 )
 from .adapter import available_adapters, get_cohort
 from .prepare import PHANTOM_MARKER, hash_contents
+from ..phantom.body import VERSION
 
 # %% ../../nbs/2_data/29_synthesize.ipynb #44158ebd
 GENERATOR_MODULES = [
+    "asap.abnormalities",
     "asap.data.volumes",
     "asap.data.layouts",
     "asap.phantom.body",
@@ -89,8 +91,9 @@ def synthesize_cohort(
     return True
 
 # %% ../../nbs/2_data/29_synthesize.ipynb #1e4d6c4b
-PHANTOM_README = """The data sets in this folder are phantoms, drawn by a program from a seed. They are not patients.
+PHANTOM_README = f"""The data sets in this folder are phantoms, drawn by a program from a seed. They are not patients.
 Each is written in the layout in which the owners of the real one publish theirs.
+Version of the phantom: {VERSION}
 """
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..abnormalities import ABNORMALITIES
+from ..abnormalities import ABNORMALITIES, NEGATIVE_TEMPLATES
 from ..anatomy.organs import plot_organ_overlay
 from asap.core import (
     Quarantine,
@@ -53,7 +53,6 @@ from ..model.align import AlignmentHead
 from ..model.asap import ASAP, build_asap
 from ..model.vit import ViT3D, patchify
 from ..params import reference_arm
-from ..phantom.words import NEGATIVE_TEMPLATES
 from ..pretrain.embed import load_image
 from .figures import save_figure
 from ..tasks.metrics import bootstrap_weights, ci

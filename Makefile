@@ -43,7 +43,7 @@ test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py
 
 weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
-	@python -c 'from asap.core import load_params; from asap.pretrain.checkpoint import ship; [print(n, ship(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
+	@python -c 'from asap.params import load_params; from asap.pretrain.checkpoint import export_weights; [print(n, export_weights(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
 
 ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
 	@python benchmarks/ceiling.py
@@ -60,8 +60,11 @@ readme: .venv/done  ## README.md and its picture from nbs/index.ipynb
 export: .venv/done  ## notebooks -> asap/, cleaned
 	@nbdev_export && nbdev_clean
 
-hooks: .venv/done  ## commit only clean, exported notebooks
-	@git config core.hooksPath .githooks && echo "git now runs .githooks/pre-commit"
+lint: .venv/done  ## ruff, codespell, mypy
+	@ruff check && ruff format --check nbs tests benchmarks && codespell && mypy asap
+
+hooks: .venv/done  ## install the pre-commit hooks: lint, types, exported and clean notebooks
+	@pre-commit install
 
 clean:  ## remove what the study made (not .venv, not what git keeps)
 	@rm -rf build data runs _docs .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb, and the picture in it; with --check only say whether the text is fresh"
+"Write README.md from nbs/index.ipynb, and the picture in it; --check: is the text fresh?"
 
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def readme() -> str:
 
 
 def picture(to):
-    "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
+    "Heat map of a phantom's own sentence, for each small lesion; shipped weights"
     import tempfile
     import textwrap
 
@@ -51,28 +51,25 @@ def picture(to):
     with tempfile.TemporaryDirectory() as tmp:
         for ax, label in zip(axes, ("Lung nodule", "Atelectasis", "Consolidation", "Lung opacity")):
             c = synthesize_chest(("readme", label), present=[label])
-            lesion, said = c.findings[0].mask, finding_sentence(c.findings[0], rng("readme", label))
+            lesion = c.findings[0].mask
+            sentence = finding_sentence(c.findings[0], rng("readme", label))
             write(c.hu, c.affine, Path(tmp) / "scan.nii.gz")
-            seen = scan.load_scan(Path(tmp) / "scan.nii.gz", model.vit)
-            g = ground_sentences(model, text, seen, [said])
-            heat, region = g.to_scan_space(0, seen.volume)
-            at = [
-                int(x.argmax())
-                for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
-            ]
-            on = lambda x: orthogonal_planes(
-                Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
-            )[0]
-            (img, aspect), (h, _), (r, _), (m, _) = map(
-                on, (c.hu, heat, region, lesion.astype(np.uint8))
-            )
+            loaded = scan.load_scan(Path(tmp) / "scan.nii.gz", model.vit)
+            g = ground_sentences(model, text, loaded, [sentence])
+            heat, region = g.to_scan_space(0, loaded.volume)
+            sums = (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
+            at = [int(x.argmax()) for x in sums]
+            arrays = (c.hu, heat, region, lesion.astype(np.uint8))
+            volumes = [Volume(x, c.affine).ras() for x in arrays]
+            planes = [orthogonal_planes(v.hu, v.spacing, at)[0] for v in volumes]
+            (img, aspect), (h, _), (r, _), (m, _) = planes
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
             overlay_heatmap(
                 ax, h, r, np.percentile(g.similarity[0], 5), g.similarity[0].max(), aspect
             )
             plot_contours(ax, np.zeros_like(m), m)
-            ax.set_title(textwrap.fill(said, 42), fontsize=7)
+            ax.set_title(textwrap.fill(sentence, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)
     with atomic_write(Path(to)) as tmp:
         fig.savefig(tmp, format="png", dpi=90, bbox_inches="tight", metadata=dict(Software=None))

@@ -42,7 +42,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.stem)
 def test_params_as_written_are_params(page):
-    "A block of YAML with sections of params.yaml, laid over it, is accepted; encoders and rows are the reader's own"
+    "Keys of YAML blocks exist in params.yaml; rows of `arms` are the reader's own"
     for block in fenced(prose(page.stem), "yaml"):
         part = yaml.safe_load(block)
         if not set(part) <= set(SECTIONS):
@@ -67,7 +67,7 @@ def test_an_ablations_row_is_accepted(tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     row = load_params(tmp_path / "params.yaml").arms["asap_more_organs"]
     assert (
-        row.model_dump() | dict(organs=1)
+        row.model_dump() | dict(organ_weight=1)
         == load_params(TOP / "params.yaml").arms["asap"].model_dump()
     ), "it differs from asap in one number"
 
@@ -87,11 +87,13 @@ def test_a_new_tasks_stage_fits_the_graph():
         assert d in made or "measure" in d or d == "mine/lungs.csv", d
     text = fenced(prose("new_task"), "python")[0]
     ast.parse(text)
-    read = {m for m in re.findall(r"\bp\.(\w+\.\w+)", text)}
-    assert read == set(new["params"]) and all(
-        k.split(".")[1] in section_type(k.split(".")[0]).model_fields for k in read
-    )
-    assert "def run(cohort" in code("new_task") and "def answers(" in code("new_task")
+    read = set(re.findall(r"\bp\.(\w+\.\w+)", text))
+    assert read == set(new["params"])
+    for key in read:
+        section, name = key.split(".")
+        assert name in section_type(section).model_fields
+    assert "def add_values(" in code("new_task")
+    assert "class MeasureFamily(TaskFamily)" in code("new_task")
 
 
 def test_what_a_new_cohort_or_task_is_called_is_not_taken():

@@ -60,9 +60,12 @@ def picture(to):
                 int(x.argmax())
                 for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
             ]
-            on = lambda x: orthogonal_planes(
-                Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
-            )[0]
+
+            def on(x):
+                return orthogonal_planes(
+                    Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
+                )[0]
+
             (img, aspect), (h, _), (r, _), (m, _) = map(
                 on, (c.hu, heat, region, lesion.astype(np.uint8))
             )

@@ -425,7 +425,10 @@ def scans(tmp_path_factory):
 )
 def test_real_chests_in_time(scans, name, command, tmp_path):
     "Less than 25 s of one processor from the shell, libraries loaded; their places are checked above"
-    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def spent():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     start = spent()
     done = subprocess.run(
         [

@@ -202,9 +202,14 @@ def test_a_harmed_file_is_named(name, file, how, minis, tmp_path):
     root = tmp_path / "all" / name
     harm(root / file, how)
     if file.endswith(".csv") and name in ("ct_rate", "radgenome", "first") or file.endswith(".txt"):
-        run = lambda: (lambda tb: (*tb, {r["case"] for r in tb[1].rows}))(ADAPTERS[name].read(root))
+
+        def run():
+            return (lambda tb: (*tb, {r["case"] for r in tb[1].rows}))(ADAPTERS[name].read(root))
     else:
-        run = lambda: through(name, root, tmp_path)
+
+        def run():
+            return through(name, root, tmp_path)
+
     try:
         left = run()[2]
     except (ValueError, FileNotFoundError) as e:

@@ -49,7 +49,10 @@ def scout(folder):  # a second series in a folder
 
 def break_(root) -> dict:  # case -> kind of its refusal
     t = pd.read_csv(root / "cases.csv", dtype=str, keep_default_na=False)
-    of = lambda n: t.index[t.patient == f"p{n:04d}"][0]
+
+    def of(n):
+        return t.index[t.patient == f"p{n:04d}"][0]
+
     image, organs = (lambda n: root / t.image[of(n)]), (lambda n: root / t.organ_map[of(n)])
     f = image(1)
     f.write_bytes(f.read_bytes()[:20000])

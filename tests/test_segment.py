@@ -358,7 +358,10 @@ def test_the_baseline_is_of_like_size():
         p.model.num_heads,
         p.model.stem.model_dump(),
     )
-    count = lambda m: sum(q.numel() for q in m.parameters())
+
+    def count(m):
+        return sum(q.numel() for q in m.parameters())
+
     ours, plain = (
         count(unetr.Unetr(vit, 4, p.segment.feature_size)),
         count(unetr.build_unet(4, p.volumes.roi_size, p.segment.feature_size)),

@@ -27,7 +27,10 @@ IMPORTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # strings in ARCH that
 def plans(name, mm) -> dict:  # plans.json
     "nnU-Net's plan for one CT channel at `mm` isotropic"
     how = "resample_data_or_seg_to_shape"
-    to = lambda is_seg, order: dict(is_seg=is_seg, order=order, order_z=0, force_separate_z=None)
+
+    def to(is_seg, order):
+        return dict(is_seg=is_seg, order=order, order_z=0, force_separate_z=None)
+
     conf = dict(
         data_identifier="nnUNetPlans_3d_fullres",
         preprocessor_name="DefaultPreprocessor",

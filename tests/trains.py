@@ -50,7 +50,10 @@ def contrast(
     from asap.model.align import inter_report_loss, intra_report_loss
 
     state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)
-    unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
+
+    def unit(*s):
+        return torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
+
     own = slice(
         state.process_index * n // state.num_processes,
         (state.process_index + 1) * n // state.num_processes,
@@ -63,9 +66,12 @@ def contrast(
     order = (
         real[own].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     )  # real sentences first
-    pick = lambda t: t.gather(
-        1, order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
-    )
+
+    def pick(t):
+        return t.gather(
+            1, order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
+        )
+
     text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
     f, r = pick(frozen[own]), pick(real[own])
     value = inter_report_loss([patches], text, k, f, r, 14.0, 0.95, 0.5, 9) + intra_report_loss(

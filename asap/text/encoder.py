@@ -169,7 +169,7 @@ class TextEncoder(torch.nn.Module):
     def tokens(
         self, ids, of=None
     ) -> torch.Tensor:  # (B,L), (B,L) sentence of each token -> (B,L,C)
-        "Features of tokens, read sentence by sentence where the encoder was trained so; padding is not attended to"
+        "Token features, encoded by sentence if the encoder was trained so; padding is masked"
         if of is None or not self.by_sentence:
             return self._read(ids)
         b, l = (of >= 0).nonzero(as_tuple=True)
@@ -189,7 +189,7 @@ class TextEncoder(torch.nn.Module):
 
     @contextlib.contextmanager
     def in_training(self, hidden: float = 0.25, attention: float = 0.1):
-        "With dropout on features, as the released code runs its frozen encoder (P6): for the arm `released` alone"
+        "Enable dropout, as the released code runs its frozen encoder (P6): for arm `released` only"
         drops = [
             (
                 m,
@@ -267,7 +267,8 @@ def load(
     bert, how = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
     if lost := sorted(how["missing_keys"]):
         raise ValueError(
-            f"text.model {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+            f"text.model {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, "
+            "and would be random: is it another kind of model?"
         )
     return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
 

@@ -3,8 +3,8 @@ The better one is the arm's `lr_scale` in params.yaml.
 
 Run it in a clone whose params.yaml sets a development seed and whose `corpus` stage has run. Every
 arm trains for the same number of steps at each rate; the criterion is a linear probe with all
-labels on the test patients of that seed. Writes benchmarks/rates.csv, one row per arm and rate; existing
-rows are kept.
+labels on the test patients of that seed. Writes benchmarks/rates.csv, one row per arm
+and rate; existing rows are kept.
 """
 
 import argparse

@@ -48,8 +48,8 @@ TOKEN_KEYS = (
 
 
 class Ours(torch.nn.Module):
-    """The model of an arm with its frozen text encoder, which encodes the masked report in each step,
-    and the sentences once, or in each step with `anew`"""
+    """The model of an arm with its frozen text encoder, which encodes the masked report in each
+    step, and the sentences once, or in each step with `anew`"""
 
     def __init__(self, p, arm="asap", vocab=30522, text=None, anew=False):
         super().__init__()

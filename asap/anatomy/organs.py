@@ -87,7 +87,7 @@ def merge_class_masks(
     "Some classes, one mask each; groups that are not complete are unknown where they could be"
     have = {name for name in masks}
     out, seen = np.zeros(shape, np.uint8), np.zeros(shape, bool)
-    for number, (group, names) in enumerate(groups.items(), 1):
+    for number, names in enumerate(groups.values(), 1):
         for n in have & set(names):
             m = masks[n]
             if not isinstance(m, np.ndarray):

@@ -63,13 +63,15 @@ def weights_dir() -> Path:
 
 def missing_models(fast: bool) -> dict:  # number -> folder's name; empty when all is there
     "The models that are not on disk, or not whole"
-    whole = lambda f: (
-        f.is_file() and all((f.parents[1] / n).is_file() for n in ("plans.json", "dataset.json"))
-    )
+
+    def is_complete(f):
+        settings = (f.parents[1] / n for n in ("plans.json", "dataset.json"))
+        return f.is_file() and all(s.is_file() for s in settings)
+
     return {
         task: f.parts[0]
         for task, f in required_models(fast).items()
-        if not whole(weights_dir() / f)
+        if not is_complete(weights_dir() / f)
     }
 
 

@@ -108,7 +108,8 @@ def _java_problem() -> str:  # "" or why there is none
     return (
         ""
         if done.returncode == 0
-        else f"METEOR is left out: `java -version` ends with {done.returncode}: {done.stderr.strip()[:200]}"
+        else f"METEOR is left out: `java -version` ends with {done.returncode}: "
+        f"{done.stderr.strip()[:200]}"
     )
 
 

@@ -1,4 +1,5 @@
-"Write README.md from nbs/index.ipynb, and the picture in it; with --check only say whether the text is fresh"
+"""Write README.md from nbs/index.ipynb, and the picture in it; with --check only say whether the
+text is fresh"""
 
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def readme() -> str:
 
 
 def picture(to):
-    "For each abnormality whose place has to be seen, the first phantom that is drawn: what its own sentence is like, with the weights that ship"
+    """For each abnormality whose place has to be seen, the first phantom that is drawn: what its
+    own sentence is like, with the weights that ship"""
     import tempfile
     import textwrap
 

@@ -275,7 +275,8 @@ def test_passes(what, tmp_path):
 
 
 def test_masks():
-    "A mask of the same grid, of a part of it, with its axes turned; one whose header was lost, and one of another scan"
+    """A mask of the same grid, of a part of it, with its axes turned; one whose header was lost,
+    and one of another scan"""
     v = read_phantom()
     check_mask(C.labels.shape, C.affine, v)
     part = C.affine.copy()

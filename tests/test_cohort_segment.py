@@ -1,4 +1,5 @@
-"Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay apart, same seed same bytes"
+"""Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay
+apart, same seed same bytes"""
 
 import functools
 import sys
@@ -88,7 +89,8 @@ def made(tmp_path_factory):
 def complaints(
     name, root, tmp, near=""
 ) -> list[str]:  # `near`: look only at the cases that mention it
-    "All that read, prepare and the reading of targets say; other errors than ValueError and FileNotFoundError are failures"
+    """All that read, prepare and the reading of targets say; other errors than ValueError and
+    FileNotFoundError are failures"""
     mod = adapter(name)
     try:
         t, bad = mod.read(root)

@@ -231,7 +231,8 @@ def test_cohorts_hold_different_patients(raw):
 
 
 def test_acdc_names_the_patients_that_leak(raw, capsys):
-    "The released list is applied with the leak named and mended: patients on both sides are tested on alone"
+    """The released list is applied with the leak named and mended: patients on both sides are
+    tested on alone"""
     m = adapter("acdc")
     t, bad = m.read(raw["acdc-released"])
     lists = read_split_files(raw["acdc-released"] / "dataset.json")

@@ -1,4 +1,5 @@
-"All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
+"""All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two
+sides, lists, copies, kills, a cluster"""
 
 import contextlib
 import hashlib
@@ -145,7 +146,8 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nobody_on_two_sides(name, made):
-    "Patients, and so the reconstructions of a scan; small label fractions lie inside the larger ones, by patient"
+    """Patients, and so the reconstructions of a scan; small label fractions lie inside the
+    larger ones, by patient"""
     _, t = made[name]
     assert (t.groupby("patient").split.nunique() == 1).all() and (
         t.groupby("scan").patient.nunique() == 1
@@ -231,7 +233,8 @@ def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
 
 
 def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
-    "A case that is reused keeps it; one whose record is older is made anew, with the same voxels; without metadata the kernels alone are lost"
+    """A case that is reused keeps it; one whose record is older is made anew, with the same
+    voxels; without metadata the kernels alone are lost"""
     for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))):
         shutil.copytree(root / d, tmp_path / d)
     here, volumes = tmp_path / "build/cohorts/ct_rate", tmp_path / "build/volumes/ct_rate"
@@ -283,7 +286,8 @@ def test_a_lost_patient_moves_at_most_one_other(root, made, tmp_path):
 
 
 def test_absent_and_pointed_to(root, made, tmp_path, capsys):
-    "One that is not there is left out by name; one that a line points to is read where it lies, and nothing is written there"
+    """One that is not there is left out by name; one that a line points to is read where it
+    lies, and nothing is written there"""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/stoic.path").write_text(f"{root / 'data/stoic'}\n")
 
@@ -468,7 +472,8 @@ def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
 
 
 def leave(folder):
-    "What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in each folder"
+    """What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in
+    each folder"""
     for f in [f for f in folder.rglob("*") if f.is_file()]:
         for to in (f.parent, folder / "__MACOSX" / f.parent.relative_to(folder)):
             to.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both releases of CT-RATE, and what is not there"
+"""Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both
+releases of CT-RATE, and what is not there"""
 
 import hashlib
 import json
@@ -354,7 +355,8 @@ def test_what_the_crop_does_not_show_is_counted(study):
 
 
 def test_patches_are_counted_as_the_encoder_counts_them(study):
-    "A mask's patch is the patch of the image that holds it: one voxel, followed through reading, crop and cutting"
+    """A mask's patch is the patch of the image that holds it: one voxel, followed through
+    reading, crop and cutting"""
     root, cohort = study
     said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
     g = said[said.case == said.case.iloc[0]].assign(

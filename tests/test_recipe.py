@@ -1,4 +1,5 @@
-"""What the released code gets wrong, P1 to P21 of the table on nbs/5_model/54_asap.ipynb: each check fails on the faulty behaviour."""
+"""What the released code gets wrong, P1 to P21 of the table on nbs/5_model/54_asap.ipynb: each
+check fails on the faulty behaviour."""
 
 import subprocess
 import tracemalloc

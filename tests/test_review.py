@@ -1,4 +1,5 @@
-"What is usable of a data set: each fault is named, each sound case is listed, nothing is written beside the data"
+"""What is usable of a data set: each fault is named, each sound case is listed, nothing is
+written beside the data"""
 
 import os
 import re
@@ -127,7 +128,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(whole, tmp_path_factory):
-    "The miniature with its faults, and what the command made of it: root, kinds, printed lines, page, exit code"
+    """The miniature with its faults, and what the command made of it: root, kinds, printed
+    lines, page, exit code"""
     here = tmp_path_factory.mktemp("broken")
     root = here / "hospital"
     shutil.copytree(whole, root)

@@ -1,4 +1,5 @@
-"Sentences of real reports: fragments with the sentences that a careful reader sees, and what holds for any text"
+"""Sentences of real reports: fragments with the sentences that a careful reader sees, and what
+holds for any text"""
 
 import re
 import time

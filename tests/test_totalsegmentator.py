@@ -88,7 +88,8 @@ def test_labels_lie_on_the_input_grid(scan):
 
 
 def test_fill(scan, place, monkeypatch):
-    "The same scan from a file in LPS gives the same labels, turned; a broken case is named; a second run makes nothing"
+    """The same scan from a file in LPS gives the same labels, turned; a broken case is named; a
+    second run makes nothing"""
     v, found = scan
     turn = v.affine @ np.diag([-1, -1, 1, 1.0])
     turn[:3, 3] = (v.affine @ [*np.array(v.hu.shape[:2]) - 1, 0, 1])[:3]

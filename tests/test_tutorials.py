@@ -41,7 +41,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda p: p.stem)
 def test_params_as_written_are_params(page):
-    "A block of YAML with sections of params.yaml, laid over it, is accepted; encoders and rows are the reader's own"
+    """A block of YAML with sections of params.yaml, laid over it, is accepted; encoders and rows
+    are the reader's own"""
     for block in fenced(prose(page.stem), "yaml"):
         part = yaml.safe_load(block)
         if not set(part) <= set(SECTIONS):

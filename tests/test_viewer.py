@@ -1,4 +1,5 @@
-"The viewer in a headless Chromium: from disk, without a network, and another sentence is another picture"
+"""The viewer in a headless Chromium: from disk, without a network, and another sentence is
+another picture"""
 
 import hashlib
 

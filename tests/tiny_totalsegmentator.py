@@ -1,4 +1,5 @@
-"A tiny random nnU-Net in the place and the form of TotalSegmentator's weights: it proves the plumbing, its masks mean nothing"
+"""A tiny random nnU-Net in the place and the form of TotalSegmentator's weights: it proves the
+plumbing, its masks mean nothing"""
 
 import json
 import pydoc
@@ -137,7 +138,8 @@ def write_model(folder, task, mm, trainer, names, seed=0):
 
 
 def write_tiny(folder, mode="fast", names=(), seed=0):
-    "Every model of one mode of `total` (fast, fastest, default); besides background only the classes `names` come out"
+    """Every model of one mode of `total` (fast, fastest, default); besides background only the
+    classes `names` come out"""
     from totalsegmentator.map_tasks_config import TASK_CONFIGS
 
     c = TASK_CONFIGS["total"]["sub_modes"][mode]

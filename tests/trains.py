@@ -1,4 +1,5 @@
-"""A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun ...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
+"""A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun
+...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
 
 import sys
 from pathlib import Path

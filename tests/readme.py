@@ -63,7 +63,7 @@ def picture(to):
                 for x in (lesion.sum((1, 2)), lesion.sum((0, 2)), lesion.sum((0, 1)))
             ]
 
-            def on(x):
+            def on(x, c=c, at=at):
                 return orthogonal_planes(
                     Volume(x, c.affine).ras().hu, np.sqrt((c.affine[:3, :3] ** 2).sum(0)), at
                 )[0]

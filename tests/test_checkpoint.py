@@ -321,7 +321,8 @@ def test_a_learnt_table_of_another_grid_asks_for_its_size(tmp_path, capsys):
     w = weights(**SMALL, pos=torch.randn(24, 48))
     with pytest.raises(
         ValueError,
-        match="`pos_embed` has 24 patches of 4x6x2 voxels, expected a whole number in 224x224x112: say in `size`",
+        match="`pos_embed` has 24 patches of 4x6x2 voxels, "
+        "expected a whole number in 224x224x112: say in `size`",
     ):
         load(write(tmp_path / "a.pth", w), heads=3)
     w = weights(48, 1, (16, 16, 8), (14, 14, 14), pos=torch.randn(2744, 48))
@@ -339,7 +340,8 @@ def test_heads_that_do_not_divide_are_refused(small):
     for heads, found in ((None, 0), (7, 7)):
         with pytest.raises(
             ValueError,
-            match=f"48 channels are not a whole number of heads \\({found}\\): say how many in `heads`",
+            match=f"48 channels are not a whole number of heads \\({found}\\): "
+            "say how many in `heads`",
         ):
             load(small, heads=heads)
 

@@ -257,7 +257,8 @@ def test_acdc_does_without_the_whole_beat(copy, raw):
 def test_the_list_with_most_to_train_on_is_read(copy):
     root = copy("btcv-released")
     (root / "dataset_10.json").write_text(
-        '{"training": [{"image": "imagesTr/btcv_001.nii.gz", "label": "labelsTr/btcv_001.nii.gz"}], "testing": []}'
+        '{"training": [{"image": "imagesTr/btcv_001.nii.gz", '
+        '"label": "labelsTr/btcv_001.nii.gz"}], "testing": []}'
     )
     assert len(adapter("btcv").read(root)[0]) == 6
 

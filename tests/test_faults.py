@@ -206,7 +206,7 @@ def whole(folder) -> set:  # the numbers that the volumes hold; fails on half a 
 def test_a_kill_while_writing_leaves_whole_files(tmp_path):
     for n in range(1, 6):
         p = start(tmp_path, n)
-        wait_for(lambda: list(tmp_path.glob("[0-9].nii.gz")) and n in whole(tmp_path))
+        wait_for(lambda n=n: list(tmp_path.glob("[0-9].nii.gz")) and n in whole(tmp_path))
         p.send_signal(signal.SIGKILL)
         p.wait()
         whole(tmp_path)

@@ -86,7 +86,8 @@ def test_a_grazed_patch_does_not_count():
 def test_a_stranger_is_judged_by_the_mask_of_the_sentence():
     r = played([1, 1], [0, 0], [1, 1])
     assert r.shuffled_scan.tolist() == [1, 0], (
-        "patch 0 is the first one's lesion: pointing at it on the second one's scan is what position alone gives"
+        "patch 0 is the first one's lesion: "
+        "pointing at it on the second one's scan is what position alone gives"
     )
 
 

@@ -50,9 +50,13 @@ def test_the_command_refuses_none(scans, capsys):
     assert main(["check", *[str(scans[n] / s.image) for n, s in real.SCANS.items()]]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6, lines
-    assert not any(l.startswith("REFUSED") for l in lines)
+    assert not any(line.startswith("REFUSED") for line in lines)
     assert (
-        sum("DICOM 512x512x20, 0.977x0.977x2 mm" in l and "covers 40 mm" in l for l in lines) == 1
+        sum(
+            "DICOM 512x512x20, 0.977x0.977x2 mm" in line and "covers 40 mm" in line
+            for line in lines
+        )
+        == 1
     )
 
 

@@ -268,7 +268,7 @@ def test_exit_codes_and_lines(whole, broken, tmp_path, capsys):
     )
     assert main(["check", str(broken["root"]), "--cohort", "own"]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert {l.split()[1].rstrip(":") for l in out if l.startswith("REFUSED  p")} == {
+    assert {line.split()[1].rstrip(":") for line in out if line.startswith("REFUSED  p")} == {
         c for c in broken["kinds"] if c.startswith("p")
     }
     assert (
@@ -311,7 +311,8 @@ def test_columns_of_other_names(whole, tmp_path, monkeypatch, capsys):
     assert main(["check", str(root)]) in (0, 1)  # loose scans, with a hint
     said = capsys.readouterr()
     assert (
-        "holds export.csv: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now cases.csv)"
+        "holds export.csv: to check it as a data set, "
+        "name the table in params.yaml, cohorts.own.csv (now cases.csv)"
         in said.err
         and "usable   " not in said.out
     )

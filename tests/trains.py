@@ -43,9 +43,9 @@ def cohort(folder):  # six phantoms on disk, with a text encoder
     pd.DataFrame(rows).to_parquet(folder / "table.parquet")
 
 
-def contrast(
-    folder, n=4
-):  # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
+def contrast(folder, n=4):
+    """The contrast across reports and its gradient, on similarities far from ties; each process holds
+    its part of n reports"""
     from accelerate import PartialState
 
     from asap.model.align import inter_report_loss, intra_report_loss

@@ -1,7 +1,9 @@
-"""What the phantoms hold, on development seeds: a plain supervised CNN with all labels, a histogram, and twins.
+"""Upper bound of classification on the phantoms, on development seeds: a supervised CNN with all
+labels, a histogram baseline, and twins.
 
-The ceiling that this data and this compute allow, beside which every probe of the study is read. Writes
-benchmarks/ceiling.csv (a row a label) and benchmarks/ceiling.json (how it was made). `make ceiling` runs it.
+This is the reference for every probe of the study on this data and compute. Writes
+benchmarks/ceiling.csv (one row per label) and benchmarks/ceiling.json (settings). Run it with
+`make ceiling`.
 """
 
 import argparse
@@ -32,10 +34,8 @@ def draw(split, i):  # other patients than the study's: the key says so
 
 def cases(split, n, jobs):
     "Volumes (n,96,96,48) int16 and labels (n,18), kept in build/ceiling"
-    kept = (
-        project_root()
-        / f"build/ceiling/{split}-{n}-{code_hash('asap.phantom.body', 'asap.phantom.abnormalities')}.npz"
-    )
+    code = code_hash("asap.phantom.body", "asap.phantom.abnormalities")
+    kept = project_root() / f"build/ceiling/{split}-{n}-{code}.npz"
     if not kept.exists():
         done = joblib.Parallel(jobs, return_as="generator")(
             joblib.delayed(draw)(split, i) for i in range(n)
@@ -68,10 +68,13 @@ def histogram_auc(train, val, test):
     return out
 
 
+NUM_LABELS = len(ABNORMALITIES)
+
+
 class Ceiling(torch.nn.Module):
     "MONAI residual units; the head sees mean and maximum of the last map"
 
-    def __init__(self, widths, labels=len(ABNORMALITIES)):
+    def __init__(self, widths, labels=NUM_LABELS):
         super().__init__()
         w = widths
         self.stem = Convolution(3, 1, w[0], strides=2, kernel_size=3, norm="batch", act="relu")
@@ -144,7 +147,8 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.0):
         score = macro(yv, predict(net, xv))
         log.append(score)
         log_message(
-            f"epoch {epoch + 1}: loss {loss.item():.3f}, macro AUC on val {score:.3f}, {(time.monotonic() - start) / 60:.1f} min"
+            f"epoch {epoch + 1}: loss {loss.item():.3f}, macro AUC on val {score:.3f}, "
+            f"{(time.monotonic() - start) / 60:.1f} min"
         )
         if score > best:
             best, kept = score, {k: v.clone() for k, v in net.state_dict().items()}

@@ -1,7 +1,8 @@
-"""What one training step of `asap` at the paper's size takes: floating-point operations as PyTorch counts them, seconds of this
-machine, and what share of the machine's own matrix products that is. The page nbs/96_cost.ipynb builds on it.
+"""Cost of one training step of `asap` at the paper's size: floating-point operations as PyTorch
+counts them, seconds on this machine, and the fraction of the machine's matrix-product throughput.
+The page nbs/96_cost.ipynb uses the result.
 
-usage: python benchmarks/cost.py [--repeat 3] [--threads 1] [--save]        (--save writes benchmarks/cost.json)
+usage: python benchmarks/cost.py [--repeat 3] [--threads 1] [--save]   (writes benchmarks/cost.json)
 """
 
 import argparse
@@ -36,14 +37,12 @@ def main():
     torch.set_num_threads(a.threads)
     retain_freed_memory()
     p = load_params(project_root() / "params/paper.yaml")
-    model, run = step.ours(p, vocab=p.text.vocab)
-    gflop = counted(model, step.batch(p, 1, p.text.vocab))
+    model, run = step.ours(p, vocab=p.text.vocab_size)
+    gflop = counted(model, step.batch(p, 1, p.text.vocab_size))
     model.zero_grad()
     run("bf16")
-    seconds, products = (
-        min(step.clock(lambda: run("bf16")) for _ in range(a.repeat)),
-        step.products(a.threads),
-    )
+    seconds = min(step.clock(lambda: run("bf16")) for _ in range(a.repeat))
+    products = step.products(a.threads)
     out = dict(
         gflop=gflop,
         seconds_bf16=round(seconds, 2),

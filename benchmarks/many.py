@@ -1,6 +1,7 @@
-"""Preparing many small volumes with one process and with two: the ratio, one after the other in one run.
+"""Ratio of the times to prepare many small volumes with one process and with two, in one run.
 
-`python benchmarks/many.py --save` writes benchmarks/many.json. Each way starts from nothing; the workers of the second
+`python benchmarks/many.py --save` writes benchmarks/many.json. Each variant starts from an empty
+folder; the workers of the second
 are started beforehand, as they are for all but the first moments of a real run.
 """
 

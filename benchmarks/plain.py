@@ -1,8 +1,10 @@
 """One training step as the paper's released code does it: what our own step is measured against.
 
-Own wording of what that code computes, its slow and dead parts among it; weights are random, one optimiser step a call.
-Where it may be read in more than one way, the cheaper reading is taken. Sizes are the paper's unless told otherwise.
-usage: python benchmarks/plain.py [--full]     (one step and its losses; tiny, or the paper's size: about 6 GB)
+An independent implementation of what that code computes, including its slow and unused parts; the
+weights are random, each call is one optimizer step. Where the code is ambiguous, the cheaper
+interpretation is used. Sizes are the paper's unless stated otherwise.
+
+usage: python benchmarks/plain.py [--full]   (one step and its losses; tiny, or paper size: ~6 GB)
 """
 
 import argparse
@@ -245,7 +247,7 @@ class Plain(nn.Module):
         own = torch.arange(most, device=x.device).expand(len(of), -1)
         real = (of[:, :, None] == own[:, None] + 1).any(1)
         return (
-            sum(F.cross_entropy(l[real], own[real]) for l in (logits, logits.transpose(1, 2))),
+            sum(F.cross_entropy(z[real], own[real]) for z in (logits, logits.transpose(1, 2))),
             sim,
             region,
         )
@@ -288,7 +290,7 @@ class Plain(nn.Module):
 
     def batch(
         self, seed, n=1
-    ):  # what the loader hands over: voxels, organs, findings, the same with an impression, and with words hidden
+    ):  # from the loader: voxels, organs, findings, with an impression, with masked words
         g = torch.Generator().manual_seed(seed)
         coarse = torch.randint(self.n, (n, 1, 9, 9, 9), generator=g).float()
         a, b = (torch.full((n, self.length), PAD) for _ in range(2))
@@ -346,7 +348,8 @@ def main():
     took, size = time.perf_counter() - start, sum(q.numel() for q in model.parameters()) / 1e6
     parts = ", ".join(f"{k} {float(v):.3f}" for k, v in model.parts.items())
     print(
-        f"{took:.2f} s; loss {float(loss):.3f}: {parts}; {int(batch['of'].max())} sentences, {size:.1f} M parameters"
+        f"{took:.2f} s; loss {float(loss):.3f}: {parts}; "
+        f"{int(batch['of'].max())} sentences, {size:.1f} M parameters"
     )
 
 

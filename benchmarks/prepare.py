@@ -1,8 +1,11 @@
-"""Preparing a CT of 512x512x300, as ratios to a plain version of the released script, in one run on one machine.
+"""Time to prepare a CT of 512x512x300, as ratios to a plain version of the released script, in one
+run on one machine.
 
-The plain version: read gzip NIfTI as floating point, turn to RAS, clip, resize the whole volume trilinearly, int16, gzip
-NIfTI. Ours: read, check, standardise (asap.data), uncompressed NIfTI. Then a crop of 224x224x112 from either. Prints a
-table; writes benchmarks/prepare.json with --save.  usage: python benchmarks/prepare.py [--slices 300] [--repeat 5] [--save]
+The plain version: read gzip NIfTI as floating point, reorient to RAS, clip, resize the whole volume
+trilinearly, int16, gzip NIfTI. Ours: read, check, standardize (asap.data), uncompressed NIfTI. Then
+a crop of 224x224x112 from either. Prints a table; writes benchmarks/prepare.json with --save.
+
+usage: python benchmarks/prepare.py [--slices 300] [--repeat 5] [--save]
 """
 
 import argparse
@@ -106,7 +109,11 @@ def pair(a, b, repeat):  # alternately, so that both see the same machine; media
 
 
 def memory(path, out):  # GB of a worker, measured in a process of its own
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prepare; prepare.ours({str(path)!r}, {str(out)!r}); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prepare; "
+        f"prepare.ours({str(path)!r}, {str(out)!r}); "
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return round(int(done.stdout.split()[-1]) / 2**20, 2)
 
@@ -127,7 +134,10 @@ def main():
         plain(here / "scan.nii.gz", here / "plain.nii.gz")
         data, affine = decompressed(here / "scan.nii.gz")
         v = read(here / "scan.nii.gz")
-        rest = lambda: plain_write(plain_resize(data, affine), here / "plain.nii.gz")
+
+        def rest():
+            return plain_write(plain_resize(data, affine), here / "plain.nii.gz")
+
         out = dict(
             whole=pair(
                 (ours, here / "scan.nii.gz", here / "ours.nii"),

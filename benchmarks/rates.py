@@ -1,8 +1,10 @@
-"""Which rate is fair to an arm? Each at once and twice the study's rate, on development patients; the better one is its `rate` in params.yaml.
+"""Select the learning rate of each arm: the study's rate or twice that, on development patients.
+The better one is the arm's `lr_scale` in params.yaml.
 
-Run it in a clone whose params.yaml names a development seed and whose `corpus` stage has run. Every arm gets the same
-steps at each rate; what is judged is a linear probe with all labels, on that seed's own test patients. Writes
-benchmarks/rates.csv, a row an arm and rate; a row that is there is not made again.
+Run it in a clone whose params.yaml sets a development seed and whose `corpus` stage has run. Every
+arm trains for the same number of steps at each rate; the criterion is a linear probe with all
+labels on the test patients of that seed. Writes benchmarks/rates.csv, one row per arm
+and rate; existing rows are kept.
 """
 
 import argparse
@@ -35,14 +37,14 @@ def probe(model, table, p) -> float:  # macro AUC
 
 
 def one(arm, factor, steps, p, table, text) -> dict:
-    t = p.pretrain.model_copy(update=dict(steps=steps, warmup=min(p.pretrain.warmup, steps // 10)))
+    t = p.pretrain.model_copy(
+        update=dict(steps=steps, warmup_steps=min(p.pretrain.warmup_steps, steps // 10))
+    )
     q = SimpleNamespace(
         study=p.study, volumes=p.volumes, model=p.model, anatomy=p.anatomy, pretrain=t
     )
     parts = table[table.split == "train"].reset_index(drop=True)
-    model = build_model(
-        q, dict(p.arms[arm].model_dump(by_alias=True), rate=factor), text, p.study.seed
-    )
+    model = build_model(q, dict(p.arms[arm].model_dump(), lr_scale=factor), text, p.study.seed)
     fit_stem(model, ImageReportDataset(parts.head(16), q, text, p.study.seed, augment=False))
     log = train(
         model,
@@ -55,7 +57,7 @@ def one(arm, factor, steps, p, table, text) -> dict:
         arm=arm,
         factor=factor,
         lr=t.lr * factor,
-        matrix_lr=t.matrix_lr * factor,
+        matrix_lr=t.muon_lr * factor,
         steps=steps,
         loss=round(float(log.loss.tail(5).mean()), 4),
         auc=round(float(probe(model, table, p)), 4),

@@ -1,8 +1,12 @@
-"""Shares of organs per patch: time and peak memory beside the one-hot of every voxel, in one run on one machine.
+"""Organ fractions per patch: time and peak memory, compared with the one-hot of every voxel, in one
+run on one machine.
 
-The plain versions: an int64 one-hot averaged over each patch, by NumPy and by PyTorch, whichever is faster here. Also our
-own steps done by PyTorch. By turns, the fastest of several counts, one thread. Memory is what NumPy holds beyond its
-input. Prints a table; writes benchmarks/shares.json with --save.  usage: python benchmarks/shares.py [--repeat 7] [--save]
+The plain versions average an int64 one-hot over each patch, in NumPy and in PyTorch; the faster one
+counts. Our own steps in PyTorch are timed, too. Variants alternate, the fastest repetition counts,
+one thread. Memory is what NumPy allocates beyond its input. Prints a table; writes
+benchmarks/shares.json with --save.
+
+usage: python benchmarks/shares.py [--repeat 7] [--save]
 """
 
 import argparse

@@ -1,10 +1,13 @@
-"""One training step of `asap` at the paper's size beside the released recipe at the same widths and depths, by turns, and
-of the built-in size. Seconds are of this machine; the ratios are what counts. bf16 is timed where the processor multiplies in it.
-A run's frozen text encoder reads each sentence once and then knows it (`asap.text.encoder`); beside that stands a step that reads all of its sentences anew.
-The released code pads reports of 250 and 312 tokens to 512 and reads the padding too; ours, of 312, pads to the longest of a batch, as its loader does.
+"""Time and memory of one training step of `asap` at the paper's size, compared with the released
+recipe at the same widths and depths, in alternation, and time of a step of the built-in size.
+Seconds depend on the machine; compare the ratios. bf16 is timed where the CPU supports it natively.
 
-usage: python benchmarks/step.py [--repeat 5] [--threads 2] [--save]        (--save writes benchmarks/step.json)
-       python benchmarks/step.py --profile                                  (where our paper-size step spends its time)
+A run's frozen text encoder encodes each sentence once and caches it (`asap.text.encoder`); a second
+variant encodes all sentences in every step. The released code pads reports of 250 and 312 tokens to
+512 and encodes the padding too; ours, of 312, pads to the longest of a batch, as its loader does.
+
+usage: python benchmarks/step.py [--repeat 5] [--threads 2] [--save]   (writes benchmarks/step.json)
+       python benchmarks/step.py --profile   (profile of our step at the paper's size)
 """
 
 import argparse
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import plain
@@ -20,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from asap.core import log_message, project_root
-from asap.model.asap import ASAP, build_config
+from asap.model.asap import build_asap, build_config
 from asap.params import load_params
 from asap.train import resolve_precision, retain_freed_memory
 
@@ -29,15 +33,23 @@ DTYPES = (
     if resolve_precision() == "bf16"
     else dict(fp32=torch.float32)
 )  # the fast ones, the fastest last
-TOKENS, REAL, SENTENCES = (
-    512,
-    312,
-    12,
-)  # of a report; `plain` reads one of 250 tokens and one of 312
+TOKENS = 512  # of a report with padding
+REAL = 312  # of a report without padding; `plain` encodes one of 250 tokens and one of 312
+SENTENCES = 12  # of a report
+
+
+TOKEN_KEYS = (
+    "input_ids",
+    "token_to_sentence",
+    "padding_mask",
+    "masked_input_ids",
+    "mlm_labels",
+)
 
 
 class Ours(torch.nn.Module):
-    "The model of an arm with its frozen text encoder, which reads the report with its hidden words in every step, and its sentences once, or `anew` in every step"
+    """The model of an arm with its frozen text encoder, which encodes the masked report in each
+    step, and the sentences once, or in each step with `anew`"""
 
     def __init__(self, p, arm="asap", vocab=30522, text=None, anew=False):
         super().__init__()
@@ -49,28 +61,25 @@ class Ours(torch.nn.Module):
             .requires_grad_(False)
         )
         self.anew, self.known = anew, None
-        self.model = ASAP(
-            build_config(
-                p, p.arms[arm].model_dump(by_alias=True), self.text.config.hidden_size, vocab
-            )
+        self.model = build_asap(
+            build_config(p, p.arms[arm].model_dump(), self.text.config.hidden_size, vocab)
         )
 
     def forward(self, b):
-        longest = int((~b["pad"]).sum(1).max())  # as `asap.pretrain.batches.collate` pads
-        b = dict(b, **{k: b[k][:, :longest] for k in ("ids", "of", "pad", "masked", "labels")})
+        longest = int((~b["padding_mask"]).sum(1).max())  # as `asap.pretrain.batches.collate` pads
+        b = dict(b, **{k: b[k][:, :longest] for k in TOKEN_KEYS})
+        mask, of = (~b["padding_mask"]).long(), b["token_to_sentence"]
         with torch.no_grad():
             if self.anew or self.known is None:
-                said = self.text(
-                    b["ids"], attention_mask=(~b["pad"]).long()
-                ).last_hidden_state.float()
-                out = torch.zeros(len(said), SENTENCES, said.shape[-1]).scatter_add(
+                hidden = self.text(b["input_ids"], attention_mask=mask).last_hidden_state.float()
+                out = torch.zeros(len(hidden), SENTENCES, hidden.shape[-1]).scatter_add(
                     1,
-                    b["of"].clamp(min=0)[..., None].expand_as(said),
-                    said * (b["of"] >= 0)[..., None],
+                    of.clamp(min=0)[..., None].expand_as(hidden),
+                    hidden * (of >= 0)[..., None],
                 )
                 self.known = F.normalize(out, dim=-1)
-            words = self.text(b["masked"], attention_mask=(~b["pad"]).long()).last_hidden_state
-        return self.model(dict(b, words=words, sentences=self.known))[0]
+            words = self.text(b["masked_input_ids"], attention_mask=mask).last_hidden_state
+        return self.model(dict(b, token_embeds=words, sentence_embeds=self.known))[0]
 
 
 def batch(p, n, vocab, tokens=TOKENS, real=REAL):
@@ -87,15 +96,15 @@ def batch(p, n, vocab, tokens=TOKENS, real=REAL):
     hide = (torch.rand(n, tokens, generator=g) < 0.75) & (of >= 0)
     return dict(
         image=torch.rand(n, 1, *p.volumes.roi_size, generator=g) * 2 - 1,
-        shares=torch.rand(n, patches, 9, generator=g).softmax(-1),
-        known=torch.ones(n, patches).bool(),
-        order=torch.rand(n, patches, generator=g).argsort(1),
-        ids=ids,
-        of=of,
-        pad=at >= real,
-        masked=ids.masked_fill(hide, 4),
-        labels=ids.masked_fill(~hide, -100),
-        real=torch.ones(n, SENTENCES).bool(),
+        organ_fractions=torch.rand(n, patches, 9, generator=g).softmax(-1),
+        organ_valid=torch.ones(n, patches).bool(),
+        patch_order=torch.rand(n, patches, generator=g).argsort(1),
+        input_ids=ids,
+        token_to_sentence=of,
+        padding_mask=at >= real,
+        masked_input_ids=ids.masked_fill(hide, 4),
+        mlm_labels=ids.masked_fill(~hide, -100),
+        sentence_mask=torch.ones(n, SENTENCES).bool(),
     )
 
 
@@ -133,10 +142,12 @@ def paper():
     return load_params(project_root() / "params/paper.yaml")
 
 
-def memory(
-    which, dtype
-) -> float:  # GB at the peak of one step, above weights, gradients and optimiser state; in a process of its own
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import step; print(step.peak({which!r}, {dtype!r}))"
+def memory(which, dtype) -> float:  # GB
+    "Peak memory of one step beyond weights, gradients and optimizer state, in a separate process"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        f"import step; print(step.peak({which!r}, {dtype!r}))"
+    )
     return float(
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -152,7 +163,7 @@ def peak(which, dtype):
     torch.set_num_threads(2)
     bare, top = resident(), [0]
     model, run = ours(paper()) if which == "ours" else released()
-    run(dtype)  # now the optimiser's state is there
+    run(dtype)  # now the optimizer's state exists
     held = sum(
         q.numel() * q.element_size() * (4 if q.requires_grad else 1) for q in model.parameters()
     )  # weight, gradient, two moments
@@ -174,7 +185,7 @@ def products(threads) -> dict:  # GFLOP/s of this machine's matrix products
     out = {}
     for name, dtype in DTYPES.items():
         a, b = torch.randn(2745, 768).to(dtype), torch.randn(3072, 768).to(dtype)
-        best = min(clock(lambda: F.linear(a, b)) for _ in range(20))
+        best = min(clock(partial(F.linear, a, b)) for _ in range(20))
         out[name] = round(2 * 2745 * 768 * 3072 / best / 1e9)
     return out
 
@@ -199,19 +210,19 @@ def main():
     retain_freed_memory()  # as `fit` does; in one process the plain arm has it too
     if a.profile:
         return profile()
-    arms = {
+    steps = {
         "ours": ours(paper())[1],
         "ours, sentences anew": ours(paper(), anew=True)[1],
         "released": released()[1],
     }
-    best = {(w, d): float("inf") for w in arms for d in DTYPES}
+    best = {(w, d): float("inf") for w in steps for d in DTYPES}
     for r in range(a.repeat + 1):  # the first turn warms up
         for which, dtype in best:
-            t = clock(lambda: arms[which](dtype))
+            t = clock(partial(steps[which], dtype))
             if r:
                 best[which, dtype] = min(best[which, dtype], t)
             log_message(f"turn {r}: {which} {dtype} {t:.2f} s")
-    fastest = {w: min(best[w, d] for d in DTYPES) for w in arms}
+    fastest = {w: min(best[w, d] for d in DTYPES) for w in steps}
     out = dict(
         seconds={f"{w} {d}": round(t, 3) for (w, d), t in best.items()},
         ratio=round(fastest["ours"] / fastest["released"], 3),
@@ -220,7 +231,7 @@ def main():
         products_gflops=products(a.threads),
         threads=a.threads,
     )
-    del arms
+    del steps
     if not a.no_memory:
         out["memory_gb"] = {
             f"{w} {d}": round(memory(w, d), 2) for w in ("ours", "released") for d in DTYPES
@@ -235,16 +246,16 @@ def main():
         16,
         1000,
         dict(
-            hidden_size=p.text.dim,
-            num_hidden_layers=p.text.depth,
-            num_attention_heads=p.text.heads,
-            intermediate_size=4 * p.text.dim,
+            hidden_size=p.text.embed_dim,
+            num_hidden_layers=p.text.num_layers,
+            num_attention_heads=p.text.num_heads,
+            intermediate_size=4 * p.text.embed_dim,
         ),
         tokens=160,
         real=140,
     )[1]
     out["built_in_batch_16"] = {
-        d: round(min(clock(lambda: small(d)) for _ in range(8)), 3) for d in DTYPES
+        d: round(min(clock(partial(small, d)) for _ in range(8)), 3) for d in DTYPES
     }
     print(json.dumps(out, indent=1))
     if a.save:

@@ -91,7 +91,9 @@ class Tab:
         while not self.run(f"new Promise(r => requestAnimationFrame(() => r(Boolean({code}))))"):
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"{code} is not true after {seconds} s; the page says: {self.run('document.body.innerText.slice(0, 300)')!r}; its console: {self.complaints}"
+                    f"{code} is not true after {seconds} s; "
+                    f"the page says: {self.run('document.body.innerText.slice(0, 300)')!r}; "
+                    f"its console: {self.complaints}"
                 )
 
     def picture(self, selector=None) -> bytes:  # PNG
@@ -99,7 +101,8 @@ class Tab:
         if selector:
             clip = dict(
                 clip=self.run(
-                    f"(r => ({{x: r.x, y: r.y, width: r.width, height: r.height, scale: 1}}))(document.querySelector({selector!r}).getBoundingClientRect())"
+                    f"(r => ({{x: r.x, y: r.y, width: r.width, height: r.height, scale: 1}}))"
+                    f"(document.querySelector({selector!r}).getBoundingClientRect())"
                 )
             )
         return base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"])

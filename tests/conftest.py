@@ -10,11 +10,13 @@ PAGES = sorted(
 )
 STAGES = sorted((TOP / "nbs/stages").glob("*.ipynb"))
 
+# The longest files: one worker runs the smoke study while the other runs pages; the second file
+# that uses the study finds it ready
 FIRST = [
     "test_study.py",
     "test_pages.py",
     "test_study_data.py",
-]  # the longest files: one worker makes the smoke study while the other runs pages; the second file on it finds it made
+]
 
 
 def pytest_collection_modifyitems(items):

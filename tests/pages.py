@@ -196,7 +196,8 @@ def stale(notebook, made):
 
 
 def refreshed(notebook, made):
-    """The notebook with the outputs in `made`, where outputs are stored or the cell is tagged `show`
+    """The notebook with the outputs in `made`, where outputs are stored or the cell is tagged
+    `show`
 
     Text that says the same stays as it is stored, digit for digit."""
     cells = []
@@ -342,9 +343,8 @@ def page(path, top, log, refresh=""):
     from joblib.externals.loky import get_reusable_executor
 
     notebook, made = run(path)
-    get_reusable_executor().shutdown(
-        kill_workers=True
-    )  # else this process, being nobody's main one, waits until they have been idle for five minutes
+    # Otherwise this process waits until the workers have been idle for five minutes
+    get_reusable_executor().shutdown(kill_workers=True)
     if made is None:
         sys.exit(1)
     found = list(stale(notebook, made))
@@ -356,7 +356,8 @@ def page(path, top, log, refresh=""):
         print(f"{name}, cell {cell}:\n  stored: {before}\n  now:    {after}")
     if found and not refresh:
         print(
-            f"Read the differences. Where the new output is right, store it: `make refresh NB={name}`."
+            f"Read the differences. Where the new output is right, "
+            f"store it: `make refresh NB={name}`."
             " Where it differs from run to run (times), tag the cell `volatile`."
         )
     sys.exit(1 if found and not refresh else 0)

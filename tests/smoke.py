@@ -1,4 +1,5 @@
-"The smoke study, made once for all test files that change something in it, and what they run it with"
+"""The smoke study, made once for all test files that change something in it, and what they run
+it with"""
 
 import contextlib
 import hashlib
@@ -88,7 +89,8 @@ def kill_when(clone, there, *args):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, worker_id):
-    "A clone at smoke scale in which the whole study has run once; each file of tests has a copy of its own"
+    """A clone at smoke scale in which the whole study has run once; each file of tests has a
+    copy of its own"""
     shared = (
         tmp_path_factory.getbasetemp()
         if worker_id == "master"

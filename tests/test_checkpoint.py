@@ -38,10 +38,13 @@ from asap.pretrain.checkpoint import (
 def table(grid, dim) -> np.ndarray:  # (N,dim), patch by patch
     "Sines and cosines, written out"
     per = dim // 6
-    angle = lambda index: [index * 10000 ** (-i / per) for i in range(per)]
-    row = lambda place: [
-        f(a) for index in place for f in (math.sin, math.cos) for a in angle(index)
-    ]
+
+    def angle(index):
+        return [index * 10000 ** (-i / per) for i in range(per)]
+
+    def row(place):
+        return [f(a) for index in place for f in (math.sin, math.cos) for a in angle(index)]
+
     return np.array(
         [row((h, w, d)) for h in range(grid[0]) for w in range(grid[1]) for d in range(grid[2])]
     )
@@ -50,9 +53,16 @@ def table(grid, dim) -> np.ndarray:  # (N,dim), patch by patch
 def weights(dim, depth, patch, grid, seed=0, pos=None) -> dict:
     "What stands under `model`: an encoder, and what is left out of it"
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape, std=0.05: torch.randn(shape, generator=g) * std
-    layer = lambda k, o, i: {f"{k}.weight": draw(o, i), f"{k}.bias": draw(o)}
-    norm = lambda k, n: {f"{k}.weight": 1 + draw(n), f"{k}.bias": draw(n)}
+
+    def draw(*shape, std=0.05):
+        return torch.randn(shape, generator=g) * std
+
+    def layer(k, o, i):
+        return {f"{k}.weight": draw(o, i), f"{k}.bias": draw(o)}
+
+    def norm(k, n):
+        return {f"{k}.weight": 1 + draw(n), f"{k}.bias": draw(n)}
+
     pos = torch.tensor(table(grid, dim)).float() if pos is None else pos
     w = {
         "cls_token": draw(1, 1, dim),
@@ -87,8 +97,13 @@ def weights(dim, depth, patch, grid, seed=0, pos=None) -> dict:
 
 def by_hand(w, x, heads) -> tuple:  # tokens before the last norm, and after it
     "The format, read line by line: convolution, places, class token, blocks"
-    norm = lambda k, h: F.layer_norm(h, h.shape[-1:], w[f"{k}.weight"], w[f"{k}.bias"], eps=1e-6)
-    layer = lambda k, h: F.linear(h, w[f"{k}.weight"], w[f"{k}.bias"])
+
+    def norm(k, h):
+        return F.layer_norm(h, h.shape[-1:], w[f"{k}.weight"], w[f"{k}.bias"], eps=1e-6)
+
+    def layer(k, h):
+        return F.linear(h, w[f"{k}.weight"], w[f"{k}.bias"])
+
     p = w["patch_embed.proj.weight"]
     h = (
         F.conv3d(x, p, w["patch_embed.proj.bias"], stride=p.shape[2:]).flatten(2).transpose(1, 2)
@@ -306,7 +321,8 @@ def test_a_learnt_table_of_another_grid_asks_for_its_size(tmp_path, capsys):
     w = weights(**SMALL, pos=torch.randn(24, 48))
     with pytest.raises(
         ValueError,
-        match="`pos_embed` has 24 patches of 4x6x2 voxels, expected a whole number in 224x224x112: say in `size`",
+        match="`pos_embed` has 24 patches of 4x6x2 voxels, "
+        "expected a whole number in 224x224x112: say in `size`",
     ):
         load(write(tmp_path / "a.pth", w), heads=3)
     w = weights(48, 1, (16, 16, 8), (14, 14, 14), pos=torch.randn(2744, 48))
@@ -324,7 +340,8 @@ def test_heads_that_do_not_divide_are_refused(small):
     for heads, found in ((None, 0), (7, 7)):
         with pytest.raises(
             ValueError,
-            match=f"48 channels are not a whole number of heads \\({found}\\): say how many in `heads`",
+            match=f"48 channels are not a whole number of heads \\({found}\\): "
+            "say how many in `heads`",
         ):
             load(small, heads=heads)
 
@@ -839,13 +856,16 @@ def test_the_card_says_what_it_is(model):
 
 def test_licence_and_revision(tmp_path, monkeypatch):
     assert checkpoint.code_license() == "Apache-2.0"
-    git = lambda *a: subprocess.run(
-        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *a],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+
+    def git(*a):
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *a],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+
     monkeypatch.setenv("ASAP_ROOT", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert checkpoint.git_revision() is None and checkpoint.code_license() == "not said"

@@ -275,7 +275,8 @@ def test_passes(what, tmp_path):
 
 
 def test_masks():
-    "A mask of the same grid, of a part of it, with its axes turned; one whose header was lost, and one of another scan"
+    """A mask of the same grid, of a part of it, with its axes turned; one whose header was lost,
+    and one of another scan"""
     v = read_phantom()
     check_mask(C.labels.shape, C.affine, v)
     part = C.affine.copy()
@@ -305,13 +306,15 @@ def test_the_command(tmp_path, capsys):
     assert main(["check", str(tmp_path / "in/good.nii.gz"), str(tmp_path / "in/series")]) == 0
     assert main(["check", str(tmp_path / "in")]) == 1
     lines = [
-        l
-        for l in capsys.readouterr().out.splitlines()
-        if "twice" in l or "good" in l or "series" in l
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "twice" in line or "good" in line or "series" in line
     ]
     assert (
-        sum(l.startswith("REFUSED  twice: ") for l in lines) == 1
-        and sum(l.startswith("ok       good: NIfTI 96x96x48, 3.5x3.5x7 mm, RAS") for l in lines)
+        sum(line.startswith("REFUSED  twice: ") for line in lines) == 1
+        and sum(
+            line.startswith("ok       good: NIfTI 96x96x48, 3.5x3.5x7 mm, RAS") for line in lines
+        )
         == 2
     )
     assert main(["check", str(tmp_path / "nowhere")]) == 1

@@ -1,4 +1,5 @@
-"`asap zero-shot`, `ground` and `embed`: what is written, where it lies, and that nothing is written for what is no CT"
+"""`asap zero-shot`, `ground` and `embed`: what is written, where it lies, and that nothing is
+written for what is no CT"""
 
 import resource
 import shutil
@@ -424,8 +425,12 @@ def scans(tmp_path_factory):
     "name, command", [("totalsegmentator_chest", "ground"), ("pyradiomics_lung1", "zero-shot")]
 )
 def test_real_chests_in_time(scans, name, command, tmp_path):
-    "Less than 25 s of one processor from the shell, libraries loaded; their places are checked above"
-    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    """Less than 25 s of one processor from the shell, libraries loaded; their places are checked
+    above"""
+
+    def spent():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     start = spent()
     done = subprocess.run(
         [

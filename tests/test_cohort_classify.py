@@ -1,4 +1,5 @@
-"STOIC, RAD-ChestCT, INSPECT and RSPECT: miniatures in the owners' layout, read, prepared and damaged"
+"""STOIC, RAD-ChestCT, INSPECT and RSPECT: miniatures in the owners' layout, read, prepared and
+damaged"""
 
 import shutil
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_prepared(made, name, tmp_path):
     "name,kind,damage", [(n, k, d) for n in NAMES for k in FILES[n] for d in DAMAGES]
 )
 def test_damage_is_named(made, name, kind, damage, tmp_path):
-    "A damaged file is an error that names it, or a case left out by name; never a surprise of a library"
+    """A damaged file is an error that names it, or a case left out by name; never a surprise of
+    a library"""
     root = tmp_path / name
     shutil.copytree(made[name][0], root)
     f = sorted(root.glob(kind))[0]

@@ -1,4 +1,5 @@
-"Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay apart, same seed same bytes"
+"""Cohorts of segmentation: counts, volumes and targets, what breaks is named, patients stay
+apart, same seed same bytes"""
 
 import functools
 import sys
@@ -88,7 +89,8 @@ def made(tmp_path_factory):
 def complaints(
     name, root, tmp, near=""
 ) -> list[str]:  # `near`: look only at the cases that mention it
-    "All that read, prepare and the reading of targets say; other errors than ValueError and FileNotFoundError are failures"
+    """All that read, prepare and the reading of targets say; other errors than ValueError and
+    FileNotFoundError are failures"""
     mod = adapter(name)
     try:
         t, bad = mod.read(root)
@@ -237,9 +239,12 @@ def test_a_missing_case_moves_nobody(name, made):
 @pytest.mark.parametrize("name", WRITE)
 def test_same_seed_same_bytes(name, made, tmp_path):
     few = WRITE[name] | dict(n_train=2 if WRITE[name]["n_train"] else 0, n_test=1)
-    bytes_of = lambda root: {
-        f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()
-    }
+
+    def bytes_of(root):
+        return {
+            f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()
+        }
+
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         adapter(name).write(tmp_path / folder, seed=seed, **few, **SMALL)
     a, b, c = (bytes_of(tmp_path / folder) for folder in "abc")

@@ -210,9 +210,11 @@ def test_a_list_of_another_kind_is_named(key, text, copy):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_same_seed_same_bytes_and_other_seed_other_patients(key, tmp_path):
-    bytes_of = lambda root: {
-        f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()
-    }
+    def bytes_of(root):
+        return {
+            f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()
+        }
+
     a, b, c = (
         bytes_of(make(key, tmp_path / n / key, seed, 1, 1))
         for n, seed in (("a", 5), ("b", 5), ("c", "six"))
@@ -221,13 +223,16 @@ def test_same_seed_same_bytes_and_other_seed_other_patients(key, tmp_path):
 
 
 def test_cohorts_hold_different_patients(raw):
-    small = lambda v: volumes.standardize(v, (14.0, 14.0, 14.0)).hu[8:16, 8:16, 8:16]
+    def small(v):
+        return volumes.standardize(v, (14.0, 14.0, 14.0)).hu[8:16, 8:16, 8:16]
+
     fumpe, btcv = (volumes.read(adapter(k).read(raw[k])[0].image[0]) for k in ("fumpe", "btcv"))
     assert not np.array_equal(small(fumpe), small(btcv))
 
 
 def test_acdc_names_the_patients_that_leak(raw, capsys):
-    "The released list is applied with the leak named and mended: patients on both sides are tested on alone"
+    """The released list is applied with the leak named and mended: patients on both sides are
+    tested on alone"""
     m = adapter("acdc")
     t, bad = m.read(raw["acdc-released"])
     lists = read_split_files(raw["acdc-released"] / "dataset.json")
@@ -252,7 +257,8 @@ def test_acdc_does_without_the_whole_beat(copy, raw):
 def test_the_list_with_most_to_train_on_is_read(copy):
     root = copy("btcv-released")
     (root / "dataset_10.json").write_text(
-        '{"training": [{"image": "imagesTr/btcv_001.nii.gz", "label": "labelsTr/btcv_001.nii.gz"}], "testing": []}'
+        '{"training": [{"image": "imagesTr/btcv_001.nii.gz", '
+        '"label": "labelsTr/btcv_001.nii.gz"}], "testing": []}'
     )
     assert len(adapter("btcv").read(root)[0]) == 6
 

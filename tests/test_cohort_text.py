@@ -116,7 +116,8 @@ def test_prepared(name, minis, tmp_path):
 
 
 def test_first_release(minis, tmp_path):
-    "The same volumes as the fixed release; never read without slope and intercept, never with them twice"
+    """The same volumes as the fixed release; never read without slope and intercept, never with
+    them twice"""
     fixed, _ = ADAPTERS["ct_rate"].read(minis["ct_rate"])
     first, _ = ADAPTERS["ct_rate"].read(minis["first"])
     assert ct_rate.detect_release(minis["first"]) == "first" and set(first.intercept) == {
@@ -202,9 +203,14 @@ def test_a_harmed_file_is_named(name, file, how, minis, tmp_path):
     root = tmp_path / "all" / name
     harm(root / file, how)
     if file.endswith(".csv") and name in ("ct_rate", "radgenome", "first") or file.endswith(".txt"):
-        run = lambda: (lambda tb: (*tb, {r["case"] for r in tb[1].rows}))(ADAPTERS[name].read(root))
+
+        def run():
+            return (lambda tb: (*tb, {r["case"] for r in tb[1].rows}))(ADAPTERS[name].read(root))
     else:
-        run = lambda: through(name, root, tmp_path)
+
+        def run():
+            return through(name, root, tmp_path)
+
     try:
         left = run()[2]
     except (ValueError, FileNotFoundError) as e:
@@ -217,7 +223,8 @@ def test_a_harmed_file_is_named(name, file, how, minis, tmp_path):
 
 
 def test_a_deleted_volume_is_not_asked_about(minis, tmp_path):
-    "RadGenome names the missing volume: out of the table by name, and an error where its questions are asked"
+    """RadGenome names the missing volume: out of the table by name, and an error where its
+    questions are asked"""
     shutil.copytree(minis["radgenome"].parent, tmp_path / "all")
     next((tmp_path / "all/ct_rate").rglob("train_2_a_1.nii.gz")).unlink()
     for f in (tmp_path / "all/ct_rate/dataset").rglob("train_2_a_1.nii.gz"):
@@ -414,7 +421,8 @@ def test_contrast_as_reports_tell_it(text, given):
 
 @pytest.mark.parametrize("name", ["ct_rate", "first"])
 def test_kernels_where_metadata_says_none(name, minis, tmp_path, capsys):
-    "A column or a row that is not there empties kernels and nothing else; a table that is cut off is named"
+    """A column or a row that is not there empties kernels and nothing else; a table that is cut
+    off is named"""
     shutil.copytree(minis[name], tmp_path / name)
     whole, f = (
         ADAPTERS["ct_rate"].read(tmp_path / name)[0],

@@ -1,4 +1,5 @@
-"All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two sides, lists, copies, kills, a cluster"
+"""All 18 data sets alike: from the owners' layout to a batch, what is in them, nobody on two
+sides, lists, copies, kills, a cluster"""
 
 import contextlib
 import hashlib
@@ -145,7 +146,8 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nobody_on_two_sides(name, made):
-    "Patients, and so the reconstructions of a scan; small label fractions lie inside the larger ones, by patient"
+    """Patients, and so the reconstructions of a scan; small label fractions lie inside the
+    larger ones, by patient"""
     _, t = made[name]
     assert (t.groupby("patient").split.nunique() == 1).all() and (
         t.groupby("scan").patient.nunique() == 1
@@ -203,12 +205,15 @@ def test_how_each_case_was_acquired(name, root, made):
 def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
     "As its metadata, its reports and its headers say"
     a, d = load_acquisition("ct_rate", root).set_index("case"), root / "data/ct_rate/dataset"
-    both = lambda *files: (
-        pd.concat([pd.read_csv(d / f) for f in files])
-        .assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz"))
-        .set_index("case")
-        .loc[a.index]
-    )
+
+    def both(*files):
+        return (
+            pd.concat([pd.read_csv(d / f) for f in files])
+            .assign(case=lambda t: t.VolumeName.str.removesuffix(".nii.gz"))
+            .set_index("case")
+            .loc[a.index]
+        )
+
     said = both("metadata/train_metadata.csv", "metadata/validation_metadata.csv")
     technique = both(
         "radiology_text_reports/train_reports.csv", "radiology_text_reports/validation_reports.csv"
@@ -228,12 +233,18 @@ def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
 
 
 def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
-    "A case that is reused keeps it; one whose record is older is made anew, with the same voxels; without metadata the kernels alone are lost"
+    """A case that is reused keeps it; one whose record is older is made anew, with the same
+    voxels; without metadata the kernels alone are lost"""
     for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))):
         shutil.copytree(root / d, tmp_path / d)
     here, volumes = tmp_path / "build/cohorts/ct_rate", tmp_path / "build/volumes/ct_rate"
-    stamp = lambda: {f.name: f.stat().st_mtime_ns for f in volumes.glob("*.nii")}
-    files = lambda: [(here / f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
+
+    def stamp():
+        return {f.name: f.stat().st_mtime_ns for f in volumes.glob("*.nii")}
+
+    def files():
+        return [(here / f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
+
     before, first = stamp(), files()
     (here / "acquired.csv").unlink()
     ready("ct_rate", tmp_path)
@@ -275,10 +286,14 @@ def test_a_lost_patient_moves_at_most_one_other(root, made, tmp_path):
 
 
 def test_absent_and_pointed_to(root, made, tmp_path, capsys):
-    "One that is not there is left out by name; one that a line points to is read where it lies, and nothing is written there"
+    """One that is not there is left out by name; one that a line points to is read where it
+    lies, and nothing is written there"""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/stoic.path").write_text(f"{root / 'data/stoic'}\n")
-    stamp = lambda: {f: f.stat().st_mtime_ns for f in (root / "data/stoic").rglob("*")}
+
+    def stamp():
+        return {f: f.stat().st_mtime_ns for f in (root / "data/stoic").rglob("*")}
+
     before = stamp()
     assert (
         ready("acdc", tmp_path) == dict(cohort="acdc", there=False)
@@ -323,7 +338,10 @@ def test_what_is_there_twice(root, tmp_path):
     "A copy of a volume and of a report in the test set are found, and counted as leaks"
     shutil.copytree(root / "data/ct_rate", tmp_path / "data/ct_rate")
     d = tmp_path / "data/ct_rate/dataset"
-    one = lambda s: next((d / f"{s}_fixed").rglob(f"{s}_1_a_1.nii.gz"))
+
+    def one(s):
+        return next((d / f"{s}_fixed").rglob(f"{s}_1_a_1.nii.gz"))
+
     shutil.copyfile(one("train"), one("valid"))
     trained, tested = (
         pd.read_csv(f)
@@ -439,9 +457,10 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
 def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     "What is put aside or taken back is whole, or not there"
     t = toy(tmp_path, 3)
-    go = lambda table: prepare_cases(
-        table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept"
-    )
+
+    def go(table):
+        return prepare_cases(table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept")
+
     go(t)
     first = {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()}
     other = t.assign(image=list(t.image[1:]) + [t.image[0]])
@@ -453,7 +472,8 @@ def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
 
 
 def leave(folder):
-    "What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in each folder"
+    """What macOS leaves beside each file, what its archives unpack to, and what Finder leaves in
+    each folder"""
     for f in [f for f in folder.rglob("*") if f.is_file()]:
         for to in (f.parent, folder / "__MACOSX" / f.parent.relative_to(folder)):
             to.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"Broken files, folders without permission, a full disk, a kill, two at once: nothing half-written is taken for whole, nothing is lost"
+"""Broken files, folders without permission, a full disk, a kill, two at once: nothing half-
+written is taken for whole, nothing is lost"""
 
 import contextlib
 import os
@@ -205,7 +206,7 @@ def whole(folder) -> set:  # the numbers that the volumes hold; fails on half a 
 def test_a_kill_while_writing_leaves_whole_files(tmp_path):
     for n in range(1, 6):
         p = start(tmp_path, n)
-        wait_for(lambda: list(tmp_path.glob("[0-9].nii.gz")) and n in whole(tmp_path))
+        wait_for(lambda n=n: list(tmp_path.glob("[0-9].nii.gz")) and n in whole(tmp_path))
         p.send_signal(signal.SIGKILL)
         p.wait()
         whole(tmp_path)
@@ -260,7 +261,8 @@ def test_a_changed_number_and_a_kill_do_not_mix(tmp_path):
 
 
 def test_embed_and_standardise_quarantine(tmp_path, capsys):
-    "A folder with a broken scan: the others are done, the broken one is named, and the exit code is 1"
+    """A folder with a broken scan: the others are done, the broken one is named, and the exit
+    code is 1"""
     write(C.hu, C.affine, tmp_path / "in/good.nii.gz")
     (tmp_path / "in/broken.nii.gz").write_text("no volume")
     assert (

@@ -1,4 +1,5 @@
-"A marker at a known place in the world is there after reading, standardising and writing, in every format"
+"""A marker at a known place in the world is there after reading, standardising and writing, in
+every format"""
 
 import tempfile
 from pathlib import Path
@@ -31,7 +32,8 @@ angle = st.one_of(st.just(0.0), st.floats(-0.4, 0.4))
 
 @st.composite
 def layouts(draw):
-    "A format, an affine with flips, swapped axes, other spacing along each and a turn, and where the marker is"
+    """A format, an affine with flips, swapped axes, other spacing along each and a turn, and
+    where the marker is"""
     form = draw(st.sampled_from(FORMS))
     spacing = [draw(st.floats(0.7, 4)) for _ in range(3)]
     order = draw(st.permutations(range(3)))

@@ -1,4 +1,5 @@
-"Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both releases of CT-RATE, and what is not there"
+"""Grounding: who hits on hand-made maps, strangers, intervals by patient, masks through both
+releases of CT-RATE, and what is not there"""
 
 import hashlib
 import json
@@ -85,7 +86,8 @@ def test_a_grazed_patch_does_not_count():
 def test_a_stranger_is_judged_by_the_mask_of_the_sentence():
     r = played([1, 1], [0, 0], [1, 1])
     assert r.shuffled_scan.tolist() == [1, 0], (
-        "patch 0 is the first one's lesion: pointing at it on the second one's scan is what position alone gives"
+        "patch 0 is the first one's lesion: "
+        "pointing at it on the second one's scan is what position alone gives"
     )
 
 
@@ -354,7 +356,8 @@ def test_what_the_crop_does_not_show_is_counted(study):
 
 
 def test_patches_are_counted_as_the_encoder_counts_them(study):
-    "A mask's patch is the patch of the image that holds it: one voxel, followed through reading, crop and cutting"
+    """A mask's patch is the patch of the image that holds it: one voxel, followed through
+    reading, crop and cutting"""
     root, cohort = study
     said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
     g = said[said.case == said.case.iloc[0]].assign(

@@ -22,7 +22,8 @@ def test_page(page, tmp_path):
         run.kill()
         run.join()
     assert run.exitcode == 0, (
-        f"{'stopped after ten minutes' if late else f'exit code {run.exitcode}'}: {(tmp_path / 'log').read_text(errors='replace')[-12000:]}"
+        f"{'stopped after ten minutes' if late else f'exit code {run.exitcode}'}: "
+        f"{(tmp_path / 'log').read_text(errors='replace')[-12000:]}"
     )
 
 

@@ -50,14 +50,19 @@ def test_the_command_refuses_none(scans, capsys):
     assert main(["check", *[str(scans[n] / s.image) for n, s in real.SCANS.items()]]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6, lines
-    assert not any(l.startswith("REFUSED") for l in lines)
+    assert not any(line.startswith("REFUSED") for line in lines)
     assert (
-        sum("DICOM 512x512x20, 0.977x0.977x2 mm" in l and "covers 40 mm" in l for l in lines) == 1
+        sum(
+            "DICOM 512x512x20, 0.977x0.977x2 mm" in line and "covers 40 mm" in line
+            for line in lines
+        )
+        == 1
     )
 
 
 def test_organs_lie_on_the_chest(scans):
-    "Heart and aorta of the masks are solid and in the middle; the lobes, which nobody segmented, are unknown"
+    """Heart and aorta of the masks are solid and in the middle; the lobes, which nobody
+    segmented, are unknown"""
     s, files = real.SCANS["totalsegmentator_chest"], scans["totalsegmentator_chest"]
     std = standardize(load_checked(files / s.image)[0], P.volumes.spacing)
     m = merge_class_masks(
@@ -76,7 +81,8 @@ def test_organs_lie_on_the_chest(scans):
 
 
 def test_two_ways_to_bring_masks_agree(scans):
-    "A multi-label file and a folder of one file a class, of one segmentation, give the same organ map"
+    """A multi-label file and a folder of one file a class, of one segmentation, give the same
+    organ map"""
     s, files = real.SCANS["totalsegmentator_part"], scans["totalsegmentator_part"]
     std = standardize(load_checked(files / s.image)[0], (3, 3, 3))
     groups = dict(liver=["liver"], aorta=["aorta"], bowel=["colon", "small_bowel"])

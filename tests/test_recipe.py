@@ -1,4 +1,5 @@
-"""What the released code gets wrong, P1 to P21 of the table on nbs/5_model/54_asap.ipynb: each check fails on the faulty behaviour."""
+"""What the released code gets wrong, P1 to P21 of the table on nbs/5_model/54_asap.ipynb: each
+check fails on the faulty behaviour."""
 
 import subprocess
 import tracemalloc
@@ -26,8 +27,14 @@ from asap.text.encoder import load, train_text_encoder
 from asap.text.sentences import join_report, split_sentences
 
 P = load_params(project_root() / "params/smoke.yaml")
-unit = lambda *s: F.normalize(torch.randn(*s), dim=-1)
-row = lambda name, **k: dict(P.arms[name].model_dump(by_alias=True), **k)
+
+
+def unit(*s):
+    return F.normalize(torch.randn(*s), dim=-1)
+
+
+def row(name, **k):
+    return dict(P.arms[name].model_dump(by_alias=True), **k)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +75,20 @@ def test_P1_the_head_that_sets_k_learns(study):
 
 def test_P2_padding_is_no_negative():
     region, text, frozen, real, patches, k = sentences()
-    wide = lambda t: torch.cat([t, torch.randn(3, 7, *t.shape[2:])], 1)
+
+    def wide(t):
+        return torch.cat([t, torch.randn(3, 7, *t.shape[2:])], 1)
+
     longer = torch.cat([real, torch.zeros(3, 7).bool()], 1)
     assert torch.allclose(
         intra_report_loss(wide(region), wide(text), wide(frozen), longer, 14.0),
         intra_report_loss(region, text, frozen, real, 14.0),
         atol=1e-5,
     )
-    one = lambda t: t[:1, :3]
+
+    def one(t):
+        return t[:1, :3]
+
     alone = intra_report_loss(one(region), one(text), one(frozen), one(real), 14.0)
     beside = intra_report_loss(
         region[[0, 1]],
@@ -304,20 +317,22 @@ def test_P17_resuming_brings_back_the_optimiser(tmp_path):
             raise KeyboardInterrupt
         return ((m(b["x"]) - b["y"]) ** 2).mean(), {}
 
-    go = lambda m, where: fit(
-        m,
-        loss,
-        Data(),
-        steps=12,
-        batch=4,
-        lr=0.1,
-        seed=0,
-        folder=tmp_path / where,
-        save_every=4,
-        precision_="no",
-        matrices=[m[0].weight],
-        matrix_lr=0.1,
-    )
+    def go(m, where):
+        return fit(
+            m,
+            loss,
+            Data(),
+            steps=12,
+            batch=4,
+            lr=0.1,
+            seed=0,
+            folder=tmp_path / where,
+            save_every=4,
+            precision_="no",
+            matrices=[m[0].weight],
+            matrix_lr=0.1,
+        )
+
     stop = None
     whole = model()
     go(whole, "whole")
@@ -357,15 +372,17 @@ def test_P19_no_worker_repeats_a_crop(study):
 
     from asap.train import EpochBatchSampler
 
-    read_ = lambda n: [
-        b["image"]
-        for b in DataLoader(
-            study.data,
-            batch_sampler=EpochBatchSampler(6, 3, 8, seed=0),
-            collate_fn=lambda r: collate(r, study.text, 0.75),
-            num_workers=n,
-        )
-    ]
+    def read_(n):
+        return [
+            b["image"]
+            for b in DataLoader(
+                study.data,
+                batch_sampler=EpochBatchSampler(6, 3, 8, seed=0),
+                collate_fn=lambda r: collate(r, study.text, 0.75),
+                num_workers=n,
+            )
+        ]
+
     alone, many = read_(0), read_(2)
     assert (
         all(torch.equal(a, b) for a, b in zip(alone, many))
@@ -388,7 +405,10 @@ def test_P21_the_affine_is_that_of_the_grid():
     old[:3, 3] = -30, 12, 5
     shape, new = standard_grid((141, 140, 97), old, (1.5, 1.5, 3.0))
     assert np.allclose(np.diag(new)[:3], (1.5, 1.5, 3.0))
-    middle = lambda shape, affine: affine[:3] @ [*(np.array(shape) - 1) / 2, 1]
+
+    def middle(shape, affine):
+        return affine[:3] @ [*(np.array(shape) - 1) / 2, 1]
+
     assert np.abs(middle(shape, new) - middle((141, 140, 97), old)).max() < 0.01, (
         "rounding the size moves nothing and scales nothing"
     )

@@ -1,4 +1,5 @@
-"What is usable of a data set: each fault is named, each sound case is listed, nothing is written beside the data"
+"""What is usable of a data set: each fault is named, each sound case is listed, nothing is
+written beside the data"""
 
 import os
 import re
@@ -49,7 +50,10 @@ def scout(folder):  # a second series in a folder
 
 def break_(root) -> dict:  # case -> kind of its refusal
     t = pd.read_csv(root / "cases.csv", dtype=str, keep_default_na=False)
-    of = lambda n: t.index[t.patient == f"p{n:04d}"][0]
+
+    def of(n):
+        return t.index[t.patient == f"p{n:04d}"][0]
+
     image, organs = (lambda n: root / t.image[of(n)]), (lambda n: root / t.organ_map[of(n)])
     f = image(1)
     f.write_bytes(f.read_bytes()[:20000])
@@ -124,7 +128,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(whole, tmp_path_factory):
-    "The miniature with its faults, and what the command made of it: root, kinds, printed lines, page, exit code"
+    """The miniature with its faults, and what the command made of it: root, kinds, printed
+    lines, page, exit code"""
     here = tmp_path_factory.mktemp("broken")
     root = here / "hospital"
     shutil.copytree(whole, root)
@@ -263,7 +268,7 @@ def test_exit_codes_and_lines(whole, broken, tmp_path, capsys):
     )
     assert main(["check", str(broken["root"]), "--cohort", "own"]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert {l.split()[1].rstrip(":") for l in out if l.startswith("REFUSED  p")} == {
+    assert {line.split()[1].rstrip(":") for line in out if line.startswith("REFUSED  p")} == {
         c for c in broken["kinds"] if c.startswith("p")
     }
     assert (
@@ -306,7 +311,8 @@ def test_columns_of_other_names(whole, tmp_path, monkeypatch, capsys):
     assert main(["check", str(root)]) in (0, 1)  # loose scans, with a hint
     said = capsys.readouterr()
     assert (
-        "holds export.csv: to check it as a data set, name the table in params.yaml, cohorts.own.csv (now cases.csv)"
+        "holds export.csv: to check it as a data set, "
+        "name the table in params.yaml, cohorts.own.csv (now cases.csv)"
         in said.err
         and "usable   " not in said.out
     )

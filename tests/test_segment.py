@@ -1,4 +1,5 @@
-"Outlines: round trips through every format and grid, windows, what a killed training leaves, what a bad mask does"
+"""Outlines: round trips through every format and grid, windows, what a killed training leaves,
+what a bad mask does"""
 
 import os
 import signal
@@ -38,7 +39,8 @@ def dice(a, b):
 
 
 def turned(form="same"):
-    "The phantom's scan and lungs on another scanner's grid: the same, flipped, with swapped axes, oblique"
+    """The phantom's scan and lungs on another scanner's grid: the same, flipped, with swapped
+    axes, oblique"""
     hu, m, a = C.hu, LUNGS, C.affine
     if form == "same":
         return hu, m, a
@@ -358,7 +360,10 @@ def test_the_baseline_is_of_like_size():
         p.model.num_heads,
         p.model.stem.model_dump(),
     )
-    count = lambda m: sum(q.numel() for q in m.parameters())
+
+    def count(m):
+        return sum(q.numel() for q in m.parameters())
+
     ours, plain = (
         count(unetr.Unetr(vit, 4, p.segment.feature_size)),
         count(unetr.build_unet(4, p.volumes.roi_size, p.segment.feature_size)),

@@ -1,4 +1,5 @@
-"Sentences of real reports: fragments with the sentences that a careful reader sees, and what holds for any text"
+"""Sentences of real reports: fragments with the sentences that a careful reader sees, and what
+holds for any text"""
 
 import re
 import time
@@ -140,7 +141,9 @@ def test_nothing_lost_and_none_empty():
 
 
 def test_split_again():
-    letters = lambda sentences: "".join(c for s in sentences for c in s if c.isalpha())
+    def letters(sentences):
+        return "".join(c for s in sentences for c in s if c.isalpha())
+
     for seed in range(1000):
         once = split_sentences(some(seed))
         assert letters(split_sentences(" ".join(once))) == letters(once), seed

@@ -1,4 +1,5 @@
-"Weights that were trained once: taken where their recipe is still the recipe, else trained from nothing"
+"""Weights that were trained once: taken where their recipe is still the recipe, else trained
+from nothing"""
 
 from types import SimpleNamespace
 

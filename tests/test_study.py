@@ -1,4 +1,5 @@
-"The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what changed, it survives a kill"
+"""The study end to end at smoke scale, in a temporary clone: it runs, it rests, it reruns what
+changed, it survives a kill"""
 
 import json
 import re

@@ -18,7 +18,8 @@ def listing(folder):
 
 
 def test_other_data_in_and_back_again(clone, tmp_path):
-    "The README's three lines: a folder and a line that points to one, run, and back; what did not change is not made again"
+    """The README's three lines: a folder and a line that points to one, run, and back; what did
+    not change is not made again"""
     other, far = tmp_path / "mine", tmp_path / "far/ct_rate"
     draw = (
         "import sys; from asap.data.adapter import get_cohort; a = get_cohort(sys.argv[1]); "

@@ -70,7 +70,10 @@ def place(tmp_path_factory):
 def scan(place):
     "A phantom chest and its labels"
     c = synthesize_chest(("segment", 0), (48, 48, 24), (7.0, 7.0, 14.0))
-    names = lambda: {k: x for k, x in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+
+    def names():
+        return {k: x for k, x in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+
     v, before = Volume(c.hu, c.affine), names()
     (found,) = seg.segment([v], P.groups, device="cpu")
     assert names() == before
@@ -85,7 +88,8 @@ def test_labels_lie_on_the_input_grid(scan):
 
 
 def test_fill(scan, place, monkeypatch):
-    "The same scan from a file in LPS gives the same labels, turned; a broken case is named; a second run makes nothing"
+    """The same scan from a file in LPS gives the same labels, turned; a broken case is named; a
+    second run makes nothing"""
     v, found = scan
     turn = v.affine @ np.diag([-1, -1, 1, 1.0])
     turn[:3, 3] = (v.affine @ [*np.array(v.hu.shape[:2]) - 1, 0, 1])[:3]
@@ -99,9 +103,12 @@ def test_fill(scan, place, monkeypatch):
             organ_map=["", "", "own.nii.gz"],
         )
     )
-    run = lambda p=P: seg.fill_organ_maps(
-        table, p, place / "organs", place / "lost.csv", "cpu"
-    ).organ_map.tolist()
+
+    def run(p=P):
+        return seg.fill_organ_maps(
+            table, p, place / "organs", place / "lost.csv", "cpu"
+        ).organ_map.tolist()
+
     assert run() == [str(place / "organs/a.nii.gz"), "", "own.nii.gz"]
     lost = pd.read_csv(place / "lost.csv")
     assert lost.case.tolist() == ["b"] and "b.nii" in lost.reason[0]

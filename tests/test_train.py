@@ -1,4 +1,5 @@
-"Training in processes of its own: killed at any moment, shared by two, in the precisions there are."
+"""Training in processes of its own: killed at any moment, shared by two, in the precisions there
+are."""
 
 import os
 import random
@@ -89,9 +90,8 @@ def state_time(folder):  # when the state was last written
         return None
 
 
-def first_gradient(
-    folder,
-):  # from the running means after one step: a tenth of the clipped gradient in AdamW, a twentieth in Muon
+def first_gradient(folder):
+    "From the running means after one step: 0.1 of the clipped gradient in AdamW, 0.05 in Muon"
     held = [
         v
         for o in torch.load(folder / "resume/state.pt", weights_only=True)["opts"]
@@ -101,7 +101,8 @@ def first_gradient(
 
 
 def test_two_processes_contrast_what_one_does(here):
-    "Every sentence meets every image of both, and the gradient is that of one process, to fp32's rounding"
+    """Every sentence meets every image of both, and the gradient is that of one process, to
+    fp32's rounding"""
     for n in (1, 2):
         run("contrast", here / f"contrast-{n}", processes=n)
     a, b = (weights(here / f"contrast-{n}") for n in (1, 2))
@@ -111,7 +112,9 @@ def test_two_processes_contrast_what_one_does(here):
 
 @pytest.mark.parametrize("arm, tolerance", [("asap", 0.02), ("clip", 1e-5)])
 def test_two_processes_learn_what_one_does(here, arm, tolerance):
-    "The first gradient, over its largest entry. Untrained, all patches are alike, and the rounding of another order of sums decides which are a sentence's best: hence 2 % where patches are chosen"
+    """The first gradient, over its largest entry. Untrained, all patches are alike, and the
+    rounding of another order of sums decides which are a sentence's best: hence 2 % where
+    patches are chosen"""
     for n in (1, 2):
         run(arm, here / f"{arm}-{n}", 2, 4, 1, processes=n)
     one, two = (first_gradient(here / f"{arm}-{n}") for n in (1, 2))

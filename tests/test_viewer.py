@@ -1,4 +1,5 @@
-"The viewer in a headless Chromium: from disk, without a network, and another sentence is another picture"
+"""The viewer in a headless Chromium: from disk, without a network, and another sentence is
+another picture"""
 
 import hashlib
 
@@ -13,7 +14,8 @@ from asap.phantom.abnormalities import synthesize_chest
 
 needs = pytest.mark.skipif(
     CHROMIUM is None,
-    reason="no Chromium was found on this machine (Debian: `apt-get install chromium`; or set CHROMIUM to its path)",
+    reason="no Chromium was found on this machine (Debian: `apt-get install chromium`; "
+    "or set CHROMIUM to its path)",
 )
 SIZE, PATCH, GRID = [48, 48, 24], [12, 12, 6], [4, 4, 4]
 
@@ -98,7 +100,8 @@ def test_another_sentence_is_another_picture(opened):
     for j in (0, 1, 2, 0):
         opened.run(f"document.querySelectorAll('#list button')[{j}].click()")
         opened.until(
-            f"document.body.dataset.state === 'first/{j}' && document.querySelectorAll('#list button')[{j}].ariaPressed === 'true'"
+            f"document.body.dataset.state === 'first/{j}' && "
+            f"document.querySelectorAll('#list button')[{j}].ariaPressed === 'true'"
         )
         seen.append(look(opened))
     assert len(set(seen[:3])) == 3 and seen[0] == seen[3], "the same sentence is the same picture"

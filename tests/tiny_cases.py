@@ -1,4 +1,5 @@
-"A handful of small phantoms with organ maps and reports on disk, for what needs cases and no cohort"
+"""A handful of small phantoms with organ maps and reports on disk, for what needs cases and no
+cohort"""
 
 import numpy as np
 import pandas as pd

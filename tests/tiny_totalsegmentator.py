@@ -1,4 +1,5 @@
-"A tiny random nnU-Net in the place and the form of TotalSegmentator's weights: it proves the plumbing, its masks mean nothing"
+"""A tiny random nnU-Net in the place and the form of TotalSegmentator's weights: it proves the
+plumbing, its masks mean nothing"""
 
 import json
 import pydoc
@@ -27,7 +28,10 @@ IMPORTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # strings in ARCH that
 def plans(name, mm) -> dict:  # plans.json
     "nnU-Net's plan for one CT channel at `mm` isotropic"
     how = "resample_data_or_seg_to_shape"
-    to = lambda is_seg, order: dict(is_seg=is_seg, order=order, order_z=0, force_separate_z=None)
+
+    def to(is_seg, order):
+        return dict(is_seg=is_seg, order=order, order_z=0, force_separate_z=None)
+
     conf = dict(
         data_identifier="nnUNetPlans_3d_fullres",
         preprocessor_name="DefaultPreprocessor",
@@ -134,7 +138,8 @@ def write_model(folder, task, mm, trainer, names, seed=0):
 
 
 def write_tiny(folder, mode="fast", names=(), seed=0):
-    "Every model of one mode of `total` (fast, fastest, default); besides background only the classes `names` come out"
+    """Every model of one mode of `total` (fast, fastest, default); besides background only the
+    classes `names` come out"""
     from totalsegmentator.map_tasks_config import TASK_CONFIGS
 
     c = TASK_CONFIGS["total"]["sub_modes"][mode]

@@ -1,4 +1,5 @@
-"""A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun ...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
+"""A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun
+...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
 
 import sys
 from pathlib import Path
@@ -42,15 +43,18 @@ def cohort(folder):  # six phantoms on disk, with a text encoder
     pd.DataFrame(rows).to_parquet(folder / "table.parquet")
 
 
-def contrast(
-    folder, n=4
-):  # the contrast across reports and its gradient, on similarities far from ties; each process has its part of n reports
+def contrast(folder, n=4):
+    """The contrast across reports and its gradient, on similarities far from ties; each process holds
+    its part of n reports"""
     from accelerate import PartialState
 
     from asap.model.align import inter_report_loss, intra_report_loss
 
     state, g = PartialState(cpu=True), torch.Generator().manual_seed(0)
-    unit = lambda *s: torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
+
+    def unit(*s):
+        return torch.nn.functional.normalize(torch.randn(*s, generator=g), dim=-1)
+
     own = slice(
         state.process_index * n // state.num_processes,
         (state.process_index + 1) * n // state.num_processes,
@@ -63,9 +67,12 @@ def contrast(
     order = (
         real[own].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     )  # real sentences first
-    pick = lambda t: t.gather(
-        1, order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
-    )
+
+    def pick(t):
+        return t.gather(
+            1, order.reshape(*order.shape, *[1] * (t.ndim - 2)).expand(-1, -1, *t.shape[2:])
+        )
+
     text, k = (pick(t[own]).clone().requires_grad_() for t in whole[1:])
     f, r = pick(frozen[own]), pick(real[own])
     value = inter_report_loss([patches], text, k, f, r, 14.0, 0.95, 0.5, 9) + intra_report_loss(

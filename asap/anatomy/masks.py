@@ -27,7 +27,7 @@ def organ_fractions(
     patch,  # voxels of a patch
     n: int,  # number of groups
 ) -> tuple:  # (N,n+1) float32 whose known rows sum to 1; (N,) bool
-    "Share of background and of each group in every patch, and which patches are known by half or more"
+    "Fractions of background and groups per patch, and which patches are known by half or more"
     if any(s % p for s, p in zip(organs.shape, patch)):
         raise ValueError(
             f"an organ map of {organs.shape} is not a whole number of patches {tuple(patch)}"
@@ -40,7 +40,8 @@ def organ_fractions(
     known = count.sum(1)
     if known.sum() + np.count_nonzero(organs == UNKNOWN) < organs.size:
         raise ValueError(
-            f"an organ map holds {int(organs[organs != UNKNOWN].max())}, expected 0 to {n} or {UNKNOWN}"
+            f"an organ map holds {int(organs[organs != UNKNOWN].max())}, "
+            f"expected 0 to {n} or {UNKNOWN}"
         )
     return (count / np.maximum(known, 1)[:, None]).astype(
         np.float32, order="C"

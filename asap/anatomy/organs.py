@@ -70,7 +70,8 @@ def read_multilabel_map(
         or labels.min() < 0
     ):
         raise ValueError(
-            f"{path}: expected whole class ids on three axes, found {labels.dtype} of shape {labels.shape}: is this a segmentation?"
+            f"{path}: expected whole class ids on three axes, "
+            f"found {labels.dtype} of shape {labels.shape}: is this a segmentation?"
         )
     out = map_to_groups(labels.astype(np.int16), groups)
     return out if shape is None else resample(out, img.affine, shape, affine, order=0, fill=0)
@@ -86,7 +87,7 @@ def merge_class_masks(
     "Some classes, one mask each; groups that are not complete are unknown where they could be"
     have = {name for name in masks}
     out, seen = np.zeros(shape, np.uint8), np.zeros(shape, bool)
-    for number, (group, names) in enumerate(groups.items(), 1):
+    for number, names in enumerate(groups.values(), 1):
         for n in have & set(names):
             m = masks[n]
             if not isinstance(m, np.ndarray):
@@ -111,7 +112,7 @@ def merge_class_masks(
 
 
 def possible_region(missing, groups, hu, shape) -> np.ndarray:  # bool
-    "Where could a missing group be? Lobes only where there is air in the body, others only inside the body"
+    "Where a missing group could be: lobes in air inside the body, other organs inside the body"
     if hu is None:
         return np.ones(shape, bool)
     inside = body_mask(hu)
@@ -125,7 +126,8 @@ def read_asap_map(path, groups: dict, shape=None, affine=None) -> np.ndarray:  #
     m = np.asanyarray(img.dataobj)
     if m.max() > len(groups) or m.min() < 0:
         raise ValueError(
-            f"{path}: values {m.min()} to {m.max()}, expected 0 to {len(groups)} (the study's groups)"
+            f"{path}: values {m.min()} to {m.max()}, "
+            f"expected 0 to {len(groups)} (the study's groups)"
         )
     m = m.astype(np.uint8)
     return m if shape is None else resample(m, img.affine, shape, affine, order=0, fill=0)
@@ -148,7 +150,8 @@ def read_organ_map(
     }
     if not masks:
         raise ValueError(
-            f"{path}: no mask named as a class of TotalSegmentator, expected files such as lung_upper_lobe_left.nii.gz"
+            f"{path}: no mask named as a class of TotalSegmentator, "
+            "expected files such as lung_upper_lobe_left.nii.gz"
         )
     return merge_class_masks(masks, groups, shape, affine)
 

@@ -63,13 +63,15 @@ def weights_dir() -> Path:
 
 def missing_models(fast: bool) -> dict:  # number -> folder's name; empty when all is there
     "The models that are not on disk, or not whole"
-    whole = lambda f: (
-        f.is_file() and all((f.parents[1] / n).is_file() for n in ("plans.json", "dataset.json"))
-    )
+
+    def is_complete(f):
+        settings = (f.parents[1] / n for n in ("plans.json", "dataset.json"))
+        return f.is_file() and all(s.is_file() for s in settings)
+
     return {
         task: f.parts[0]
         for task, f in required_models(fast).items()
-        if not whole(weights_dir() / f)
+        if not is_complete(weights_dir() / f)
     }
 
 
@@ -87,8 +89,10 @@ def ensure_weights(fast: bool, download: bool = False) -> Path:  # folder of wei
             download_pretrained_weights(task)
     if lost := missing_models(fast):
         raise FileNotFoundError(
-            f"TotalSegmentator's weights are not whole in {weights_dir()}: missing {', '.join(lost.values())}. "
-            "Set anatomy.totalsegmentator.download: true to fetch them (a folder that is there but not whole: remove it first), or put them there "
+            f"TotalSegmentator's weights are not whole in {weights_dir()}: "
+            f"missing {', '.join(lost.values())}. "
+            "Set anatomy.totalsegmentator.download: true to fetch them "
+            "(a folder that is there but not whole: remove it first), or put them there "
             "or name their folder in TOTALSEG_WEIGHTS_PATH, or go on without organ maps"
         )
     return weights_dir()
@@ -96,15 +100,18 @@ def ensure_weights(fast: bool, download: bool = False) -> Path:  # folder of wei
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d86b8193
 @contextlib.contextmanager
 def isolate_totalsegmentator():
-    "TotalSegmentator in a home of its own, where statistics are off; its variables and torch are as before when it ends"
+    "Run TotalSegmentator in a temporary home without statistics; restores its variables and torch"
     import torch
 
-    names = lambda: {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+    def names():
+        return {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+
     before, threads, tuned = names(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     held = getattr(sys.modules.get("nnunetv2.paths"), "nnUNet_results", weights_dir())
     if not held or Path(held).resolve() != weights_dir():
         raise RuntimeError(
-            f"nnU-Net was imported with {held} as its folder of models and keeps to it, not to {weights_dir()}: start Python anew"
+            f"nnU-Net was imported with {held} as its folder of models and keeps to it, "
+            f"not to {weights_dir()}: start Python anew"
         )
     with tempfile.TemporaryDirectory() as home:
         off = dict(
@@ -168,7 +175,8 @@ def run_totalsegmentator(
         )
     if out.shape != v.hu.shape or not np.allclose(out.affine, v.affine, atol=1e-4):
         raise RuntimeError(
-            f"TotalSegmentator gave shape {out.shape} and affine {out.affine.tolist()} for {v.hu.shape} and {v.affine.tolist()}"
+            f"TotalSegmentator gave shape {out.shape} and affine {out.affine.tolist()} "
+            f"for {v.hu.shape} and {v.affine.tolist()}"
         )
     return np.asanyarray(out.dataobj)
 
@@ -182,7 +190,8 @@ _MINUTES_PER_SCAN = {
 def _warn_slow(n, fast, device):
     if device == "cpu" and n * _MINUTES_PER_SCAN[fast] >= 5:
         log_message(
-            f"TotalSegmentator on the processor: about {n * _MINUTES_PER_SCAN[fast]} minutes for {n} scan{'s' if n > 1 else ''}"
+            f"TotalSegmentator on the processor: about {n * _MINUTES_PER_SCAN[fast]} minutes "
+            f"for {n} scan{'s' if n > 1 else ''}"
             + ("" if fast else "; anatomy.totalsegmentator.fast: true takes about a tenth")
         )
 
@@ -195,7 +204,7 @@ def segment(
     fast: bool = True,
     device=None,  # of torch; Accelerate's choice when None
 ):  # uint8 ids of `total` on the volume's grid; a list where several came in
-    "TotalSegmentator on scans in memory; `FileNotFoundError` where its weights are not there and may not be fetched"
+    "Segment scans in memory; `FileNotFoundError` without weights and permission to download them"
     batch = [volumes] if isinstance(volumes, Volume) else list(volumes)
     group_class_ids(groups)
     ensure_weights(fast, download)
@@ -231,7 +240,8 @@ def _segment_case(row, out, origin, device) -> str | None:  # None, or why it wa
     )
     if not organs.any():
         raise ValueError(
-            f"TotalSegmentator found none of the study's organs in {row['image']}: is this a chest CT?"
+            f"TotalSegmentator found none of the study's organs in {row['image']}: "
+            "is this a chest CT?"
         )
     write(organs, v.affine, mask)
     write_json(fp, record)
@@ -245,7 +255,7 @@ def fill_organ_maps(
     quarantine: Path | None = None,  # CSV of the cases that stay without
     device=None,  # of torch; Accelerate's choice when None
 ):  # the table, `organ_map` filled where it was empty
-    "Organ maps by TotalSegmentator for the cases that have none; without weights the table stays as it is"
+    "Segment the cases without an organ map; without weights the table is returned unchanged"
     rows = table[table.organ_map == ""][["case", "image"]].to_dict("records")
     if not rows:
         return table

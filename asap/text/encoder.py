@@ -20,7 +20,6 @@ from asap.core import (
     fingerprint,
     first_difference,
     log_message,
-    project_root,
     read_json,
     resource_path,
     write_json,
@@ -169,27 +168,28 @@ class TextEncoder(torch.nn.Module):
     def tokens(
         self, ids, of=None
     ) -> torch.Tensor:  # (B,L), (B,L) sentence of each token -> (B,L,C)
-        "Features of tokens, read sentence by sentence where the encoder was trained so; padding is not attended to"
+        "Token features, encoded by sentence if the encoder was trained so; padding is masked"
         if of is None or not self.by_sentence:
             return self._read(ids)
-        b, l = (of >= 0).nonzero(as_tuple=True)
-        _, row = (b * (of.max() + 1) + of[b, l]).unique(return_inverse=True)
+        b, t = (of >= 0).nonzero(as_tuple=True)
+        _, row = (b * (of.max() + 1) + of[b, t]).unique(return_inverse=True)
         n = row.max() + 1
-        first = torch.full((n,), ids.shape[1], device=ids.device).scatter_reduce(0, row, l, "amin")
-        place, length = l - first[row] + 1, torch.bincount(row)
+        first = torch.full((n,), ids.shape[1], device=ids.device).scatter_reduce(0, row, t, "amin")
+        place = t - first[row] + 1
+        length = torch.bincount(row)
         x = torch.full((n, int(length.max()) + 2), self.tokenizer.pad_token_id, device=ids.device)
         x[:, 0], x[torch.arange(n, device=ids.device), length + 1], x[row, place] = (
             self.tokenizer.cls_token_id,
             self.tokenizer.sep_token_id,
-            ids[b, l],
+            ids[b, t],
         )
         out = torch.zeros(*ids.shape, self.dim, device=ids.device)
-        out[b, l] = self._read(x)[row, place].float()
+        out[b, t] = self._read(x)[row, place].float()
         return out
 
     @contextlib.contextmanager
     def in_training(self, hidden: float = 0.25, attention: float = 0.1):
-        "With dropout on features, as the released code runs its frozen encoder (P6): for the arm `released` alone"
+        "Enable dropout, as the released code runs its frozen encoder (P6): for arm `released` only"
         drops = [
             (
                 m,
@@ -267,7 +267,8 @@ def load(
     bert, how = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
     if lost := sorted(how["missing_keys"]):
         raise ValueError(
-            f"text.model {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, and would be random: is it another kind of model?"
+            f"text.model {name}: {len(lost)} weights of a BERT are not there, such as {lost[0]}, "
+            "and would be random: is it another kind of model?"
         )
     return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
 

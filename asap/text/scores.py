@@ -35,7 +35,8 @@ def _check_pairs(said, true) -> tuple:  # strings of words with a blank between,
     for i, (s, t) in enumerate(zip(said, true)):
         if not isinstance(s, str) or not isinstance(t, str):
             raise ValueError(
-                f"text {i} is {s!r}, its reference {t!r}, expected two strings; a model that says nothing says ''"
+                f"text {i} is {s!r}, its reference {t!r}, expected two strings; "
+                "a model that says nothing says ''"
             )
         if not split_words(t):
             raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
@@ -107,7 +108,8 @@ def _java_problem() -> str:  # "" or why there is none
     return (
         ""
         if done.returncode == 0
-        else f"METEOR is left out: `java -version` ends with {done.returncode}: {done.stderr.strip()[:200]}"
+        else f"METEOR is left out: `java -version` ends with {done.returncode}: "
+        f"{done.stderr.strip()[:200]}"
     )
 
 
@@ -170,7 +172,7 @@ def _embed_windows(
 def bert_score(
     said,
     true,  # n texts each
-    encoder,  # frozen, with `encode_tokens`, `tokenizer`, `max_length`: asap.text.encoder
+    encoder,  # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
 ) -> np.ndarray:  # (n,3) precision, recall, F1; 0 where nothing was said
     "BERTScore by a given encoder"
     _check_pairs(said, true)
@@ -196,8 +198,8 @@ def score_texts(
     said,  # n texts
     true,  # their references
     encoder=None,  # for BERTScore; left out when None
-) -> pd.DataFrame:  # a row a case: what BLEU adds up, rouge, cider, and bert where there; `meteor` starts Java and is asked for all texts at once
-    "Everything that the figures of a corpus need, case by case"
+) -> pd.DataFrame:  # one row per case: BLEU counts, rouge, cider, and bert with an encoder
+    "Per-case values of all corpus metrics except METEOR, which `meteor` computes for all texts"
     t = bleu_counts(said, true).assign(rouge=rouge_l(said, true), cider=cider(said, true))
     if encoder is not None:
         t[["bert_precision", "bert_recall", "bert"]] = bert_score(said, true, encoder)

@@ -36,9 +36,13 @@ _UNIT_ABBREVIATIONS = set(
     "rt lt ant post sup inf lat med seg pt hx dx".split()
 )
 _FUNCTION_WORDS = set("no none not there the this these those it otherwise".split())
-_NUMBERED_NOUNS = "(?:rads|segments?|image|series|slice|type|stage|grade|level|zone|station|category|score|group|hepatitis)"
+_NUMBERED_NOUNS = (
+    "(?:rads|segments?|image|series|slice|type|stage|grade|level|zone|station|category|score|group"
+    "|hepatitis)"
+)
 _ORDINAL = re.compile(
-    r"(?:ribs?|[ck]osta\w*|vertebra\w*|corpus|segment\w*|intercostal|thoracic|lumbar|and|or|to|ve|und)\b"
+    r"(?:ribs?|[ck]osta\w*|vertebra\w*|corpus|segment\w*|intercostal"
+    r"|thoracic|lumbar|and|or|to|ve|und)\b"
 )
 _GERMAN_ORDINAL = re.compile(
     r"(?:Segment|Rippe|BWK|LWK|Januar|Februar|März|April|Mai|Juni|Juli|August"
@@ -132,7 +136,8 @@ def _split_at_stops(text: str) -> list:  # of a paragraph
 
 # %% ../../nbs/4_text/40_sentences.ipynb #5fa5c47f
 _INCOMPLETE_END = re.compile(
-    rf"(?:[,(/-]|\b(?:a|an|the|of|in|on|at|by|with|from|for|to|and|or|is|are|was|were|than|since|{_NUMBERED_NOUNS})"
+    rf"(?:[,(/-]|\b(?:a|an|the|of|in|on|at|by|with|from|for|to|and|or|is|are|was|were|than|since"
+    rf"|{_NUMBERED_NOUNS})"
     rf"|\b(?:{'|'.join(sorted(_TITLES | _NUMBER_ABBREVIATIONS))})\.)$",
     re.I,
 )

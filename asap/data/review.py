@@ -203,6 +203,7 @@ def check_maps(
                 reason.removesuffix(": is it of another scan?"),
                 repair if why in ("file broken", "file missing", "no permission") else do,
             )
+    return None
 
 # %% ../../nbs/2_data/28_review.ipynb #a69a8edf
 def review_case(
@@ -261,9 +262,10 @@ def _read_table(
     try:
         return get_cohort(name).read(root, **options)
     except ValueError as e:
-        if not len(getattr(e, "bad", ())):
+        bad = getattr(e, "bad", ())
+        if not len(bad):
             raise
-        return pd.DataFrame(columns=COHORT_COLUMNS), e.bad
+        return pd.DataFrame(columns=COHORT_COLUMNS), bad
 
 # %% ../../nbs/2_data/28_review.ipynb #03009ca5
 def _object_frame(rows, columns) -> pd.DataFrame:

@@ -58,11 +58,11 @@ GROUPS = dict(
 def _short_axis_frame(
     t,
     across,
-) -> tuple:  # Frame with the heart in its middle
+) -> "BodyFrame":  # centered on the heart
     from asap.phantom.body import heart_center, make_body_frame
 
     size = (across, across, SLICES)
-    a = heart_center(t) * t["scale"] * np.float32([t["wide"], t["deep"], t["tall"]])
+    a = heart_center(t) * t["scale"] * np.array([t["wide"], t["deep"], t["tall"]], np.float32)
     c = np.cos(np.deg2rad(t["turn"]))
     s = np.sin(np.deg2rad(t["turn"]))
     return make_body_frame(
@@ -84,11 +84,13 @@ def ventricle_masks(
     at = heart_center(t)
     r = heart_radii(t)
     d = ellipsoid_distance_sq(
-        f, at + r * np.float32([-0.25, -0.05, 0]), r * np.float32([1, 1, 1.35])
+        f, at + r * np.array([-0.25, -0.05, 0], np.float32), r * np.array([1, 1, 1.35], np.float32)
     )
     crescent = (
         ellipsoid_distance_sq(
-            f, at + r * np.float32([0.3, 0.12, 0]), r * np.float32([0.85, 1, 1.2]) * right
+            f,
+            at + r * np.array([0.3, 0.12, 0], np.float32),
+            r * np.array([0.85, 1, 1.2], np.float32) * right,
         )
         < 1
     ) & (ellipsoid_distance_sq(f, at, r) < 1)
@@ -187,7 +189,7 @@ def _write_patient(seed, split, i, name, folder, owners, across):
 @patch
 def write(
     self: ACDC,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients of the owners' testing/; in the re-pack all are together
@@ -209,33 +211,17 @@ def write(
         ("valid", i, i + (max(100, n_train) if owners else n_train), "testing")
         for i in range(1, n_test + 1)
     ]
-    frames = [
-        f
-        for names in parallel_map(
-            _write_patient,
-            [
-                (
-                    seed,
-                    s,
-                    i,
-                    f"patient{n:03d}",
-                    root / folder / f"patient{n:03d}" if owners else root,
-                    owners,
-                    across,
-                )
-                for s, i, n, folder in todo
-            ],
-            jobs,
-            self.name,
-        )
-        for f in names
-    ]
+    args = []
+    for s, i, n, folder in todo:
+        name = f"patient{n:03d}"
+        args.append((seed, s, i, name, root / folder / name if owners else root, owners, across))
+    names = parallel_map(_write_patient, args, jobs, self.name)
     if not owners:
-        _write_split_list(root, frames, seed)
+        _write_split_list(root, [f for frames in names for f in frames], seed)
 
 # %% ../../../nbs/2_data/cohorts/acdc.ipynb #693f6e7d
 def _write_split_list(root, frames, seed):
-    "The released way: a fifth of the frames, whoever they are of"
+    "Write the released split: a fifth of the frames, ignoring patients"
     entry = [dict(image=f"imagesTr/{f}_0000.nii.gz", label=f"labelsTr/{f}.nii.gz") for f in frames]
     order = rng("frames", ACDC.name, seed).permutation(len(frames))
     test = [entry[i] for i in sorted(order[: max(1, round(TEST_FRACTION * len(frames)))])]

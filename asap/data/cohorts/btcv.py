@@ -7,7 +7,7 @@ __all__ = ['ORGAN_NAMES', 'TRAIN_CASES', 'TEST_CASES', 'BTCV', 'organ_shapes', '
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #73f9a960
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -133,13 +133,13 @@ def _write_patient(seed, split, i, n, root, owners, kw):
 @patch
 def write(
     self: BTCV,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients, at most 24
     n_test: int,  # patients, at most 6
     jobs: int = 1,  # processes
     layout: str = "owners",  # or "released": the re-pack
-    **kw: dict,  # size, spacing, second_recon_prob of the phantom; one reconstruction is written
+    **kw: Any,  # size, spacing, second_recon_prob of the phantom; one reconstruction is written
 ) -> None:
     "Write a miniature BTCV of phantoms"
     if n_train > len(TRAIN_CASES) or n_test > len(TEST_CASES):

@@ -8,6 +8,7 @@ __all__ = ['TEST_FRACTION', 'LESIONS', 'COVID1920', 'write_case', 'patient_id']
 # %% ../../../nbs/2_data/cohorts/covid_19_20.ipynb #75da45a0
 import re
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -69,12 +70,12 @@ def write_case(
 @patch
 def write(
     self: COVID1920,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
-    n_train: int,  # patients with a label, together with `test`
-    n_test: int,  # which of them are test is for `read` to say
+    n_train: int,  # patients with a label
+    n_test: int,  # further patients with a label; `read` chooses the test patients
     jobs: int = 1,  # processes
-    **kw: dict,  # processes; size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature COVID-19-20 of phantoms"
     d = Path(root) / "COVID-19-20_v2"

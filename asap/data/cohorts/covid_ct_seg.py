@@ -7,6 +7,7 @@ __all__ = ['LESIONS', 'LUNGS', 'FOLDERS', 'COVIDCTSeg', 'write_case', 'read_lung
 
 # %% ../../../nbs/2_data/cohorts/covid_ct_seg.ipynb #aee9cb1e
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,12 +83,12 @@ def write_case(
 @patch
 def write(
     self: COVIDCTSeg,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # not used: all of it is test
     n_test: int,  # patients
     jobs: int = 1,  # processes
-    **kw: dict,  # processes; size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature COVID-19-CT-Seg of phantoms"
     todo = [(i, f"coronacases_{i:03d}") for i in range(1, n_test + 1)] + [(1, "radiopaedia_1_1_0")]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -101,7 +101,7 @@ def _metadata_row(name, k: "PhantomCase", r) -> dict:
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fb80cf44
-INTERCEPTS = (-1024, -8192)  # of stored values in the first release, by turns
+INTERCEPTS = (-1024, -8192)  # of stored values in the first release, alternating
 
 
 def _to_first_release(
@@ -166,46 +166,39 @@ def _write_patient(
 @patch
 def write(
     self: CTRATE,
-    root: str | Path,  # of the cohort; `dataset/` is made in it
+    root: str | Path,  # folder of the data set; gets `dataset/`
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients of the owners' validation
     jobs: int = 1,  # processes
     release: str = "fixed",  # or "first"
-    also: Sequence[
-        Callable
-    ] = (),  # (chest, key, its first volume) -> anything: what is drawn beside each patient of the fixed release
-    **kw: dict,  # size, spacing, second_recon_prob of the phantom
+    also: Sequence[Callable] = (),  # `write_alongside` of companions: (chest, key, first volume)
+    **kw: Any,  # size, spacing, second_recon_prob of the phantom
 ) -> dict:  # split -> per patient the results of `also`
     "Write a miniature CT-RATE of phantoms: volumes, masks, reports, labels, metadata"
     if release not in ("fixed", "first"):
         raise ValueError(f"release is {release!r}, expected 'fixed' or 'first'")
     todo = [(s, i) for s, n in (("train", n_train), ("valid", n_test)) for i in range(1, n + 1)]
-    rows = dict(train=[], valid=[])
-    beside = dict(train=[], valid=[])
-    for (split, _), (r, more) in zip(
-        todo,
-        parallel_map(
-            _write_patient,
-            [(s, i, root, seed, release, kw, also) for s, i in todo],
-            jobs,
-            "phantoms",
-        ),
-    ):
+    rows: dict[str, list] = dict(train=[], valid=[])
+    beside: dict[str, list] = dict(train=[], valid=[])
+    args = [(s, i, root, seed, release, kw, also) for s, i in todo]
+    results = parallel_map(_write_patient, args, jobs, "phantoms")
+    for (split, _), (r, more) in zip(todo, results):
         rows[split] += r
         beside[split].append(more)
-    for split, (_, reports, labels, metadata) in SPLIT_FILES.items():
-        d = Path(root) / "dataset"
-        write_csv(
-            pd.DataFrame([r["report"] for r in rows[split]]), d / "radiology_text_reports" / reports
-        )
-        write_csv(
-            pd.DataFrame([r["labels"] for r in rows[split]]),
-            d / "multi_abnormality_labels" / labels,
-        )
-        write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d / "metadata" / metadata)
-    write_text("", Path(root) / "dataset/no_chest_train.txt")
+    _write_tables(Path(root) / "dataset", rows)
     return beside
+
+
+def _write_tables(d: Path, rows: dict[str, list]) -> None:
+    for split, (_, reports, labels, metadata) in SPLIT_FILES.items():
+        for key, path in (
+            ("report", d / "radiology_text_reports" / reports),
+            ("labels", d / "multi_abnormality_labels" / labels),
+            ("metadata", d / "metadata" / metadata),
+        ):
+            write_csv(pd.DataFrame([r[key] for r in rows[split]]), path)
+    write_text("", d / "no_chest_train.txt")
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
 def detect_release(
@@ -462,9 +455,9 @@ def _list_volumes(
     folder,
     bad,
 ) -> list:  # files in the order of their numbers
-    every = list_files(folder, "*/*/*.nii.gz")
-    files = [f for f in every if _VOLUME_NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
-    for f in sorted(set(every) - set(files)):
+    found = list_files(folder, "*/*/*.nii.gz")
+    files = [f for f in found if _VOLUME_NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
+    for f in sorted(set(found) - set(files)):
         bad.add(f.name, "not named as train_1_a_1.nii.gz")
     return sorted(
         files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")]
@@ -484,18 +477,12 @@ def _split_rows(
     has = _read_labels(d / "multi_abnormality_labels" / labels)
     how = _read_metadata(d / "metadata" / metadata, old)
     rows = []
+    needed = [(said, f"report in {reports}"), (has, f"labels in {labels}")]
+    needed += [(how, f"slope and spacing in {metadata}")] if old else []
     for f in _list_volumes(d / folder, bad):
         if f.name.removesuffix(".nii.gz") in skip:
             continue
-        lost = [
-            f"{what} in {file}"
-            for t, what, file in (
-                (said, "report", reports),
-                (has, "labels", labels),
-                (how if old else None, "slope and spacing", metadata),
-            )
-            if t is not None and f.name not in t.index
-        ]
+        lost = [text for t, text in needed if f.name not in t.index]
         if lost:
             bad.add(f.name, f"no {lost[0]}")
             continue

@@ -8,7 +8,7 @@ __all__ = ['TEST_FRACTION', 'MAT_VARIABLE', 'EXCLUDED_CASES', 'FUMPE', 'synthesi
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #fc6052ca
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -175,12 +175,12 @@ def _write_patient(seed, split, i, n, root, kw):
 @patch
 def write(
     self: FUMPE,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # further patients: the owners publish no split
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing, second_recon_prob of the phantom; one reconstruction is written
+    **kw: Any,  # size, spacing, second_recon_prob of the phantom; one reconstruction is written
 ) -> None:
     "Write a miniature FUMPE of phantoms: DICOM series and .mat masks"
     todo = [("train", i, i) for i in range(1, n_train + 1)] + [

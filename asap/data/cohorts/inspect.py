@@ -8,7 +8,7 @@ __all__ = ['HORIZONS', 'FLAGS', 'TABLES', 'SPLIT_NAMES', 'FLAG_VALUES', 'INSPECT
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #0ceb474f
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -67,7 +67,7 @@ class INSPECT(CohortAdapter):
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #bf1aa990
 def sample_pe(
     k: "PhantomCase",  # a phantom
-    *key: tuple,  # seed, split, number of the patient
+    *key: object,  # seed, split, number of the patient
 ) -> int:  # 0 or 1
     "Sample a PE label from the seed, more likely with a pleural effusion"
     return int(rng("PE", *key).random() < (0.45 if k.labels["Pleural effusion"] else 0.1))
@@ -88,7 +88,7 @@ def outcome_flags(
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #44b661fc
 def sample_readmission(
     k: "PhantomCase",  # a phantom
-    *key: tuple,  # seed, split, number of the patient
+    *key: object,  # seed, split, number of the patient
 ) -> tuple:  # days, 1 if readmitted
     "Sample the time to readmission or to the end of follow-up"
     r = rng("readmission", *key)
@@ -139,12 +139,12 @@ def _write_patient(
 @patch
 def write(
     self: INSPECT,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients, and as many for the owners' validation
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing of the phantom; second_recon_prob is not used: one study per patient
+    **kw: Any,  # size, spacing of the phantom; one study per patient
 ) -> None:
     "Write a miniature INSPECT of phantoms"
     todo = [(s, i) for s, n in zip(SPLIT_NAMES, (n_train, n_test, n_test)) for i in range(1, n + 1)]

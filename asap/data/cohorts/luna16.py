@@ -9,7 +9,7 @@ __all__ = ['TEST_FOLDS', 'ANNOTATION_COLUMNS', 'MET_TYPES', 'LUNA16', 'write_mhd
 # %% ../../../nbs/2_data/cohorts/luna16.ipynb #429dcc19
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -181,12 +181,12 @@ def write_case(
 @patch
 def write(
     self: LUNA16,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients in subset0..6; 7 or more fill each
     n_test: int,  # patients in subset7..9; 3 or more fill each
     jobs: int = 1,  # processes
-    **kw: dict,  # processes; size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature LUNA16 of phantoms"
     todo = [(s, i) for s, n in (("train", n_train), ("test", n_test)) for i in range(1, n + 1)]

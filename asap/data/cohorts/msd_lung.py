@@ -7,6 +7,7 @@ __all__ = ['TEST_FRACTION', 'MSDLung', 'write_case']
 
 # %% ../../../nbs/2_data/cohorts/msd_lung.ipynb #63cf1e26
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -70,12 +71,12 @@ def write_case(
 @patch
 def write(
     self: MSDLung,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
-    n_train: int,  # patients with a label, together with `test`
-    n_test: int,  # which of them are test is for `read` to say
+    n_train: int,  # patients with a label
+    n_test: int,  # further patients with a label; `read` chooses the test patients
     jobs: int = 1,  # processes
-    **kw: dict,  # processes; size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature Task06_Lung of phantoms"
     d = Path(root) / "Task06_Lung"

@@ -10,7 +10,7 @@ __all__ = ['TEST_FRACTION', 'KNOWN_COLUMNS', 'OwnCohortOptions', 'OwnCohort', 'w
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -113,7 +113,7 @@ def write_dicom(
     hu: np.ndarray,  # int16
     affine: np.ndarray,  # 4 x 4, voxel -> RAS mm
     folder: str | Path,  # one file per slice
-    *key: tuple,  # the UIDs derive from it
+    *key: object,  # the UIDs derive from it
 ) -> None:
     "Write a CT series; the same voxels and key give the same bytes"
     a = RAS_TO_LPS @ affine
@@ -181,12 +181,12 @@ def _write_patient(split, i, number, root, seed, kw):
 @patch
 def write(
     self: OwnCohort,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing, second_recon_prob of the phantom
+    **kw: Any,  # size, spacing, second_recon_prob of the phantom
 ) -> None:
     "Write a miniature hospital of phantoms: images, organ maps, one CSV"
     todo = [(s, i) for s, n in (("train", n_train), ("test", n_test)) for i in range(1, n + 1)]
@@ -345,7 +345,7 @@ def _drop_repeated_cases(
 def _drop_split_patients(
     rows, bad
 ) -> list:  # a patient in two splits teaches the test: all of them are left out
-    sides = {}
+    sides: dict[str, set] = {}
     for r in rows:
         sides.setdefault(r["patient"], set()).add(r["split"])
     for r in rows:

@@ -8,7 +8,7 @@ __all__ = ['LABEL_SOURCES', 'TABLES', 'LUNGS', 'LABEL_LOCATIONS', 'PHANTOM_LABEL
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #c68c73c7
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -141,12 +141,12 @@ def _write_patient(prefix, i, root, seed, kw):
 @patch
 def write(
     self: RadChestCT,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients, and as many for the owners' validation
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing of the phantom; second_recon_prob is not used: one volume per patient
+    **kw: Any,  # size, spacing of the phantom; one volume per patient
 ) -> None:
     "Write a miniature RAD-ChestCT of phantoms"
     todo = [(p, i) for p, n in zip(TABLES, (n_train, n_test, n_test)) for i in range(1, n + 1)]

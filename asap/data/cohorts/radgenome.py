@@ -80,7 +80,7 @@ def _question_rows(
     c,
     key,
 ) -> dict:  # kind -> rows without Volumename
-    place = {}
+    place: dict[str, list] = {}
     names = [f.name for f in c.findings]
     for f in c.findings:
         place.setdefault(f.place, []).append(f.name.lower())
@@ -160,7 +160,7 @@ def write_alongside(
     key: tuple,  # seed, split, number of the patient
     image: Path,  # file of its first volume
     root: str | Path,  # folder of the data set
-    patients: tuple[int, int] | None,  # numbers of patients, train and test
+    patients: tuple[int, int],  # numbers of patients, train and test
 ) -> dict | None:  # table -> rows; None beyond `patients`
     "Rows of one patient; called by `ct_rate.write` while the phantom is in memory"
     return _case_rows(c, key, image.name) if key[2] <= patients[key[1] == "valid"] else None
@@ -189,7 +189,7 @@ def write(
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
     drawn: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
-    **kw: dict,  # second_recon_prob
+    **kw: Any,  # second_recon_prob
 ) -> None:
     "Write the tables of a miniature RadGenome-ChestCT of phantoms"
     beside = Path(root).parent / "ct_rate"

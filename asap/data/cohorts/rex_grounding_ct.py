@@ -203,13 +203,15 @@ def write(
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
     drawn: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
-    **kw: dict,  # second_recon_prob
+    **kw: Any,  # second_recon_prob
 ) -> None:
     "Write masks and list of a miniature ReXGroundingCT of phantoms"
-    tree = Path(root).parent / self.companion_of
-    entries = dict(train=[], val=[], test=[])
+    tree = Path(root).parent / CTRATE.name
+    entries: dict[str, list] = dict(train=[], val=[], test=[])
     for split, to, n in (("train", "train", n_train), ("valid", "val", n_test)):
-        told = _read_reports(tree, split) if n else None
+        if not n:
+            continue
+        told = _read_reports(tree, split)
         names = [f"{split}_{i}_a_1.nii.gz" for i in range(1, n + 1)]
         lost = [x for x in names if x not in told.index]
         if lost:

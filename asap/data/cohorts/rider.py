@@ -7,8 +7,9 @@ __all__ = ['RIDER', 'write_ct', 'write_case', 'is_manual', 'sort_masks']
 
 # %% ../../../nbs/2_data/cohorts/rider.ipynb #e8239540
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -96,12 +97,12 @@ def write_case(
 @patch
 def write(
     self: RIDER,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # not used: all of RIDER is test
     n_test: int,  # patients, each with two CTs
     jobs: int = 1,  # processes
-    **kw: dict,  # processes; size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature RIDER of phantoms"
     parallel_map(write_case, [(root, seed, i, kw) for i in range(1, n_test + 1)], jobs, self.name)

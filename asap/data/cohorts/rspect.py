@@ -7,7 +7,7 @@ __all__ = ['UID_COLUMNS', 'ANSWER_COLUMNS', 'OTHER_COLUMNS', 'RSPECT', 'sample_a
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #80895559
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -73,7 +73,7 @@ class RSPECT(CohortAdapter):
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #0c14eef3
 def sample_answer(
     k: "PhantomCase",  # a phantom
-    *key: tuple,  # seed, split, number of the patient
+    *key: object,  # seed, split, number of the patient
 ) -> dict:  # the exam's columns of train.csv
     "Sample PE from the seed, more likely with a pleural effusion; few exams are indeterminate"
     r = rng("PE", *key)
@@ -83,7 +83,7 @@ def sample_answer(
 
 
 def make_uid(
-    *key: tuple,  # seed, split, number of the patient
+    *key: object,  # seed, split, number of the patient
 ) -> str:  # 12 hexadecimal digits
     "Identifier from the seed"
     return f"{int(rng('uid', *key).integers(2**48)):012x}"
@@ -179,12 +179,12 @@ def _write_patient(
 @patch
 def write(
     self: RSPECT,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # not used: all exams are test
     n_test: int,  # exams
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing of the phantom; second_recon_prob is not used: one series per exam
+    **kw: Any,  # size, spacing of the phantom; second_recon_prob is ignored: one series per exam
 ) -> None:
     "Write a miniature RSPECT of phantoms"
     kw = kw | dict(second_recon_prob=0)

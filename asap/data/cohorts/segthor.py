@@ -7,6 +7,7 @@ __all__ = ['TEST_FRACTION', 'FILE_PATTERNS', 'SegTHOR', 'organ_labels', 'write_c
 
 # %% ../../../nbs/2_data/cohorts/segthor.ipynb #b992dfe9
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -90,13 +91,13 @@ def write_case(
 @patch
 def write(
     self: SegTHOR,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients with a label
     n_test: int,  # further patients with a label; `read` chooses the test patients
     jobs: int = 1,  # processes
     layout: str = "owners",  # or "released"
-    **kw: dict,  # size, spacing of the phantom
+    **kw: Any,  # size, spacing of the phantom
 ) -> None:
     "Write a miniature SegTHOR of phantoms"
     d = Path(root)

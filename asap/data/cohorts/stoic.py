@@ -7,7 +7,7 @@ __all__ = ['TEST_FRACTION', 'LABEL_COLUMNS', 'STOIC', 'sample_labels', 'write_mh
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #31eaa933
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ LABEL_COLUMNS = dict(zip(["probCOVID", "probSevere"], STOIC.labels))  # of refer
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #96ca58c8
 def sample_labels(
     k: "PhantomCase",  # a phantom
-    *key: tuple,  # seed, split, number of the patient
+    *key: object,  # seed, split, number of the patient
 ) -> dict:  # column of reference.csv -> 0 or 1
     "Sample COVID-19 with probability 0.9 given a lung opacity, else 0.2, and severe disease"
     covid = int(rng("COVID-19", *key).random() < (0.9 if k.labels["Lung opacity"] else 0.2))
@@ -86,12 +86,12 @@ def _write_patient(i, root, seed, kw):
 @patch
 def write(
     self: STOIC,
-    root: str | Path,  # of the cohort
+    root: str | Path,  # folder of the data set
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # further patients in the same table; `read` chooses the test patients
     jobs: int = 1,  # processes
-    **kw: dict,  # size, spacing of the phantom; second_recon_prob is not used: one volume per patient
+    **kw: Any,  # size, spacing of the phantom; one volume per patient
 ) -> None:
     "Write a miniature STOIC of phantoms"
     n = n_train + n_test

@@ -129,7 +129,7 @@ def ras_spacing(
 def standardize_case(
     row: dict,  # case, image, organ_map
     how: dict,  # spacing, hu, groups, code
-    organs: Callable | None,  # (path, shape, affine) -> organ map
+    organs: Callable,  # (path, shape, affine) -> organ map
     source: Source,  # what the owners declare
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
 ) -> tuple:  # Volume, organ map or None, warnings, spacing of the file
@@ -261,7 +261,7 @@ def prepare_case(
     row: dict,  # case, image, organ_map
     store: CaseStore,
     how: dict,  # spacing, hu, groups, code
-    organs: Callable | None,  # (path, shape, affine) -> organ map
+    organs: Callable,  # (path, shape, affine) -> organ map
     source: Source = Source(),  # what the owners declare
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
 ) -> CaseResult:

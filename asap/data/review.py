@@ -447,7 +447,12 @@ def format_review(
     return out + _summary_lines(r)
 
 # %% ../../nbs/2_data/28_review.ipynb #40ea0a72
-TEMPLATES = Environment(loader=PackageLoader("asap.data"), autoescape=True)
+TEMPLATES = Environment(
+    loader=PackageLoader("asap.data"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def _render_table(t: pd.DataFrame, right: Sequence[str] = (), wide: str = "") -> str:

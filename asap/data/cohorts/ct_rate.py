@@ -73,7 +73,7 @@ class CTRATE(CohortAdapter):
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8c778835
-def _to_lps(array, affine):
+def _to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Flip both horizontal axes"
     flipped = array[::-1, ::-1]
     a = affine.copy()

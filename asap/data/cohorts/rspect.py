@@ -247,7 +247,7 @@ def _exclusion_reason(
         return (
             f"{folder}: {len(sizes)} slices, and {e['slices']} in train.csv: fetch the exam again"
         )
-    least = min(sizes, key=sizes.get)
+    least = min(sizes, key=sizes.__getitem__)
     if sizes[least] < 0.2 * np.median(list(sizes.values())):
         return (
             f"{folder / least} has {sizes[least]} bytes, far fewer than the others: fetch it again"

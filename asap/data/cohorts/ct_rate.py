@@ -9,9 +9,10 @@ __all__ = ['SPLIT_FILES', 'INTERCEPTS', 'STORAGE_COLUMNS', 'volume_path', 'CTRAT
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c5c047ec
 import csv
 import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -43,36 +44,45 @@ SPLIT_FILES = dict(
         "validation_metadata.csv",
     ),
 )
+
+
 _VOLUME_NAME = re.compile(
     r"(train|valid)_(\d+)_([a-z]+)_(\d+)"
 )  # split, patient, scan, reconstruction
 
 
-def volume_path(name: str) -> str:  # "train_1_a_1.nii.gz" -> "train_1/train_1_a/train_1_a_1.nii.gz"
-    "Folders of a volume, from its name"
+def volume_path(
+    name: str,  # such as train_1_a_1.nii.gz
+) -> str:  # "train_1_a_1.nii.gz" -> "train_1/train_1_a/train_1_a_1.nii.gz"
+    "Path of a volume in its release folder, from its name"
     split, patient, scan, _ = name.split("_")
     return f"{split}_{patient}/{split}_{patient}_{scan}/{name}"
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #3e0c5d5a
 @register_cohort
 class CTRATE(CohortAdapter):
-    "50,188 chest CT volumes of 21,304 patients with reports and 18 labels, as their owners publish them"
+    "50,188 chest CT volumes of 21,304 patients with reports and 18 labels"
 
     name = "ct_rate"
     source = Source()  # HU, spacing and orientation as the files of the fixed release say
     labels = ABNORMALITIES
     has_organ_maps = True
-    unverified = "the place of the organ masks, and what the headers of the first release say, were not checked against the owners' files."
+    unverified = (
+        "the place of the organ masks, and what the headers of the first release say, were not "
+        "checked against the owners' files."
+    )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8c778835
-def _to_lps(array, affine):  # flip both horizontal axes
-    flipped, a = array[::-1, ::-1], affine.copy()
+def _to_lps(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Flip both horizontal axes"
+    flipped = array[::-1, ::-1]
+    a = affine.copy()
     a[:3, 3] = affine[:3, :3] @ [array.shape[0] - 1, array.shape[1] - 1, 0] + affine[:3, 3]
     a[:, 0] *= -1
     a[:, 1] *= -1
     return np.ascontiguousarray(flipped), a
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #23a59742
 def _metadata_row(name, k: "PhantomCase", r) -> dict:
     x, y, z = np.sqrt((r.affine[:3, :3] ** 2).sum(0)).round(3)
     return dict(
@@ -91,27 +101,28 @@ def _metadata_row(name, k: "PhantomCase", r) -> dict:
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fb80cf44
-INTERCEPTS = (-1024, -8192)  # of stored values in the first release, by turns
+INTERCEPTS = (-1024, -8192)  # of stored values in the first release, alternating
 
 
 def _to_first_release(
     k, array, said
-) -> tuple:  # stored values, an affine that says nothing of spacing and place
+) -> tuple:  # stored values, an affine without spacing and position
     said["RescaleIntercept"] = INTERCEPTS[int(k.name.split("_")[1]) % 2]
     return array - np.int16(said["RescaleIntercept"]), np.diag([-1.0, -1, 1, 1])
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #13ea6e5b
 def write_case(
-    k: "PhantomCase", root, release="fixed"
+    k: "PhantomCase",  # a phantom
+    root: str | Path,  # folder of the data set
+    release: str = "fixed",  # "fixed" or "first"
 ) -> list:  # a row a volume: name, report, labels, metadata
-    "Volumes and masks of one patient; returns what the tables say of them"
-    split, rows = k.name.split("_")[0], []
+    "Write volumes and masks of one patient; return their rows of the tables"
+    split = k.name.split("_")[0]
+    rows = []
     for n, r in enumerate(k.recons, 1):
         name = f"{k.name}_a_{n}.nii.gz"
-        said, folder = (
-            _metadata_row(name, k, r),
-            SPLIT_FILES[split][0].removesuffix("_fixed" if release == "first" else ""),
-        )
+        said = _metadata_row(name, k, r)
+        folder = SPLIT_FILES[split][0].removesuffix("_fixed" if release == "first" else "")
         image, affine = _to_lps(r.hu, r.affine)
         if release == "first":
             image, affine = _to_first_release(k, image, said)
@@ -155,47 +166,45 @@ def _write_patient(
 @patch
 def write(
     self: CTRATE,
-    root,  # of the cohort; `dataset/` is made in it
+    root: str | Path,  # folder of the data set; gets `dataset/`
     seed: int,  # of the study
     n_train: int,  # patients
     n_test: int,  # patients of the owners' validation
-    jobs: int = 1,
+    jobs: int = 1,  # processes
     release: str = "fixed",  # or "first"
-    also=(),  # (chest, key, its first volume) -> anything: what is drawn beside each patient of the fixed release
-    **kw,  # size, spacing, second_recon_prob of the phantom
-) -> dict:  # split -> a row a patient of what `also` gave
-    "A miniature CT-RATE of phantoms: volumes, masks, reports, labels, metadata"
+    also: Sequence[Callable] = (),  # `write_alongside` of companions: (chest, key, first volume)
+    **kw: Any,  # size, spacing, second_recon_prob of the phantom
+) -> dict:  # split -> per patient the results of `also`
+    "Write a miniature CT-RATE of phantoms: volumes, masks, reports, labels, metadata"
     if release not in ("fixed", "first"):
         raise ValueError(f"release is {release!r}, expected 'fixed' or 'first'")
     todo = [(s, i) for s, n in (("train", n_train), ("valid", n_test)) for i in range(1, n + 1)]
-    rows, beside = dict(train=[], valid=[]), dict(train=[], valid=[])
-    for (split, _), (r, more) in zip(
-        todo,
-        parallel_map(
-            _write_patient,
-            [(s, i, root, seed, release, kw, also) for s, i in todo],
-            jobs,
-            "phantoms",
-        ),
-    ):
+    rows: dict[str, list] = dict(train=[], valid=[])
+    beside: dict[str, list] = dict(train=[], valid=[])
+    args = [(s, i, root, seed, release, kw, also) for s, i in todo]
+    results = parallel_map(_write_patient, args, jobs, "phantoms")
+    for (split, _), (r, more) in zip(todo, results):
         rows[split] += r
         beside[split].append(more)
-    for split, (_, reports, labels, metadata) in SPLIT_FILES.items():
-        d = Path(root) / "dataset"
-        write_csv(
-            pd.DataFrame([r["report"] for r in rows[split]]), d / "radiology_text_reports" / reports
-        )
-        write_csv(
-            pd.DataFrame([r["labels"] for r in rows[split]]),
-            d / "multi_abnormality_labels" / labels,
-        )
-        write_csv(pd.DataFrame([r["metadata"] for r in rows[split]]), d / "metadata" / metadata)
-    write_text("", Path(root) / "dataset/no_chest_train.txt")
+    _write_tables(Path(root) / "dataset", rows)
     return beside
 
+
+def _write_tables(d: Path, rows: dict[str, list]) -> None:
+    for split, (_, reports, labels, metadata) in SPLIT_FILES.items():
+        for key, path in (
+            ("report", d / "radiology_text_reports" / reports),
+            ("labels", d / "multi_abnormality_labels" / labels),
+            ("metadata", d / "metadata" / metadata),
+        ):
+            write_csv(pd.DataFrame([r[key] for r in rows[split]]), path)
+    write_text("", d / "no_chest_train.txt")
+
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
-def detect_release(root) -> str:  # "fixed" or "first"
-    "Which release lies in `dataset/`"
+def detect_release(
+    root: str | Path,  # folder of the data set
+) -> str:  # "fixed" or "first"
+    "Detect the release in `dataset/`"
     d = Path(root) / "dataset"
     if not d.is_dir():
         raise FileNotFoundError(f"{d} is missing: expected CT-RATE's dataset/ folder there")
@@ -216,7 +225,10 @@ def detect_release(root) -> str:  # "fixed" or "first"
 def _missing_message(d, folder) -> str:
     old = folder.removesuffix("_fixed")
     return f"{d / folder} is missing" + (
-        f", but {d / old} is there: that is the first release, whose volumes still need slope and intercept; fetch the fixed release"
+        (
+            f", but {d / old} is there: that is the first release, whose volumes still need "
+            "slope and intercept; fetch the fixed release"
+        )
         if (d / old).is_dir()
         else ""
     )
@@ -240,11 +252,12 @@ def _read_table(path, need=(), key="VolumeName") -> pd.DataFrame:
         )
     if len(fields) > 1:
         raise ValueError(
-            f"{path}: rows of {min(fields)} to {max(fields)} fields, expected {len(t.columns)}: the file is cut off; fetch it again"
+            f"{path}: rows of {min(fields)} to {max(fields)} fields, expected "
+            f"{len(t.columns)}: the file is cut off; fetch it again"
         )
     return t.drop_duplicates(key).set_index(key)
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #3311073d
 def _read_labels(path) -> pd.DataFrame:
     t = _read_table(path)
     lost = [n for n in ABNORMALITIES if n not in t]
@@ -260,8 +273,11 @@ def _text(x) -> str:
 STORAGE_COLUMNS = ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
 
 
-def parse_storage(row, path) -> dict:  # slope, intercept, spacing
-    "What the metadata table says of how a volume was stored"
+def parse_storage(
+    row: pd.Series,  # row of the metadata table
+    path: str | Path,  # of the table, for messages
+) -> dict:  # slope, intercept, spacing
+    "Slope, intercept and spacing of a volume in the metadata table"
     xy = re.findall(r"\d+\.?\d*(?:[eE]-?\d+)?", str(row.XYSpacing))
     try:
         slope, intercept, *mm = [
@@ -271,19 +287,23 @@ def parse_storage(row, path) -> dict:  # slope, intercept, spacing
         mm = []
     if len(mm) != 3 or not np.isfinite([slope, intercept, *mm]).all() or slope <= 0 or min(mm) <= 0:
         raise ValueError(
-            f"{path}: {', '.join(f'{n} {row[n]!r}' for n in STORAGE_COLUMNS)}; expected numbers, and [x, y] for XYSpacing"
+            f"{path}: {', '.join(f'{n} {row[n]!r}' for n in STORAGE_COLUMNS)}; expected "
+            "numbers, and [x, y] for XYSpacing"
         )
     return dict(slope=slope, intercept=intercept, spacing=" ".join(f"{x:g}" for x in mm))
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #b33fe119
 @cache
 def _read_table_cached(path, stamp) -> pd.DataFrame:
     return _read_table(path, STORAGE_COLUMNS)  # once a file
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8f34635f
 @patch
-def open_volume(self: CTRATE, path) -> Volume:  # in HU
-    "A volume of either release; slope, intercept and spacing of the metadata table are applied to the first one's, once"
+def open_volume(
+    self: CTRATE,
+    path: str | Path,  # dataset/.../train_1_a_1.nii.gz
+) -> Volume:  # in HU
+    "Read a volume of either release in HU, applying the metadata table to the first release"
     path = Path(path)
     d = next((p for p in path.parents if p.name == "dataset"), None)
     m = _VOLUME_NAME.fullmatch(path.name.removesuffix(".nii.gz"))
@@ -301,7 +321,8 @@ def open_volume(self: CTRATE, path) -> Volume:  # in HU
         raise ValueError(
             f"{table}: no row for {path.name}, expected its slope, intercept and spacing"
         )
-    how, v = parse_storage(said.loc[path.name], f"{table}, {path.name}"), read_volume(path)
+    how = parse_storage(said.loc[path.name], f"{table}, {path.name}")
+    v = read_volume(path)
     hu = v.hu.astype(np.float32) * np.float32(how["slope"]) + np.float32(how["intercept"])
     return Volume(
         compact_dtype(np.rint(hu).astype(np.int32)),
@@ -310,7 +331,10 @@ def open_volume(self: CTRATE, path) -> Volume:  # in HU
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #8b8ac102
-def _respace_affine(v, spacing) -> np.ndarray:  # the header's directions, the table's spacing
+def _respace_affine(
+    v,
+    spacing,
+) -> np.ndarray:  # the header's directions, the table's spacing
     mm = np.array([float(x) for x in spacing.split()])
     if np.allclose(v.spacing, mm, rtol=0.02):
         return v.affine
@@ -321,10 +345,17 @@ def _respace_affine(v, spacing) -> np.ndarray:  # the header's directions, the t
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #dfe8c520
 _WORDS = r"(?:(?!with\b|after\b|following\b)\w+[-\s]+){0,6}?"  # between the two ends of a phrase
+
+
 _GIVEN = r"(?:given|used|administered|applied|injected|obtained|taken|performed|made)\b"
+
+
 _BOTH = re.compile(
-    rf"\b(?:with|without|before|after|pre)[-\s]*(?:and|or|/|&)\s*(?:with|without|before|after|post)\b[-\s]*{_WORDS}contrast"
+    r"\b(?:with|without|before|after|pre)[-\s]*(?:and|or|/|&)"
+    rf"\s*(?:with|without|before|after|post)\b[-\s]*{_WORDS}contrast"
 )
+
+
 _NO = re.compile(
     "|".join(
         [
@@ -336,26 +367,33 @@ _NO = re.compile(
         ]
     )
 )
+
+
 _YES = re.compile(
     "|".join(
         [
             r"\bcontrast[-\s]*enhanc(?:ed|ement)",
-            rf"\b(?:with|after|following|using)[-\s]+{_WORDS}contrast(?![-\s]+(?:resolution|ratio))",
+            rf"\b(?:with|after|following|using)[-\s]+{_WORDS}contrast"
+            r"(?![-\s]+(?:resolution|ratio))",
             r"\bpost[-\s]?contrast",
             r"\b(?:iv|intravenous)[-\s]+contrast",
             rf"\bcontrast(?:[-\s]+\w+){{0,4}}?[-\s]+(?:was|were|is|been)\s+{_GIVEN}",
         ]
     )
 )
+
+
 _ORAL = re.compile(
-    r"\boral\s+(?:and|or)\s+|(?<=\biv)\s+(?:and|or)\s+oral\b|(?<=\bintravenous)\s+(?:and|or)\s+oral\b|(?:\b(?:with|without|after|no)\s+)?\boral\s+contrast"
+    r"\boral\s+(?:and|or)\s+|(?<=\biv)\s+(?:and|or)\s+oral\b"
+    r"|(?<=\bintravenous)\s+(?:and|or)\s+oral\b"
+    r"|(?:\b(?:with|without|after|no)\s+)?\boral\s+contrast"
 )
 
-
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #dfce9984
 def parse_contrast(
     text: str,  # Technique_EN
-) -> int | None:  # 1, 0; None where nothing, or both, is said
-    "Was contrast medium given into a vein, as the report tells it?"
+) -> int | None:  # 1, 0; None for no mention or both
+    "Parse from a report whether intravenous contrast medium was given"
     t = _ORAL.sub(" ", re.sub("[\u2010-\u2014]", "-", text.lower()).replace("i.v.", "iv"))
     if _BOTH.search(t):
         return None
@@ -375,7 +413,8 @@ def _read_metadata(
     if "ConvolutionKernel" in t:
         return t
     log_message(
-        f"{CTRATE.name}: {there} has no column ConvolutionKernel: the kernels of its volumes are not known"
+        f"{CTRATE.name}: {there} has no column ConvolutionKernel: the kernels of its "
+        "volumes are not known"
     )
     return t.assign(ConvolutionKernel="")
 
@@ -401,8 +440,10 @@ def _row(f, mask, said, has, split, how, kernel) -> dict:
         contrast=parse_contrast(_text(said.get("Technique_EN"))),
     )
 
-
-def _read_excluded(path) -> set:  # names without suffix
+# %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #57ecd7e7
+def _read_excluded(
+    path,
+) -> set:  # names without suffix
     text = path.read_text(encoding="utf8", errors="replace") if path.exists() else ""
     names = {m[0] for m in _VOLUME_NAME.finditer(text)}
     if text.strip() and not names:
@@ -410,36 +451,38 @@ def _read_excluded(path) -> set:  # names without suffix
     return names
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
-def _list_volumes(folder, bad) -> list:  # files in the order of their numbers
-    every = list_files(folder, "*/*/*.nii.gz")
-    files = [f for f in every if _VOLUME_NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
-    for f in sorted(set(every) - set(files)):
+def _list_volumes(
+    folder,
+    bad,
+) -> list:  # files in the order of their numbers
+    found = list_files(folder, "*/*/*.nii.gz")
+    files = [f for f in found if _VOLUME_NAME.fullmatch(f.name.removesuffix(".nii.gz"))]
+    for f in sorted(set(found) - set(files)):
         bad.add(f.name, "not named as train_1_a_1.nii.gz")
     return sorted(
         files, key=lambda f: [int(x) if x.isdigit() else x for x in f.name.split(".")[0].split("_")]
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #5c8f6976
-def _split_rows(d, split, old, skip, bad) -> list:  # rows
+def _split_rows(
+    d,
+    split,
+    old,
+    skip,
+    bad,
+) -> list:  # rows
     folder, reports, labels, metadata = SPLIT_FILES[split]
     folder = folder.removesuffix("_fixed" if old else "")
-    said, has = (
-        _read_table(d / "radiology_text_reports" / reports, ["Findings_EN", "Impressions_EN"]),
-        _read_labels(d / "multi_abnormality_labels" / labels),
-    )
-    how, rows = _read_metadata(d / "metadata" / metadata, old), []
+    said = _read_table(d / "radiology_text_reports" / reports, ["Findings_EN", "Impressions_EN"])
+    has = _read_labels(d / "multi_abnormality_labels" / labels)
+    how = _read_metadata(d / "metadata" / metadata, old)
+    rows = []
+    needed = [(said, f"report in {reports}"), (has, f"labels in {labels}")]
+    needed += [(how, f"slope and spacing in {metadata}")] if old else []
     for f in _list_volumes(d / folder, bad):
         if f.name.removesuffix(".nii.gz") in skip:
             continue
-        lost = [
-            f"{what} in {file}"
-            for t, what, file in (
-                (said, "report", reports),
-                (has, "labels", labels),
-                (how if old else None, "slope and spacing", metadata),
-            )
-            if t is not None and f.name not in t.index
-        ]
+        lost = [text for t, text in needed if f.name not in t.index]
         if lost:
             bad.add(f.name, f"no {lost[0]}")
             continue
@@ -465,10 +508,14 @@ def _split_rows(d, split, old, skip, bad) -> list:  # rows
 @patch
 def read(
     self: CTRATE,
-    root,  # folder that holds `dataset/`
-) -> tuple:  # cohort table with raw paths, Quarantine; the first release has columns slope, intercept, spacing too
-    "Every volume of both splits that has a report and labels, with its kernel and contrast; what has not is left out by name"
-    d, bad, which = Path(root) / "dataset", Quarantine(), detect_release(root)
+    root: str | Path,  # folder that holds `dataset/`
+) -> tuple:  # cohort table with raw paths, Quarantine
+    """Read every volume of both splits with report and labels; exclude the others by name
+
+    The first release has columns `slope`, `intercept` and `spacing` too."""
+    d = Path(root) / "dataset"
+    bad = Quarantine()
+    which = detect_release(root)
     warn_unverified(self.name, self.unverified)
     log_message(
         f"{self.name}: the {which} release"

@@ -51,10 +51,10 @@ def info_nce(
 ) -> torch.Tensor:  # scalar
     "Symmetric InfoNCE: cross-entropy of the diagonal over rows and over columns"
     eye, out = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device), 0.0
-    for l, a in ((logits, allowed), (logits.transpose(-1, -2), allowed.transpose(-1, -2))):
-        l = l.float().masked_fill(~(a | eye), -torch.inf)
+    for x, a in ((logits, allowed), (logits.transpose(-1, -2), allowed.transpose(-1, -2))):
+        x = x.float().masked_fill(~(a | eye), -torch.inf)
         out = out + global_mean(
-            (l.logsumexp(-1) - l.diagonal(dim1=-2, dim2=-1)).masked_fill(~rows, 0.0).sum(),
+            (x.logsumexp(-1) - x.diagonal(dim1=-2, dim2=-1)).masked_fill(~rows, 0.0).sum(),
             rows.sum(),
         )
     return out / 2

@@ -83,7 +83,7 @@ def add_text_features(
     tokens: bool,  # are hidden words guessed?
     dropout: bool = False,
 ) -> Batch:
-    "What the frozen encoder says of a batch's hidden report; with dropout, of its sentences too, anew each time"
+    "Add token features of the masked report; with dropout, sentence features too"
     masked, of = batch["masked_input_ids"], batch["token_to_sentence"]
     if not dropout:
         return dict(batch, token_embeds=text_encoder.tokens(masked, of)) if tokens else batch
@@ -206,7 +206,7 @@ def retrieval_accuracy(
     false_negative_threshold: float,
     sentence_embeds,  # (B,S,C')
 ) -> tuple:  # (B,) each
-    "Share of a report's sentences that their region finds among the report's own, and that find their image among the batch's"
+    "Region-to-sentence accuracy within a report, and sentence-to-image accuracy within a batch"
     real, text = sentence_mask, aligned.text_embeds
     eye = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
     same = sentence_embeds @ sentence_embeds.transpose(1, 2) >= false_negative_threshold
@@ -236,7 +236,7 @@ def evaluate(
     batch: int = 16,
     label: str | None = "held-out",  # of the bar; None: no bar
 ) -> pd.DataFrame:  # a row a case
-    "What a model makes of cases that it was not trained on; what its arm does not train is left empty"
+    "Evaluate a model on held-out cases; outputs that its arm does not train are left out"
     model.eval().to(get_device())
     data.text_encoder.to(get_device())
     rows, arm = [], model.arm
@@ -393,10 +393,14 @@ def run(
     data = ImageReportDataset(parts["train"], p, text, seed)
     if data.num_truncated:
         log_message(
-            f"{data.num_truncated} of {len(data)} reports are longer than text.max_length {text.max_length}: their last sentences are left out"
+            f"{data.num_truncated} of {len(data)} reports are longer than text.max_length "
+            f"{text.max_length}: their last sentences are left out"
         )
     nothing = pd.DataFrame(dict(step=[0], loss=[0.0])), pd.DataFrame(dict(step=[0]))
-    plain = lambda rows: ImageReportDataset(rows, p, text, seed, augment=False)
+
+    def plain(rows):
+        return ImageReportDataset(rows, p, text, seed, augment=False)
+
     fit_stem(model, plain(parts["train"].head(16)))
     if not is_trained(arm):
         return (
@@ -474,7 +478,7 @@ def recipe_matches(
     folder,  # shipped weights
     fp: dict,  # of `recipe`
 ) -> bool:
-    "Are there weights, and are they of this recipe? If not, a line says which key differs and that it will be trained"
+    "Whether there are shipped weights of this recipe; the first differing key is logged"
     folder = Path(folder)
     if not (folder / "recipe.json").exists():
         return False
@@ -498,7 +502,8 @@ def load_shipped(folder, model) -> tuple:  # log, eval_log
         model.load_state_dict(load_file(file), strict=True)
     except Exception as e:
         raise ValueError(
-            f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), or say pretrain.weights: none"
+            f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), "
+            "or say pretrain.weights: none"
         ) from None
     return tuple(pd.read_csv(Path(folder) / f"{k}.csv") for k in ("log", "eval"))
 

@@ -59,7 +59,7 @@ def info_nce(
         )
     return out / 2
 
-
+# %% ../../nbs/5_model/52_align.ipynb #06af5814
 def intra_report_loss(
     region: torch.Tensor,  # (B,S,C) unit norm
     text: torch.Tensor,  # (B,S,C) unit norm
@@ -74,7 +74,7 @@ def intra_report_loss(
         region @ text.transpose(1, 2) * scale, differ & real[:, None] & real[:, :, None], real
     )
 
-
+# %% ../../nbs/5_model/52_align.ipynb #0f425e71
 def inter_report_loss(
     patches: list,  # of (B,V,C), unit norm: the first ranks the patches, all are pooled
     text: torch.Tensor,  # (B,S,C) unit norm
@@ -146,7 +146,7 @@ class AlignmentOutput:
     patch_embeds: list  # of (B,V,proj_dim): where sentences look, then of tokens where that differs
     sentence_mask: torch.Tensor | None = None  # (B,S) bool, False for padding
 
-
+# %% ../../nbs/5_model/52_align.ipynb #8450b448
 class AlignmentHead(nn.Module):
     "Projects image and text to one space and pools a region for each sentence"
 

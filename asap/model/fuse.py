@@ -23,7 +23,7 @@ def similarity_bias(
     index = token_to_sentence.clamp(min=0)[..., None].expand(-1, -1, similarity.shape[-1])
     return similarity.gather(1, index) * (token_to_sentence >= 0)[..., None]
 
-
+# %% ../../nbs/5_model/53_fuse.ipynb #473ec43a
 class FusionEncoder(nn.Module):
     "One fusion layer and a BERT over the report's tokens"
 
@@ -107,7 +107,7 @@ class FusionEncoder(nn.Module):
             x = b(x, padding_bias)
         return self.norm(x)
 
-
+# %% ../../nbs/5_model/53_fuse.ipynb #4010cb7c
 class ReleasedFusionEncoder(FusionEncoder):
     "The prefix of the released code: a fifth of the mean region, those of padding sentences too"
 

@@ -62,7 +62,7 @@ def sincos_pos_embed(
 def _attention_weights(q, k):  # (G,N,c), (G,M,c) -> (G,N,M)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
 
-
+# %% ../../nbs/5_model/50_vit.ipynb #08831191
 class _ChunkedAttention(torch.autograd.Function):
     "Attention a few heads at a time; weights are made again in the backward pass"
 
@@ -89,7 +89,7 @@ class _ChunkedAttention(torch.autograd.Function):
             out.append((s @ k, s.transpose(-1, -2) @ q, w.transpose(-1, -2) @ g_))
         return *map(torch.cat, zip(*out)), None
 
-
+# %% ../../nbs/5_model/50_vit.ipynb #7800865b
 MAX_ATTENTION_SCORES = 2**22  # at most so many at a time, 8 MB in bf16
 
 
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         y = dot_product_attention(q, k, v, bias)
         return self.proj(rearrange(y, "b h n c -> b n (h c)"))
 
-
+# %% ../../nbs/5_model/50_vit.ipynb #01ed77f9
 class Mlp(nn.Module):
     "Two linear layers with a GELU between them"
 
@@ -152,7 +152,7 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (...,C) -> (...,C)
         return self.fc2(self.act(self.fc1(x)))
 
-
+# %% ../../nbs/5_model/50_vit.ipynb #dea9f602
 class Block(nn.Module):
     "Pre-norm transformer block"
 
@@ -181,7 +181,7 @@ class Block(nn.Module):
             x = gather_patches(x, wanted) + self.attn(gather_patches(normed, wanted), normed, bias)
         return x + self.mlp(self.norm2(x))
 
-
+# %% ../../nbs/5_model/50_vit.ipynb #35a7dda0
 def init_weights(m: nn.Module) -> None:
     "Xavier initialization of linear layers, as in MAE; use with `Module.apply`"
     if isinstance(m, nn.Linear):

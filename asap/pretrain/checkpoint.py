@@ -55,7 +55,7 @@ def write_checkpoint(
         if fp is not None:
             write_json(fp, tmp / "fingerprint.json")
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b78573fd
 def read_config(
     folder,  # of `write_checkpoint`
     again: str,  # what to do where it is not whole
@@ -79,7 +79,7 @@ def read_weights(folder, again: str) -> dict:  # name -> tensor; as `read_config
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file} is truncated or broken ({e}): {again}") from None
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #874938d2
 def save(
     model: ASAP,
     folder,  # made whole or not at all
@@ -101,7 +101,7 @@ def _check_tensors(
     what,  # file, or folder
     todo: str,  # what to do about it
 ):
-    "Nothing missing, nothing unknown, shapes and dtypes as wanted, numbers finite; else `ValueError`"
+    "Raise ValueError unless names, shapes and dtypes are as wanted and all numbers are finite"
     missing, unknown = sorted(set(want) - set(found)), sorted(set(found) - set(want))
     if missing or unknown:
         raise ValueError(
@@ -198,7 +198,7 @@ class ASAPHubModel(ASAP, ModelHubMixin):
         if push_to_hub:
             return self.push_to_hub(repo_id or Path(folder).name, **where)
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a677dfeb
 class ReleasedASAPHubModel(ASAPHubModel, ReleasedASAP):
     "`ReleasedASAP` with the same methods"
 
@@ -508,14 +508,14 @@ _ONCE = (
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; num_parameters, num_encoder_parameters and seconds where they are known
-    study: dict,  # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
+    metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
+    # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
+    # optional pretrain, data (hash), revision, licence, seconds
+    study: dict,
 ) -> str:  # Markdown
-    "What this is, in words and counts, without a patient"
-    known, m = (
-        dict(pretrain=config["pretrain"], licence=code_license()) | metrics | study,
-        config["model"],
-    )
+    "The model card: recipe, training data in counts, license; nothing about a patient"
+    known = dict(pretrain=config["pretrain"], licence=code_license()) | metrics | study
+    m = config["model"]
 
     def row(d):
         return ", ".join(f"{k} {v}" for k, v in d.items())
@@ -526,11 +526,15 @@ def model_card(
         else {", ".join(known["cohorts"]): known["train"]}
     )
     took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
-    how = f"Trained for {known['steps']} steps{took} on the train split: {', '.join(f'{v} volumes of {k}' for k, v in n.items())}; seed {known['seed']}"
+    volumes = ", ".join(f"{v} volumes of {k}" for k, v in n.items())
+    how = f"Not trained: weights as drawn, seed {known['seed']}"
+    if known["steps"]:
+        how = f"Trained for {known['steps']} steps{took} on the train split: {volumes}"
+        how += f"; seed {known['seed']}"
     lines = [
         f"Recipe: {row(config['arm'])}.",
         f"Numbers: {row(known['pretrain'])}.",
-        f"{how if known['steps'] else 'Not trained: weights as drawn, seed ' + str(known['seed'])}.",
+        f"{how}.",
         *(
             f"{name}: `{known[k]}`."
             for k, name in dict(data="Data, hash", revision="Code, revision").items()
@@ -548,11 +552,14 @@ def model_card(
         ).items()
         if k in known
     )
-    return f"""# Arm `{arm}`
-
-A 3-D vision transformer for chest CT: input {_format_size(config["img_size"])} voxels at {_format_size(study["spacing"])} mm, HU {_format_size(study["hu_range"]).replace("x", " to ")} mapped to [-1, 1], RAS; patches of {_format_size(config["patch_size"])} voxels; {m["depth"]} blocks of width {m["embed_dim"]}, {m["num_heads"]} heads{count}.
-
-""" + "".join(f"- {line}\n" for line in lines)
+    about = (
+        f"A 3-D vision transformer for chest CT: input {_format_size(config['img_size'])} voxels "
+        f"at {_format_size(study['spacing'])} mm, "
+        f"HU {_format_size(study['hu_range']).replace('x', ' to ')} mapped to [-1, 1], RAS; "
+        f"patches of {_format_size(config['patch_size'])} voxels; "
+        f"{m['depth']} blocks of width {m['embed_dim']}, {m['num_heads']} heads{count}."
+    )
+    return f"# Arm `{arm}`\n\n{about}\n\n" + "".join(f"- {line}\n" for line in lines)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #d7d1a616
 def _data_statement(phantom) -> str:  # a phantom's version, or "none: real scans"

@@ -89,7 +89,7 @@ def encode_tokens(
         )
     return t.float().cpu()
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #a1b91eee
 def threaded_map(
     one,  # x -> anything
     batches,  # of x
@@ -115,7 +115,7 @@ def threaded_map(
     finally:
         torch.set_num_threads(n)
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #dd6f4aa2
 def iter_tokens(
     encoder,  # as `encode_tokens`
     paths,  # of standard volumes
@@ -156,7 +156,7 @@ def iter_tokens(
         bar.update(len(t))
     bar.close()
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #6fab4ff7
 def mean_pool(t) -> np.ndarray:  # (B,1+N,C) -> (B,C) float32
     "Mean of the patch tokens"
     return t[:, 1:].mean(1).numpy()
@@ -170,7 +170,7 @@ def extract_features(
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #1733c1d5
 def save(f, table, folder, name, fp=None):
-    "`<name>.npy` beside `<name>.parquet`, row by row the same cases, and `<name>.json`, what made them"
+    "Write `<name>.npy`, `<name>.parquet` (index of its rows) and `<name>.json` (fingerprint)"
     folder = Path(folder)
     with atomic_write(folder / f"{name}.npy") as tmp:
         if isinstance(f, Path):
@@ -262,9 +262,8 @@ def embed_cohort(
         save(half / "whole.npy", table, whole, name, fp)
     save(out["half"], table, folder, name, fp)
     shutil.rmtree(half)
-    log_message(
-        f"{name}: {' and '.join(f'{tuple(o.shape)} {o.dtype}, {o.nbytes / 1e6:.1f} MB' for o in out.values())}"
-    )
+    sizes = [f"{tuple(o.shape)} {o.dtype}, {o.nbytes / 1e6:.1f} MB" for o in out.values()]
+    log_message(f"{name}: {' and '.join(sizes)}")
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #06bac5f2
 def encoder_from_factory(

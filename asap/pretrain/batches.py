@@ -42,7 +42,7 @@ def abnormal_organs(sentences, groups) -> list:  # numbers of organ groups, from
         if any(part in s for s in said for part in g.lower().split(" and "))
     ]
 
-
+# %% ../../nbs/6_pretrain/60_batches.ipynb #21d71ee5
 class ImageReportDataset:
     "Image, organ shares and report of each case, by (draw, index)"
 

@@ -55,7 +55,7 @@ def write_checkpoint(
         if fp is not None:
             write_json(fp, tmp / "fingerprint.json")
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b78573fd
 def read_config(
     folder,  # of `write_checkpoint`
     again: str,  # what to do where it is not whole
@@ -65,7 +65,8 @@ def read_config(
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(
-                f"{folder / name} is missing: a checkpoint is a folder with config.json and model.safetensors: {again}"
+                f"{folder / name} is missing: a checkpoint is a folder with config.json and "
+                f"model.safetensors: {again}"
             )
     return read_json(folder / "config.json")
 
@@ -78,7 +79,7 @@ def read_weights(folder, again: str) -> dict:  # name -> tensor; as `read_config
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{file} is truncated or broken ({e}): {again}") from None
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #874938d2
 def save(
     model: ASAP,
     folder,  # made whole or not at all
@@ -87,7 +88,8 @@ def save(
     "Write a checkpoint folder"
     if (size := tuple(model.config["img_size"])) != model.vit.img_size:
         raise ValueError(
-            f"the encoder was resized to {model.vit.img_size}, its decoder and config.json are for {size}: "
+            f"the encoder was resized to {model.vit.img_size}, its decoder and config.json are "
+            f"for {size}: "
             "resize what `load` gives, and save the model as it was"
         )
     write_checkpoint(model.state_dict(), model.config, card, folder)
@@ -99,11 +101,12 @@ def _check_tensors(
     what,  # file, or folder
     todo: str,  # what to do about it
 ):
-    "Nothing missing, nothing unknown, shapes and dtypes as wanted, numbers finite; else `ValueError`"
+    "Raise ValueError unless names, shapes and dtypes are as wanted and all numbers are finite"
     missing, unknown = sorted(set(want) - set(found)), sorted(set(found) - set(want))
     if missing or unknown:
         raise ValueError(
-            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, not known {unknown[:3]}: {todo}"
+            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, not "
+            f"known {unknown[:3]}: {todo}"
         )
     for k, w in want.items():
         v, wrong = found[k], None
@@ -127,14 +130,16 @@ def load_model(
         model = build_hub_model(config)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
-            f"{folder / 'config.json'} describes no model ({type(e).__name__}: {e}): make or fetch it again"
+            f"{folder / 'config.json'} describes no model ({type(e).__name__}: {e}): make or "
+            "fetch it again"
         ) from None
     weights = read_weights(folder, again)
     _check_tensors(
         weights,
         model.state_dict(),
         folder / "model.safetensors",
-        "config.json is of another model, or the code has changed since: make or fetch the folder again",
+        "config.json is of another model, or the code has changed since: make or fetch the "
+        "folder again",
     )
     model.load_state_dict(weights, strict=True)
     if (folder / "card.md").exists():
@@ -154,13 +159,16 @@ def load_aligned_models(
 class ASAPHubModel(ASAP, ModelHubMixin):
     "`ASAP` with `from_pretrained`, `save_pretrained` and `push_to_hub`"
 
-    card = "# ASAP\n\nA 3-D vision transformer for chest CT. What it was trained on was not said. For no clinical use.\n"
+    card = (
+        "# ASAP\n\nA 3-D vision transformer for chest CT. What it was trained on was not said. "
+        "For no clinical use.\n"
+    )
 
     @classmethod
     def from_pretrained(
         cls,
         name,  # folder, or id on the Hugging Face hub
-        **where,  # revision, token, cache_dir, force_download, local_files_only: as `huggingface_hub.snapshot_download` takes them
+        **where,  # revision, token, cache_dir, ...: of `huggingface_hub.snapshot_download`
     ) -> "ASAPHubModel":  # in eval mode
         "The whole model; nothing that came with it is run"
         if Path(name).is_dir():
@@ -190,7 +198,7 @@ class ASAPHubModel(ASAP, ModelHubMixin):
         if push_to_hub:
             return self.push_to_hub(repo_id or Path(folder).name, **where)
 
-
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a677dfeb
 class ReleasedASAPHubModel(ASAPHubModel, ReleasedASAP):
     "`ReleasedASAP` with the same methods"
 
@@ -224,7 +232,8 @@ def set_input_size(
         return encoder
     if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)):
         raise ValueError(
-            f"size {size} is not a whole number of patches {patch} along each of three axes: take multiples of them"
+            f"size {size} is not a whole number of patches {patch} along each of three axes: take "
+            "multiples of them"
         )
     grid = tuple(s // p for s, p in zip(size, patch))
     if _sincos_grid(encoder.pos_embed) == encoder.grid_size:
@@ -277,12 +286,15 @@ def _read_released_weights(
         raise
     except Exception as e:
         raise ValueError(
-            f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch it again, from where it was published"
+            f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch "
+            "it again, from where it was published"
         ) from None
     found = whole.get("model") if isinstance(whole, dict) else None
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
         raise ValueError(
-            f"{path} holds {list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a dict with weights under `model`: {_RETRY_HINT}"
+            f"{path} holds "
+            f"{list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a "
+            f"dict with weights under `model`: {_RETRY_HINT}"
         )
     begins = (*NON_ENCODER_PREFIXES, *([leave_out] if isinstance(leave_out, str) else leave_out))
     out = Counter(k.split(".")[0] for k in found if k.startswith(begins))
@@ -327,7 +339,10 @@ def _expected_encoder_tensors(
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #0dd397a2
 def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, patches
     "Read off the shapes; where one makes no sense the paper's stands, for the check to find"
-    shape = lambda k, n: s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
+
+    def shape(k, n):
+        return s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
+
     dim = mode(
         [v.numel() for k, v in found.items() if k.endswith(".bias") and isinstance(v, torch.Tensor)]
         or [768]
@@ -342,7 +357,7 @@ def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, patches
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #8824ec29
 def _convert_shapes(found: dict) -> dict:  # as `ViT3D` holds them
-    "The same names; what the file fuses is split, a convolution's kernel is a matrix, the table has no class token's row"
+    "Split fused tensors, flatten the patch kernel, and drop the class token's position"
     out = {}
     for k, v in found.items():
         if "attn.qkv" in k:
@@ -360,15 +375,21 @@ def _infer_input_size(path, pos, patch, size) -> tuple:  # voxels that the file'
     "From sines and cosines; else the paper's, or `size`, whichever has as many patches"
     if grid := _sincos_grid(pos):
         return tuple(g * p for g, p in zip(grid, patch))
-    many = lambda s: (
-        prod(s) // prod(patch) if len(s) == 3 and not any(a % p for a, p in zip(s, patch)) else None
-    )
+
+    def many(s):
+        return (
+            prod(s) // prod(patch)
+            if len(s) == 3 and not any(a % p for a, p in zip(s, patch))
+            else None
+        )
+
     for s in (RELEASED_INPUT["img_size"], tuple(size or ())):
         if many(s) == len(pos):
             return s
     s = size or RELEASED_INPUT["img_size"]
     raise ValueError(
-        f"{path}: `pos_embed` has {len(pos)} patches of {_format_size(patch)} voxels, expected {many(s) or 'a whole number'} in {_format_size(s)}: "
+        f"{path}: `pos_embed` has {len(pos)} patches of {_format_size(patch)} voxels, expected "
+        f"{many(s) or 'a whole number'} in {_format_size(s)}: "
         "say in `size` what it was trained at, and `set_input_size` what comes out"
     )
 
@@ -381,19 +402,22 @@ def _load_released(path, size, heads, leave_out) -> ViT3D:
     heads, ours = heads or dim // 64, _convert_shapes(found)
     if not heads or dim % heads:
         raise ValueError(
-            f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in `heads`"
+            f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in "
+            "`heads`"
         )
     pos = ours["pos_embed"]
     trained = _infer_input_size(path, pos, patch, size)
     vit = ViT3D(trained, patch, dim, depth, heads)
     vit.load_state_dict(ours, strict=True)
     log_message(
-        f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of {_format_size(trained)}; {left}"
+        f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of "
+        f"{_format_size(trained)}; {left}"
     )
     away = float((pos - sincos_pos_embed(vit.grid_size, dim)).abs().max())
     if not _sincos_grid(pos):
         log_message(
-            f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} away) and is used as it is"
+            f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} "
+            "away) and is used as it is"
         )
     vit.spacing, vit.hu_range = RELEASED_INPUT["spacing"], RELEASED_INPUT["hu_range"]
     return set_input_size(vit, size or trained)
@@ -405,12 +429,13 @@ def load(
     heads: int | None = None,  # of a file; 64 channels each when None
     leave_out=(),  # of a file: how further names begin that are no part of the encoder
 ) -> ViT3D:  # in eval mode
-    "The encoder: `forward_features(x)` of (B,1,H,W,D) in [-1,1] gives (B,1+N,C), class token first; `img_size`, `spacing`, `hu_range` say what it takes"
+    "The encoder, with attributes `img_size`, `spacing` and `hu_range` that describe its input"
     if Path(path).is_file():
         return _load_released(path, size, heads, leave_out).eval()
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"{path} is missing: expected a checkpoint folder, or a file that the paper's code wrote"
+            f"{path} is missing: expected a checkpoint folder, or a file that the paper's code "
+            "wrote"
         )
     model = load_model(path)
     model.vit.spacing = tuple(model.config["spacing"])
@@ -438,11 +463,13 @@ def load_mae2d_blocks(
         found,
         _expected_block_tensors(vit.embed_dim, depth),
         path,
-        f"take a ViT's file of {depth} blocks of width {vit.embed_dim}, as this encoder has, or {_RETRY_HINT}",
+        f"take a ViT's file of {depth} blocks of width {vit.embed_dim}, as this encoder has, or "
+        f"{_RETRY_HINT}",
     )
     vit.load_state_dict(vit.state_dict() | _convert_shapes(found), strict=True)
     log_message(
-        f"{Path(path).name}: {depth} blocks of width {vit.embed_dim} and the last norm taken; {left}"
+        f"{Path(path).name}: {depth} blocks of width {vit.embed_dim} and the last norm taken; "
+        f"{left}"
     )
     return vit
 
@@ -470,8 +497,10 @@ def git_revision() -> str | None:  # commit, with `-dirty` where files differ fr
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #ee66ba00
 _ONCE = (
-    "Grounding: one training of this recipe. Other trainings of one recipe differ widely in where sentences point "
-    "(asap, pointing on four small lesions of phantoms: 0.374, 0.216, 0.126, 0.000, 0.000; an atlas by position: 0.241); "
+    "Grounding: one training of this recipe. Other trainings of one recipe differ widely in "
+    "where sentences point "
+    "(asap, pointing on four small lesions of phantoms: 0.374, 0.216, 0.126, 0.000, 0.000; an "
+    "atlas by position: 0.241); "
     "do not rely on a region that a sentence finds without measuring it."
 )
 
@@ -479,26 +508,33 @@ _ONCE = (
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; num_parameters, num_encoder_parameters and seconds where they are known
-    study: dict,  # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom; pretrain, data (hash), revision, licence, seconds where they are known
+    metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
+    # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
+    # optional pretrain, data (hash), revision, licence, seconds
+    study: dict,
 ) -> str:  # Markdown
-    "What this is, in words and counts, without a patient"
-    known, m = (
-        dict(pretrain=config["pretrain"], licence=code_license()) | metrics | study,
-        config["model"],
-    )
-    row = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
+    "The model card: recipe, training data in counts, license; nothing about a patient"
+    known = dict(pretrain=config["pretrain"], licence=code_license()) | metrics | study
+    m = config["model"]
+
+    def row(d):
+        return ", ".join(f"{k} {v}" for k, v in d.items())
+
     n = (
         known["train"]
         if isinstance(known["train"], dict)
         else {", ".join(known["cohorts"]): known["train"]}
     )
     took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
-    how = f"Trained for {known['steps']} steps{took} on the train split: {', '.join(f'{v} volumes of {k}' for k, v in n.items())}; seed {known['seed']}"
+    volumes = ", ".join(f"{v} volumes of {k}" for k, v in n.items())
+    how = f"Not trained: weights as drawn, seed {known['seed']}"
+    if known["steps"]:
+        how = f"Trained for {known['steps']} steps{took} on the train split: {volumes}"
+        how += f"; seed {known['seed']}"
     lines = [
         f"Recipe: {row(config['arm'])}.",
         f"Numbers: {row(known['pretrain'])}.",
-        f"{how if known['steps'] else 'Not trained: weights as drawn, seed ' + str(known['seed'])}.",
+        f"{how}.",
         *(
             f"{name}: `{known[k]}`."
             for k, name in dict(data="Data, hash", revision="Code, revision").items()
@@ -516,17 +552,26 @@ def model_card(
         ).items()
         if k in known
     )
-    return f"""# Arm `{arm}`
-
-A 3-D vision transformer for chest CT: input {_format_size(config["img_size"])} voxels at {_format_size(study["spacing"])} mm, HU {_format_size(study["hu_range"]).replace("x", " to ")} mapped to [-1, 1], RAS; patches of {_format_size(config["patch_size"])} voxels; {m["depth"]} blocks of width {m["embed_dim"]}, {m["num_heads"]} heads{count}.
-
-""" + "".join(f"- {line}\n" for line in lines)
+    about = (
+        f"A 3-D vision transformer for chest CT: input {_format_size(config['img_size'])} voxels "
+        f"at {_format_size(study['spacing'])} mm, "
+        f"HU {_format_size(study['hu_range']).replace('x', ' to ')} mapped to [-1, 1], RAS; "
+        f"patches of {_format_size(config['patch_size'])} voxels; "
+        f"{m['depth']} blocks of width {m['embed_dim']}, {m['num_heads']} heads{count}."
+    )
+    return f"# Arm `{arm}`\n\n{about}\n\n" + "".join(f"- {line}\n" for line in lines)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #d7d1a616
 def _data_statement(phantom) -> str:  # a phantom's version, or "none: real scans"
     if str(phantom).startswith("none"):
-        return "Real scans, of which counts alone stand here; their owners' terms hold for these weights too."
-    return f"Procedural phantoms, version {phantom}, drawn from the seed by this code and under its licence: these weights know no patient."
+        return (
+            "Real scans, of which counts alone stand here; "
+            "their owners' terms hold for these weights too."
+        )
+    return (
+        f"Procedural phantoms, version {phantom}, drawn from the seed by this code "
+        "and under its licence: these weights know no patient."
+    )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #786d7004
 MAX_WEIGHTS_MB = 8  # MB, of a folder in weights/
@@ -537,7 +582,8 @@ def export_weights(
     base=None,  # the project's folder
 ) -> Path | None:  # weights/<name>; None where nothing was trained here
     "Keep what the stage `pretrain@<name>` or `text` trained"
-    base, text = Path(base or project_root()), name == "text"
+    base = Path(base or project_root())
+    text = name == "text"
     run, stage = (
         base / "runs" / ("text" if text else f"pretrain/{name}"),
         "text" if text else f"pretrain@{name}",
@@ -551,13 +597,16 @@ def export_weights(
             raise FileNotFoundError(f"{f} is missing: run `dvc repro {stage}` first")
     if read_json(run / "metrics.json").get("weights_source") != "trained":
         return None
-    how = f"- Trained by the stage `{stage}` in {read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores; code at commit `{git_revision() or 'unknown'}`.\n"
+    took = f"{read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores"
+    commit = git_revision() or "unknown"
+    how = f"- Trained by the stage `{stage}` in {took}; code at commit `{commit}`.\n"
     with atomic_write(base / "weights" / name) as tmp:
         shutil.copytree(made, tmp)
         for f in () if text else ("recipe.json", "log.csv", "eval.csv"):
             shutil.copy(run / f, tmp / f)
         about = (
-            "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on the train split's reports. For no clinical use.\n\n"
+            "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on "
+            "the train split's reports. For no clinical use.\n\n"
             if text
             else (tmp / "card.md").read_text(encoding="utf8")
         )

@@ -71,10 +71,10 @@ class ImageDataset(torch.utils.data.Dataset):
 # %% ../../nbs/6_pretrain/63_embed.ipynb #8d0854d9
 @torch.no_grad()
 def encode_tokens(
-    encoder,  # an object with `forward_features(x)`, or `forward_features(x, norm=...)` where it can leave its last norm out
-    x,  # (B,1,H,W,D)
+    encoder,  # has `forward_features(x)`; a `norm` argument, if any, is set to False
+    x: torch.Tensor,  # (B,1,H,W,D)
 ) -> torch.Tensor:  # (B,1+N,C) float32 on the CPU
-    "Tokens before the last norm; what is not (B,1+N,C) is an error that says what came"
+    "Tokens before the last norm; raises ValueError unless they are (B,1+N,C)"
     kw = (
         dict(norm=False) if "norm" in inspect.signature(encoder.forward_features).parameters else {}
     )
@@ -82,18 +82,20 @@ def encode_tokens(
         t = encoder.forward_features(x, **kw)
     if not torch.is_tensor(t) or t.ndim != 3 or len(t) != len(x) or t.shape[1] < 2:
         raise ValueError(
-            f"{type(encoder).__name__}.forward_features gave {tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of {tuple(x.shape)}, "
+            f"{type(encoder).__name__}.forward_features gave "
+            f"{tuple(t.shape) if torch.is_tensor(t) else type(t).__name__} for an input of "
+            f"{tuple(x.shape)}, "
             "expected a tensor (B, 1+N, C): the class token, then at least one patch"
         )
     return t.float().cpu()
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #a1b91eee
 def threaded_map(
     one,  # x -> anything
     batches,  # of x
     threads: int = 1,  # of one core each
 ):  # yields in the order of the batches
-    "One batch a core: on a CPU several small batches at a time are done sooner than one that all cores share"
+    "Map with one batch a core: on a CPU, several small batches in parallel are faster"
     if threads == 1:
         yield from map(one, batches)
         return
@@ -113,7 +115,7 @@ def threaded_map(
     finally:
         torch.set_num_threads(n)
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #dd6f4aa2
 def iter_tokens(
     encoder,  # as `encode_tokens`
     paths,  # of standard volumes
@@ -147,13 +149,14 @@ def iter_tokens(
         bad = [Path(p).stem for p, row in zip(data.paths[at:], t) if not row.isfinite().all()]
         if bad:
             raise ValueError(
-                f"{label}: features of {', '.join(bad[:5])} are NaN or infinite: look at these volumes, or at the encoder"
+                f"{label}: features of {', '.join(bad[:5])} are NaN or infinite: look at these "
+                "volumes, or at the encoder"
             )
         yield at, t
         bar.update(len(t))
     bar.close()
 
-
+# %% ../../nbs/6_pretrain/63_embed.ipynb #6fab4ff7
 def mean_pool(t) -> np.ndarray:  # (B,1+N,C) -> (B,C) float32
     "Mean of the patch tokens"
     return t[:, 1:].mean(1).numpy()
@@ -167,7 +170,7 @@ def extract_features(
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #1733c1d5
 def save(f, table, folder, name, fp=None):
-    "`<name>.npy` beside `<name>.parquet`, row by row the same cases, and `<name>.json`, what made them"
+    "Write `<name>.npy`, `<name>.parquet` (index of its rows) and `<name>.json` (fingerprint)"
     folder = Path(folder)
     with atomic_write(folder / f"{name}.npy") as tmp:
         if isinstance(f, Path):
@@ -208,7 +211,8 @@ def check_same_cases(index, table, arm: str, cohort: str, what: str = "features"
     "Refuse what was made of other cases than a table's, or of them in another order"
     if list(index.case) != list(table.case):
         raise ValueError(
-            f"{what} of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro embed@{arm}`"
+            f"{what} of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro "
+            f"embed@{arm}`"
         )
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #026495d4
@@ -258,9 +262,8 @@ def embed_cohort(
         save(half / "whole.npy", table, whole, name, fp)
     save(out["half"], table, folder, name, fp)
     shutil.rmtree(half)
-    log_message(
-        f"{name}: {' and '.join(f'{tuple(o.shape)} {o.dtype}, {o.nbytes / 1e6:.1f} MB' for o in out.values())}"
-    )
+    sizes = [f"{tuple(o.shape)} {o.dtype}, {o.nbytes / 1e6:.1f} MB" for o in out.values()]
+    log_message(f"{name}: {' and '.join(sizes)}")
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #06bac5f2
 def encoder_from_factory(
@@ -272,18 +275,20 @@ def encoder_from_factory(
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ValueError(
-            f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as asap.pretrain.embed:HistogramEncoder"
+            f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as "
+            "asap.pretrain.embed:HistogramEncoder"
         ) from None
     encoder = made()
     if not callable(getattr(encoder, "forward_features", None)):
         raise ValueError(
-            f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no forward_features(x)"
+            f"study.encoders: `{spec}` gave {type(encoder).__name__}, which has no "
+            "forward_features(x)"
         )
     return encoder
 
 
 class HistogramEncoder:
-    "How much of a volume has which HU: 64 bins of the whole as its one token. No encoder that a probe reads should lose to it"
+    "Baseline encoder: the HU histogram of a volume (64 bins, log) as its only token"
 
     def forward_features(self, x):
         flat = x.flatten(1).float()

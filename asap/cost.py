@@ -12,7 +12,7 @@ from math import prod
 
 import pandas as pd
 
-from .params import cohorts_of
+from .registry import cohorts_of, families_with
 
 # %% ../nbs/96_cost.ipynb #co05assumed
 @dataclass
@@ -164,7 +164,7 @@ def disk_usage(
         len(p.study.arms),
         count_patches(p),
     )
-    tokens = count(set(cohorts_of(p.study.tasks, "report", "vqa")))
+    tokens = count(set(cohorts_of(p.study.tasks, *families_with("tokens"))))
     return (
         pd.Series(
             {

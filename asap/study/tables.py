@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import write_csv, write_text
-from ..params import cohorts_of
 from ..pretrain.pretrain import compare_to_baseline
+from ..registry import cohorts_of
 from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
 from asap.tasks.metrics import (
     bootstrap,

@@ -8,12 +8,13 @@ __all__ = ['QUESTION_KINDS', 'FREE_TEXT_KINDS', 'SCORE_COLUMNS', 'TEXT_ONLY', 'A
            'median_size', 'score_answers', 'QueryResampler', 'VQAModel', 'build_vqa_config', 'loss_weight',
            'VQADataset', 'make_collate', 'val_loss', 'train_vqa', 'encode_volumes', 'batch_by_length',
            'generate_answers', 'mismatched_rows', 'save', 'load', 'load_weights', 'vqa_model_card', 'majority_answers',
-           'train_or_load_vqa', 'run', 'run_all', 'metrics']
+           'train_or_load_vqa', 'run', 'run_all', 'metrics', 'VisualQuestionAnswering']
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0003
+import html
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,19 @@ from asap.core import (
     reuse_or_set_aside,
     rng,
 )
+from asap.html import (
+    NOT_EVALUATED,
+    SHORT_DATA_NOTE,
+    pivot_metrics,
+    render_differences,
+    render_table,
+    select_rows,
+)
 from ..model.vit import Attention, Block, init_weights
 from ..params import BaseConfig, check_arms
 from ..pretrain import checkpoint, embed
 from ..pretrain.embed import check_same_cases, threaded_map
+from ..registry import StudyResults, Task, TaskFamily, register_family
 from .metrics import bootstrap_weights, empty_predictions
 from .vocabulary import mismatched_cases
 from ..text import language, scores
@@ -782,3 +792,54 @@ def metrics(
         )
         out |= {f"{metric}, {kind}": (float(v[0]), drawn[metric]) for metric, v in value.items()}
     return out
+
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqafam01
+@register_family
+class VisualQuestionAnswering(TaskFamily):
+    "Answers to questions from one arm's tokens, or from the question alone"
+
+    name = "vqa"
+    title = "Visual question answering"
+    tasks = (Task("vqa_radgenome", "radgenome", "accuracy, presence", 22),)
+    section = "vqa"
+    params = "asap.tasks.vqa:VQAConfig"
+    inputs = "tokens"
+    per_arm = True
+    extra_arms = (TEXT_ONLY,)
+    reads = ("study.seed", "study.tasks", "text.model", "text.max_length", "model.embed_dim")
+    ignores = ("tiny_lm",)
+    needs = ("build/cohorts", "build/language", "build/text", "build/tokens")
+    outputs = ("runs/vqa/${item}/checkpoint",)
+
+    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        "Predictions of the family's tasks; arguments as `run_all`"
+        return run_all(*args, **kwargs)
+
+    def metrics(
+        self,
+        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
+        n: int,  # bootstrap replicates
+        seed: Any,
+    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
+        "Metrics with their bootstrap replicates"
+        return metrics(predictions, n, seed)
+
+    def render(self, results: StudyResults) -> str:  # HTML
+        "Task 22"
+        g = select_rows(results.tables, self.scored_names())
+        if not len(g):
+            return NOT_EVALUATED
+        body = SHORT_DATA_NOTE + (
+            "<p>Questions of five kinds, answered by a small language model that reads the tokens "
+            "of a scan. Baselines: the same model with the question alone (blind), each arm with "
+            "the scan of another patient, and the most frequent answer of train. Sizes in mm: "
+            "error of every number in the answer. 95 % intervals by patient:</p>"
+        )
+        parts = g.metric.str.rsplit(", ", n=1)
+        for kind, k in g.assign(kind=parts.str[-1], metric=parts.str[0]).groupby(
+            "kind", sort=False
+        ):
+            body += f"<h3>{html.escape(kind)}</h3>" + render_table(pivot_metrics(k, "metric"))
+        differences = results.tables["differences"]
+        presence = differences[differences.metric == "accuracy, presence"]
+        return body + render_differences(presence, sorted(set(g.task)))

@@ -70,7 +70,8 @@ def registry_modules(
 ) -> set[str]:  # dotted names; one may hold `${item}`
     "Modules that a stage reaches through a registry"
     if stage == "segment":
-        return _reach({f"asap.data.cohorts.{c}" for c in _segmentation_cohorts()}, graph)
+        cohorts = {t.cohort for t in task_families()["segment"].tasks}
+        return _reach({f"asap.data.cohorts.{c}" for c in cohorts}, graph)
     package = REGISTRY_MEMBERS.get(stage)
     if package is None:
         return set()
@@ -83,15 +84,6 @@ def registry_modules(
 
 def _reach(modules: set[str], graph: Any) -> set[str]:
     return modules.union(*(graph.find_upstream_modules(m) for m in modules))
-
-
-def _segmentation_cohorts() -> set[str]:
-    families = task_families()
-    if "segment" not in families:
-        from asap.tasks.segment import SEGMENTATION_TASKS
-
-        return {t.cohort for t in SEGMENTATION_TASKS}
-    return {t.cohort for t in families["segment"].tasks}
 
 # %% ../nbs/94_graph.ipynb #gra00020
 def _file(module: str) -> str:
@@ -227,7 +219,7 @@ def stage_params(
     families = task_families()
     if stage in families:
         params = family_params(families[stage])
-    elif stage in STAGE_PARAMS and (families or stage not in ("embed", "tables")):
+    elif stage in STAGE_PARAMS:
         params = (*STAGE_PARAMS[stage], *_arm_lists(stage))
     else:
         return None

@@ -57,7 +57,11 @@ class Tree:
         )
         env = os.environ | dict(PYTHONPATH=str(self.folder), ASAP_ROOT=str(self.folder))
         done = subprocess.run(
-            [sys.executable, "-c", program], cwd=self.folder, env=env, capture_output=True, text=True
+            [sys.executable, "-c", program],
+            cwd=self.folder,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -118,14 +122,14 @@ def test_a_number_is_its_schema_and_its_value(tree):
     tree.run("nbs/02_params.ipynb", code="assert load_params().tables.num_digits == 3")
 
 
-ENCODER = '''
+ENCODER = """
 import torch
 
 
 class Mean:
     def forward_features(self, x):
         return x.flatten(1).mean(1)[:, None, None].expand(-1, 2, 4)
-'''
+"""
 
 
 def test_an_encoder_is_one_line(tree):
@@ -173,7 +177,7 @@ import pandas as pd
 
 from asap.registry import Task, TaskFamily, register_family
 """
-FAMILY = '''
+FAMILY = """
 #| export
 @register_family
 class Age(TaskFamily):
@@ -187,7 +191,7 @@ class Age(TaskFamily):
 
     def run(self, ages):
         return pd.DataFrame(dict(task="age_own", probability=ages))
-'''
+"""
 STAGE = """
 from asap.core import project_root, write_parquet
 from asap.params import load_stage_params
@@ -234,7 +238,7 @@ from asap.core import Quarantine
 from asap.data.adapter import CohortAdapter, register_cohort
 from asap.data.table import check_table, cohort_row
 """
-COHORT = '''
+COHORT = """
 #| export
 @register_cohort
 class Riverside(CohortAdapter):
@@ -246,7 +250,7 @@ class Riverside(CohortAdapter):
         files = sorted(Path(root).glob("*.nii"))
         rows = [cohort_row(f.stem, f, "test") for f in files]
         return check_table(pd.DataFrame(rows), self.name), Quarantine()
-'''
+"""
 
 
 def test_a_cohort_is_a_page(tree):

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'PHANTOM_NOTE', 'SHORT_DATA_NOTE', 'REAL_CT_CAPTION', 'VIEWER_LINK', 'CLAIM_TEXTS', 'POINTING_GAME_NOTE',
-           'render_image', 'render_table', 'render_cards', 'render_data_note', 'render_cohorts', 'describe_weights',
-           'render_run', 'describe_interval', 'render_ceiling', 'summarize_verdicts', 'render_claim', 'render_ranking',
-           'render_claims', 'arm_cost_table', 'format_ci', 'pivot_metrics', 'render_differences',
-           'render_baseline_comparison', 'render_negative_controls', 'load_tables', 'render_details',
-           'render_classification', 'select_largest_fraction', 'render_segmentation', 'render_report_generation',
-           'render_report_examples', 'render_vqa', 'render_prognosis', 'render_vocabulary', 'render_retrieval',
-           'describe_hit_difference', 'render_hit_rate', 'render_training_variation', 'render_grounding',
-           'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table', 'render_pretraining',
-           'render_real_scans', 'render_sentence_table', 'render_inputs', 'list_stage_files', 'export_notebooks',
-           'render_training_note', 'write_page']
+           'PageConfig', 'render_image', 'render_table', 'render_cards', 'render_data_note', 'render_cohorts',
+           'describe_weights', 'render_run', 'describe_interval', 'render_ceiling', 'summarize_verdicts',
+           'render_claim', 'render_ranking', 'render_claims', 'arm_cost_table', 'format_ci', 'pivot_metrics',
+           'render_differences', 'render_baseline_comparison', 'render_negative_controls', 'load_tables',
+           'render_details', 'render_classification', 'select_largest_fraction', 'render_segmentation',
+           'render_report_generation', 'render_report_examples', 'render_vqa', 'render_prognosis', 'render_vocabulary',
+           'render_retrieval', 'describe_hit_difference', 'render_hit_rate', 'render_training_variation',
+           'render_grounding', 'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table',
+           'render_pretraining', 'render_real_scans', 'render_sentence_table', 'render_inputs', 'list_stage_files',
+           'export_notebooks', 'render_training_note', 'write_page']
 
 # %% ../../nbs/9_study/93_page.ipynb #21b34782
 import base64
@@ -27,8 +27,14 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from ..core import read_json, write_json, write_text
-from ..params import reference_arm
+from ..params import BaseConfig, reference_arm
 from .tables import CLASSIFICATION_MEAN, HEADLINE_METRICS
+
+# %% ../../nbs/9_study/93_page.ipynb #cfg93c00
+class PageConfig(BaseConfig):
+    "The results page"
+
+    title: str
 
 # %% ../../nbs/9_study/93_page.ipynb #56ae2e89
 TEMPLATES = Environment(loader=PackageLoader("asap.study"), autoescape=True)

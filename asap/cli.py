@@ -224,7 +224,7 @@ def _cohort_from_args(
     if len(a.paths) > 1 or not folder.is_dir():
         return None
     try:
-        csv = load_params().cohorts["own"].csv
+        csv = load_params(sections=["cohorts"]).cohorts["own"].csv
     except FileNotFoundError:
         csv = "cases.csv"  # outside of a project
     if (folder / csv).is_file():
@@ -273,7 +273,7 @@ def _review_cohort(a, name) -> int:
 
     (folder, page), _ = _review_paths(a, name), get_cohort(name)
     try:
-        told = read_options(load_params().cohorts[name].model_dump())
+        told = read_options(load_params(sections=["cohorts"]).cohorts[name].model_dump())
     except FileNotFoundError:
         told = {}  # outside of a project
     r = review.review_cohort(folder, name, told, a.jobs, a.pictures_of if page else 0)
@@ -339,7 +339,7 @@ def _save_picture(v, name, folder):
 
 # %% ../nbs/98_cli.ipynb #510d23ed
 def _standard_options(a) -> dict:  # spacing and window of the study, or of the options
-    p = load_params()
+    p = load_params(sections=["volumes"])
     return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu_range))
 
 
@@ -373,7 +373,8 @@ def run_organs(a: argparse.Namespace) -> int:
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
-    groups, how = load_params().anatomy.groups, _standard_options(a)
+    groups = load_params(sections=["anatomy"]).anatomy.groups
+    how = _standard_options(a)
     segment.ensure_weights(not a.full, a.download)
     scans, n = _iterate_scans(a, "organs")
     out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
@@ -521,7 +522,8 @@ def run_zero_shot(a: argparse.Namespace) -> int:
             "give the scans before the options"
         )
     _refuse_overwrite(a.out, scans)
-    (model, text), p = _load_model_and_text(a, labels), load_params().vocabulary
+    model, text = _load_model_and_text(a, labels)
+    p = load_params(sections=["vocabulary"]).vocabulary
 
     def one(name, path):
         z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['TASK_MODULES', 'HEADLINE_METRICS', 'CLASSIFICATION_MEAN', 'BASELINES', 'TASK_METRICS', 'EXTERNAL_TASKS',
-           'CLAIM_COLUMNS', 'LATEX_TABLES', 'load_predictions', 'evaluate_predictions', 'shared_classification_tasks',
-           'mean_auc_table', 'difference_table', 'headline_metric', 'ranking_table', 'format_ranking', 'external_pairs',
-           'external_drop_table', 'ablated_arms', 'ablation_table', 'claim_verdict', 'claim_table', 'per_label_table',
-           'negative_control_table', 'organ_error_table', 'cohort_table', 'to_markdown', 'to_latex', 'subgroup_table',
-           'label_efficiency_table', 'write_tables']
+           'CLAIM_COLUMNS', 'LATEX_TABLES', 'TablesConfig', 'load_predictions', 'evaluate_predictions',
+           'shared_classification_tasks', 'mean_auc_table', 'difference_table', 'headline_metric', 'ranking_table',
+           'format_ranking', 'external_pairs', 'external_drop_table', 'ablated_arms', 'ablation_table', 'claim_verdict',
+           'claim_table', 'per_label_table', 'negative_control_table', 'organ_error_table', 'cohort_table',
+           'to_markdown', 'to_latex', 'subgroup_table', 'label_efficiency_table', 'write_tables']
 
 # %% ../../nbs/9_study/90_tables.ipynb #20c923e8
 import re
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from ..core import write_csv, write_text
+from ..params import BaseConfig
 from ..pretrain.pretrain import compare_to_baseline
 from ..registry import cohorts_of
 from ..tasks import classify, prognosis, report, retrieve, segment, vocabulary, vqa
@@ -33,6 +36,13 @@ from asap.tasks.metrics import (
     to_table,
     with_ci,
 )
+
+# %% ../../nbs/9_study/90_tables.ipynb #cfg90c00
+class TablesConfig(BaseConfig):
+    "Bootstrap confidence intervals"
+
+    n_bootstrap: Annotated[int, Field(ge=20)]
+    confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
 
 # %% ../../nbs/9_study/90_tables.ipynb #820279d9
 TASK_MODULES = dict(

@@ -185,7 +185,7 @@ def render_run(p: Any, folder: Path, counts: pd.DataFrame) -> str:
 
 def render_ceiling(csv: pd.DataFrame | None, how: dict | None) -> str:
     "Ceiling of this data: a supervised CNN"
-    if csv is None:
+    if csv is None or how is None:
         return "<p>No ceiling was measured: run <code>make ceiling</code>.</p>"
     over = csv[csv.histogram_auc > 0.9].label.tolist()
     return (

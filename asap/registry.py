@@ -78,6 +78,7 @@ class TaskFamily:
     section: ClassVar[str | None] = None  # its section of params.yaml
     params: ClassVar[str | None] = None  # "module:Class" of that section's schema
     inputs: ClassVar[str] = "features"  # features, tokens or volumes
+    also_compared: ClassVar[tuple[str, ...]] = ()  # metrics to compare arms by, beside the headline
     per_arm: ClassVar[bool] = False  # one stage per arm of `<section>.arms`
     extra_arms: ClassVar[
         tuple[str, ...]

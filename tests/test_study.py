@@ -31,7 +31,7 @@ def test_the_study_runs(clone):
             (clone / f"runs/segment/{arm}/metrics.json").read_text()
         )[arm] and list((clone / f"runs/segment/{arm}/masks/segment_acdc").glob("*.nii.gz"))
     assert (
-        "Claim by claim" in page
+        "<h2>Claims</h2>" in page
         and "verdict" in (clone / "runs/tables/claims.csv").read_text()
         and "\\toprule" in (clone / "runs/tables/tasks.tex").read_text()
     )
@@ -44,7 +44,7 @@ def test_the_study_runs(clone):
         grounded["available"]
         and grounded["arms"] == ["asap"]
         and grounded["excluded"] == 0
-        and "Where sentences point" in page
+        and "<h2>Grounding</h2>" in page
         and "Not measured" not in page
     )
     assert all(

@@ -133,7 +133,7 @@ def describe_checkpoint(folder: Path | str | None = None) -> str:  # a sentence
     if "Procedural phantoms" in card:
         return f"{name} was pre-trained on phantoms only; its output is not for patients"
     line = next(
-        (l.strip("- ") for l in card.splitlines() if "clinical use" in l),
+        (x.strip("- ") for x in card.splitlines() if "clinical use" in x),
         "no card says what it was trained on.",
     )
     return f"{name}: {line} Not for patients"

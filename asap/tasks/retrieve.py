@@ -339,6 +339,7 @@ class Retrieval(TaskFamily):
     title = "Retrieval"
     tasks = TASKS
     section = "retrieve"
+    also_compared = ("R@10 report to image",)
     params = "asap.tasks.retrieve:RetrieveConfig"
     reads = (
         "study.seed",

@@ -15,21 +15,17 @@ __all__ = ['Scores', 'CLASSIFICATION', 'SEGMENTATION', 'CLASSIFICATION_MEAN', 'B
 # %% ../../nbs/9_study/90_tables.ipynb #20c923e8
 import re
 from pathlib import Path
-<<<<<<< ours
-from typing import Annotated
-=======
-from typing import Any
->>>>>>> theirs
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from asap.core import write_csv, write_text
-from asap.params import BaseConfig
-from asap.pretrain.pretrain import compare_to_baseline
-from asap.registry import Task, all_tasks, cohorts_of, family_of, get_task, task_families
-from asap.tasks import classify
+from ..core import write_csv, write_text
+from ..params import BaseConfig
+from ..pretrain.pretrain import compare_to_baseline
+from ..registry import Task, all_tasks, cohorts_of, family_of, get_task, task_families
+from ..tasks import classify
 from asap.tasks.metrics import (
     bootstrap,
     bootstrap_weights,

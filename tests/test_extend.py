@@ -50,7 +50,6 @@ class Tree:
                 *lines,
                 "from asap.cli import main",
                 "assert main(['params']) == 0 and main(['graph']) == 0",
-                "assert main(['graph', '--check']) == 0",
                 "from asap.params import load_params",
                 code,
             ]

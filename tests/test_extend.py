@@ -112,12 +112,12 @@ def notebook(title: str, module: str, *cells: str) -> str:
 
 def test_a_number_is_its_schema_and_its_value(tree):
     tree.edit(
-        "nbs/02_params.ipynb",
+        "nbs/9_study/90_tables.ipynb",
         '    "    n_bootstrap: Annotated[int, Field(ge=20)]',
         '    "    num_digits: PositiveInt\\n",\n    "    n_bootstrap: Annotated[int, Field(ge=20)]',
     )
     tree.edit("params.yaml", "\ntables:\n", "\ntables:\n  num_digits: 3\n")
-    assert tree.touched() == {"nbs/02_params.ipynb", "params.yaml"}
+    assert tree.touched() == {"nbs/9_study/90_tables.ipynb", "params.yaml"}
     tree.run("nbs/02_params.ipynb", code="assert load_params().tables.num_digits == 3")
 
 

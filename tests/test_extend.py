@@ -118,7 +118,7 @@ def test_a_number_is_its_schema_and_its_value(tree):
     )
     tree.edit("params.yaml", "\ntables:\n", "\ntables:\n  num_digits: 3\n")
     assert tree.touched() == {"nbs/9_study/90_tables.ipynb", "params.yaml"}
-    tree.run("nbs/02_params.ipynb", code="assert load_params().tables.num_digits == 3")
+    tree.run("nbs/9_study/90_tables.ipynb", code="assert load_params().tables.num_digits == 3")
 
 
 ENCODER = """

@@ -192,7 +192,7 @@ def _position_issues(positions: list):  # mm along the normal
     steps = np.diff(positions)
     usual = float(np.median(steps))
     twice = int((steps < 0.1 * max(usual, 0.1)).sum())
-    gaps = steps[steps > 1.5 * usual] if usual > 0 else []
+    gaps = steps[steps > 1.5 * usual] if usual > 0 else steps[:0]
     if twice:
         yield Issue(
             "error",

@@ -50,6 +50,17 @@ def read_csv_table(
             f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): "
             "fetch or export it again"
         ) from None
+    _check_header(path, head, need, what)
+    _check_rows(path, head, rows)
+    if not text.endswith(("\n", "\r")):
+        raise ValueError(
+            f"{path} ends in the middle of a line: the file is cut off; "
+            "if it is whole, end its last line"
+        )
+    return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
+
+
+def _check_header(path, head, need, what) -> None:  # separated by commas, with all columns
     other = next((s for s in ";\t|" if len(head) == 1 and s in head[0]), None)
     if other:
         message = (
@@ -63,18 +74,15 @@ def read_csv_table(
             f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}, "
             f"expected {what}"
         )
+
+
+def _check_rows(path, head, rows) -> None:  # as many fields as the header
     for n, r in enumerate(rows, 2):
         if len(r) not in (0, len(head)):
             raise ValueError(
                 f"{path}: row {n} has {len(r)} fields, expected {len(head)}: "
                 "the file is cut off or a comma stands unquoted"
             )
-    if not text.endswith(("\n", "\r")):
-        raise ValueError(
-            f"{path} ends in the middle of a line: the file is cut off; "
-            "if it is whole, end its last line"
-        )
-    return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00011
 def _read_dataset_json(f) -> dict:  # what a dataset.json says, `training` checked

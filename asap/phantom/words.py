@@ -382,7 +382,7 @@ def resample_mask(c: Chest, mask, r: Reconstruction) -> np.ndarray:  # bool
 
 
 def synthesize_case(
-    seed: int,  # of the study
+    seed: int | str,  # of the study; an adapter puts its name in front
     split: str,  # "train" or "valid"
     index: int,  # of the patient, from 1
     size=(96, 96, 48),  # of the study's grid

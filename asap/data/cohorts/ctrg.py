@@ -77,15 +77,12 @@ def write_jpg_slices(
     "Write a volume as numbered JPG slices at the assumed spacing and axes"
     from PIL import Image
 
-    mm = np.abs(affine[:3, :3]).sum(
-        0
-    )  # between the middles of its first and last voxels, so that no slice is repeated
-    shape = tuple(
-        np.floor((np.array(hu.shape) - 1) * mm / CTRG.source.spacing).astype(int).tolist()
-    )
-    v = _to_grayscale(
-        resample(hu, affine, shape, make_affine(shape, CTRG.source.spacing, CTRG.source.axes))
-    )
+    spacing = CTRG.source.spacing
+    assert spacing is not None
+    # between the centers of its first and last voxels, so that no slice is repeated
+    mm = np.abs(affine[:3, :3]).sum(0)
+    shape = tuple(np.floor((np.array(hu.shape) - 1) * mm / spacing).astype(int).tolist())
+    v = _to_grayscale(resample(hu, affine, shape, make_affine(shape, spacing, CTRG.source.axes)))
     with atomic_write(folder) as tmp:
         tmp.mkdir()
         for k in range(shape[2]):

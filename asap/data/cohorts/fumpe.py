@@ -65,9 +65,10 @@ def synthesize_clots(
     mask = np.zeros(r.hu.shape, bool)
     for _ in range(g.integers(1, 4)):
         at = inside[g.integers(len(inside))]
+        sides: list[tuple] = list(zip(mask.shape, at, mm))
         d = sum(
             (((np.arange(n) - c) * s) ** 2).reshape([-1 if a == axis else 1 for a in range(3)])
-            for axis, (n, c, s) in enumerate(zip(mask.shape, at, mm))
+            for axis, (n, c, s) in enumerate(sides)
         )
         mask |= d <= max(g.uniform(6, 14), 0.9 * mm.max()) ** 2
     return mask & bright

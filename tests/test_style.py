@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import re
 import subprocess
 import sys
 import tokenize
@@ -24,7 +25,7 @@ PYPROJECT = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf8"))
 STRING_TABLES = [  # files whose lines may be longer: named in pyproject.toml
     pattern
     for pattern, rules in PYPROJECT["tool"]["ruff"]["lint"]["per-file-ignores"].items()
-    if "E501" in rules
+    if "E501" in rules and pattern != "asap/**"
 ]
 MAX_SHARED_NAMES = 12
 SHARED_NAMES = {  # names that their module completes: `checkpoint.load`
@@ -57,6 +58,8 @@ def test_tool(command):
 
 
 def long_lines(text: str) -> list[str]:
+    "Lines over 100 columns; `__all__` is written by nbdev, at 120"
+    text = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.M | re.S)
     return [line for line in text.splitlines() if len(line) > COLUMNS]
 
 

@@ -291,30 +291,39 @@ def _weighted_median(rank, w) -> np.ndarray:  # (n,), (draws,n) -> (draws,)
     return rank[order][(upto * 2 >= upto[:, -1:]).argmax(1)]
 
 
-def metrics(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {metric: (value, (n,))}
-    "What the task is judged by, each with its bootstrap draws"
+def _direction_metrics(
+    g: pd.DataFrame,  # predictions of one direction
+    w: np.ndarray,  # (replicates,n) weights of the queries
+) -> dict[str, np.ndarray]:  # metric -> (replicates,)
+    rank = g["rank"].to_numpy(float)
+    pool = int(g["pool_size"].iloc[0])
+    out = {"pool": np.full(len(w), float(pool))}
+    for k in RECALL_KS:
+        if k >= pool:
+            continue
+        out[f"R@{k}"] = recall_at_k(rank, k, w)
+        if k == 10:
+            by = recall_by_chance(g["num_relevant"].to_numpy(), pool, k)
+            chance = (w * by).sum(1) / w.sum(1)
+            out["R@10 by chance"] = chance
+            out["R@10, times chance"] = recall_at_k(rank, k, w) / chance
+    out["median rank"] = _weighted_median(rank, w)
+    out["median rank, share of the pool"] = _weighted_median(rank, w) / pool
+    return out
+
+
+def metrics(
+    d: pd.DataFrame,  # predictions of one arm and seed
+    n: int,  # bootstrap replicates
+    seed,
+) -> dict[str, tuple]:  # metric -> value, (n,) replicates
+    "Metrics of both directions with their bootstrap replicates"
     out = {}
     for way, g in d.groupby("direction", sort=False):
-        w, rank, pool = (
-            bootstrap_weights(g.patient.to_numpy(), n, seed),
-            g["rank"].to_numpy(float),
-            int(g["pool_size"].iloc[0]),
-        )
-        put = lambda name, f: out.update(
-            {f"{name} {way}": (float(f(np.ones((1, len(g))))[0]), f(w))}
-        )
-        put("pool", lambda w: np.full(len(w), float(pool)))
-        for k in (k for k in RECALL_KS if k < pool):
-            put(f"R@{k}", lambda w: recall_at_k(rank, k, w))
-            if k == 10:
-                by = recall_by_chance(g["num_relevant"].to_numpy(), pool, k)
-                put("R@10 by chance", lambda w: (w * by).sum(1) / w.sum(1))
-                put(
-                    "R@10, times chance",
-                    lambda w: recall_at_k(rank, k, w) / ((w * by).sum(1) / w.sum(1)),
-                )
-        put("median rank", lambda w: _weighted_median(rank, w))
-        put("median rank, share of the pool", lambda w: _weighted_median(rank, w) / pool)
+        w = bootstrap_weights(g.patient.to_numpy(), n, seed)
+        values = _direction_metrics(g, np.ones((1, len(g))))
+        replicates = _direction_metrics(g, w)
+        out |= {f"{m} {way}": (float(v[0]), replicates[m]) for m, v in values.items()}
     return out
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam01

@@ -153,9 +153,9 @@ def get_cohort(
     "Adapter of a data set; `ValueError` suggests the nearest name if it is unknown"
     if name not in available_adapters():
         known = available_cohort_names()
-        near = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f": did you mean `{near[0]}`?" if near else "."
-        raise ValueError(f"no cohort `{name}`{hint} There are {', '.join(known)}")
+        near = difflib.get_close_matches(name, known, 1, 0.6)
+        hint = f"did you mean `{near[0]}`? There are" if near else "there are"
+        raise ValueError(f"no cohort `{name}`: {hint} {', '.join(known)}")
     return _adapter_class(name)()
 
 # %% ../../nbs/2_data/26_adapter.ipynb #d6a139f0

@@ -505,6 +505,11 @@ _ONCE = (
 )
 
 
+def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
+    on_phantoms = not str(known["phantom"]).startswith("none")
+    return bool(known["steps"]) and arm["contrast_level"] == "region" and on_phantoms
+
+
 def model_card(
     arm: str,
     config: dict,  # of the model
@@ -541,7 +546,7 @@ def model_card(
             if known.get(k)
         ),
         f"{_data_statement(known['phantom'])} For no clinical use.",
-        *([_ONCE] if known["steps"] and config["arm"]["contrast_level"] == "region" else []),
+        *([_ONCE] if _is_grounded_on_phantoms(known, config["arm"]) else []),
         f"Licence of code and weights: {known['licence']}.",
         "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",
     ]

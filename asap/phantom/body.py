@@ -69,7 +69,8 @@ def sample_traits(
 # %% ../../nbs/1_phantom/10_body.ipynb #5c9d8af5
 @dataclass
 class BodyFrame:
-    "Body coordinates of a grid's voxels: x, y of shape (W,H,1), z of shape (1,1,D), in millimetres of a standard body"
+    """Body coordinates of a grid's voxels: x, y of shape (W,H,1), z of shape (1,1,D), in
+    millimetres of a standard body"""
 
     x: np.ndarray
     y: np.ndarray

@@ -195,7 +195,8 @@ def synthesize_report(
     c: Chest,
     seed,  # the same seed writes the same words
 ) -> Report:
-    "Every present abnormality, two to four absences, three stock sentences, in varying order; then an impression"
+    """Every present abnormality, two to four absences, three stock sentences, in varying order;
+    then an impression"""
     r = rng("report", seed)
     lines = [finding_sentence(f, r) for f in c.findings]
     absent = [n for n in NEGATIVE_TEMPLATES if not c.has(n)]

@@ -24,7 +24,8 @@ def to_class_indices(
     odd = [v for v in found if v != 0 and v not in targets]
     if odd:
         raise ValueError(
-            f"{path}: value {odd[0]:g} in the mask, expected 0 or {', '.join(f'{k} ({n})' for k, n in targets.items())}: is it another task's mask?"
+            f"{path}: value {odd[0]:g} in the mask, expected 0 or "
+            f"{', '.join(f'{k} ({n})' for k, n in targets.items())}: is it another task's mask?"
         )
     lut = np.zeros(max(map(int, targets)) + 1, np.uint8)
     for k, value in enumerate(targets, 1):
@@ -43,8 +44,10 @@ def check_same_grid(shape, affine, std_shape, std_affine, path=""):
     if size == tuple(std_shape) and np.allclose(new, std_affine, atol=0.05):
         return
     raise ValueError(
-        f"{path}: a mask of {tuple(shape)} voxels whose standard grid is {size} from {np.round(new[:3, 3], 1).tolist()} mm, "
-        f"expected that of its image, {tuple(std_shape)} from {np.round(std_affine[:3, 3], 1).tolist()} mm: give the mask of this very image"
+        f"{path}: a mask of {tuple(shape)} voxels whose standard grid is {size} from "
+        f"{np.round(new[:3, 3], 1).tolist()} mm, "
+        f"expected that of its image, {tuple(std_shape)} from "
+        f"{np.round(std_affine[:3, 3], 1).tolist()} mm: give the mask of this very image"
     )
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #seg00012

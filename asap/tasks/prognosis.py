@@ -56,7 +56,8 @@ def _times_and_events(table) -> tuple:  # days, event (n,); NaN where the table 
     )
     if odd.any():
         raise ValueError(
-            f"case {table.case[odd].iloc[0]}: time_days is {time[odd][0]}, event {event[odd][0]}; expected days from 0 with 0 or 1, or neither"
+            f"case {table.case[odd].iloc[0]}: time_days is {time[odd][0]}, event {event[odd][0]}; "
+            f"expected days from 0 with 0 or 1, or neither"
         )
     return time, event
 
@@ -76,7 +77,9 @@ def horizon_labels(
     )
     if (both := (dead & alive).any(1)).any():
         raise ValueError(
-            f"case {table.case[both].iloc[0]}: {', '.join(f'{n} is {v:g}' for n, v in zip(HORIZON_DAYS, said[both][0]))}, dead first and alive later: correct the owners' table, or leave the case out"
+            f"case {table.case[both].iloc[0]}: "
+            f"{', '.join(f'{n} is {v:g}' for n, v in zip(HORIZON_DAYS, said[both][0]))}, dead "
+            f"first and alive later: correct the owners' table, or leave the case out"
         )
     (time, event), day = _times_and_events(table), np.array(list(HORIZON_DAYS.values()))
     dead = np.where(np.isnan(time)[:, None], dead, (event[:, None] == 1) & (time[:, None] <= day))
@@ -87,7 +90,8 @@ def horizon_labels(
 def interval_outcomes(
     table,
 ) -> tuple:  # at risk, died: bool (n,3), of the intervals (0,30], (30,182], (182,365]
-    "Intervals that a patient is known to have entered and whose outcome is known; and those of a death"
+    """Intervals that a patient is known to have entered and whose outcome is known; and those of a
+    death"""
     truth = horizon_labels(table)
     entered = _interval_entered(truth)
     return entered & ~np.isnan(truth), entered & (truth == 1)
@@ -98,7 +102,8 @@ def _interval_entered(truth):  # bool (n,3)
 
 
 def interval_exposure(table) -> np.ndarray:  # (n,3) 0..1
-    "Share of each interval that a patient is known to have come through, 1 where its outcome is known; half of it where the day of the loss is unknown"
+    """Share of each interval that a patient is known to have come through, 1 where its outcome is
+    known; half of it where the day of the loss is unknown"""
     truth, (time, _), edges = (
         horizon_labels(table),
         _times_and_events(table),
@@ -157,7 +162,8 @@ def fit_hazards(
     i, j = np.nonzero(seen)
     if len(set(died[i, j])) < 2:
         raise ValueError(
-            f"{int(died[i, j].sum())} deaths in {len(i)} intervals of {len(x)} train cases: expected some with and some without; take a larger fraction"
+            f"{int(died[i, j].sum())} deaths in {len(i)} intervals of {len(x)} train cases: "
+            f"expected some with and some without; take a larger fraction"
         )
     fits = [
         LogisticRegression(C=c, solver="newton-cholesky", max_iter=300).fit(
@@ -266,7 +272,8 @@ def predict_mortality(
     task, (at, died) = "prognosis_inspect", interval_outcomes(table)
     if table.time_days.isna().all():
         log_message(
-            f"{task}: the table has no times, so the c-index compares intervals and nothing is weighted for who was lost"
+            f"{task}: the table has no times, so the c-index compares intervals and nothing is "
+            f"weighted for who was lost"
         )
 
     def lacking(chosen):
@@ -392,7 +399,8 @@ def weighted_calibration(truth, probability, weight=None, bins: int = 10) -> dic
 def per_label(
     d,
 ) -> pd.DataFrame:  # horizon, day, died, alive, censored, auc, auc_ipcw, probability, brier, ece
-    "One arm, fraction and draw, horizon by horizon, without intervals; of severity, as in classification"
+    """One arm, fraction and draw, horizon by horizon, without intervals; of severity, as in
+    classification"""
     if not set(d.label) <= set(HORIZON_DAYS):
         return classify.per_label(d)
     rows = []
@@ -535,5 +543,6 @@ class Prognosis(TaskFamily):
         body += render_differences(results.tables["differences"], sorted(set(g.task)))
         return body + render_image(
             results.figures / "survival.png",
-            "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given.",
+            "Kaplan-Meier curves of test patients by third of the predicted risk, all labels "
+            "given.",
         )

@@ -76,14 +76,16 @@ class ReportConfig(BaseConfig):
         check_arms("report", self.arms, params)
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"`report.embed_dim` is {self.embed_dim}, not a multiple of `report.num_heads`, {self.num_heads}"
+                f"`report.embed_dim` is {self.embed_dim}, not a multiple of `report.num_heads`, "
+                f"{self.num_heads}"
             )
         if not (hasattr(params, "volumes") and hasattr(params, "model")):
             return
         grid = [s // q for s, q in zip(params.volumes.roi_size, params.model.patch_size)]
         if any(g % k for g, k in zip(grid, self.token_pool)):
             raise ValueError(
-                f"`report.token_pool` is {self.token_pool}, which does not divide the grid of patches, {grid}: take divisors"
+                f"`report.token_pool` is {self.token_pool}, which does not divide the grid of "
+                f"patches, {grid}: take divisors"
             )
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00007
@@ -100,11 +102,13 @@ def pool_tokens(
     (h, w, d), (a, b, c) = grid, pool
     if tokens.shape[1] != 1 + h * w * d:
         raise ValueError(
-            f"tokens are {tokens.shape[1] - 1} patches a scan, expected {h * w * d}, a grid of {h}x{w}x{d}: rerun `dvc repro embed`"
+            f"tokens are {tokens.shape[1] - 1} patches a scan, expected {h * w * d}, a grid of "
+            f"{h}x{w}x{d}: rerun `dvc repro embed`"
         )
     if h % a or w % b or d % c:
         raise ValueError(
-            f"report.token_pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take divisors"
+            f"report.token_pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take "
+            f"divisors"
         )
     out = []
     for i in range(0, len(tokens), batch):
@@ -160,11 +164,13 @@ def tokenize_targets(
         odd += ids.count(tokenizer.unk_token_id)
     if short:
         log_message(
-            f"{task}: {short} of {len(out)} train reports are longer than {most} word pieces: their last sentences are not learnt (report.max_length); references stay whole"
+            f"{task}: {short} of {len(out)} train reports are longer than {most} word pieces: "
+            f"their last sentences are not learnt (report.max_length); references stay whole"
         )
     if odd:
         log_message(
-            f"{task}: {odd} pieces of the train reports are unknown to the tokenizer and are learnt as such"
+            f"{task}: {odd} pieces of the train reports are unknown to the tokenizer and are "
+            f"learnt as such"
         )
     return out
 
@@ -174,7 +180,8 @@ def has_findings(table, task: str) -> pd.Series:  # bool
     has = table.findings.map(lambda t: bool(scores.split_words(clean_text(t))))
     if len(lost := table.case[~has]):
         log_message(
-            f"{task}: {len(lost)} of {len(table)} cases have no findings and are left out: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}"
+            f"{task}: {len(lost)} of {len(table)} cases have no findings and are left out: "
+            f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}"
         )
     return has
 
@@ -551,7 +558,8 @@ def parse_labels(names) -> np.ndarray:  # (n,) of "Atelectasis;Lung nodule" -> (
 def clinical_efficacy(
     truth, called, weight
 ) -> dict:  # bool (n,18) twice, (n,) or (draws,n) -> metric: float or (draws,)
-    "Precision, recall and F1 over all cases and labels; and the mean over the labels that are there"
+    """Precision, recall and F1 over all cases and labels; and the mean over the labels that are
+    there"""
     both, said, true = (weight @ (a.astype(float)) for a in (truth & called, called, truth))
     per = lambda top, bottom: top / np.maximum(bottom, 1e-9)
     there = truth.any(0)
@@ -616,7 +624,8 @@ def _train_or_load(x, table, arm, task, text, p, seed, resume, made) -> tuple:  
         checkpoint.write_checkpoint(
             model.state_dict(),
             model.config,
-            f"# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: written from frozen tokens of {int((table.split == 'train').sum())} train scans. For no clinical use.\n",
+            f"# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: written from frozen "
+            f"tokens of {int((table.split == 'train').sum())} train scans. For no clinical use.\n",
             folder / "model",
             fp,
         )

@@ -115,7 +115,8 @@ class SegmentConfig(BaseConfig):
         for name, row in self.datasets.items():
             if row.roi_size and any(s % q for s, q in zip(row.roi_size, patch)):
                 raise ValueError(
-                    f"`segment.datasets.{name}.roi_size` {row.roi_size} is not a multiple of `model.patch_size` {patch}"
+                    f"`segment.datasets.{name}.roi_size` {row.roi_size} is not a multiple of "
+                    f"`model.patch_size` {patch}"
                 )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00006
@@ -348,14 +349,16 @@ def warn_missing_classes(parts: dict, names, label):
         has = set().union(*(set(c.label.unique().tolist()) for c in these))
         if none := [n for k, n in enumerate(names, 1) if k not in has]:
             log_message(
-                f"{label}: no voxel of {', '.join(none)} in {len(these)} {split} case{'' if len(these) == 1 else 's'}"
+                f"{label}: no voxel of {', '.join(none)} in {len(these)} {split} "
+                f"case{'' if len(these) == 1 else 's'}"
             )
 
 
 def train_segmentation(
     model, train, held, p: dict, row: dict, size, flip, seed, folder=None, fp=None, label="segment"
 ):
-    "Train in place; the best step on validation is kept, the last where validation has nothing to find"
+    """Train in place; the best step on validation is kept, the last where validation has nothing
+    to find"""
     from monai.losses import DiceCELoss
 
     loss_of = DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, include_background=True)
@@ -396,8 +399,11 @@ def save(model, config: dict, folder, fp=None):
     "Write a checkpoint folder"
     where = "none: a plain U-Net" if config["encoder_config"] is None else f"arm `{config['arm']}`"
     text = (
-        f"# Segmentation of {config['cohort']}\n\n- Classes: {', '.join(config['class_names'].values())}.\n- Encoder: {where}; fine-tuned whole on {config['num_train']} cases.\n"
-        f"- Takes {'x'.join(map(str, config['img_size']))} voxels at {'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu_range']}.\n"
+        f"# Segmentation of {config['cohort']}\n\n- Classes: "
+        f"{', '.join(config['class_names'].values())}.\n- Encoder: {where}; fine-tuned whole on "
+        f"{config['num_train']} cases.\n"
+        f"- Takes {'x'.join(map(str, config['img_size']))} voxels at "
+        f"{'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu_range']}.\n"
         f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n"
     )
     checkpoint.write_checkpoint(
@@ -611,7 +617,8 @@ def train_or_load(
     )
     if not parts["train"]:
         raise ValueError(
-            f"{q.task}: no usable train case; {f'the first of {len(bad)} left out: {bad.rows[0]}' if len(bad) else 'the table has none'}"
+            f"{q.task}: no usable train case; "
+            f"{f'the first of {len(bad)} left out: {bad.rows[0]}' if len(bad) else 'the table has none'}"
         )
     here, half = (
         Path(root) / "build/segment" / arm / name,
@@ -811,7 +818,8 @@ def plot_examples(
 def save_example_figures(
     predictions, tables: dict, p: dict, masks, out
 ) -> list:  # of one arm; files
-    "`plot_examples` of every task whose cases are phantoms: of a patient nothing is drawn into the study"
+    """`plot_examples` of every task whose cases are phantoms: of a patient nothing is drawn into
+    the study"""
     import matplotlib.pyplot as plt
 
     Path(out).mkdir(parents=True, exist_ok=True)

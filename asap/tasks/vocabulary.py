@@ -72,12 +72,14 @@ def build_prompts(
     ):
         if not len(wordings):
             raise ValueError(
-                f"vocabulary.{key} is empty: give at least one wording, such as `There is {{label}}.`"
+                f"vocabulary.{key} is empty: give at least one wording, such as `There is "
+                f"{{label}}.`"
             )
         for w in wordings:
             if "{label}" not in w:
                 raise ValueError(
-                    f"vocabulary.{key}: `{w}` has no {{label}}, so it would say the same of every abnormality: put {{label}} where the name belongs"
+                    f"vocabulary.{key}: `{w}` has no {{label}}, so it would say the same of every "
+                    f"abnormality: put {{label}} where the name belongs"
                 )
     return [
         tuple(
@@ -314,7 +316,8 @@ def mismatched_cases(
     names = rng("strangers", seed).permutation(sorted(set(index.patient)))
     if len(names) < 2:
         raise ValueError(
-            f"strangers: there is one patient alone, {names[0]}, who has nobody to borrow a scan from: leave this baseline out"
+            f"strangers: there is one patient alone, {names[0]}, who has nobody to borrow a scan "
+            f"from: leave this baseline out"
             if len(names)
             else "strangers: no case is there"
         )
@@ -350,7 +353,8 @@ def swap_predictions(
 def add_mismatched_control(
     predictions, arm: str, seed
 ) -> pd.DataFrame:  # rows of `predictions`, then those of the arm `<arm>, a stranger's scan`
-    "Beside all arms, one of them asked about another patient's scan; not where a task has one patient alone"
+    """Beside all arms, one of them asked about another patient's scan; not where a task has one
+    patient alone"""
     d = predictions[
         (predictions.arm == arm) & (predictions.groupby("task").patient.transform("nunique") > 1)
     ]
@@ -369,7 +373,9 @@ def contrast_level(model, arm: str) -> str:  # region or global
     row = model.config["arm"]
     if not row["align_weight"] or row["contrast_level"] not in ("region", "global"):
         raise ValueError(
-            f"arm `{arm}` has no space that images and sentences share (align_weight is {row['align_weight']}, contrast_level is {row['contrast_level']}): leave it out of zero-shot"
+            f"arm `{arm}` has no space that images and sentences share (align_weight is "
+            f"{row['align_weight']}, contrast_level is {row['contrast_level']}): leave it out of "
+            f"zero-shot"
         )
     return row["contrast_level"]
 

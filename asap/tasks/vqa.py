@@ -118,16 +118,20 @@ def attach_cases(
     q = questions.reset_index(drop=True)
     if len(lost := q[~q.case.isin(table.case)]):
         raise ValueError(
-            f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume ({lost.case.nunique()} such cases): fetch it and rerun `dvc repro prepare`, or take its questions out"
+            f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume "
+            f"({lost.case.nunique()} such cases): fetch it and rerun `dvc repro prepare`, or take "
+            f"its questions out"
         )
     if len(odd := q[~q.kind.isin(QUESTION_KINDS)]):
         raise ValueError(
-            f"{odd.case.iloc[0]}: {odd.question.iloc[0]!r} is of kind `{odd.kind.iloc[0]}`, expected one of {', '.join(QUESTION_KINDS)}"
+            f"{odd.case.iloc[0]}: {odd.question.iloc[0]!r} is of kind `{odd.kind.iloc[0]}`, "
+            f"expected one of {', '.join(QUESTION_KINDS)}"
         )
     for column in ("question", "answer"):
         if (empty := ~q[column].map(lambda s: isinstance(s, str) and bool(s.strip()))).any():
             raise ValueError(
-                f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is {q[column][empty].iloc[0]!r}, expected words: mend it, or take the question out"
+                f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is "
+                f"{q[column][empty].iloc[0]!r}, expected words: mend it, or take the question out"
             )
     t = table.reset_index(drop=True).assign(row=lambda t: t.index)
     return q.merge(
@@ -228,7 +232,8 @@ def score_answers(
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0018
 class QueryResampler(nn.Module):
-    "A few learned queries ask all tokens once, then each other; three layers take them to the language model"
+    """A few learned queries ask all tokens once, then each other; three layers take them to the
+    language model"""
 
     def __init__(
         self,
@@ -277,7 +282,8 @@ class QueryResampler(nn.Module):
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0019
 class VQAModel(nn.Module):
-    "Queries before a language model with adapters; its state is what learns, and nothing of the frozen model"
+    """Queries before a language model with adapters; its state is what learns, and nothing of the
+    frozen model"""
 
     def __init__(
         self, config: dict, model
@@ -317,7 +323,8 @@ class VQAModel(nn.Module):
     def load_state_dict(self, state, **kw):
         if set(state) != self.trainable_names:
             raise ValueError(
-                f"weights of {len(state)} names, expected {len(self.trainable_names)}: another model's, such as {min(set(state) ^ self.trainable_names)}"
+                f"weights of {len(state)} names, expected {len(self.trainable_names)}: another "
+                f"model's, such as {min(set(state) ^ self.trainable_names)}"
             )
         return super().load_state_dict(state, strict=False)
 
@@ -438,7 +445,8 @@ def make_collate(pad_id: int):
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0022
 def val_loss(m: VQAModel, data: VQADataset, collate, many: int = 16) -> dict:  # score
-    "Minus the mean over kinds of the loss at fixed questions of validation, by which the step is chosen"
+    """Minus the mean over kinds of the loss at fixed questions of validation, by which the step is
+    chosen"""
     by, where = {}, next(m.parameters()).device
     for i in range(0, len(data), many):
         some = [data[(-1, k)] for k in range(i, min(i + many, len(data)))]
@@ -466,7 +474,8 @@ def train_vqa(
     train, val = (VQADataset(q[q.split == s], tokenizer, tokens, p, seed) for s in ("train", "val"))
     if not len(train):
         raise ValueError(
-            f"{label}: no question of the train split can be asked: look at the cohort's questions and at `vqa.kind_sampling_weights`"
+            f"{label}: no question of the train split can be asked: look at the cohort's questions "
+            f"and at `vqa.kind_sampling_weights`"
         )
     collate = make_collate(tokenizer.pad_token_id)
     watched = (
@@ -570,7 +579,8 @@ def generate_answers(
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0009
 def mismatched_rows(q, seed) -> np.ndarray:  # (n,) place of another patient's case
-    "Whose volume each question gets, where it is asked of a stranger's scan; one and the same for all questions of a case"
+    """Whose volume each question gets, where it is asked of a stranger's scan; one and the same
+    for all questions of a case"""
     cases = q.drop_duplicates("case").reset_index(drop=True)
     return q.case.map(
         dict(zip(cases.case, cases.row.to_numpy()[mismatched_cases(cases, seed)]))
@@ -600,7 +610,8 @@ def load_weights(m: VQAModel, folder) -> VQAModel:  # the same
         m.load_state_dict(state)
     except (ValueError, RuntimeError) as e:
         raise ValueError(
-            f"{folder}: its weights do not fit ({e}): they were trained with another language model than `{m.config.get('language_model')}`"
+            f"{folder}: its weights do not fit ({e}): they were trained with another language "
+            f"model than `{m.config.get('language_model')}`"
         ) from None
     return m
 
@@ -620,7 +631,8 @@ TEXT_ONLY = "blind"  # the arm that sees no image
 
 
 def majority_answers(q) -> list:  # of `attach_cases`, all splits; an answer for each test question
-    "The answer that train gives most often to each kind; the first in the alphabet where several do"
+    """The answer that train gives most often to each kind; the first in the alphabet where several
+    do"""
     most = {
         k: g.answer.map(normalize_answer).value_counts().sort_index().idxmax()
         for k, g in q[q.split == "train"].groupby("kind")
@@ -643,7 +655,8 @@ def train_or_load_vqa(
     "A model that learns now, or that has learnt before from the same"
     if dim % p.query_num_heads:
         raise ValueError(
-            f"vqa.query_num_heads is {p.query_num_heads}: tokens of arm `{arm}` have {dim} channels, which is no multiple of it"
+            f"vqa.query_num_heads is {p.query_num_heads}: tokens of arm `{arm}` have {dim} "
+            f"channels, which is no multiple of it"
         )
     torch.manual_seed(derive_seed("vqa", seed))  # all arms start from the same weights
     m, done = (

@@ -18,7 +18,6 @@ from ..core import rng
 from asap.phantom.body import (
     ORGAN_IDS,
     Body,
-    aorta_mask,
     capsule_distance_sq,
     ellipsoid_distance_sq,
     heart_center,
@@ -623,7 +622,6 @@ def region_features(
 
 def twin_auc(name, seeds, **kw) -> float:  # best of the four readings, each in its better direction
     "How well a simple reader of the region tells a chest from its twin"
-    from sklearn.metrics import roc_auc_score
 
     with_, without = [], []
     for s in seeds:

@@ -158,7 +158,10 @@ def disk_usage(
     p, parameters: int, a: CostAssumptions = CostAssumptions()
 ) -> pd.Series:  # parameters of an arm -> GB
     "What a study at this scale leaves on a disk, the raw data not counted"
-    count = lambda cohorts: sum(COHORT_VOLUMES[c] for c in cohorts)
+
+    def count(cohorts):
+        return sum(COHORT_VOLUMES[c] for c in cohorts)
+
     voxels, arms, n = (
         prod(v / s for v, s in zip(a.scan_size_mm, p.volumes.spacing)),
         len(p.study.arms),

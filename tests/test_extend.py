@@ -114,7 +114,8 @@ def test_a_number_is_its_schema_and_its_value(tree):
     tree.edit(
         "nbs/9_study/90_tables.ipynb",
         '    "    n_bootstrap: Annotated[int, Field(ge=20)]',
-        '    "    num_digits: Annotated[int, Field(ge=1)]\\n",\n    "    n_bootstrap: Annotated[int, Field(ge=20)]',
+        '    "    num_digits: Annotated[int, Field(ge=1)]\\n",\n'
+        '    "    n_bootstrap: Annotated[int, Field(ge=20)]',
     )
     tree.edit("params.yaml", "\ntables:\n", "\ntables:\n  num_digits: 3\n")
     assert tree.touched() == {"nbs/9_study/90_tables.ipynb", "params.yaml"}

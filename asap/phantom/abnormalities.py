@@ -193,7 +193,7 @@ def _arterial(b, r, sev):
 def _coronary(b, r, sev):
     at, radii = heart_center(b.traits), heart_radii(b.traits, b.factor)
     n, mm, points = int(6 + 4 * sev), r.uniform(17, 21), []
-    for i in range(n):  # along the groove in front, from the base of the heart down and to the left
+    for _ in range(n):  # along the groove in front, from the base of the heart down and to the left
         a, down = np.deg2rad(r.uniform(40, 120)), r.uniform(-0.5, 0.7)
         ring = np.sqrt(1 - down**2)
         points.append(at + radii * np.float32([ring * np.cos(a), ring * np.sin(a), down]))
@@ -345,7 +345,7 @@ def _mosaic(b, r, sev):
 @_register_painter("Atelectasis")
 def _atelectasis(b, r, sev):  # plates across the base
     n, places, share = 2 + int(2 * r.random()), [], np.zeros(b.hu.shape, np.float32)
-    for i in range(n):
+    for _ in range(n):
         p, lobe = _random_lung_point(
             b, r, ["lung_lower_lobe_left", "lung_lower_lobe_right", "lung_middle_lobe_right"]
         )

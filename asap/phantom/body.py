@@ -16,7 +16,8 @@ from scipy.ndimage import gaussian_filter
 from ..core import rng
 
 # %% ../../nbs/1_phantom/10_body.ipynb #c2ddfe84
-VERSION = "2"  # of the phantom's numbers; it is part of every fingerprint and changes with a line in CHANGELOG.md
+# Version of the phantom's numbers: part of every fingerprint, changed with a line in CHANGELOG.md
+VERSION = "2"
 
 ORGAN_IDS = dict(
     lung_upper_lobe_left=10,

@@ -369,7 +369,10 @@ def metrics(
     out = dict(auc=tuple(nan_mean(list(e.values())) for e in each)) | {
         k.replace("mortality", "auc"): (v, each[1][k]) for k, v in each[0].items()
     }
-    pair = lambda f: tuple(f(k) for k in (once, w))
+
+    def pair(f):
+        return tuple(f(k) for k in (once, w))
+
     if not (ok := ~np.isnan(time)).any():
         out["c_index intervals"] = pair(lambda k: c_index(*interval_survival(truth), risk, k))
     else:

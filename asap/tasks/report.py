@@ -131,7 +131,11 @@ def pool_tokens(
 def sort_abnormal_first(sentences: list) -> list:  # the same sentences
     "Present abnormalities first, in the labels' order; then the rest by alphabet"
     found = [labeller.extract_labels(s) for s in sentences]
-    place = lambda d: next((i for i, n in enumerate(ABNORMALITIES) if d.get(n)), len(ABNORMALITIES))
+
+    def place(d):
+        present = (i for i, n in enumerate(ABNORMALITIES) if d.get(n))
+        return next(present, len(ABNORMALITIES))
+
     return [
         s
         for _, s in sorted(
@@ -197,8 +201,10 @@ class ReportDecoder(torch.nn.Module):
     "Frozen tokens in, a report out"
 
     def __init__(
-        self, config: dict
-    ):  # num_tokens, token_dim, vocab_size, special_token_ids: [CLS] [SEP] [PAD], embed_dim, num_layers, num_heads, dropout, max_length, text_only, label_prompts
+        self,
+        config: dict,  # num_tokens, token_dim, vocab_size, embed_dim, num_layers, num_heads,
+        # dropout, max_length, text_only, label_prompts; special_token_ids: [CLS] [SEP] [PAD]
+    ):
         from transformers import BertConfig, BertLMHeadModel
 
         super().__init__()
@@ -396,11 +402,10 @@ def train_report_decoder(
     )
     model.mean.copy_(x[train].mean(0))
     model.std.copy_(x[train].std(0, correction=0).clamp(min=1e-3))
-    batch = lambda k: (
-        x[k],
-        torch.as_tensor(pad_rows([ids[j] for j in k], tokenizer.pad_token_id)),
-        there[k],
-    )
+
+    def batch(k):
+        rows = pad_rows([ids[j] for j in k], tokenizer.pad_token_id)
+        return x[k], torch.as_tensor(rows), there[k]
 
     def loss(m, b, step):
         words, labels = m(*b)
@@ -561,7 +566,10 @@ def clinical_efficacy(
     """Precision, recall and F1 over all cases and labels; and the mean over the labels that are
     there"""
     both, said, true = (weight @ (a.astype(float)) for a in (truth & called, called, truth))
-    per = lambda top, bottom: top / np.maximum(bottom, 1e-9)
+
+    def per(top, bottom):
+        return top / np.maximum(bottom, 1e-9)
+
     there = truth.any(0)
     macro = (
         per(2 * both, said + true)[..., there].mean(-1)
@@ -735,7 +743,8 @@ def highlight_report(row) -> str:  # HTML of a row of predictions
             }
             k = next((k for k in ("invented", "missed", "right") if k in kinds), None)
             found.append(
-                f'<span style="color:{HIGHLIGHT_STYLES[k][1]}">{HIGHLIGHT_STYLES[k][0]} {escape(s)}</span>'
+                f'<span style="color:{HIGHLIGHT_STYLES[k][1]}">'
+                f"{HIGHLIGHT_STYLES[k][0]} {escape(s)}</span>"
                 if k
                 else escape(s)
             )
@@ -747,7 +756,12 @@ def highlight_report(row) -> str:  # HTML of a row of predictions
             HIGHLIGHT_STYLES.items(), (true & called, called - true, true - called)
         )
     )
-    return f'<ul style="list-style:none;padding:0">{head}</ul><table><tr><th>generated</th><th>true</th></tr><tr style="vertical-align:top"><td>{one(row["generated"])}</td><td>{one(row["reference"])}</td></tr></table>'
+    return (
+        f'<ul style="list-style:none;padding:0">{head}</ul><table>'
+        "<tr><th>generated</th><th>true</th></tr>"
+        f'<tr style="vertical-align:top"><td>{one(row["generated"])}</td>'
+        f"<td>{one(row['reference'])}</td></tr></table>"
+    )
 
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam01
 def _render_examples(

@@ -95,7 +95,10 @@ def embed_prompts(
     said: list,  # of `build_prompts`
 ) -> torch.Tensor:  # (L,2,C') unit norm: present, absent
     "Mean over wordings of a frozen encoder's features"
-    mean = lambda s: F.normalize(text.sentences(s).float().mean(0), dim=0)
+
+    def mean(s):
+        return F.normalize(text.sentences(s).float().mean(0), dim=0)
+
     return torch.stack([torch.stack([mean(s) for s in pair]) for pair in said])
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #d5468209
@@ -201,8 +204,8 @@ def fit_predict(
     p,  # params `vocabulary`
     seed: int,
     label: str = "vocabulary",
-) -> pd.DataFrame:  # test cases x labels: case, scan, patient, label, truth, probability, threshold, positive_similarity
-    "Learn on train, choose on validation, ask test"
+) -> pd.DataFrame:  # case, scan, patient, label, truth, probability, threshold, positive_similarity
+    "Train on train, select on validation, predict test: a row per case and label"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
     x, columns = standardize(layer_norm(f), train), label_columns(table)
     y, rows = table[columns].to_numpy(float), []

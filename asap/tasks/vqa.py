@@ -286,8 +286,11 @@ class VQAModel(nn.Module):
     frozen model"""
 
     def __init__(
-        self, config: dict, model
-    ):  # token_dim, num_query_tokens, query_depth, query_num_heads, projector_dim, lora_rank, lora_alpha, lora_dropout, text_only; causal language model
+        self,
+        config: dict,  # token_dim, num_query_tokens, query_depth, query_num_heads, projector_dim,
+        # lora_rank, lora_alpha, lora_dropout, text_only
+        model,  # causal language model
+    ):
         super().__init__()
         self.config, words = config, model.get_input_embeddings().weight
         self.resampler = QueryResampler(
@@ -560,15 +563,18 @@ def generate_answers(
     bar = progress_bar(total=len(q), label=label)
     with limit_threads(m):
         look = encode_volumes(m, tokens, rows.tolist())
-        ask = lambda at: language.generate_answers(
-            m.lm,
-            tokenizer,
-            [before[i] for i in at],
-            p.max_new_tokens,
-            p.num_beams,
-            lambda part: torch.stack([look[rows[at[i]]] for i in part]),
-            many,
-        )
+
+        def ask(at):
+            return language.generate_answers(
+                m.lm,
+                tokenizer,
+                [before[i] for i in at],
+                p.max_new_tokens,
+                p.num_beams,
+                lambda part: torch.stack([look[rows[at[i]]] for i in part]),
+                many,
+            )
+
         for at, said in zip(some, threaded_map(ask, some, threads)):
             for i, s in zip(at, said):
                 out[i] = s
@@ -621,7 +627,9 @@ def vqa_model_card(arm: str, q, p, seed) -> str:  # Markdown, counts alone
     n = {s: f"{g.case.nunique()} volumes with {len(g)} questions" for s, g in q.groupby("split")}
     return f"""# Answers to questions, arm `{arm}`
 
-Queries and low-rank adapters before the language model `{p.language_model}`, which is not in this folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
+Queries and low-rank adapters before the language model `{p.language_model}`, which is not in this \
+folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step \
+was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
 
 - Load: `asap.tasks.vqa.load(folder)`.
 """
@@ -770,7 +778,9 @@ def run_all(
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0039
 def _kind_metrics(kind: str, g, w) -> dict:  # rows of one kind, (draws,n) -> metric -> (draws,)
-    per = lambda c: w @ g[c].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
+    def per(c):
+        return w @ g[c].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
+
     if kind == "presence":
         return dict(accuracy=per("exact"))
     if kind == "size":

@@ -28,7 +28,7 @@ from . import checks
 from .adapter import CohortAdapter, get_cohort
 from .prepare import check_organ_masks
 from .table import COHORT_COLUMNS, SPLITS, find_duplicates, label_columns
-from .volumes import Volume, open_nifti, orthogonal_planes, read, read_voxels
+from .volumes import Volume, open_nifti, orthogonal_planes, read_voxels
 
 # %% ../../nbs/2_data/28_review.ipynb #ae06d975
 CHECK_TITLES = dict(

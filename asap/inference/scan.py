@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import project_root, read_json, resource_path
+from ..core import read_json, resource_path
 from ..data.checks import body_mask, load_checked
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import Source, Volume, standardize

@@ -24,7 +24,6 @@ from jinja2 import Environment, PackageLoader
 from ..abnormalities import ABNORMALITIES
 from ..core import read_json, write_json, write_text
 from ..data.crops import apply_crop, center_crop, scale_intensity
-from ..data.volumes import write
 from asap.inference.ground import (
     body_patches,
     hit_patches,

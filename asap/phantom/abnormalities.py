@@ -622,6 +622,7 @@ def region_features(
 
 def twin_auc(name, seeds, **kw) -> float:  # best of the four readings, each in its better direction
     "How well a simple reader of the region tells a chest from its twin"
+    from sklearn.metrics import roc_auc_score
 
     with_, without = [], []
     for s in seeds:

@@ -591,7 +591,8 @@ def render_hit_rate_table(t: pd.DataFrame, s: dict) -> str:
         f"<details><summary>By label and arm</summary><p class='soft'>{s['sentences']} "
         f"sentences of {s['patients']} test patients; {s['num_atlas_masks']} masks of "
         f"train made the atlas.{gone} All columns: "
-        f"<code>runs/grounding/hits.csv</code>.</p>{render_table(t[columns].rename(columns=words))}</details>"
+        "<code>runs/grounding/hits.csv</code>.</p>"
+        f"{render_table(t[columns].rename(columns=words))}</details>"
     )
 
 # %% ../../nbs/9_study/93_page.ipynb #c4e4135f

@@ -628,8 +628,8 @@ def vqa_model_card(arm: str, q, p, seed) -> str:  # Markdown, counts alone
     return f"""# Answers to questions, arm `{arm}`
 
 Queries and low-rank adapters before the language model `{p.language_model}`, which is not in this \
-folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step \
-was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
+folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the \
+step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
 
 - Load: `asap.tasks.vqa.load(folder)`.
 """

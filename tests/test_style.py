@@ -30,6 +30,8 @@ STRING_TABLES = [  # files whose lines may be longer: named in pyproject.toml
 MAX_SHARED_NAMES = 12
 SHARED_NAMES = {  # names that their module completes: `checkpoint.load`
     "COLUMNS",
+    "TASKS",
+    "TEMPLATES",
     "evaluate",
     "fit_predict",
     "load",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'COHORT_LABELS', 'MULTICLASS_COHORTS', 'CLASSIFICATION_MEAN', 'TASKS', 'MULTICLASS_TASKS', 'RUN_KEYS',
-           'COLUMNS', 'SUBGROUP_COLUMNS', 'NEGATIVE_CONTROLS', 'layer_norm', 'standardize', 'fit_linear_probe',
+           'COLUMNS', 'SUBGROUP_COLUMNS', 'NEGATIVE_CONTROLS', 'layer_norm', 'standardize_features', 'fit_linear_probe',
            'predict_proba', 'task_label_columns', 'fit_predict', 'average_by_scan', 'check_features',
            'iter_label_subsets', 'run', 'run_all', 'macro_f1', 'metrics', 'per_label', 'acquisition_subgroups',
            'subgroup_auc', 'permute_labels', 'negative_controls', 'Classification']
@@ -58,7 +58,7 @@ def layer_norm(
     return (f - f.mean(1, keepdims=True)) / np.sqrt(f.var(1, keepdims=True) + 1e-6)
 
 
-def standardize(
+def standardize_features(
     x: np.ndarray,  # (n,C)
     chosen: np.ndarray,  # (n,) bool: labeled train cases
 ) -> np.ndarray:  # (n,C)
@@ -154,7 +154,7 @@ def _standardize_with_test(
     "Features, and those of the test cases, scaled by the labeled train cases"
     x = layer_norm(f)
     far = x if test_features is None else layer_norm(test_features)
-    whole = standardize(
+    whole = standardize_features(
         np.concatenate([x, far]), np.r_[np.asarray(chosen), np.zeros(len(far), bool)]
     )
     return whole[: len(x)], whole[len(x) :][test]

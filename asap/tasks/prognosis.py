@@ -29,7 +29,7 @@ from asap.html import (
 )
 from ..registry import StudyResults, Task, TaskFamily, register_family
 from . import classify
-from .classify import C_GRID, iter_label_subsets, layer_norm, standardize
+from .classify import C_GRID, iter_label_subsets, layer_norm, standardize_features
 from asap.tasks.metrics import (
     auc,
     bootstrap_weights,
@@ -243,7 +243,11 @@ def fit_predict(
         np.asarray(chosen),
         *((table.split == s).to_numpy() for s in ("val", "test")),
     )
-    x, truth, w = standardize(layer_norm(f), chosen), horizon_labels(table), ipcw_weights(table)
+    x, truth, w = (
+        standardize_features(layer_norm(f), chosen),
+        horizon_labels(table),
+        ipcw_weights(table),
+    )
     seen, (_, died), (time, event) = (
         interval_exposure(table),
         interval_outcomes(table),

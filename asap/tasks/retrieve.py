@@ -29,7 +29,7 @@ from asap.html import (
 )
 from ..params import BaseConfig
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from .classify import check_features, layer_norm, standardize
+from .classify import check_features, layer_norm, standardize_features
 from .metrics import bootstrap_weights, empty_predictions, recall_at_k, retrieval_ranks
 from .vocabulary import ProjectionHeads, mismatched_cases
 from ..text.sentences import join_report, split_sentences
@@ -190,7 +190,7 @@ def fit_predict(
 ) -> tuple:  # rows of `rank_candidates`; those of strangers, or None
     "Learn on train, choose on validation, ask test"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
-    x, number = standardize(layer_norm(f), train), report_ids(table)
+    x, number = standardize_features(layer_norm(f), train), report_ids(table)
     m = train_retrieval(
         x[train], t[train], number[train], x[val], t[val], number[val], p, seed, label
     )

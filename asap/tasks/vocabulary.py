@@ -7,7 +7,7 @@ __all__ = ['PromptTemplate', 'BATCH_SIZE', 'COLUMNS', 'TASKS', 'ZERO_SHOT_TASKS'
            'fill_template', 'build_prompts', 'embed_prompts', 'ProjectionHeads', 'prompt_proba', 'masked_bce',
            'train_classifier', 'fit_predict', 'run_all', 'text_only_features', 'mismatched_cases', 'swap_predictions',
            'add_mismatched_control', 'contrast_level', 'image_text_similarity', 'prompt_similarity', 'zero_shot_proba',
-           'zero_shot_similarity', 'run_zero_shot', 'Vocabulary', 'ZeroShot']
+           'zero_shot_similarity', 'run_all_zero_shot', 'Vocabulary', 'ZeroShot']
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #77403872
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ from ..params import BaseConfig
 from ..pretrain.embed import ImageDataset
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
 from . import classify
-from .classify import check_features, layer_norm, standardize
+from .classify import check_features, layer_norm, standardize_features
 from .metrics import best_f1_threshold, empty_predictions, macro_auc
 from ..train import IndexDataset, fit, get_device, resolve_precision
 
@@ -207,7 +207,7 @@ def fit_predict(
 ) -> pd.DataFrame:  # case, scan, patient, label, truth, probability, threshold, positive_similarity
     "Train on train, select on validation, predict test: a row per case and label"
     train, val, test = ((table.split == s).to_numpy() for s in ("train", "val", "test"))
-    x, columns = standardize(layer_norm(f), train), label_columns(table)
+    x, columns = standardize_features(layer_norm(f), train), label_columns(table)
     y, rows = table[columns].to_numpy(float), []
     m = train_classifier(x[train], y[train], x[val], y[val], words, p, seed, label)
     found, valid = prompt_proba(m, x[test], words), prompt_proba(m, x[val], words)
@@ -454,7 +454,7 @@ def zero_shot_similarity(
     return prompt_similarity(model, text, progress_bar(loader, label=label), wordings, label)
 
 
-def run_zero_shot(
+def run_all_zero_shot(
     tasks,  # of which `zero_shot_<cohort>` are done
     tables: dict,  # cohort -> table with whole paths, of those that are there
     models: dict,  # arm -> model, of arms that learnt to align
@@ -566,8 +566,8 @@ class ZeroShot(TaskFamily):
     needs = ("build/cohorts", "build/text", "build/volumes", "runs/pretrain")
 
     def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_zero_shot`"
-        return run_zero_shot(*args, **kwargs)
+        "Predictions of the family's tasks; arguments as `run_all_zero_shot`"
+        return run_all_zero_shot(*args, **kwargs)
 
     def metrics(
         self,

@@ -565,7 +565,7 @@ def generate_answers(
         look = encode_volumes(m, tokens, rows.tolist())
 
         def ask(at):
-            return language.generate_answers(
+            return language.generate_from_prompts(
                 m.lm,
                 tokenizer,
                 [before[i] for i in at],

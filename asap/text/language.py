@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISORDER_KIND', 'LANGUAGE_MODEL_DIR', 'LORA_TARGET_MODULES', 'TinyLMConfig', 'train_bpe_tokenizer', 'tokenize',
            'encode_questions', 'encode_answers', 'check_lengths', 'collate_pairs', 'answer_losses', 'reading_examples',
-           'ReadingDataset', 'build_tiny_lm', 'train_language_model', 'generate_answers', 'reading_accuracy',
+           'ReadingDataset', 'build_tiny_lm', 'train_language_model', 'generate_from_prompts', 'reading_accuracy',
            'build_language_model', 'load', 'model_hash', 'add_lora']
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0003
@@ -248,7 +248,7 @@ def _pad_left(rows, pad_id) -> tuple:  # ids and mask (B,L), padded on the left
 
 
 @torch.no_grad()
-def generate_answers(
+def generate_from_prompts(
     model,
     tokenizer,
     before,  # n lists of ids
@@ -295,7 +295,7 @@ def reading_accuracy(
     lines = tokenize(tokenizer, t.context + "\n")
 
     def accuracy(before):
-        answers = generate_answers(model, tokenizer, before, most)
+        answers = generate_from_prompts(model, tokenizer, before, most)
         return round(float(np.mean([s == a for s, a in zip(answers, t.answer)])), 4)
 
     return dict(

@@ -203,8 +203,9 @@ def test_the_grid_is_read_off_sines_and_cosines(small):
 def test_what_is_left_out_is_said(small, capsys):
     load(small, heads=3)
     assert capsys.readouterr().err == (
-        "small.pth: 2 blocks of width 48, 3 heads, volumes of 8x18x8; 11 tensors left out: 2 of align_text_mlp, 2 of bert_encoder, "
-        "2 of decoder_blocks, 2 of decoder_norm, 1 of decoder_pos_embed, 1 of mask_token, 1 of regression_head\n"
+        "small.pth: 2 blocks of width 48, 3 heads, volumes of 8x18x8; 11 tensors left out: "
+        "2 of align_text_mlp, 2 of bert_encoder, 2 of decoder_blocks, 2 of decoder_norm, "
+        "1 of decoder_pos_embed, 1 of mask_token, 1 of regression_head\n"
     )
 
 
@@ -756,7 +757,9 @@ import os, signal, sys
 from asap.pretrain import checkpoint as c
 def die(*a): os.kill(os.getpid(), signal.SIGKILL)
 m = c.load_model(sys.argv[1])
-def half(w, path): open(path, "wb").write(open(sys.argv[1]+"/model.safetensors", "rb").read()[:5000]); die()
+def half(w, path):
+    open(path, "wb").write(open(sys.argv[1]+"/model.safetensors", "rb").read()[:5000])
+    die()
 setattr(c, sys.argv[3], half if sys.argv[3] == "save_file" else die)
 c.save(m, sys.argv[2], "# Never whole")
 """

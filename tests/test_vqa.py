@@ -159,7 +159,10 @@ def models(folder, kind):
     t = language.train_bpe_tokenizer([*QUESTIONS.question, *QUESTIONS.answer], 290)
     t.add_special_tokens(dict(additional_special_tokens=["<user>", "<assistant>"]))
     if kind == "chat":
-        t.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        t.chat_template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
     small = dict(
         vocab_size=len(t),
         pad_token_id=t.pad_token_id,

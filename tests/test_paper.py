@@ -97,7 +97,7 @@ def test_a_batch_more_costs_so_much_more():
         and b.exaflop["embed asap"] == a.exaflop["embed asap"]
     )
     assert (
-        count_steps(PAPER, CostAssumptions(gpus=8))["volumes_seen"]
+        count_steps(PAPER, CostAssumptions(num_gpus=8))["volumes_seen"]
         == 2 * count_steps(PAPER)["volumes_seen"]
     )
 

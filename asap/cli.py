@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from asap.core import (
     Quarantine,
@@ -86,7 +87,7 @@ def execute_stage(
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
-    sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
 
     source = project_root() / "nbs/stages" / f"{name.split('@')[0]}.ipynb"
@@ -224,7 +225,8 @@ def _cohort_from_args(
     if len(a.paths) > 1 or not folder.is_dir():
         return None
     try:
-        csv = load_params(sections=["cohorts"]).cohorts["own"].csv
+        p: Any = load_params(sections=["cohorts"])
+        csv = p.cohorts["own"].csv
     except FileNotFoundError:
         csv = "cases.csv"  # outside of a project
     if (folder / csv).is_file():
@@ -235,6 +237,7 @@ def _cohort_from_args(
             f"{folder} holds {', '.join(others[:3])}: to check it as a data set, "
             f"name the table in params.yaml, cohorts.own.csv (now {csv})"
         )
+    return None
 
 
 def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page or None
@@ -273,10 +276,11 @@ def _review_cohort(a, name) -> int:
 
     (folder, page), _ = _review_paths(a, name), get_cohort(name)
     try:
-        told = read_options(load_params(sections=["cohorts"]).cohorts[name].model_dump())
+        p: Any = load_params(sections=["cohorts"])
+        options = read_options(p.cohorts[name].model_dump())
     except FileNotFoundError:
-        told = {}  # outside of a project
-    r = review.review_cohort(folder, name, told, a.jobs, a.pictures_of if page else 0)
+        options = {}  # outside of a project
+    r = review.review_cohort(folder, name, options, a.jobs, a.pictures_of if page else 0)
     print("\n".join(review.format_review(r)), flush=True)
     if page:
         write_text(review.render_review(r), page)
@@ -339,7 +343,7 @@ def _save_picture(v, name, folder):
 
 # %% ../nbs/98_cli.ipynb #510d23ed
 def _standard_options(a) -> dict:  # spacing and window of the study, or of the options
-    p = load_params(sections=["volumes"])
+    p: Any = load_params(sections=["volumes"])
     return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu_range))
 
 
@@ -373,7 +377,8 @@ def run_organs(a: argparse.Namespace) -> int:
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
-    groups = load_params(sections=["anatomy"]).anatomy.groups
+    p: Any = load_params(sections=["anatomy"])
+    groups = p.anatomy.groups
     how = _standard_options(a)
     segment.ensure_weights(not a.full, a.download)
     scans, n = _iterate_scans(a, "organs")
@@ -464,7 +469,7 @@ def run_embed(a: argparse.Namespace) -> int:
                     f,
                     features=np.stack([t[1:].mean(0) for t in tokens]),
                     cases=np.array([n for n, _ in done]),
-                    **more,
+                    **more,  # type: ignore[arg-type] # typed as a flag by numpy
                 )
         print(a.out)
     return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
@@ -523,7 +528,8 @@ def run_zero_shot(a: argparse.Namespace) -> int:
         )
     _refuse_overwrite(a.out, scans)
     model, text = _load_model_and_text(a, labels)
-    p = load_params(sections=["vocabulary"]).vocabulary
+    params: Any = load_params(sections=["vocabulary"])
+    p = params.vocabulary
 
     def one(name, path):
         z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)
@@ -834,7 +840,8 @@ def _run_stage(a: argparse.Namespace) -> int:
 def _run_study(a: argparse.Namespace) -> int:
     from asap.run import run_study
 
-    return run_study(project_root(), a.stages or load_params().study.max_parallel_stages)
+    p: Any = load_params()
+    return run_study(project_root(), a.stages or p.study.max_parallel_stages)
 
 
 def _check_params(a: argparse.Namespace) -> int:

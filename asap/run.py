@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from .core import log_message
 
@@ -150,7 +151,9 @@ def run_study(
         return 0
     total = len(needs)
     log_message(f"{len(todo)} of {total} stages to check or run; {stages} at a time")
-    progress, failed, running = _Progress(len(todo)), 0, {}
+    progress = _Progress(len(todo))
+    failed = 0
+    running: dict[Any, str] = {}  # future -> stage
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed):
             ready = [] if failed else find_ready_stages(todo, needs, running.values())

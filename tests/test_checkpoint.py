@@ -204,8 +204,8 @@ def test_what_is_left_out_is_said(small, capsys):
     load(small, heads=3)
     assert capsys.readouterr().err == (
         "small.pth: 2 blocks of width 48, 3 heads, volumes of 8x18x8; 11 tensors left out: "
-        "2 of align_text_mlp, 2 of bert_encoder, "
-        "2 of decoder_blocks, 2 of decoder_norm, 1 of decoder_pos_embed, 1 of mask_token, "
+        "2 of align_text_mlp, 2 of bert_encoder, 2 of decoder_blocks, 2 of decoder_norm, "
+        "1 of decoder_pos_embed, 1 of mask_token, "
         "1 of regression_head\n"
     )
 

@@ -181,8 +181,8 @@ from asap.data.volumes import write
 n = int(sys.argv[2])
 while True:
     for i in range(4):
-        v = np.full((60, 60, 60), n, np.int16)
-        write(v, np.diag([2., 2, 2, 1]), f"{sys.argv[1]}/{i}.nii.gz")
+        hu = np.full((60, 60, 60), n, np.int16)
+        write(hu, np.diag([2., 2, 2, 1]), f"{sys.argv[1]}/{i}.nii.gz")
 """
 
 
@@ -238,9 +238,9 @@ def test_two_preparations_of_one_cohort(tmp_path):
         from pathlib import Path
         from asap.data.prepare import prepare_cases
         here = Path({str(tmp_path)!r})
-        table = pd.read_parquet(here/"t.parquet")
-        out = here/"volumes", here/"organs"
-        done = prepare_cases(table, *out, {HOW!r}, quarantine=here/"q.csv")
+        t = pd.read_parquet(here/"t.parquet")
+        folders = here/"volumes", here/"organs"
+        done = prepare_cases(t, *folders, {HOW!r}, quarantine=here/"q.csv")
         assert len(done) == 6""")
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=TOP, stderr=subprocess.PIPE, text=True)

@@ -375,7 +375,8 @@ def test_first_release_of_ct_rate(tmp_path):
         assert "slope" in r.table and len(r.table) and not len(r.refused), r.refused
 
 
-BAD = {  # what: (arguments after the folder, what is in the folder, words of the message)
+# case: (arguments after the folder, contents of the folder, part of the message)
+BAD = {
     "empty folder": ([], {}, "no scan in "),
     "no table": (["--cohort", "own"], {}, "cases.csv is missing: expected a line a volume"),
     "unknown cohort": (["--cohort", "hospital"], {}, "no cohort `hospital`: there are acdc, btcv"),

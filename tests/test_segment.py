@@ -161,8 +161,10 @@ def test_any_patch(patch):
 SIZE, MM = (24, 24, 12), (14.0, 14.0, 28.0)
 
 
-def cohort(folder, n=None):
-    n = n or dict(train=4, val=1, test=2)
+CASES = dict(train=4, val=1, test=2)
+
+
+def cohort(folder, n=CASES):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for split, i in ((s, i) for s, k in n.items() for i in range(k)):

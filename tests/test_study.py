@@ -118,8 +118,10 @@ def test_one_number_as_the_readme_says(clone):
     "dvc exp run, show, diff and back: the README's lines, stopped at pre-training"
     arm, names = clone / "runs/pretrain/asap", ("checkpoint/model.safetensors", "metrics.json")
     before, params = [digest(arm / f) for f in names], (clone / "params.yaml").read_text()
-    me = "export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@t "
-    me += "GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t; "
+    me = (
+        "export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@t "
+        "GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t; "
+    )
     lines = [line.split("#")[0].strip() for line in fenced("sh", "dvc exp run").splitlines()]
     assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "dvc", "git"] and lines[
         0

@@ -24,7 +24,8 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     draw = (
         "import sys; from asap.data.adapter import get_cohort; a = get_cohort(sys.argv[1]); "
         "a.write(sys.argv[2], 7, 14, 8, size=(48, 48, 24), "
-        "spacing=(7., 7., 14.), second_recon_prob=0.2)"
+        "spacing=(7., 7., 14.), "
+        "second_recon_prob=0.2)"
     )
     for name, to in (("stoic", other / "stoic"), ("ct_rate", far)):
         run(sys.executable, "-c", draw, name, str(to), cwd=clone)

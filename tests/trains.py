@@ -44,8 +44,8 @@ def cohort(folder):  # six phantoms on disk, with a text encoder
 
 
 def contrast(folder, n=4):
-    """The contrast across reports and its gradient, on similarities far from ties; each
-    process holds its part of n reports"""
+    """The inter-report loss and its gradient, on similarities without ties; each process holds its
+    share of n reports"""
     from accelerate import PartialState
 
     from asap.model.align import inter_report_loss, intra_report_loss

@@ -183,7 +183,7 @@ def region_table(
 # %% ../../nbs/8_inference/82_ground.ipynb #e65d76f2
 def patch_coverage(
     mask: np.ndarray,  # (...,H,W,D)
-    patch: tuple[int, int, int],  # voxels
+    patch: tuple[int, ...],  # voxels
 ) -> np.ndarray:  # (...,N) float, in the order of `patchify`
     "Fraction of each patch that a mask fills"
     a, b, c = patch
@@ -194,7 +194,7 @@ def patch_coverage(
 
 def body_patches(
     hu: np.ndarray,  # (H,W,D) Hounsfield units
-    patch: tuple[int, int, int],
+    patch: tuple[int, ...],
 ) -> np.ndarray:  # (N,) bool
     "Patches at least half of which is body"
     return patch_coverage(body_mask(hu), patch) >= 0.5

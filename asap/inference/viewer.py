@@ -12,6 +12,7 @@ import base64
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def list_sentences(
 def crop_affine(
     affine: np.ndarray,  # 4x4, of the standard volume
     shape: tuple[int, int, int],  # of the standard volume
-    size: tuple[int, int, int] | list[int],  # of the model's box
+    size: Sequence[int],  # of the model's box
 ) -> np.ndarray:  # 4x4, of the box
     "Affine of a center crop"
     out = np.array(affine, float)
@@ -66,7 +67,7 @@ def score_sentences(
     o: dict,  # of `predict_scan`
     lesion: np.ndarray,  # (H,W,D) bool
     body: np.ndarray,  # (N,) bool
-    patch: tuple[int, int, int],
+    patch: tuple[int, ...],
     about: list[bool],  # (S,) bool, sentences about the lesion
 ) -> list:  # a dict a sentence: hit, chance and Dice; empty where there is no lesion to judge by
     "Pointing game and Dice of the sentences about a lesion"

@@ -218,7 +218,7 @@ def _score_atlas(
 def bootstrap_mean(
     x: np.ndarray,  # (n,) values; empty ones are left out
     w: np.ndarray,  # (draws,n) bootstrap weights
-) -> tuple:  # mean, (draws,) means
+) -> tuple[float, np.ndarray]:  # mean, (draws,) means
     "A mean and its bootstrap replicates"
     x = np.asarray(x, float)
     ok = ~np.isnan(x)
@@ -503,7 +503,7 @@ def load_lesion_sentences(
     if ReXGroundingCT.companion_of not in available_cohorts(cohorts, root):
         return None, f"{ReXGroundingCT.companion_of} is not in this study"
     try:
-        said, bad = ReXGroundingCT().read(
+        said, bad = ReXGroundingCT().read(  # type: ignore[call-arg] # added by `@patch`
             find_raw_dir(ReXGroundingCT.name, root / "data"),
             find_raw_dir(ReXGroundingCT.companion_of, root / "data"),
         )

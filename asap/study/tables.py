@@ -45,7 +45,9 @@ class TablesConfig(BaseConfig):
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
 
 # %% ../../nbs/9_study/90_tables.ipynb #820279d9
-Scores = dict[tuple, tuple]  # (task, arm, fraction, metric) -> value, (n,) bootstrap replicates
+Scores = dict[
+    tuple, tuple[float, np.ndarray]
+]  # (task, arm, fraction, metric) -> value, (n,) bootstrap replicates
 
 CLASSIFICATION = "classify"  # family whose tasks the paper averages
 SEGMENTATION = "segment"  # and the second one
@@ -129,7 +131,8 @@ def mean_auc_table(
         for a in arms:
             wanted = shared_classification_tasks(found, f, a)
             if wanted:
-                mean = with_ci(*mean_over_tasks(found, wanted, a), level)
+                value, replicates = mean_over_tasks(found, wanted, a)
+                mean = with_ci(value, replicates, level)
                 row = dict(task=classify.CLASSIFICATION_MEAN, arm=a, fraction=f, metric="auc")
                 rows.append(row | mean)
     return pd.DataFrame(rows, columns=["task", "arm", "fraction", "metric", "value", "lo", "hi"])
@@ -153,11 +156,11 @@ def difference_table(
             wanted = shared_classification_tasks(found, f, arm, b)
             if not wanted:
                 continue
-            means = [mean_over_tasks(found, wanted, a) for a in (arm, b)]
+            own, other = (mean_over_tasks(found, wanted, a) for a in (arm, b))
             row = dict(
                 task=classify.CLASSIFICATION_MEAN, arm=arm, comparator=b, fraction=f, metric="auc"
             )
-            rows.append(row | dict(tasks=len(wanted)) | paired_difference(*means, level))
+            rows.append(row | dict(tasks=len(wanted)) | paired_difference(own, other, level))
     by_task = t[t.metric.isin(compared_metrics())].assign(tasks=1)
     means = pd.DataFrame(rows, columns=[*t.columns, "tasks"])
     return pd.concat([by_task, means], ignore_index=True)
@@ -202,10 +205,10 @@ def ranking_table(
     for task in paper_tasks():
         metric, most, have = headline_metric(found, task, arms)
         order = sorted(have, key=lambda a: -have[a][0])
-        for a, v in have.items():
+        for a, (value, replicates) in have.items():
             row = dict(number=task.number, task=task.name, metric=metric, fraction=most, arm=a)
             rank = dict(rank=order.index(a) + 1, best=_is_best(a, have, level))
-            rows.append(row | with_ci(*v, level) | rank)
+            rows.append(row | with_ci(value, replicates, level) | rank)
     return pd.DataFrame(rows, columns=RANKING_COLUMNS)
 
 
@@ -427,8 +430,8 @@ def claim_table(
     claims = [(b, row) for b in peers for row in _peer_claims(found, chief, b)]
     claims += [(b, row) for b in ablated for row in _ablation_claims(found, chief, b)]
     rows = []
-    for b, (claim, outcome, v, n) in claims:
-        d = with_ci(*v, level)
+    for b, (claim, outcome, (value, replicates), n) in claims:
+        d = with_ci(value, replicates, level)
         row = dict(claim=claim, outcome=outcome, arm=chief, comparator=b)
         rows.append(row | dict(difference=d["value"], lo=d["lo"], hi=d["hi"], tasks=n))
     out = pd.DataFrame(rows + _pointing_claims(pointed, chief, arms), columns=CLAIM_COLUMNS)
@@ -508,15 +511,16 @@ def negative_control_table(
     scores = bootstrap(leaks, task_families()[CLASSIFICATION].metrics, n)
     found = {k: v for k, v in scores.items() if k[3] == "auc" and not np.isnan(v[0])}
     names = internal_tasks(CLASSIFICATION)
-    means = {}
+    means: Scores = {}
     for c in classify.NEGATIVE_CONTROLS:
         if any(a == c for _, a, _, _ in found):
             wanted = [(t, f, m) for t, a, f, m in found if a == c and t in names]
             means[classify.CLASSIFICATION_MEAN, c, 1.0, "auc"] = mean_over_tasks(found, wanted, c)
     rows = []
-    for (t, c, _, _), v in (found | means).items():
-        ci, wide = with_ci(*v, level), with_ci(*v, 0.999)
-        row = dict(control=c, task=t, auc=v[0], lo=ci["lo"], hi=ci["hi"])
+    for (t, c, _, _), (value, replicates) in (found | means).items():
+        ci = with_ci(value, replicates, level)
+        wide = with_ci(value, replicates, 0.999)
+        row = dict(control=c, task=t, auc=value, lo=ci["lo"], hi=ci["hi"])
         rows.append(row | dict(lo999=wide["lo"], hi999=wide["hi"]))
     return pd.DataFrame(rows)
 

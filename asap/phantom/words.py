@@ -8,14 +8,16 @@ __all__ = ['POSITIVE_TEMPLATES', 'NORMAL_TEMPLATES', 'QUESTION_TEMPLATES', 'LOG_
            'sample_spacing', 'resample_chest', 'resample_mask', 'synthesize_case']
 
 # %% ../../nbs/1_phantom/12_words.ipynb #2c47818e
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import affine_transform
 
 from ..abnormalities import ABNORMALITIES, NEGATIVE_TEMPLATES, NO_SHIFT, DomainShift
 from ..core import rng
-from .abnormalities import Chest, simulate_scanner, synthesize_chest
+from .abnormalities import Chest, Finding, simulate_scanner, synthesize_chest
 
 # %% ../../nbs/1_phantom/12_words.ipynb #a53feac4
 POSITIVE_TEMPLATES = {
@@ -168,8 +170,11 @@ def severity_word(severity: float) -> str:  # word
     return "mild" if severity < 0.35 else "moderate" if severity < 0.7 else "severe"
 
 
-def finding_sentence(f, r) -> str:  # `f`: a Finding
-    "One sentence that says what is there"
+def finding_sentence(
+    f: Finding,
+    r: np.random.Generator,  # draws the wording
+) -> str:
+    "A sentence about a finding"
     d = severity_word(f.severity)
     sides = "both sides" if f.side == "both sides" else f"the {f.side}"
     return str(r.choice(POSITIVE_TEMPLATES[f.name])).format(
@@ -193,10 +198,13 @@ class Report:
 
 def synthesize_report(
     c: Chest,
-    seed,  # the same seed writes the same words
+    seed: Any,  # any key of `asap.core.rng`
 ) -> Report:
-    """Every present abnormality, two to four absences, three stock sentences, in varying order;
-    then an impression"""
+    """The report of a chest: findings in random order, then an impression
+
+    Findings are a sentence for each present abnormality, two to four absent ones and three
+    stock sentences.
+    """
     r = rng("report", seed)
     lines = [finding_sentence(f, r) for f in c.findings]
     absent = [n for n in NEGATIVE_TEMPLATES if not c.has(n)]
@@ -353,8 +361,12 @@ class PhantomCase:
         return np.any([self.masks[n] for n in names if n in self.masks], axis=0).astype(np.uint8)
 
 
-def sample_spacing(seed, recon, spacing) -> tuple:  # mm, rounded to a hundredth
-    "A reconstruction's own spacing, near the study's"
+def sample_spacing(
+    seed: Any,  # key of a patient for `asap.core.rng`
+    recon: int,  # reconstruction
+    spacing: Sequence[float],  # of the study, mm
+) -> tuple:  # mm, rounded to a hundredth
+    "Spacing of a reconstruction, near the study's"
     k = rng("spacing", seed, recon).uniform([0.92, 0.9], [1.06, 1.1])
     return tuple(round(float(s * f), 2) for s, f in zip(spacing, (k[0], k[0], k[1])))
 
@@ -371,8 +383,12 @@ def resample_chest(c: Chest, spacing) -> tuple:  # clean float32, labels uint8, 
     return clean, labels, affine
 
 
-def resample_mask(c: Chest, mask, r: Reconstruction) -> np.ndarray:  # bool
-    "A lesion's mask on a reconstruction's grid"
+def resample_mask(
+    c: Chest,
+    mask: np.ndarray,  # bool, on the grid of `c`
+    r: Reconstruction,
+) -> np.ndarray:  # bool
+    "A lesion's mask on the grid of a reconstruction"
     m = np.linalg.inv(c.affine) @ r.affine
     return (
         affine_transform(

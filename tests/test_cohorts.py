@@ -131,7 +131,7 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
     b = collate([data[(0, i)] for i in range(len(data))], text, 0.5)
     assert (
         b["image"].shape == (len(data), 1, *P.volumes.roi_size)
-        and b["image"].abs().max() <= 1 + P.pretrain.shift + 1e-6
+        and b["image"].abs().max() <= 1 + P.pretrain.intensity_shift + 1e-6
         and b["image"].std() > 0.05
     )
     whole = t.organ_map.head(3) != ""

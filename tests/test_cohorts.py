@@ -135,12 +135,12 @@ def test_from_the_owners_layout_to_a_batch(name, made, text):
         and b["image"].std() > 0.05
     )
     whole = t.organ_map.head(3) != ""
-    assert b["known"].any(1).tolist() == whole.tolist() and (
+    assert b["organ_valid"].any(1).tolist() == whole.tolist() and (
         adapter.has_organ_maps or not whole.any()
     )
     if whole.any():
-        assert torch.allclose(b["shares"].sum(-1), torch.ones(()), atol=1e-5) and (
-            b["shares"][..., 1:6].sum() > 1
+        assert torch.allclose(b["organ_fractions"].sum(-1), torch.ones(()), atol=1e-5) and (
+            b["organ_fractions"][..., 1:6].sum() > 1
         )
 
 

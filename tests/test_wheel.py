@@ -73,6 +73,6 @@ def test_embed(unpacked, scan):
 
 
 def test_zero_shot(unpacked, scan):
-    done = run(unpacked, scan, "zeroshot", "scan.nii.gz", "-o", "scan.csv")
+    done = run(unpacked, scan, "zero-shot", "scan.nii.gz", "-o", "scan.csv")
     assert done.returncode == 0, done.stderr
     assert len((scan / "scan.csv").read_text().splitlines()) == 19

@@ -94,7 +94,7 @@ def test_tables_and_figures_made_again_are_the_same_bytes(clone):
 
 def test_an_edited_arm_reruns_alone(clone):
     arm = yaml.safe_load((clone / "params.yaml").read_text())["arms"]["asap"]
-    with edited(clone, arms__asap=dict(arm, organs=2)):
+    with edited(clone, arms__asap=dict(arm, organ_weight=2)):
         status = ran(run("dvc", "repro", "--dry", "-P", cwd=clone))
     assert "pretrain@asap" in status and not status & {
         "pretrain@scratch",
@@ -133,10 +133,12 @@ def test_one_number_as_the_readme_says(clone):
         and json.loads((arm / "metrics.json").read_text())["organs"] == {}
     )
     shown = run("bash", "-ec", f"{lines[3]} --csv", cwd=clone)
-    assert "no_organs" in shown and "arms.asap.organs" in shown and "organs.mae.model" in shown
+    assert all(
+        name in shown for name in ("no_organs", "arms.asap.organ_weight", "organs.mae.model")
+    )
     assert json.loads(run("dvc", "params", "diff", "HEAD", "no_organs", "--json", cwd=clone))[
         "params.yaml"
-    ] == {"arms.asap.organs": {"old": 1, "new": 0, "diff": -1}}
+    ] == {"arms.asap.organ_weight": {"old": 1, "new": 0, "diff": -1}}
     assert any(
         "pretrain/asap" in f
         for f in json.loads(run("dvc", "metrics", "diff", "HEAD", "no_organs", "--json", cwd=clone))

@@ -833,6 +833,8 @@ def _add_ground(sub) -> None:
 
 # %% ../nbs/98_cli.ipynb #cliparse3
 def _run_stage(a: argparse.Namespace) -> int:
+    if "ASAP_STAGES" not in os.environ:  # `asap study` has checked the whole file
+        load_params()
     execute_stage(a.name, _parse_assignments(a.given))
     return 0
 

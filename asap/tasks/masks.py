@@ -28,8 +28,7 @@ def to_class_indices(
     if unknown:
         known = ", ".join(f"{k} ({n})" for k, n in targets.items())
         raise ValueError(
-            f"{path}: value {unknown[0]:g} in the mask, expected 0 or "
-            f"{known}: "
+            f"{path}: value {unknown[0]:g} in the mask, expected 0 or {known}: "
             "check that the mask belongs to this task"
         )
     lut = np.zeros(max(map(int, targets)) + 1, np.uint8)
@@ -37,7 +36,7 @@ def to_class_indices(
         lut[value] = k
     return lut[data.astype(np.intp)]
 
-
+# %% ../../nbs/7_tasks/73_masks.ipynb #segs009a
 def to_label_values(
     mask: np.ndarray,  # class indices 0..K
     targets: dict[int, str],  # value -> name
@@ -45,7 +44,7 @@ def to_label_values(
     "Class indices to label values"
     return np.array([0, *targets], np.uint8)[mask]
 
-
+# %% ../../nbs/7_tasks/73_masks.ipynb #segs009b
 def check_same_grid(
     shape: Sequence[int],  # of the mask
     affine: np.ndarray,  # (4,4) of the mask
@@ -57,11 +56,11 @@ def check_same_grid(
     size, new = standard_grid(shape, affine, np.sqrt((std_affine[:3, :3] ** 2).sum(0)))
     if size == tuple(std_shape) and np.allclose(new, std_affine, atol=0.05):
         return
+    origin, std_origin = (np.round(a[:3, 3], 1).tolist() for a in (new, std_affine))
     raise ValueError(
-        f"{path}: a mask of {tuple(shape)} voxels whose standard grid is {size} from "
-        f"{np.round(new[:3, 3], 1).tolist()} mm, expected that of its image, {tuple(std_shape)} "
-        f"from "
-        f"{np.round(std_affine[:3, 3], 1).tolist()} mm: give the mask of this very image"
+        f"{path}: a mask of {tuple(shape)} voxels with the standard grid {size} from {origin} mm, "
+        f"expected the grid of its image, {tuple(std_shape)} from {std_origin} mm: use the mask "
+        f"of this very image"
     )
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #seg00012
@@ -83,7 +82,7 @@ def resample_to_native(
             np.copyto(best, v, where=more)
     return out
 
-
+# %% ../../nbs/7_tasks/73_masks.ipynb #segs012a
 def one_hot(
     mask: np.ndarray,  # (H,W,D) class indices 0..n-1
     n: int,  # classes, background included
@@ -91,7 +90,7 @@ def one_hot(
     "One binary array per class"
     return np.stack([mask == k for k in range(n)]).astype(np.float32)
 
-
+# %% ../../nbs/7_tasks/73_masks.ipynb #segs012b
 def resampling_ceiling(
     mask: np.ndarray,  # (W,H,D) class indices
     affine: np.ndarray,  # (4,4) of the mask
@@ -137,7 +136,7 @@ def _hausdorff95(
     )
     return float(distance[0, 0])
 
-
+# %% ../../nbs/7_tasks/73_masks.ipynb #segs040a
 def score_mask(
     found: np.ndarray,  # (W,H,D) predicted class indices
     truth: np.ndarray,  # (W,H,D) true class indices

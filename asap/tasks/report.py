@@ -12,6 +12,7 @@ __all__ = ['NUM_SUMMARY_TOKENS', 'COLUMNS', 'TASKS', 'HIGHLIGHT_STYLES', 'Report
 import html
 import re
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..abnormalities import ABNORMALITIES
@@ -45,34 +47,32 @@ from ..train import IndexDataset, fit, get_device, limit_threads
 
 # %% ../../nbs/7_tasks/76_report.ipynb #58d622ec
 class ReportConfig(BaseConfig):
-    "A report written from frozen tokens"
+    "Report generation from frozen tokens"
 
     arms: list[str]  # of study.arms
     token_pool: Shape3D  # patches whose tokens are averaged, along each axis
-    abnormal_first: (
-        bool  # sentences of a target: present abnormalities first; false: as they were written
-    )
-    label_prompts: bool  # the decoder is told what the label head thinks
-    aux_label_weight: Annotated[
-        float, Field(ge=0)
-    ]  # of the label head's loss, where the words' has 1
+    abnormal_first: bool  # targets: sentences with present abnormalities first
+    label_prompts: bool  # condition the decoder on the labels that the label head predicts
+    aux_label_weight: Annotated[float, Field(ge=0)]  # of the label loss; the word loss has 1
     embed_dim: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
-    dropout: Annotated[float, Field(ge=0, lt=1)]  # of what is seen
-    max_length: Annotated[int, Field(ge=16)]  # word pieces that are learnt and written
+    dropout: Annotated[float, Field(ge=0, lt=1)]  # of the image tokens
+    max_length: Annotated[int, Field(ge=16)]  # word pieces of targets and generated reports
     steps: PositiveInt  # at most
     epochs: PositiveInt  # at most
     batch_size: PositiveInt
     lr: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     num_beams: PositiveInt
-    no_repeat_ngram_size: (
-        NonNegativeInt  # a run of so many word pieces is not written twice; 0: it may be
-    )
+    no_repeat_ngram_size: NonNegativeInt  # word pieces; 0: no limit
     meteor: bool  # where Java is found
 
-    def check(self, params) -> None:
+    def check(
+        self,
+        params: Any,  # the loaded sections
+    ) -> None:
+        "Check the arms, the heads of the decoder and the pooling of the patch grid"
         check_arms("report", self.arms, params)
         if self.embed_dim % self.num_heads:
             raise ValueError(
@@ -85,102 +85,108 @@ class ReportConfig(BaseConfig):
         if any(g % k for g, k in zip(grid, self.token_pool)):
             raise ValueError(
                 f"`report.token_pool` is {self.token_pool}, which does not divide the grid of "
-                f"patches, {grid}: take divisors"
+                f"patches, {grid}: choose divisors"
             )
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00007
-NUM_SUMMARY_TOKENS = 3  # class token, mean, largest
+NUM_SUMMARY_TOKENS = 3  # class token, mean, maximum
 
 
-def pool_tokens(
-    tokens,  # (n,1+N,C) before the last norm, memory-mapped or not
-    grid,  # patches along H, W, D
-    pool,  # patches that are averaged, along each
-    batch: int = 64,  # scans at a time
-) -> np.ndarray:  # (n,3+M,C) float32
-    "What a decoder sees of each scan"
-    (h, w, d), (a, b, c) = grid, pool
-    if tokens.shape[1] != 1 + h * w * d:
+def _check_grid(
+    patches: int,  # of a scan
+    grid: Sequence[int],
+    pool: Sequence[int],
+) -> None:
+    h, w, d = grid
+    if patches != h * w * d:
         raise ValueError(
-            f"tokens are {tokens.shape[1] - 1} patches a scan, expected {h * w * d}, a grid of "
+            f"each scan has {patches} patch tokens, expected {h * w * d}, a grid of "
             f"{h}x{w}x{d}: rerun `dvc repro embed`"
         )
-    if h % a or w % b or d % c:
+    if any(g % k for g, k in zip(grid, pool)):
         raise ValueError(
-            f"report.token_pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: take "
-            f"divisors"
+            f"report.token_pool is {list(pool)}, which does not divide the grid {h}x{w}x{d}: "
+            f"choose divisors"
         )
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a01
+def pool_tokens(
+    tokens: np.ndarray,  # (n,1+N,C) before the last norm, memory-mapped or not
+    grid: Sequence[int],  # patches along H, W, D
+    pool: Sequence[int],  # patches to average, along H, W, D
+    batch: int = 64,  # scans at a time
+) -> np.ndarray:  # (n,3+M,C) float32
+    "Decoder input of each scan: class token, mean, maximum, averages of neighboring patches"
+    _check_grid(tokens.shape[1] - 1, grid, pool)
+    (h, w, d), (a, b, c) = grid, pool
     out = []
     for i in range(0, len(tokens), batch):
         x = torch.from_numpy(np.asarray(tokens[i : i + batch], np.float32))
-        x = F.layer_norm(x, x.shape[-1:]).numpy()  # without learnt scale, each token by itself
-        near = (
-            x[:, 1:]
-            .reshape(len(x), h // a, a, w // b, b, d // c, c, -1)
-            .mean((2, 4, 6))
-            .reshape(len(x), -1, x.shape[-1])
-        )
-        out.append(
-            np.concatenate(
-                [x[:, :1], x[:, 1:].mean(1, keepdims=True), x[:, 1:].max(1, keepdims=True), near], 1
-            )
-        )
+        x = F.layer_norm(x, x.shape[-1:]).numpy()  # each token by itself, without learned scale
+        cls, patches = x[:, :1], x[:, 1:]
+        near = patches.reshape(len(x), h // a, a, w // b, b, d // c, c, -1).mean((2, 4, 6))
+        near = near.reshape(len(x), -1, x.shape[-1])
+        summary = [cls, patches.mean(1, keepdims=True), patches.max(1, keepdims=True)]
+        out.append(np.concatenate([*summary, near], 1))
     return np.concatenate(out)
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00010
-def sort_abnormal_first(sentences: list) -> list:  # the same sentences
-    "Present abnormalities first, in the labels' order; then the rest by alphabet"
-    found = [labeller.extract_labels(s) for s in sentences]
+def sort_abnormal_first(
+    sentences: list[str],
+) -> list[str]:  # the same sentences
+    "Present abnormalities first, in the order of the labels; then the others alphabetically"
 
-    def place(d):
-        present = (i for i, n in enumerate(ABNORMALITIES) if d.get(n))
+    def first_label(sentence: str) -> int:
+        states = labeller.extract_labels(sentence)
+        present = (i for i, n in enumerate(ABNORMALITIES) if states.get(n))
         return next(present, len(ABNORMALITIES))
 
-    return [
-        s
-        for _, s in sorted(
-            zip(map(place, found), sentences),
-            key=lambda k: (k[0], k[1] if k[0] == len(ABNORMALITIES) else ""),
-        )
-    ]
+    ranked = [(first_label(s), s) for s in sentences]
+    ranked.sort(key=lambda k: (k[0], k[1] if k[0] == len(ABNORMALITIES) else ""))
+    return [s for _, s in ranked]
 
-
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a02
 def tokenize_targets(
-    texts,  # findings
-    tokenizer,
-    most: int,  # word pieces, with both ends
-    order: bool,
-    task: str = "report",  # for the lines that are said
-) -> list:  # of lists of ids
-    "What the decoder learns to write"
-    out, short, odd = [], 0, 0
+    texts: Iterable[str],  # findings
+    tokenizer: Any,  # of `transformers`
+    most: int,  # word pieces, including [CLS] and [SEP]
+    order: bool,  # sentences with present abnormalities first
+    task: str = "report",  # for the log
+) -> list[list[int]]:  # token ids of each text
+    "Training targets of the decoder"
+    out, shortened, unknown = [], 0, 0
     for text in texts:
-        ids, whole = (
-            [tokenizer.cls_token_id],
-            sort_abnormal_first(split_sentences(text)) if order else split_sentences(text),
-        )
-        for words in tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []:
+        sentences = split_sentences(text)
+        if order:
+            sentences = sort_abnormal_first(sentences)
+        pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"] if sentences else []
+        ids = [tokenizer.cls_token_id]
+        for words in pieces:
             if len(ids) + len(words) + 1 > most:
-                short += 1
+                shortened += 1
                 break
             ids += words
         out.append([*ids, tokenizer.sep_token_id])
-        odd += ids.count(tokenizer.unk_token_id)
-    if short:
+        unknown += ids.count(tokenizer.unk_token_id)
+    if shortened:
         log_message(
-            f"{task}: {short} of {len(out)} train reports are longer than {most} word pieces: "
-            f"their last sentences are not learnt (report.max_length); references stay whole"
+            f"{task}: {shortened} of {len(out)} train reports are longer than {most} word pieces "
+            f"(report.max_length): their last sentences are left out of the training targets; "
+            f"references are not cut"
         )
-    if odd:
+    if unknown:
         log_message(
-            f"{task}: {odd} pieces of the train reports are unknown to the tokenizer and are "
-            f"learnt as such"
+            f"{task}: {unknown} pieces of the train reports are unknown to the tokenizer and "
+            f"become {tokenizer.unk_token} in the training targets"
         )
     return out
 
-
-def has_findings(table, task: str) -> pd.Series:  # bool
-    "Which cases have findings; the others are named"
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a03
+def has_findings(
+    table: pd.DataFrame,  # cohort table
+    task: str,  # for the log
+) -> pd.Series:  # bool
+    "Which cases have findings; a log line names the others"
     has = table.findings.map(lambda t: bool(scores.split_words(clean_text(t))))
     if len(lost := table.case[~has]):
         log_message(
@@ -190,139 +196,150 @@ def has_findings(table, task: str) -> pd.Series:  # bool
     return has
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00013
-def detokenize(text: str) -> str:  # as a person would write it
-    "Points and hyphens closed up, sentences begun with a capital"
+def detokenize(
+    text: str,  # decoded word pieces
+) -> str:
+    "Remove the spaces around punctuation and hyphens, start sentences with a capital"
     text = re.sub(r"\s+([.,;:!?%)\]])", r"\1", re.sub(r"([(\[])\s+", r"\1", text.strip()))
     text = re.sub(r"(?<=\w)\s*([-/])\s*(?=\w)", r"\1", re.sub(r"(?<=\d)([.,]) (?=\d)", r"\1", text))
     return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00016
+def _build_bert_decoder(
+    config: Mapping[str, Any],  # of `ReportDecoder`
+) -> torch.nn.Module:
+    "A causal BERT with cross-attention"
+    from transformers import BertConfig, BertLMHeadModel
+
+    first, last, pad_id = config["special_token_ids"]
+    dim = config["embed_dim"]
+    return BertLMHeadModel(
+        BertConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=dim,
+            num_hidden_layers=config["num_layers"],
+            num_attention_heads=config["num_heads"],
+            intermediate_size=4 * dim,
+            max_position_embeddings=config["max_length"],
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,
+            add_cross_attention=True,
+            initializer_range=dim**-0.5,
+            bos_token_id=first,
+            eos_token_id=last,
+            pad_token_id=pad_id,
+            attn_implementation="eager",
+        )
+    )
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a05
 class ReportDecoder(torch.nn.Module):
-    "Frozen tokens in, a report out"
+    "Writes a report from frozen image tokens"
 
     def __init__(
         self,
-        config: dict,  # num_tokens, token_dim, vocab_size, embed_dim, num_layers, num_heads,
-        # dropout, max_length, text_only, label_prompts; special_token_ids: [CLS] [SEP] [PAD]
+        config: dict[str, Any],  # num_tokens, token_dim, vocab_size, embed_dim, num_layers,
+        # num_heads, dropout, max_length, text_only, label_prompts; special_token_ids: ids of
+        # [CLS] [SEP] [PAD]
     ):
-        from transformers import BertConfig, BertLMHeadModel
-
         super().__init__()
-        c, (first, last, pad_id) = config, config["special_token_ids"]
-        self.config, self.text_only, self.label_prompts, dim, labels = (
-            config,
-            c["text_only"],
-            c["label_prompts"],
-            c["embed_dim"],
-            len(ABNORMALITIES),
-        )
-        self.register_buffer("mean", torch.zeros(c["num_tokens"], c["token_dim"]))
-        self.register_buffer("std", torch.ones(c["num_tokens"], c["token_dim"]))
+        self.config = config
+        self.text_only, self.label_prompts = config["text_only"], config["label_prompts"]
+        shape, dim = (config["num_tokens"], config["token_dim"]), config["embed_dim"]
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("label_threshold", torch.tensor(0.5))
-        self.text_only_tokens = (
-            torch.nn.Parameter(torch.zeros(c["num_tokens"], c["token_dim"]))
-            if self.text_only
-            else None
-        )
-        self.token_proj, self.pos_embed, self.dropout = (
-            torch.nn.Linear(c["token_dim"], dim),
-            torch.nn.Parameter(0.02 * torch.randn(c["num_tokens"], dim)),
-            torch.nn.Dropout(c["dropout"]),
-        )
+        self.text_only_tokens = torch.nn.Parameter(torch.zeros(shape)) if self.text_only else None
+        self.token_proj = torch.nn.Linear(shape[1], dim)
+        self.pos_embed = torch.nn.Parameter(0.02 * torch.randn(shape[0], dim))
+        self.dropout = torch.nn.Dropout(config["dropout"])
         self.norm = torch.nn.LayerNorm(dim)
         if self.label_prompts:
-            self.label_head, self.label_embeds = (
-                torch.nn.Linear(2 * dim, labels),
-                torch.nn.Parameter(torch.randn(labels, dim)),
-            )
-        self.decoder = BertLMHeadModel(
-            BertConfig(
-                vocab_size=c["vocab_size"],
-                hidden_size=dim,
-                num_hidden_layers=c["num_layers"],
-                num_attention_heads=c["num_heads"],
-                intermediate_size=4 * dim,
-                max_position_embeddings=c["max_length"],
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                is_decoder=True,
-                add_cross_attention=True,
-                initializer_range=dim**-0.5,
-                bos_token_id=first,
-                eos_token_id=last,
-                pad_token_id=pad_id,
-                attn_implementation="eager",
-            )
-        )
+            self.label_head = torch.nn.Linear(2 * dim, len(ABNORMALITIES))
+            self.label_embeds = torch.nn.Parameter(torch.randn(len(ABNORMALITIES), dim))
+        self.decoder = _build_bert_decoder(config)
 
     def encode_tokens(
-        self, x
-    ) -> tuple:  # (B,M,C) -> (B,M,dim), logits of the labels (B,18) or None
-        x = (
-            self.text_only_tokens.expand(len(x), -1, -1)
-            if self.text_only
-            else (x - self.mean) / self.std
-        )
+        self,
+        x: torch.Tensor,  # (B,M,C); of a blind decoder, only the batch size counts
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # (B,M,dim); (B,18), None without prompts
+        "Projected image tokens, and the logits of the labels"
+        if self.text_only_tokens is not None:
+            x = self.text_only_tokens.expand(len(x), -1, -1)
+        else:
+            x = (x - self.mean) / self.std
         v = self.norm(self.token_proj(self.dropout(x)) + self.pos_embed)
-        return v, self.label_head(
-            torch.cat([v.mean(1), v.amax(1)], 1)
-        ) if self.label_prompts else None
+        if not self.label_prompts:
+            return v, None
+        return v, self.label_head(torch.cat([v.mean(1), v.amax(1)], 1))
 
     def cross_attention_inputs(
-        self, v, is_there
-    ) -> dict:  # (B,M,dim), (B,18) 0 or 1 -> (B,18+M,dim), and which of them may be attended to
-        if not self.label_prompts:
+        self,
+        v: torch.Tensor,  # (B,M,dim) projected image tokens
+        is_there: torch.Tensor | None,  # (B,18) 0 or 1; None without prompts
+    ) -> dict[str, torch.Tensor]:  # hidden states (B,18+M,dim), attention mask (B,18+M)
+        "Prompts of all labels before the image tokens; absent labels are masked"
+        if is_there is None or not self.label_prompts:
             return dict(encoder_hidden_states=v)
-        may = torch.cat(
-            [is_there.long(), torch.ones(v.shape[:2], dtype=torch.long, device=v.device)], 1
-        )
+        prompts = self.label_embeds.expand(len(v), -1, -1).to(v.dtype)
+        image_mask = torch.ones(v.shape[:2], dtype=torch.long, device=v.device)
         return dict(
-            encoder_hidden_states=torch.cat(
-                [self.label_embeds.expand(len(v), -1, -1).to(v.dtype), v], 1
-            ),
-            encoder_attention_mask=may,
+            encoder_hidden_states=torch.cat([prompts, v], 1),
+            encoder_attention_mask=torch.cat([is_there.long(), image_mask], 1),
         )
 
     def forward(
-        self, x, ids, is_there
-    ) -> tuple:  # (B,M,C), (B,L), (B,18) -> cross-entropy of words, of labels
-        v, logit = self.encode_tokens(x)
+        self,
+        x: torch.Tensor,  # (B,M,C)
+        ids: torch.Tensor,  # (B,L) token ids of the targets, padded
+        is_there: torch.Tensor,  # (B,18) bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalars; the second is 0 without prompts
+        "Cross-entropy of the words, binary cross-entropy of the labels"
+        v, logits = self.encode_tokens(x)
+        pad_id = self.config["special_token_ids"][2]
         out = self.decoder(
             input_ids=ids[:, :-1],
-            attention_mask=(ids[:, :-1] != self.config["special_token_ids"][2]).long(),
+            attention_mask=(ids[:, :-1] != pad_id).long(),
             **self.cross_attention_inputs(v, is_there),
             use_cache=False,
         ).logits
         words = F.cross_entropy(
-            out.flatten(0, 1).float(),
-            ids[:, 1:].flatten(),
-            ignore_index=self.config["special_token_ids"][2],
+            out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=pad_id
         )
-        return words, F.binary_cross_entropy_with_logits(
-            logit.float(), is_there.float()
-        ) if self.label_prompts else words.new_zeros(())
+        if logits is None:
+            return words, words.new_zeros(())
+        return words, F.binary_cross_entropy_with_logits(logits.float(), is_there.float())
 
     @torch.no_grad()
-    def predict_label_proba(self, x) -> torch.Tensor:  # (B,M,C) -> (B,18)
-        return torch.sigmoid(self.encode_tokens(x)[1].double())
+    def predict_label_proba(
+        self,
+        x: torch.Tensor,  # (B,M,C)
+    ) -> torch.Tensor:  # (B,18) float64
+        "Probabilities of the label head"
+        _, logits = self.encode_tokens(x)
+        if logits is None:
+            raise ValueError("this decoder has no label head: its `label_prompts` is false")
+        return torch.sigmoid(logits.double())
 
     @torch.no_grad()
     def generate(
-        self, x, num_beams: int, no_repeat_ngram_size: int
-    ) -> torch.Tensor:  # (B,M,C) -> ids
+        self,
+        x: torch.Tensor,  # (B,M,C)
+        num_beams: int,
+        no_repeat_ngram_size: int,  # word pieces; 0: no limit
+    ) -> torch.Tensor:  # (B,L) token ids
+        "Beam search"
         from transformers import DynamicCache, EncoderDecoderCache
 
-        v, logit = self.encode_tokens(x)
-        told = self.cross_attention_inputs(
-            v,
-            torch.sigmoid(logit.double()) >= self.label_threshold.double()
-            if self.label_prompts
-            else None,
-        )
-        start = torch.full((len(x), 1), self.config["special_token_ids"][0], device=x.device)
+        v, logits = self.encode_tokens(x)
+        present = None
+        if logits is not None:
+            present = torch.sigmoid(logits.double()) >= self.label_threshold.double()
+        first = self.config["special_token_ids"][0]
         return self.decoder.generate(
-            input_ids=start,
-            **told,
+            input_ids=torch.full((len(x), 1), first, device=x.device),
+            **self.cross_attention_inputs(v, present),
             num_beams=num_beams,
             do_sample=False,
             max_length=self.config["max_length"],
@@ -332,65 +349,75 @@ class ReportDecoder(torch.nn.Module):
         )
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00018
-def _label_matrix(texts) -> np.ndarray:  # (n,18) bool
+def _label_matrix(texts: Iterable[str]) -> np.ndarray:  # (n,18) bool
     return labeller.label_reports(list(texts)).to_numpy(bool, copy=True)
 
 
-def _best_threshold(probability, there) -> float:  # (n,18) each
-    "The one cut with the best micro F1"
-    at = np.linspace(0.05, 0.95, 37)
+def _best_threshold(
+    probability: np.ndarray,  # (n,18)
+    there: np.ndarray,  # (n,18) bool
+) -> float:
+    "One threshold for all labels, with the best micro F1"
+    thresholds = np.linspace(0.05, 0.95, 37)
     f1 = [
         2 * (there & (probability >= c)).sum() / max(there.sum() + (probability >= c).sum(), 1)
-        for c in at
+        for c in thresholds
     ]
-    return float(at[int(np.argmax(f1))])
+    return float(thresholds[int(np.argmax(f1))])
 
 
-def load(folder) -> ReportDecoder:  # in eval mode
+def load(
+    folder: Path | str,  # of `write_checkpoint`
+) -> ReportDecoder:  # in eval mode
     "The decoder of a checkpoint folder"
-    model = ReportDecoder(checkpoint.read_config(folder, again := "rerun `dvc repro report`"))
-    model.load_state_dict(checkpoint.read_weights(folder, again))
+    remedy = "rerun `dvc repro report`"
+    model = ReportDecoder(checkpoint.read_config(folder, remedy))
+    model.load_state_dict(checkpoint.read_weights(folder, remedy))
     return model.eval()
 
-# %% ../../nbs/7_tasks/76_report.ipynb #rep00019
-def train_report_decoder(
-    x,  # (n,M,C) of `pool_tokens`
-    texts,  # n findings
-    split_,  # (n,) train, val, test
-    tokenizer,
-    p,  # params `report`
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a07
+class _TrainingData:
+    "Image tokens, target ids and labels of the train and validation cases"
+
+    def __init__(
+        self,
+        x: np.ndarray,  # (n,M,C)
+        texts: np.ndarray,  # (n,) findings
+        rows: list[int],  # of train and validation cases
+        tokenizer: Any,
+        p: ReportConfig,
+        task: str,
+    ):
+        targets = tokenize_targets(texts[rows], tokenizer, p.max_length, p.abnormal_first, task)
+        self.ids = dict(zip(rows, targets))
+        self.labels = torch.from_numpy(_label_matrix(texts))
+        self.tokens = torch.as_tensor(x)
+        self.pad_id = tokenizer.pad_token_id
+
+    def batch(
+        self,
+        rows: np.ndarray,  # of the cases
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # arguments of `ReportDecoder.forward`
+        ids = pad_rows([self.ids[j] for j in rows], self.pad_id)
+        return self.tokens[rows], torch.as_tensor(ids), self.labels[rows]
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a08
+def _init_decoder(
+    tokens: torch.Tensor,  # (n,M,C) of the train cases
+    tokenizer: Any,
+    p: ReportConfig,
     blind: bool,
     seed: int,
-    folder=None,  # for resume
-    fp: dict | None = None,
-    task: str = "report",
-) -> ReportDecoder:  # in eval mode
-    "Train on train, choose on validation"
-    train, val = (np.flatnonzero(np.asarray(split_) == s) for s in ("train", "val"))
-    if not len(train):
-        raise ValueError(f"{task}: no train case has findings: there is nothing to learn from")
-    texts = np.asarray(texts, object)
-    ids, there, x = (
-        dict(
-            zip(
-                (rows := [*train, *val]),
-                tokenize_targets(texts[rows], tokenizer, p.max_length, p.abnormal_first, task),
-            )
-        ),
-        torch.from_numpy(_label_matrix(texts)),
-        torch.as_tensor(x),
-    )
+) -> ReportDecoder:
+    "A decoder with random weights; mean and standard deviation of the train tokens"
+    special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     torch.manual_seed(seed)
     model = ReportDecoder(
         dict(
-            num_tokens=x.shape[1],
-            token_dim=x.shape[2],
+            num_tokens=tokens.shape[1],
+            token_dim=tokens.shape[2],
             vocab_size=len(tokenizer),
-            special_token_ids=[
-                tokenizer.cls_token_id,
-                tokenizer.sep_token_id,
-                tokenizer.pad_token_id,
-            ],
+            special_token_ids=special,
             embed_dim=p.embed_dim,
             num_layers=p.num_layers,
             num_heads=p.num_heads,
@@ -400,30 +427,49 @@ def train_report_decoder(
             label_prompts=p.label_prompts,
         )
     )
-    model.mean.copy_(x[train].mean(0))
-    model.std.copy_(x[train].std(0, correction=0).clamp(min=1e-3))
+    model.mean.copy_(tokens.mean(0))
+    model.std.copy_(tokens.std(0, correction=0).clamp(min=1e-3))
+    return model
 
-    def batch(k):
-        rows = pad_rows([ids[j] for j in k], tokenizer.pad_token_id)
-        return x[k], torch.as_tensor(rows), there[k]
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a09
+def _make_loss(p: ReportConfig) -> Callable:  # (model, batch, step) -> loss, parts
+    def loss(model, batch, step):
+        words, labels = model(*batch)
+        parts = dict(words=words.detach(), labels=labels.detach())
+        return words + p.aux_label_weight * labels, parts
 
-    def loss(m, b, step):
-        words, labels = m(*b)
-        return words + p.aux_label_weight * labels, dict(
-            words=words.detach(), labels=labels.detach()
-        )
+    return loss
 
-    def score(m):
-        return dict(
-            score=-sum(
-                float(
-                    loss(m, [t.to(m.mean.device) for t in batch(val[i : i + p.batch_size])], 0)[0]
-                )
-                * len(val[i : i + p.batch_size])
-                for i in range(0, len(val), p.batch_size)
-            )
-            / len(val)
-        )
+
+def _validation_score(
+    model: ReportDecoder,
+    loss: Callable,
+    data: _TrainingData,
+    val: np.ndarray,  # rows of the validation cases
+    batch_size: int,
+) -> dict[str, float]:
+    "Minus the mean loss of the validation cases"
+    losses = []
+    for i in range(0, len(val), batch_size):
+        rows = val[i : i + batch_size]
+        batch = [t.to(model.mean.device) for t in data.batch(rows)]
+        losses.append(float(loss(model, batch, 0)[0]) * len(rows))
+    return dict(score=-sum(losses) / len(val))
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a10
+def _fit_decoder(
+    model: ReportDecoder,
+    data: _TrainingData,
+    train: np.ndarray,  # rows of the train cases
+    val: np.ndarray,  # rows of the validation cases
+    p: ReportConfig,
+    **options: Any,  # seed, folder, fp, label of `asap.train.fit`
+) -> None:
+    "Train in place"
+    loss = _make_loss(p)
+
+    def validate(m: ReportDecoder) -> dict[str, float]:
+        return _validation_score(m, loss, data, val, p.batch_size)
 
     steps = min(p.steps, max(10, p.epochs * len(train) // p.batch_size))
     with limit_threads(model):
@@ -437,55 +483,77 @@ def train_report_decoder(
             warmup=steps // 10,
             weight_decay=p.weight_decay,
             betas=(0.9, 0.98),
-            seed=seed,
-            folder=folder,
-            fp=fp,
             save_every=100,
-            collate=lambda k: batch(train[list(k)]),
-            validate=score if len(val) else None,
+            collate=lambda k: data.batch(train[list(k)]),
+            validate=validate if len(val) else None,
             validate_every=max(1, steps // 6),
-            label=task,
+            **options,
         )
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep00019
+def train_report_decoder(
+    x: np.ndarray,  # (n,M,C) of `pool_tokens`
+    texts: Iterable[str],  # n findings
+    split_: ArrayLike,  # (n,) train, val, test
+    tokenizer: Any,  # of `transformers`
+    p: ReportConfig,
+    blind: bool,  # learned constants in place of the image tokens
+    seed: int,
+    folder: Path | str | None = None,  # of the resume state
+    fp: dict | None = None,  # fingerprint of the run
+    task: str = "report",  # for the log and the progress bar
+) -> ReportDecoder:  # in eval mode
+    "Train on the train split, choose the step and the label threshold on validation"
+    train, val = (np.flatnonzero(np.asarray(split_) == s) for s in ("train", "val"))
+    if not len(train):
+        raise ValueError(
+            f"{task}: no train case has findings, expected at least one: check the cohort's "
+            f"reports and splits"
+        )
+    texts = np.asarray(texts, object)
+    data = _TrainingData(x, texts, [*train, *val], tokenizer, p, task)
+    model = _init_decoder(data.tokens[train], tokenizer, p, blind, seed)
+    _fit_decoder(model, data, train, val, p, seed=seed, folder=folder, fp=fp, label=task)
     model = model.to(get_device()).eval()
     if p.label_prompts and len(val):
-        model.label_threshold.fill_(
-            _best_threshold(
-                model.predict_label_proba(x[val].to(get_device())).cpu().numpy(), there[val].numpy()
-            )
-        )
+        probability = model.predict_label_proba(data.tokens[val].to(get_device()))
+        threshold = _best_threshold(probability.cpu().numpy(), data.labels[val].numpy())
+        model.label_threshold.fill_(threshold)
     return model
 
-
-def generate_reports(model: ReportDecoder, x, tokenizer, p, batch: int = 32) -> list:  # of texts
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76a11
+def generate_reports(
+    model: ReportDecoder,
+    x: np.ndarray,  # (n,M,C) of `pool_tokens`
+    tokenizer: Any,  # of `transformers`
+    p: ReportConfig,
+    batch: int = 32,  # scans at a time
+) -> list[str]:  # n texts
     "A report for each scan"
-    out = []
+    out: list[str] = []
     with limit_threads(model):
         for i in progress_bar(range(0, len(x), batch), label="reports"):
-            out += [
-                detokenize(tokenizer.decode(r, skip_special_tokens=True))
-                for r in model.generate(
-                    torch.as_tensor(x[i : i + batch]).to(get_device()),
-                    p.num_beams,
-                    p.no_repeat_ngram_size,
-                )
-            ]
+            tokens = torch.as_tensor(x[i : i + batch]).to(get_device())
+            ids = model.generate(tokens, p.num_beams, p.no_repeat_ngram_size)
+            out += [detokenize(tokenizer.decode(r, skip_special_tokens=True)) for r in ids]
     return out
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00021
-def most_frequent_report(table) -> str:  # findings
-    "The train report that is there most often; the first of several"
+def most_frequent_report(
+    table: pd.DataFrame,  # cohort table
+) -> str:  # findings
+    "The most frequent train report; the first of several"
     train = table[table.split == "train"]
-    return train.findings.iloc[
-        int(
-            (normalize_reports(train).map(normalize_reports(train).value_counts()))
-            .to_numpy()
-            .argmax()
-        )
-    ]
+    normalized = normalize_reports(train)
+    count = normalized.map(normalized.value_counts())
+    return train.findings.iloc[int(count.to_numpy().argmax())]
 
 
-def nearest_neighbor_reports(f, table) -> list:  # (n,C) mean tokens -> findings for each test case
-    "The report of the train case that is most alike"
+def nearest_neighbor_reports(
+    f: ArrayLike,  # (n,C) mean tokens of all cases
+    table: pd.DataFrame,  # cohort table, n rows
+) -> list[str]:  # findings for each test case
+    "The report of the most similar train case, by cosine similarity"
     z = layer_norm(f)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     train, test = (np.flatnonzero(table.split == s) for s in ("train", "test"))
@@ -514,87 +582,101 @@ COLUMNS = [
 ]
 
 
-def _join_labels(there) -> list:  # (n,18) bool -> "Atelectasis;Lung nodule"
+def _join_labels(
+    there: np.ndarray,  # (n,18) bool
+) -> list[str]:  # such as "Atelectasis;Lung nodule"
     return [";".join(np.array(list(ABNORMALITIES))[row]) for row in there]
 
 
-def _reference_labels(table) -> np.ndarray:  # (n,18) bool
+def _reference_labels(
+    table: pd.DataFrame,  # cohort table
+) -> np.ndarray:  # (n,18) bool
     out = _label_matrix(table.findings)
     for k, n in enumerate(ABNORMALITIES):
         if (c := f"label:{n}") in table:
             out[:, k] = np.where(table[c].isna(), out[:, k], table[c] == 1)
     return out
 
-
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b01
 def score_reports(
-    said,  # a text for each test case
-    table,  # the test cases
-    text=None,  # frozen encoder, for BERTScore
+    said: Iterable[str],  # a generated report for each test case
+    table: pd.DataFrame,  # the test cases
+    text: Any = None,  # frozen text encoder, for BERTScore
 ) -> pd.DataFrame:  # COLUMNS up to the metrics, without METEOR
-    "All that the figures of a set of reports need"
-    found = scores.score_texts(list(said), list(table.findings), text)
+    "Texts, labels and text metrics of each test case"
+    generated, reference = list(said), list(table.findings)
+    found = scores.score_texts(generated, reference, text)
     rows = (
         table[["case", "scan", "patient"]]
         .reset_index(drop=True)
         .assign(
-            generated=list(said),
-            reference=list(table.findings),
+            generated=generated,
+            reference=reference,
             truth=_join_labels(_reference_labels(table)),
-            predicted=_join_labels(_label_matrix(said)),
+            predicted=_join_labels(_label_matrix(generated)),
         )
     )
     return pd.concat([rows, found.reset_index(drop=True)], axis=1)
 
-
-def add_meteor(d) -> pd.DataFrame:  # predictions; all in one go, as Java takes seconds to start
-    "METEOR where Java is found; without it the column stays empty, and a line says why"
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b02
+def add_meteor(
+    d: pd.DataFrame,  # predictions of all tasks at once: Java takes seconds to start
+) -> pd.DataFrame:  # with the column `meteor`, where Java is found
+    "Add METEOR; without Java the column stays empty, and a log line gives the reason"
     found, why = scores.meteor(list(d.generated), list(d.reference))
     if found is None:
         log_message(why)
-    return d if found is None else d.assign(meteor=found)
+        return d
+    return d.assign(meteor=found)
 
 
-def parse_labels(names) -> np.ndarray:  # (n,) of "Atelectasis;Lung nodule" -> (n,18) bool
-    return np.array(
-        [[n in set(row.split(";")) for n in ABNORMALITIES] for row in names], bool
-    ).reshape(-1, len(ABNORMALITIES))
+def parse_labels(
+    names: Iterable[str],  # n strings such as "Atelectasis;Lung nodule"
+) -> np.ndarray:  # (n,18) bool
+    "Labels of the columns `truth` and `predicted` as a matrix"
+    rows = [[n in set(row.split(";")) for n in ABNORMALITIES] for row in names]
+    return np.array(rows, bool).reshape(-1, len(ABNORMALITIES))
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00025
 def clinical_efficacy(
-    truth, called, weight
-) -> dict:  # bool (n,18) twice, (n,) or (draws,n) -> metric: float or (draws,)
-    """Precision, recall and F1 over all cases and labels; and the mean over the labels that are
-    there"""
-    both, said, true = (weight @ (a.astype(float)) for a in (truth & called, called, truth))
+    truth: np.ndarray,  # (n,18) bool
+    called: np.ndarray,  # (n,18) bool, labels of the generated reports
+    weight: np.ndarray,  # (n,) of each case, or (draws,n)
+) -> dict[str, Any]:  # metric -> float, or (draws,)
+    "Precision, recall and F1 over all cases and labels; mean F1 of the labels that occur in truth"
+    both, positive, true = (weight @ a.astype(float) for a in (truth & called, called, truth))
 
-    def per(top, bottom):
+    def ratio(top, bottom):
         return top / np.maximum(bottom, 1e-9)
 
-    there = truth.any(0)
-    macro = (
-        per(2 * both, said + true)[..., there].mean(-1)
-        if there.any()
-        else np.zeros(both.shape[:-1])
-    )
-    b, s, t = both.sum(-1), said.sum(-1), true.sum(-1)
+    occurs = truth.any(0)
+    macro = np.zeros(both.shape[:-1])
+    if occurs.any():
+        macro = ratio(2 * both, positive + true)[..., occurs].mean(-1)
+    b, s, t = both.sum(-1), positive.sum(-1), true.sum(-1)
     return {
-        "clinical F1": per(2 * b, s + t),
-        "clinical precision": per(b, s),
-        "clinical recall": per(b, t),
+        "clinical F1": ratio(2 * b, s + t),
+        "clinical precision": ratio(b, s),
+        "clinical recall": ratio(b, t),
         "clinical F1, macro": macro,
     }
 
-
-def metrics(d, n: int, seed) -> dict:  # predictions of one arm and draw -> {metric: (value, (n,))}
-    "What the task is judged by, each with its bootstrap draws"
-    w, once = bootstrap_weights(d.patient.to_numpy(), n, seed), np.ones(len(d))
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b03
+def metrics(
+    d: pd.DataFrame,  # predictions of one task, arm and seed
+    n: int,  # bootstrap replicates
+    seed: Any,  # anything `asap.core.rng` takes
+) -> dict[str, tuple[float, np.ndarray]]:  # metric -> value, (n,) replicates
+    "Text metrics and clinical efficacy with their bootstrap replicates"
+    weights = bootstrap_weights(d.patient.to_numpy(), n, seed)
     d = d[[c for c in d if not (c in scores.METRIC_NAMES and d[c].isna().all())]]
-    one, many = (
-        scores.corpus_scores(d, k)
-        | clinical_efficacy(parse_labels(d.truth), parse_labels(d.predicted), k)
-        for k in (once, w.astype(float))
-    )
-    return {m: (float(v), np.asarray(many[m])) for m, v in one.items()}
+    labels = parse_labels(d.truth), parse_labels(d.predicted)
+
+    def weighted(w: np.ndarray) -> dict[str, Any]:
+        return scores.corpus_scores(d, w) | clinical_efficacy(*labels, w)
+
+    values, replicates = weighted(np.ones(len(d))), weighted(weights.astype(float))
+    return {m: (float(v), np.asarray(replicates[m])) for m, v in values.items()}
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00027
 TASKS = (
@@ -602,25 +684,35 @@ TASKS = (
     Task("report_ct_rate", "ct_rate", "clinical F1", 17),
 )
 
+_CARD = (
+    "# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: trained on frozen tokens of "
+    "{n_train} train scans. Not for clinical use.\n"
+)
 
-def _train_or_load(x, table, arm, task, text, p, seed, resume, made) -> tuple:  # model, tokenizer
-    fp = fingerprint(
-        task=task,
-        arm=arm,
-        seed=seed,
-        report=p,
-        tokens=made,
-        words=text.fingerprint(),
-        cases=f"{derive_seed(*table.case, *table.findings, *table.split):x}",
-    )
-    folder, tokenizer = Path(resume) / task if resume else None, text.tokenizer
+
+def _train_or_load(
+    x: np.ndarray,  # (n,M,C) of `pool_tokens`
+    table: pd.DataFrame,  # n cases with findings
+    arm: str,
+    task: str,
+    text: Any,  # frozen text encoder
+    p: ReportConfig,
+    seed: int,
+    resume: Path | str | None,  # folder
+    made: dict,  # what the tokens were made from
+) -> ReportDecoder:
+    "Train a decoder, or reuse the one that was trained from the same inputs"
+    cases = f"{derive_seed(*table.case, *table.findings, *table.split):x}"
+    inputs = dict(tokens=made, words=text.fingerprint(), cases=cases)
+    fp = fingerprint(task=task, arm=arm, seed=seed, report=p, **inputs)
+    folder = Path(resume) / task if resume else None
     if folder and reuse_or_set_aside(folder / "model", fp):
         return load(folder / "model").to(get_device())
     model = train_report_decoder(
         x,
         table.findings,
         table.split,
-        tokenizer,
+        text.tokenizer,
         p,
         arm == "blind",
         derive_seed("report", task, arm, seed),
@@ -629,138 +721,155 @@ def _train_or_load(x, table, arm, task, text, p, seed, resume, made) -> tuple:  
         f"{task} {arm}",
     )
     if folder:
-        checkpoint.write_checkpoint(
-            model.state_dict(),
-            model.config,
-            f"# A decoder of reports\n\nTask {task}, arm {arm}, seed {seed}: written from frozen "
-            f"tokens of {int((table.split == 'train').sum())} train scans. For no clinical use.\n",
-            folder / "model",
-            fp,
-        )
+        n_train = int((table.split == "train").sum())
+        card = _CARD.format(task=task, arm=arm, seed=seed, n_train=n_train)
+        checkpoint.write_checkpoint(model.state_dict(), model.config, card, folder / "model", fp)
         shutil.rmtree(folder / "resume", ignore_errors=True)
     return model
 
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b04
+def _find_empty_split(
+    table: pd.DataFrame,  # cohort table
+    has: np.ndarray,  # (n,) bool: cases with findings
+) -> str | None:
+    "The first of train and test without a case that has findings"
+    empty = (s for s in ("train", "test") if not (has & (table.split == s)).any())
+    return next(empty, None)
 
+
+def _decoder_input(
+    tokens: np.ndarray | None,  # (n,1+N,C); None: blind
+    grid: Sequence[int] | None,  # patches along H, W, D
+    has: np.ndarray,  # (n,) bool: cases with findings
+    p: ReportConfig,
+) -> np.ndarray:  # (cases with findings,M,C); M = C = 1 for the blind decoder
+    if tokens is None:
+        return np.zeros((int(has.sum()), 1, 1), np.float32)
+    if grid is None:
+        raise ValueError("`grid` is None, expected the patches along H, W, D of the tokens")
+    return pool_tokens(tokens, grid, p.token_pool)[has]
+
+
+def _with_baseline(
+    model: ReportDecoder,
+    x: np.ndarray,  # (n,M,C) of `pool_tokens`
+    table: pd.DataFrame,  # n cases with findings
+    arm: str,
+    tokenizer: Any,
+    p: ReportConfig,
+    blind: bool,
+) -> dict[str, list[str]]:  # name in the column `arm` -> a report for each test case
+    "Reports of the decoder and of its baseline"
+    test = (table.split == "test").to_numpy()
+    out = {arm: generate_reports(model, x[test], tokenizer, p)}
+    if blind:
+        out["most frequent"] = [most_frequent_report(table)] * int(test.sum())
+    else:
+        out[f"{arm}, nearest neighbour"] = nearest_neighbor_reports(x[:, 1], table)
+    return out
+
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b05
 def run(
     task: str,
     cohort: str,
-    table,  # cohort table
-    tokens,
-    index,  # of `asap.pretrain.embed.load`; None, None: blind
+    table: pd.DataFrame,  # cohort table
+    tokens: np.ndarray | None,  # (n,1+N,C) of `asap.pretrain.embed.load`; None: blind
+    index: pd.DataFrame | None,  # cases of the tokens; None: blind
     arm: str,
-    grid,  # patches along H, W, D
-    text,  # frozen encoder
-    p,  # params `report`
+    grid: Sequence[int] | None,  # patches along H, W, D; None: blind
+    text: Any,  # frozen text encoder
+    p: ReportConfig,
     seed: int,
-    resume=None,  # folder
-    made: dict | None = None,  # what made the tokens
+    resume: Path | str | None = None,  # folder
+    made: dict | None = None,  # what the tokens were made from
 ) -> pd.DataFrame:  # COLUMNS
-    "One arm on one task, with its baselines"
+    "Reports of one arm for one task, with its baseline"
     if index is not None:
         check_same_cases(index, table, arm, cohort, "tokens")
     has = has_findings(table, task).to_numpy()
-    for s in ("train", "test"):
-        if not (has & (table.split == s)).any():
-            log_message(f"{task}: no {s} case has findings: the task is left out")
-            return empty_predictions(COLUMNS)
-    x = (
-        pool_tokens(tokens, grid, p.token_pool)[has]
-        if index is not None
-        else np.zeros((int(has.sum()), 1, 1), np.float32)
-    )
+    if empty := _find_empty_split(table, has):
+        log_message(f"{task}: no {empty} case has findings: the task is left out")
+        return empty_predictions(COLUMNS)
+    x = _decoder_input(tokens, grid, has, p)
     table, tested = table[has].reset_index(drop=True), table[has & (table.split == "test")]
     model = _train_or_load(x, table, arm, task, text, p, seed, resume, made or {})
-    said = {arm: generate_reports(model, x[(table.split == "test").to_numpy()], text.tokenizer, p)}
-    if index is None:
-        said["most frequent"] = [most_frequent_report(table)] * len(tested)
-    else:
-        said[f"{arm}, nearest neighbour"] = nearest_neighbor_reports(x[:, 1], table)
-    return pd.concat(
-        [
-            score_reports(s, tested, text).assign(task=task, arm=a, fraction=1.0, seed=seed)
-            for a, s in said.items()
-        ],
-        ignore_index=True,
-    ).reindex(columns=COLUMNS)
+    reports = _with_baseline(model, x, table, arm, text.tokenizer, p, tokens is None)
+    scored = [
+        score_reports(said, tested, text).assign(task=task, arm=name, fraction=1.0, seed=seed)
+        for name, said in reports.items()
+    ]
+    return pd.concat(scored, ignore_index=True).reindex(columns=COLUMNS)
 
-
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b06
 def run_all(
-    tasks,  # of which `report_<cohort>` are done
-    tables: dict,  # cohort -> table, of those that are there
-    tokens: dict,  # cohort -> (tokens, index); empty: blind
+    tasks: Iterable[str],  # names; those of other families are ignored
+    tables: Mapping[str, pd.DataFrame],  # cohort -> table, of the cohorts that are present
+    tokens: Mapping[str, tuple],  # cohort -> tokens, index, as in `run`; empty: blind
     arm: str,
-    grid,
-    text,
-    p,
+    grid: Sequence[int] | None,  # patches along H, W, D; None: blind
+    text: Any,  # frozen text encoder
+    p: ReportConfig,
     seed: int,
-    resume=None,
-    made=None,  # as `run`; `made`: cohort -> dict
+    resume: Path | str | None = None,  # folder
+    made: Mapping[str, dict] | None = None,  # cohort -> what its tokens were made from
 ) -> pd.DataFrame:  # COLUMNS
     "All report tasks of one arm"
-    out = [
-        run(
-            t.name,
-            t.cohort,
-            tables[t.cohort],
-            *tokens.get(t.cohort, (None, None)),
-            arm,
-            grid,
-            text,
-            p,
-            seed,
-            resume,
-            (made or {}).get(t.cohort),
-        )
-        for t in requested(tasks, TASKS)
-        if t.cohort in tables
-    ]
-    out = [d for d in out if len(d)]
+    out = []
+    for t in requested(tasks, TASKS):
+        if t.cohort not in tables:
+            continue
+        x, index = tokens.get(t.cohort, (None, None))
+        source = (made or {}).get(t.cohort)
+        table = tables[t.cohort]
+        found = run(t.name, t.cohort, table, x, index, arm, grid, text, p, seed, resume, source)
+        if len(found):
+            out.append(found)
     if not out:
         return empty_predictions(COLUMNS)
-    return (
-        add_meteor(pd.concat(out, ignore_index=True))
-        if p.meteor
-        else pd.concat(out, ignore_index=True)
-    )
+    predictions = pd.concat(out, ignore_index=True)
+    return add_meteor(predictions) if p.meteor else predictions
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00029
 HIGHLIGHT_STYLES = dict(right=("✓", "#0072B2"), invented=("✗", "#D55E00"), missed=("○", "#6a3d9a"))
 
 
-def highlight_report(row) -> str:  # HTML of a row of predictions
-    "A generated report beside the true one, its abnormalities marked"
-    from html import escape
+def _highlight_sentence(
+    sentence: str,
+    true: set[str],  # labels of the reference
+    called: set[str],  # labels of the generated report
+) -> str:  # HTML
+    "A sentence with its mark; invented before missed before right where several apply"
+    kinds = {
+        "right" if n in true & called else "missed" if n in true else "invented"
+        for n, present in labeller.extract_labels(sentence).items()
+        if present
+    }
+    kind = next((k for k in ("invented", "missed", "right") if k in kinds), None)
+    if kind is None:
+        return html.escape(sentence)
+    symbol, color = HIGHLIGHT_STYLES[kind]
+    return f'<span style="color:{color}">{symbol} {html.escape(sentence)}</span>'
 
+# %% ../../nbs/7_tasks/76_report.ipynb #rep76b07
+def highlight_report(
+    row: Mapping[str, str],  # a row of predictions
+) -> str:  # HTML
+    "A generated report beside its reference, the abnormalities marked"
     true, called = ({n for n in row[c].split(";") if n} for c in ("truth", "predicted"))
 
-    def one(text):
-        found = []
-        for s, d in ((s, labeller.extract_labels(s)) for s in split_sentences(text)):
-            kinds = {
-                "right" if n in true & called else "missed" if n in true else "invented"
-                for n, v in d.items()
-                if v
-            }
-            k = next((k for k in ("invented", "missed", "right") if k in kinds), None)
-            found.append(
-                f'<span style="color:{HIGHLIGHT_STYLES[k][1]}">'
-                f"{HIGHLIGHT_STYLES[k][0]} {escape(s)}</span>"
-                if k
-                else escape(s)
-            )
-        return " ".join(found)
+    def highlight(text: str) -> str:
+        return " ".join(_highlight_sentence(s, true, called) for s in split_sentences(text))
 
-    head = "".join(
-        f'<li style="color:{c}">{m} {k}: {escape(", ".join(sorted(w)) or "none")}</li>'
-        for (k, (m, c)), w in zip(
-            HIGHLIGHT_STYLES.items(), (true & called, called - true, true - called)
-        )
-    )
+    head = ""
+    names = dict(right=true & called, invented=called - true, missed=true - called)
+    for kind, (symbol, color) in HIGHLIGHT_STYLES.items():
+        listed = html.escape(", ".join(sorted(names[kind])) or "none")
+        head += f'<li style="color:{color}">{symbol} {kind}: {listed}</li>'
     return (
         f'<ul style="list-style:none;padding:0">{head}</ul><table>'
         "<tr><th>generated</th><th>true</th></tr>"
-        f'<tr style="vertical-align:top"><td>{one(row["generated"])}</td>'
-        f"<td>{one(row['reference'])}</td></tr></table>"
+        f'<tr style="vertical-align:top"><td>{highlight(row["generated"])}</td>'
+        f"<td>{highlight(row['reference'])}</td></tr></table>"
     )
 
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam01
@@ -789,16 +898,16 @@ def _render_examples(
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam02
 _INTRODUCTION = (
     "<p>Findings generated from frozen tokens by a small decoder with three beams. Clinical F1: "
-    "the 18 abnormalities that a labeller reads in the generated report against the true ones. "
-    "Baselines: the same decoder without an image (blind), the report of the most similar train "
-    "scan, and the most frequent report of train. References are not shortened. All labels given, "
-    "95 % intervals by patient:</p>"
+    "the 18 abnormalities that the labeler extracts from the generated report, compared with the "
+    "true ones. Baselines: the same decoder without an image (blind), the report of the most "
+    "similar train scan, and the most frequent train report. References are not cut. All train "
+    "reports are used; 95 % intervals by patient:</p>"
 )
 
 
 @register_family
 class ReportGeneration(TaskFamily):
-    "Reports of one arm's frozen tokens, and of the nearest neighbour"
+    "Reports generated from one arm's frozen tokens, and those of the nearest neighbor"
 
     name = "report"
     title = "Report generation"

@@ -83,7 +83,7 @@ class SegmentDatasetConfig(BaseConfig):
     )
     roi_size: Shape3D | None = None  # input of the model, voxels; null: volumes.roi_size
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #3b9sbdca
 class SegmentConfig(BaseConfig):
     "Segmentation by fine-tuning the whole encoder"
 
@@ -139,7 +139,7 @@ FLIP_COHORTS = (
     "fumpe",
 )  # lesions, whose class does not depend on the side of the body
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs006a
 TASKS = (
     *(Task(f"segment_{c}", c, "dice", number) for number, c in enumerate(TRAINING_COHORTS, 7)),
     Task("external_segment_rider", "rider", "dice", internal="segment_msd_lung"),
@@ -154,15 +154,15 @@ TASKS = (
     ),
 )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs006b
 class SegmentationTask:
     "A task: data set, classes, reader of masks, and the data set whose model is evaluated"
 
     def __init__(
         self,
         task: str,  # name in the predictions
-        cohort: str,  # whose test cases are evaluated
-        model_cohort: str | None = None,  # whose model is evaluated; None: `cohort`
+        cohort: str,  # data set of the test cases
+        model_cohort: str | None = None,  # data set of the model; None: `cohort`
         label_values: dict[int, str] | None = None,  # value in file -> name; None: the cohort's
         mask_column: str = "target_map",  # of the cohort table
         read_mask: Callable[..., tuple] | None = None,  # path -> array, affine; None: the cohort's
@@ -176,7 +176,7 @@ class SegmentationTask:
     def class_names(self) -> list[str]:  # without background
         return list(self.label_values.values())
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs006c
 SEGMENTATION_TASKS = [
     *(SegmentationTask(f"segment_{c}", c) for c in TRAINING_COHORTS),
     SegmentationTask("external_segment_rider", "rider", "msd_lung"),
@@ -191,10 +191,10 @@ SEGMENTATION_TASKS = [
     SegmentationTask("external_segment_covid_ct_seg_lesion", "covid_ct_seg", "covid_19_20"),
 ]
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs006d
 def select_tasks(
     tasks: Iterable[str],  # names, as in `study.tasks`
-    cohort: str,  # whose model is evaluated
+    cohort: str,  # data set of the model
 ) -> list[SegmentationTask]:  # the data set's own task first, then external validation
     "Tasks on which the model of one data set is evaluated"
     names = {n for t in requested(tasks, TASKS) for n in t.scored}
@@ -245,14 +245,14 @@ class SegmentationCase:
         )
         return out
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs022a
 def load_cases(
     table: pd.DataFrame,  # rows of a cohort table
     q: SegmentationTask,
     hu: Sequence[float],  # HU mapped to -1 and 1
     bad: Quarantine,  # gets the cases that are left out
 ) -> list[SegmentationCase]:
-    "Cases of a table whose files are valid; the others are left out by name"
+    "Cases of a table with valid files; the others are recorded in `bad`"
     out = []
     for row in table.itertuples():
         try:
@@ -283,7 +283,7 @@ def _random_affine(
     )
     return [affine]
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs024a
 def build_augmentation(
     p: Mapping[str, Any],  # section `segment` of params
     size: Sequence[int],  # voxels of the model's input
@@ -317,7 +317,7 @@ def build_augmentation(
         ]
     )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs024b
 class AugmentedCases(torch.utils.data.Dataset):
     "Training cases, augmented differently in each epoch"
 
@@ -380,7 +380,7 @@ def validation_dice(
     ]
     return dict(score=nan_mean([float(np.nanmean(d)) for d in found]))
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs031a
 def warn_missing_classes(
     parts: Mapping[str, Sequence[SegmentationCase]],  # split -> cases
     names: Sequence[str],  # classes without background
@@ -393,7 +393,7 @@ def warn_missing_classes(
             cases = f"{len(these)} {split} case{'' if len(these) == 1 else 's'}"
             log_message(f"{label}: no voxel of {', '.join(none)} in {cases}")
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs031b
 def _dice_ce_loss() -> Callable[..., tuple]:  # model, batch, step -> loss, {}
     from monai.losses import DiceCELoss
 
@@ -422,7 +422,7 @@ def _fit_options(
         patience=p["patience"],
     )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs031c
 def train_segmentation(
     model: torch.nn.Module,  # trained in place
     train: Sequence[SegmentationCase],
@@ -467,10 +467,11 @@ def save(
     text = (
         f"# Segmentation of {config['cohort']}\n\n"
         f"- Classes: {', '.join(config['class_names'].values())}.\n"
-        f"- Encoder: {encoder}; fine-tuned whole on {config['num_train']} cases.\n"
-        f"- Takes {'x'.join(map(str, config['img_size']))} voxels at "
+        f"- Encoder: {encoder}; all weights fine-tuned on {config['num_train']} cases.\n"
+        f"- Input: {'x'.join(map(str, config['img_size']))} voxels at "
         f"{'x'.join(f'{s:g}' for s in config['spacing'])} mm, window {config['hu_range']}.\n"
-        f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}; for no clinical use.\n"
+        f"- Trained on {'phantoms' if config['phantoms'] else 'real scans'}. "
+        "Not for clinical use.\n"
     )
     checkpoint.write_checkpoint(
         model.state_dict(),
@@ -480,11 +481,11 @@ def save(
         fp,
     )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs034a
 def load(
     folder: str | Path,  # of `save`
 ) -> tuple[torch.nn.Module, dict[str, Any]]:  # model in eval mode, config
-    "Load a checkpoint folder, strictly"
+    "Load a checkpoint folder; an error unless all weights fit"
     config = checkpoint.read_config(folder, "train it again")
     config["class_names"] = {
         k: config["class_names"][str(k)] for k in sorted(map(int, config["class_names"]))
@@ -494,7 +495,8 @@ def load(
         model.load_state_dict(checkpoint.read_weights(folder, "train it again"), strict=True)
     except RuntimeError as e:
         raise ValueError(
-            f"{folder}: its weights are of another model ({str(e).splitlines()[0]}): train it again"
+            f"{folder}: its weights do not fit its configuration ({str(e).splitlines()[0]}): "
+            "train the model again"
         ) from None
     return model.eval(), config
 
@@ -507,12 +509,15 @@ def select_classes(
     "Probabilities of the task's classes; the others count as background"
     lost = [n for n in wanted if n not in names]
     if lost:
-        raise ValueError(f"the model does not know `{lost[0]}`; its classes are {', '.join(names)}")
+        raise ValueError(
+            f"the model does not know `{lost[0]}`; its classes are {', '.join(names)}: "
+            "choose from these"
+        )
     keep = [1 + names.index(n) for n in wanted]
     rest = [k for k in range(len(chance)) if k not in keep]
     return np.concatenate([chance[rest].sum(0, keepdims=True), chance[keep]])
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs037a
 def predict_mask(
     model: torch.nn.Module,  # of `load`
     config: dict[str, Any],  # of `load`
@@ -556,7 +561,7 @@ COLUMNS = [
 def _other_mask_paths(row: Any) -> list[str]:  # further masks of the same image
     return [p for p in str(getattr(row, "other_maps", "") or "").split(";") if p]
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs042a
 def score_case(
     c: SegmentationCase,
     found: np.ndarray,  # (W,H,D) predicted class indices on the native grid
@@ -576,7 +581,7 @@ def score_case(
         for k, r in enumerate(score_mask(found, c.reference_mask, c.mask_affine, q.class_names))
     ]
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs042b
 def _predict_case(
     model: torch.nn.Module,
     c: SegmentationCase,
@@ -589,7 +594,7 @@ def _predict_case(
     chance = select_classes(chance, names, q.class_names)
     return resample_to_native(chance, c.affine, c.reference_mask.shape, c.mask_affine)
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs042c
 def evaluate(
     model: torch.nn.Module,  # in eval mode
     q: SegmentationTask,
@@ -642,7 +647,7 @@ def dataset_settings(
         tuple(row["roi_size"] or p["volumes"]["roi_size"]),
     )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs045a
 def training_fingerprint(
     cohort: str,
     row: Mapping[str, Any],  # its entry of `segment.datasets`
@@ -675,7 +680,7 @@ def training_fingerprint(
         encoder=file_hash(Path(source) / "model.safetensors") if source else "unet",
     )
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs045b
 def init_model(
     arm: str,
     cohort: str,
@@ -726,7 +731,7 @@ def _load_parts(
         raise ValueError(f"{q.task}: no usable train case; {reason}")
     return parts
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs047a
 def train_or_load(
     arm: str,
     cohort: str,
@@ -758,7 +763,7 @@ def train_or_load(
     shutil.rmtree(half, ignore_errors=True)
     return load(here)
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs047b
 def run_one(
     arm: str,
     cohort: str,
@@ -811,7 +816,7 @@ def _training_cost(
     row, _, size = dataset_settings(cohort, p)
     return row["steps"] * row["batch_size"] * prod(size)
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs048a
 def run_all(
     arm: str,
     tasks: Sequence[str],  # names, as in `study.tasks`
@@ -855,7 +860,7 @@ def _mean_with_bootstrap(
     means = np.where(total > 0, w[:, has] @ value[has] / np.maximum(total, 1), np.nan)
     return float(value[has].mean()), means
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs052a
 def metrics(
     d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
@@ -891,7 +896,7 @@ def pick_examples(
     picks = dict(best=s.index[-1], median=s.index[len(s) // 2], worst=s.index[0]) if len(s) else {}
     return {f"{k}: {v}, Dice {s[v]:.2f}": v for k, v in picks.items()}
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs056a
 def plot_case(
     ax: Any,  # matplotlib axes
     row: Any,  # of a cohort table, by `itertuples`
@@ -923,7 +928,7 @@ def plot_case(
             if (m[:, :, z] == k).any():
                 ax.contour(m[:, :, z].T == k, [0.5], **style)
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs056b
 def plot_examples(
     d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
     table: pd.DataFrame,  # cohort table
@@ -942,7 +947,7 @@ def plot_examples(
         plot_case(ax, rows[c], q, Path(masks) / f"{c}.nii.gz", hu, title)
     return fig
 
-
+# %% ../../nbs/7_tasks/74_segment.ipynb #segs056c
 def save_example_figures(
     predictions: pd.DataFrame,  # of one arm
     tables: Mapping[str, pd.DataFrame],  # cohort -> table
@@ -950,7 +955,7 @@ def save_example_figures(
     masks: str | Path,  # folder of predicted masks
     out: str | Path,  # folder of the figures
 ) -> list[str]:  # names of the files
-    "`plot_examples` of tasks whose cases are phantoms; patients are never shown"
+    "Save `plot_examples` of the tasks on phantoms; patients are never shown"
     import matplotlib.pyplot as plt
 
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -975,24 +980,24 @@ def save_example_figures(
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segfam01
 def _largest_fraction(g: pd.DataFrame) -> pd.DataFrame:  # rows of `metrics`
-    "Each task at the largest share of the labels that was evaluated"
+    "Each task at its largest evaluated label fraction"
     return g[g.fraction == g.groupby("task").fraction.transform("max")]
 
 
-def _introduction(fractions: pd.Series) -> str:  # task -> share of the labels
+def _introduction(fractions: pd.Series) -> str:  # task -> label fraction
     few = [f"{html.escape(k)} {f:.0%}" for k, f in fractions.items() if f < 1]
-    note = f"; share of the labels: {', '.join(few)}, all labels elsewhere" if few else ""
+    note = f"; label fraction: {', '.join(few)}, all labels elsewhere" if few else ""
     return (
-        "<p>Masks by the whole encoder, fine-tuned with a UNETR decoder, and by a plain U-Net of "
-        "similar size: same cases, steps and loss. Mean Dice over classes and cases on the image's "
-        f"own grid, 95 % intervals by patient{note}. The ceiling is the Dice of the true mask "
+        "<p>Segmentation by the fine-tuned encoder with a UNETR decoder, and by a plain U-Net of "
+        "similar size: same cases, steps and loss. Mean Dice over classes and cases on the native "
+        f"grid, 95 % intervals by patient{note}. The ceiling is the Dice of the true mask "
         "after resampling to the study's grid and back, an upper bound for every model.</p>"
     )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segfam02
 @register_family
 class Segmentation(TaskFamily):
-    "Outlines by one arm's encoder, fine-tuned whole, or by a plain U-Net"
+    "Segmentation by one arm's fine-tuned encoder with a decoder, or by a plain U-Net"
 
     name = "segment"
     title = "Segmentation"
@@ -1049,7 +1054,7 @@ class Segmentation(TaskFamily):
         for f in sorted((results.runs / self.name).glob("*/pictures/*.png")):
             body += render_image(
                 f,
-                f"{f.stem}: best, median and worst case of phantoms, arm {f.parent.parent.name}; "
-                "white the true outline, dashed the predicted one.",
+                f"{f.stem}: best, median and worst phantom, arm {f.parent.parent.name}; "
+                "white: true outline, dashed: predicted outline.",
             )
         return body

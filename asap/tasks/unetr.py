@@ -41,7 +41,7 @@ def decoder_strides(
     steps = max(1, *map(len, each_axis))
     return list(zip(*[a + [1] * (steps - len(a)) for a in each_axis])), last
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs015a
 def pixel_unshuffle(
     x: torch.Tensor,  # (B,C,H,W,D)
     by: Sequence[int],  # factors p, q, r
@@ -57,7 +57,7 @@ def pixel_shuffle(
     "Channels to voxels"
     return rearrange(x, "b (c p q r) h w d -> b c (h p) (w q) (d r)", p=by[0], q=by[1], r=by[2])
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs015b
 def normalize_tokens(
     t: torch.Tensor,  # (B,N,C)
 ) -> torch.Tensor:  # (B,N,C) float32
@@ -65,13 +65,13 @@ def normalize_tokens(
     t = t.float()
     return (t - t.mean(1, keepdim=True)) * (t.var(1, keepdim=True) + 1e-4).rsqrt()
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs015c
 def apply_stem(
     stem: ConvStem,
     x: torch.Tensor,  # (B,1,H,W,D) in [-1, 1]
     by: Sequence[int],  # stride in voxels, at most the kernel size
 ) -> torch.Tensor:  # (B,channels,H/p,W/q,D/r)
-    "Responses of a stem's kernels at all positions of a volume"
+    "Responses of a stem's kernels at all positions of a volume, at a given stride"
     x = F.pad(
         x,
         [
@@ -230,7 +230,7 @@ def build_unet(
         left = [v // s for v, s in zip(left, steps[-1])]
     return UNet(3, 1, n, [features * w for w in (1, 2, 4, 8, 8)], steps, norm="instance")
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs019a
 def encoder_config(vit: ViT3D) -> dict[str, Any]:  # arguments of `ViT3D` except the size
     "Configuration of an encoder"
     stem = (
@@ -250,7 +250,7 @@ def encoder_config(vit: ViT3D) -> dict[str, Any]:  # arguments of `ViT3D` except
         stem=stem,
     )
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs019b
 def build_from_config(
     config: dict[str, Any],  # encoder_config, img_size, class_names, feature_size
 ) -> nn.Module:  # with initial weights
@@ -260,7 +260,7 @@ def build_from_config(
         return build_unet(n, config["img_size"], config["feature_size"])
     return Unetr(ViT3D(config["img_size"], **config["encoder_config"]), n, config["feature_size"])
 
-
+# %% ../../nbs/7_tasks/72_unetr.ipynb #segs019c
 def load_encoder(
     path: str | Path,  # checkpoint folder
     size: Sequence[int],  # voxels of the input

@@ -13,6 +13,7 @@ __all__ = ['QUESTION_KINDS', 'FREE_TEXT_KINDS', 'SCORE_COLUMNS', 'TEXT_ONLY', 'A
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0003
 import html
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,57 +71,55 @@ class KindWeights(BaseConfig):
 
 
 class VQAConfig(BaseConfig):
-    "Answers to questions, from frozen tokens"
+    "Visual question answering from frozen tokens"
 
     arms: list[str]  # of study.arms, or `blind`: the question alone
     language_model: str  # folder or Hugging Face id of a causal language model
-    tiny_lm: TinyLMConfig  # what build/language is
-    num_query_tokens: PositiveInt  # tokens that a scan becomes
-    query_depth: NonNegativeInt  # of self-attention among them
+    tiny_lm: TinyLMConfig  # the model in build/language
+    num_query_tokens: PositiveInt  # tokens of a scan in the language model's input
+    query_depth: NonNegativeInt  # self-attention layers of the query resampler
     query_num_heads: PositiveInt
-    projector_dim: PositiveInt  # of the three layers into the language model's space
-    lora_rank: PositiveInt  # of LoRA
+    projector_dim: PositiveInt  # hidden width of the three linear layers
+    lora_rank: PositiveInt
     lora_alpha: PositiveFloat
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]  # of LoRA
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
-    questions_per_volume: PositiveInt  # of each
+    questions_per_volume: PositiveInt  # in a batch
     lr: PositiveFloat
-    muon_lr: (
-        Annotated[float, Field(gt=0)] | None
-    )  # of Muon, for what lies between image and language; null: AdamW for all
+    muon_lr: Annotated[float, Field(gt=0)] | None  # query resampler; null: AdamW
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: NonNegativeInt
-    kind_sampling_weights: KindWeights  # how often a kind is asked in training
-    kind_loss_weights: KindWeights  # of its loss
-    finding_weight: PositiveFloat  # factor of that weight where an abnormality or disorder is named
-    no_finding_weight: PositiveFloat  # where the answer is `no findings`
+    kind_sampling_weights: KindWeights  # how often a kind is drawn in training
+    kind_loss_weights: KindWeights  # loss weight of a kind
+    finding_weight: PositiveFloat  # factor of the loss weight for answers that name a finding
+    no_finding_weight: PositiveFloat  # factor of the loss weight for the answer `no findings`
     eval_every: PositiveInt  # steps
-    patience: PositiveInt  # looks at validation without a better one
+    patience: PositiveInt  # early-stopping patience, in validations
     max_length: PositiveInt  # tokens of question and answer
     max_new_tokens: PositiveInt  # tokens of a generated answer
     num_beams: PositiveInt
 
-    def check(self, params) -> None:
+    def check(
+        self,
+        params: Any,  # the loaded sections
+    ) -> None:
+        "Check that the study has the arms"
         check_arms("vqa", self.arms, params, ["blind"])
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0008
 QUESTION_KINDS = ("abnormality", "presence", "location", "size", "disorder")
 
 
-def attach_cases(
-    questions,  # case, kind, question, answer
-    table,  # cohort table
-) -> (
-    pd.DataFrame
-):  # case, patient, split, kind, question, answer, row: place of its case in the table
-    "Questions with their cases"
-    q = questions.reset_index(drop=True)
-    if len(lost := q[~q.case.isin(table.case)]):
+def _check_questions(
+    q: pd.DataFrame,  # case, kind, question, answer
+    cases: pd.Series,  # of the cohort table
+) -> None:
+    if len(lost := q[~q.case.isin(cases)]):
         raise ValueError(
             f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume "
-            f"({lost.case.nunique()} such cases): fetch it and rerun `dvc repro prepare`, or take "
-            f"its questions out"
+            f"({lost.case.nunique()} such cases): download it and rerun `dvc repro prepare`, or "
+            f"remove its questions"
         )
     if len(odd := q[~q.kind.isin(QUESTION_KINDS)]):
         raise ValueError(
@@ -128,23 +127,32 @@ def attach_cases(
             f"expected one of {', '.join(QUESTION_KINDS)}"
         )
     for column in ("question", "answer"):
-        if (empty := ~q[column].map(lambda s: isinstance(s, str) and bool(s.strip()))).any():
+        empty = ~q[column].map(lambda s: isinstance(s, str) and bool(s.strip()))
+        if empty.any():
             raise ValueError(
                 f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is "
-                f"{q[column][empty].iloc[0]!r}, expected words: mend it, or take the question out"
+                f"{q[column][empty].iloc[0]!r}, expected words: correct it, or remove the question"
             )
+
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79a01
+def attach_cases(
+    questions: pd.DataFrame,  # case, kind, question, answer
+    table: pd.DataFrame,  # cohort table
+) -> pd.DataFrame:  # case, patient, split, kind, question, answer; row: of the case in the table
+    "Questions with the patient, split and row of their cases"
+    q = questions.reset_index(drop=True)
+    _check_questions(q, table.case)
     t = table.reset_index(drop=True).assign(row=lambda t: t.index)
-    return q.merge(
-        t[["case", "patient", "split", "row"]], on="case", how="left", validate="many_to_one"
-    )
+    cases = t[["case", "patient", "split", "row"]]
+    return q.merge(cases, on="case", how="left", validate="many_to_one")
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0001
 def load_tokens(
-    folder,  # build/tokens/<arm>
+    folder: Path | str,  # build/tokens/<arm>
     cohort: str,
-    table,  # cohort table
+    table: pd.DataFrame,  # cohort table
 ) -> np.ndarray:  # (n,1+N,C), memory-mapped
-    "An arm's tokens, if they are of the table's cases row by row"
+    "An arm's tokens; an error unless their cases are those of the table, in its order"
     t, index = embed.load(folder, cohort)
     check_same_cases(index, table, Path(folder).name, cohort, "tokens")
     return t
@@ -154,28 +162,34 @@ FREE_TEXT_KINDS = ("abnormality", "location", "disorder")
 
 
 def normalize_answer(text: str) -> str:
-    "Lower case, single blanks, no full stop at the end"
+    "Lower case, single spaces, no full stop at the end"
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def split_entities(text: str) -> set:
-    "What is named"
+def split_entities(text: str) -> set[str]:
+    "Parts that an answer names"
     return {p.strip() for p in re.split(r"[/,;]|\band\b", normalize_answer(text))} - {""}
 
 
-def parse_millimeters(text: str) -> list:  # of floats
-    "Numbers in mm; all of them are cm where the text says cm and not mm"
+def parse_millimeters(text: str) -> list[float]:
+    "Numbers in mm; all of them are cm if the text has the unit cm and not mm"
     centi = re.search(r"\d\s*cm\b", text.lower()) and not re.search(r"\d\s*mm\b", text.lower())
     return [float(n) * (10 if centi else 1) for n in re.findall(r"\d+(?:\.\d+)?", text)]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0013
-def median_size(train) -> float:  # of `attach_cases`; NaN where train has none
+def median_size(
+    train: pd.DataFrame,  # of `attach_cases`, train split
+) -> float:  # NaN if train has no size
     "Median size in mm of the train answers"
     found = [m for a in train.answer[train.kind == "size"] for m in parse_millimeters(a)[:1]]
     return float(np.median(found)) if found else float("nan")
 
 
-def _size_errors(said, true, usual) -> tuple:  # mean error, mean squared error, holds a number
+def _size_errors(
+    said: str,
+    true: str,
+    usual: float,  # mm, for numbers that are missing
+) -> tuple[float, float, float]:  # mean error, mean squared error, 1 if there is a number
     s, t = parse_millimeters(said), parse_millimeters(true)
     if not t:
         return np.nan, np.nan, np.nan
@@ -183,12 +197,16 @@ def _size_errors(said, true, usual) -> tuple:  # mean error, mean squared error,
     return float(np.abs(off).mean()), float((off**2).mean()), float(bool(s))
 
 
-def _entity_scores(said, true) -> tuple:  # F1, hit score
+def _entity_scores(
+    said: str,
+    true: str,
+) -> tuple[float, float]:  # F1, hit score
     s, t = split_entities(said), split_entities(true)
     both = len(s & t)
-    return 2 * both / max(len(s) + len(t), 1), 1.0 if normalize_answer(said) == normalize_answer(
-        true
-    ) else both / max(len(s), len(t), 1)
+    f1 = 2 * both / max(len(s) + len(t), 1)
+    if normalize_answer(said) == normalize_answer(true):
+        return f1, 1.0
+    return f1, both / max(len(s), len(t), 1)
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0014
 SCORE_COLUMNS = [
@@ -205,11 +223,11 @@ SCORE_COLUMNS = [
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0002
 def score_answers(
-    rows,  # kind, answer (the truth), prediction
-    usual: float,  # of `median_size`
-    encoder=None,  # for BERTScore
-) -> pd.DataFrame:  # rows with SCORE_COLUMNS, NaN where a kind has none
-    "What each answer adds to its figures"
+    rows: pd.DataFrame,  # kind, answer (the truth), prediction
+    usual: float,  # mm, of `median_size`
+    encoder: Any = None,  # frozen text encoder, for BERTScore
+) -> pd.DataFrame:  # rows with SCORE_COLUMNS; NaN where a score is not defined for a kind
+    "Scores of each answer"
     out = rows.reset_index(drop=True).assign(**{m: np.nan for m in SCORE_COLUMNS})
     out["exact"] = [
         float(normalize_answer(s) == normalize_answer(a))
@@ -222,41 +240,37 @@ def score_answers(
     if len(g := out[out.kind.isin(FREE_TEXT_KINDS)]):
         said, true = g.prediction.tolist(), g.answer.tolist()
         out.loc[g.index, ["f1", "hit_score"]] = [_entity_scores(s, a) for s, a in zip(said, true)]
-        out.loc[g.index, scores.BLEU_COLUMNS], out.loc[g.index, "rouge"] = (
-            scores.bleu_counts(said, true).to_numpy(),
-            scores.rouge_l(said, true),
-        )
+        out.loc[g.index, scores.BLEU_COLUMNS] = scores.bleu_counts(said, true).to_numpy()
+        out.loc[g.index, "rouge"] = scores.rouge_l(said, true)
         if encoder is not None:
             out.loc[g.index, "bert"] = scores.bert_score(said, true, encoder)[:, 2]
     return out
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0018
 class QueryResampler(nn.Module):
-    """A few learned queries ask all tokens once, then each other; three layers take them to the
-    language model"""
+    """Learned queries: one cross-attention to all tokens, self-attention, three linear layers
+
+    The output has the width of the language model's embeddings.
+    """
 
     def __init__(
         self,
-        dim: int,
+        dim: int,  # channels of the tokens
         heads: int,
         queries: int,
-        depth: int,
-        hidden: int,
-        out: int,
-        scale: float,
-        blind: bool,
+        depth: int,  # self-attention blocks
+        hidden: int,  # hidden width of the projector
+        out: int,  # width of the language model's embeddings
+        scale: float,  # factor of the output
+        blind: bool,  # one learned token in place of the image
     ):
         super().__init__()
-        self.query_tokens, self.norm_kv, self.cross_attn = (
-            nn.Parameter(torch.randn(queries, dim) * 0.5),
-            nn.LayerNorm(dim),
-            Attention(dim, heads),
-        )
-        self.blocks, self.norm_out, self.output_scale = (
-            nn.ModuleList(Block(dim, heads) for _ in range(depth)),
-            nn.LayerNorm(dim),
-            scale,
-        )
+        self.query_tokens = nn.Parameter(torch.randn(queries, dim) * 0.5)
+        self.norm_kv = nn.LayerNorm(dim)
+        self.cross_attn = Attention(dim, heads)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(dim)
+        self.output_scale = scale
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden),
             nn.GELU(),
@@ -268,7 +282,11 @@ class QueryResampler(nn.Module):
         for part in (self.cross_attn, self.blocks, self.projector):
             part.apply(init_weights)
 
-    def forward(self, tokens):  # (B,1+N,C) -> (B,Q,E); of blind, the batch's length alone counts
+    def forward(
+        self,
+        tokens: torch.Tensor,  # (B,1+N,C); of a blind model, only the batch size counts
+    ) -> torch.Tensor:  # (B,Q,E)
+        "Embeddings for the language model"
         if self.text_only_tokens is not None:
             tokens = self.text_only_tokens.expand(len(tokens), -1, -1)
         x = self.query_tokens.expand(len(tokens), -1, -1)
@@ -277,152 +295,181 @@ class QueryResampler(nn.Module):
             x = b(x)
         return self.projector(self.norm_out(x)) * self.output_scale
 
-    def muon_params(self) -> list:
+    def muon_params(self) -> list[nn.Parameter]:
+        "Matrices that Muon optimizes: all but the queries"
         return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query_tokens"]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0019
 class VQAModel(nn.Module):
-    """Queries before a language model with adapters; its state is what learns, and nothing of the
-    frozen model"""
+    """Queries before a language model with LoRA
+
+    The state dict holds the trained parameters only, none of the frozen language model.
+    """
 
     def __init__(
         self,
-        config: dict,  # token_dim, num_query_tokens, query_depth, query_num_heads, projector_dim,
-        # lora_rank, lora_alpha, lora_dropout, text_only
-        model,  # causal language model
+        config: dict[str, Any],  # of `build_vqa_config`
+        model: nn.Module,  # causal language model
     ):
         super().__init__()
-        self.config, words = config, model.get_input_embeddings().weight
+        self.config = config
+        words = model.get_input_embeddings().weight
         self.resampler = QueryResampler(
-            *(
-                config[k]
-                for k in (
-                    "token_dim",
-                    "query_num_heads",
-                    "num_query_tokens",
-                    "query_depth",
-                    "projector_dim",
-                )
-            ),
-            words.shape[1],
-            float(words.float().std()),
-            config["text_only"],
+            dim=config["token_dim"],
+            heads=config["query_num_heads"],
+            queries=config["num_query_tokens"],
+            depth=config["query_depth"],
+            hidden=config["projector_dim"],
+            out=words.shape[1],
+            scale=float(words.float().std()),
+            blind=config["text_only"],
         )
         self.lm = add_lora(model, config["lora_rank"], config["lora_alpha"], config["lora_dropout"])
         self.trainable_names = {n for n, q in self.named_parameters() if q.requires_grad}
 
-    def train(self, mode=True):  # of the frozen model, the adapters' dropout alone
+    def train(
+        self,
+        mode: bool = True,
+    ) -> "VQAModel":
+        "Training mode; of the language model, only the dropout of LoRA"
         super().train(mode)
         self.lm.eval()
         for name, m in self.lm.named_modules():
-            m.train(mode) if name.endswith("lora_dropout.default") else None
+            if name.endswith("lora_dropout.default"):
+                m.train(mode)
         return self
 
-    def state_dict(self, *args, **kw):
-        return {
-            k: v for k, v in super().state_dict(*args, **kw).items() if k in self.trainable_names
-        }
+    def state_dict(
+        self,
+        *args: Any,  # as torch.nn.Module.state_dict
+        **kw: Any,
+    ) -> dict[str, torch.Tensor]:
+        "Trained parameters"
+        state = super().state_dict(*args, **kw)
+        return {k: v for k, v in state.items() if k in self.trainable_names}
 
-    def load_state_dict(self, state, **kw):
+    def load_state_dict(
+        self,
+        state: Mapping[str, torch.Tensor],  # exactly the names of `state_dict`
+        **kw: Any,  # ignored
+    ) -> Any:
+        "Load trained parameters; the language model stays as it is"
         if set(state) != self.trainable_names:
             raise ValueError(
-                f"weights of {len(state)} names, expected {len(self.trainable_names)}: another "
-                f"model's, such as {min(set(state) ^ self.trainable_names)}"
+                f"{len(state)} weights, expected {len(self.trainable_names)} of this model: they "
+                f"differ in {min(set(state) ^ self.trainable_names)}"
             )
         return super().load_state_dict(state, strict=False)
 
-    def forward(self, b) -> torch.Tensor:  # scalar
-        "Weighted loss of a batch: each volume's queries stand before each of its questions"
-        seen = self.resampler(b["tokens"]).repeat_interleave(
-            len(b["input_ids"]) // len(b["tokens"]), 0
-        )
-        return global_mean(
-            (self.sample_losses(b, seen) * b["loss_weights"]).sum(), b["loss_weights"].sum()
-        )
+    def forward(
+        self,
+        b: Mapping[str, torch.Tensor],  # batch of `make_collate`
+    ) -> torch.Tensor:  # scalar
+        "Weighted loss of a batch: the queries of a volume precede each of its questions"
+        questions_per_volume = len(b["input_ids"]) // len(b["tokens"])
+        seen = self.resampler(b["tokens"]).repeat_interleave(questions_per_volume, 0)
+        weights = b["loss_weights"]
+        return global_mean((self.sample_losses(b, seen) * weights).sum(), weights.sum())
 
-    def sample_losses(self, b, seen) -> torch.Tensor:  # (B,)
-        "Loss of each row; the shorter half goes through without the longer one's padding"
+    def sample_losses(
+        self,
+        b: Mapping[str, torch.Tensor],  # batch of `make_collate`, B questions
+        seen: torch.Tensor,  # (B,Q,E) image embeddings of each question
+    ) -> torch.Tensor:  # (B,)
+        "Loss of each question; the shorter half is computed apart, with less padding"
         length = b["attention_mask"].sum(1)
         halves = length.argsort(stable=True).chunk(2)
-        short = [
-            {k: b[k][i, : int(length[i].max())] for k in ("input_ids", "labels", "attention_mask")}
-            for i in halves
-        ]
-        return torch.cat([answer_losses(self.lm, s, seen[i]) for s, i in zip(short, halves)])[
-            torch.cat(halves).argsort()
-        ]
+        keys = ("input_ids", "labels", "attention_mask")
+        short = [{k: b[k][i, : int(length[i].max())] for k in keys} for i in halves]
+        losses = [answer_losses(self.lm, s, seen[i]) for s, i in zip(short, halves)]
+        return torch.cat(losses)[torch.cat(halves).argsort()]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0003
-def build_vqa_config(p, dim: int, blind: bool) -> dict:  # `p`: params `vqa`
-    "What a model is built from, beside its language model"
-    return dict(
-        token_dim=dim,
-        text_only=blind,
-        **{
-            k: getattr(p, k)
-            for k in (
-                "num_query_tokens",
-                "query_depth",
-                "query_num_heads",
-                "projector_dim",
-                "lora_rank",
-                "lora_alpha",
-                "lora_dropout",
-            )
-        },
-    )
+_MODEL_KEYS = (
+    "num_query_tokens",
+    "query_depth",
+    "query_num_heads",
+    "projector_dim",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+)
+
+
+def build_vqa_config(
+    p: VQAConfig,
+    dim: int,  # channels of the tokens
+    blind: bool,
+) -> dict[str, Any]:
+    "What a `VQAModel` is built from, apart from its language model"
+    return dict(token_dim=dim, text_only=blind, **{k: getattr(p, k) for k in _MODEL_KEYS})
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0021
-def loss_weight(kind: str, answer: str, p) -> float:  # `p`: params `vqa`
-    "Of a question's loss"
+def loss_weight(
+    kind: str,
+    answer: str,
+    p: VQAConfig,
+) -> float:
+    "Loss weight of a question"
+    weight = getattr(p.kind_loss_weights, kind)
     if kind not in ("abnormality", "disorder"):
-        return getattr(p.kind_loss_weights, kind)
-    return getattr(p.kind_loss_weights, kind) * (
-        p.no_finding_weight if normalize_answer(answer) == "no findings" else p.finding_weight
-    )
+        return weight
+    negative = normalize_answer(answer) == "no findings"
+    return weight * (p.no_finding_weight if negative else p.finding_weight)
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0004
-class VQADataset:
-    "For `asap.train.fit`: a volume and a few of its questions"
-
-    def __init__(self, q, tokenizer, tokens, p, seed):  # `q`: of `attach_cases`, one split
-        self.tokens, self.questions_per_volume, self.seed = tokens, p.questions_per_volume, seed
-        before, after = encode_questions(tokenizer, q.question), encode_answers(tokenizer, q.answer)
-        check_lengths(before, after, [f"{c}, {k}" for c, k in zip(q.case, q.kind)], p.max_length)
-        self.examples, self.kinds = list(zip(before, after)), q.kind.tolist()
-        self.loss_weights, q = (
-            [loss_weight(k, a, p) for k, a in zip(q.kind, q.answer)],
-            q.reset_index(drop=True),
-        )
-        kinds = {
-            (c, r): {
-                k: i.to_numpy()
-                for k, i in g.groupby("kind").groups.items()
-                if getattr(p.kind_sampling_weights, k) > 0
-            }
-            for (c, r), g in q.groupby(["case", "row"], sort=False)
+def _group_questions(
+    q: pd.DataFrame,  # of `attach_cases`, index 0..n-1
+    p: VQAConfig,
+) -> list[tuple]:  # case, row, places of the questions of each kind, sampling weight of each kind
+    "Questions by volume; kinds with sampling weight 0 are left out"
+    out = []
+    for (case, row), g in q.groupby(["case", "row"], sort=False):
+        places = {
+            kind: i.to_numpy()
+            for kind, i in g.groupby("kind").groups.items()
+            if getattr(p.kind_sampling_weights, kind) > 0
         }
-        self.volumes = [
-            (c, r, list(by.values()), np.array([getattr(p.kind_sampling_weights, k) for k in by]))
-            for (c, r), by in kinds.items()
-            if by
-        ]
+        if places:
+            weights = np.array([getattr(p.kind_sampling_weights, kind) for kind in places])
+            out.append((case, row, list(places.values()), weights))
+    return out
 
-    def __len__(self):
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79a02
+class VQADataset:
+    "Volumes, each with a few of its questions, as a data set for `asap.train.fit`"
+
+    def __init__(
+        self,
+        q: pd.DataFrame,  # of `attach_cases`, one split
+        tokenizer: Any,  # of the language model
+        tokens: np.ndarray | None,  # (n,1+N,C) of all cases; None: blind
+        p: VQAConfig,
+        seed: int,
+    ):
+        self.tokens, self.seed = tokens, seed
+        self.questions_per_volume = p.questions_per_volume
+        before, after = encode_questions(tokenizer, q.question), encode_answers(tokenizer, q.answer)
+        names = [f"{c}, {k}" for c, k in zip(q.case, q.kind)]
+        check_lengths(before, after, names, p.max_length)
+        self.examples, self.kinds = list(zip(before, after)), q.kind.tolist()
+        self.loss_weights = [loss_weight(k, a, p) for k, a in zip(q.kind, q.answer)]
+        self.volumes = _group_questions(q.reset_index(drop=True), p)
+
+    def __len__(self) -> int:
         return len(self.volumes)
 
-    def __getitem__(self, at):
-        case, row, by, share = self.volumes[at[1]]
+    def __getitem__(
+        self,
+        at: tuple[int, int],  # draw, volume
+    ) -> dict[str, Any]:
+        case, row, by_kind, weights = self.volumes[at[1]]
         r = rng("vqa", self.seed, *at)
-        picks = [
-            int(r.choice(by[k]))
-            for k in r.choice(len(by), self.questions_per_volume, p=share / share.sum())
-        ]
-        tokens = (
-            np.zeros((1, 1), np.float32)
-            if self.tokens is None
-            else np.asarray(self.tokens[row], np.float32)
-        )
+        kinds = r.choice(len(by_kind), self.questions_per_volume, p=weights / weights.sum())
+        picks = [int(r.choice(by_kind[k])) for k in kinds]
+        tokens = np.zeros((1, 1), np.float32)
+        if self.tokens is not None:
+            tokens = np.asarray(self.tokens[row], np.float32)
         return dict(
             case=case,
             tokens=tokens,
@@ -432,10 +479,12 @@ class VQADataset:
         )
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0005
-def make_collate(pad_id: int):
-    "How samples become a batch"
+def make_collate(
+    pad_id: int,
+) -> Callable[[list[dict]], dict[str, Any]]:  # samples of `VQADataset` -> batch
+    "The collate function of `VQADataset`"
 
-    def collate(samples):
+    def collate(samples: list[dict]) -> dict[str, Any]:
         b = collate_pairs([r for s in samples for r in s["rows"]], pad_id)
         return dict(
             b,
@@ -447,135 +496,165 @@ def make_collate(pad_id: int):
     return collate
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0022
-def val_loss(m: VQAModel, data: VQADataset, collate, many: int = 16) -> dict:  # score
-    """Minus the mean over kinds of the loss at fixed questions of validation, by which the step is
-    chosen"""
-    by, where = {}, next(m.parameters()).device
+def val_loss(
+    m: VQAModel,
+    data: VQADataset,  # of the validation split
+    collate: Callable,  # of `make_collate`
+    many: int = 16,  # volumes at a time
+) -> dict[str, float]:  # score
+    "Minus the mean over kinds of the loss of fixed validation questions; it chooses the step"
+    by_kind: dict[str, list[float]] = {}
+    device = next(m.parameters()).device
     for i in range(0, len(data), many):
-        some = [data[(-1, k)] for k in range(i, min(i + many, len(data)))]
-        b = {k: v.to(where) if torch.is_tensor(v) else v for k, v in collate(some).items()}
-        each = m.sample_losses(
-            b, m.resampler(b["tokens"]).repeat_interleave(data.questions_per_volume, 0)
-        ).tolist()
-        for k, v in zip((j for s in some for j in s["picks"]), each):
-            by.setdefault(data.kinds[k], []).append(v)
-    return dict(score=-float(np.mean([np.mean(v) for v in by.values()])))
+        samples = [data[(-1, k)] for k in range(i, min(i + many, len(data)))]
+        batch = collate(samples)
+        b = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        seen = m.resampler(b["tokens"]).repeat_interleave(data.questions_per_volume, 0)
+        losses = m.sample_losses(b, seen).tolist()
+        for k, v in zip((j for s in samples for j in s["picks"]), losses):
+            by_kind.setdefault(data.kinds[k], []).append(v)
+    return dict(score=-float(np.mean([np.mean(v) for v in by_kind.values()])))
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0006
+def _batch_loss(
+    m: VQAModel,
+    b: Mapping[str, Any],
+    step: int,  # unused
+) -> tuple[torch.Tensor, dict]:  # for `asap.train.fit`
+    return m(b), {}
+
+
+def _validation_options(
+    val: VQADataset,
+    p: VQAConfig,
+    collate: Callable,
+) -> dict[str, Any]:  # of `asap.train.fit`; empty without validation cases
+    if not len(val):
+        return {}
+
+    def validate(m: VQAModel) -> dict[str, float]:
+        return val_loss(m, val, collate)
+
+    return dict(validate=validate, validate_every=p.eval_every, patience=p.patience)
+
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79a03
 def train_vqa(
     m: VQAModel,
-    tokenizer,
-    q,  # of `attach_cases`
-    tokens,  # (n,1+N,C) by the place of the case; None: blind
-    p,  # params `vqa`
+    tokenizer: Any,  # of the language model
+    q: pd.DataFrame,  # of `attach_cases`
+    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    p: VQAConfig,
     seed: int,
-    folder=None,
-    fp=None,  # for resume
-    label: str = "vqa",  # on the bar
-):
-    "Train on train, in place; the step is chosen on validation"
+    folder: Path | str | None = None,  # of the resume state
+    fp: dict | None = None,  # fingerprint of the run
+    label: str = "vqa",  # of the progress bar
+) -> pd.DataFrame:  # log of `asap.train.fit`
+    "Train on the train split, in place; validation chooses the step"
     train, val = (VQADataset(q[q.split == s], tokenizer, tokens, p, seed) for s in ("train", "val"))
     if not len(train):
         raise ValueError(
-            f"{label}: no question of the train split can be asked: look at the cohort's questions "
-            f"and at `vqa.kind_sampling_weights`"
+            f"{label}: the train split has no question of a kind that is drawn: check the "
+            f"cohort's questions and `vqa.kind_sampling_weights`"
         )
     collate = make_collate(tokenizer.pad_token_id)
-    watched = (
-        dict(
-            validate=lambda m: val_loss(m, val, collate),
-            validate_every=p.eval_every,
-            patience=p.patience,
-        )
-        if len(val)
-        else {}
-    )
+    optimizer: dict[str, Any] = dict(lr=p.lr, warmup=p.warmup_steps, weight_decay=p.weight_decay)
+    if p.muon_lr:
+        optimizer |= dict(matrices=m.resampler.muon_params(), matrix_lr=p.muon_lr)
     with limit_threads(m):
         return fit(
             m,
-            lambda m, b, step: (m(b), {}),
+            _batch_loss,
             train,
             steps=p.steps,
             batch=min(p.batch_size, len(train)),
-            lr=p.lr,
-            matrices=m.resampler.muon_params() if p.muon_lr else (),
-            matrix_lr=p.muon_lr,
-            warmup=p.warmup_steps,
-            weight_decay=p.weight_decay,
             seed=seed,
             folder=folder,
             fp=fp,
             collate=collate,
             label=label,
             save_every=p.eval_every,
-            **watched,
+            **optimizer,
+            **_validation_options(val, p, collate),
         )
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0028
 @torch.no_grad()
-def encode_volumes(m: VQAModel, tokens, rows, many: int = 16) -> dict:  # place of the case -> (Q,E)
-    "What the queries make of each volume"
-    out, rows, where = {}, sorted(set(rows)), next(m.parameters()).device
-    for i in range(0, len(rows), many):
-        part = rows[i : i + many]
-        t = (
-            np.zeros((len(part), 1, 1), np.float32)
-            if tokens is None
-            else np.asarray(tokens[part], np.float32)
-        )
-        out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(where)).cpu()))
+def encode_volumes(
+    m: VQAModel,
+    tokens: np.ndarray | None,  # (n,1+N,C); None: blind
+    rows: Iterable[int],  # of the volumes, with repetitions
+    many: int = 16,  # volumes at a time
+) -> dict[int, torch.Tensor]:  # row -> (Q,E), on the CPU
+    "Image embeddings of each volume"
+    out: dict[int, torch.Tensor] = {}
+    unique = sorted(set(rows))
+    device = next(m.parameters()).device
+    for i in range(0, len(unique), many):
+        part = unique[i : i + many]
+        t = np.zeros((len(part), 1, 1), np.float32)
+        if tokens is not None:
+            t = np.asarray(tokens[part], np.float32)
+        out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(device)).cpu()))
     return out
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0007
-def batch_by_length(kinds, before, many: int) -> list:  # of lists of places
-    "Questions of one kind and of like length, a few at a time"
+def batch_by_length(
+    kinds: Sequence[str],  # n
+    before: Sequence[Sequence[int]],  # n token ids of the questions
+    many: int,  # questions of a batch, at most
+) -> list[list[int]]:  # places of the questions of each batch
+    "Batches of questions of one kind, sorted by length"
     out = []
     for kind in QUESTION_KINDS:
-        at = sorted(
-            (i for i, k in enumerate(kinds) if k == kind), key=lambda i: (len(before[i]), i)
-        )
+        at = [i for i, k in enumerate(kinds) if k == kind]
+        at.sort(key=lambda i: (len(before[i]), i))
         out += [at[i : i + many] for i in range(0, len(at), many)]
     return out
+
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79b01
+def _make_answerer(
+    m: VQAModel,
+    tokenizer: Any,
+    before: Sequence[Sequence[int]],  # n token ids of the questions
+    images: Sequence[torch.Tensor],  # n (Q,E)
+    p: VQAConfig,
+    many: int,  # questions at a time
+) -> Callable[[list[int]], list[str]]:  # places of a batch -> answers
+    def answer(at: list[int]) -> list[str]:
+        def prefix(part: list[int]) -> torch.Tensor:  # (B,Q,E)
+            return torch.stack([images[at[i]] for i in part])
+
+        questions = [before[i] for i in at]
+        return language.generate_from_prompts(
+            m.lm, tokenizer, questions, p.max_new_tokens, p.num_beams, prefix, many
+        )
+
+    return answer
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0008
 def generate_answers(
     m: VQAModel,
-    tokenizer,
-    q,  # of `attach_cases`
-    tokens,  # as `train_vqa`
-    p,  # params `vqa`
-    rows=None,  # (n,) whose volume each question is asked of; its own case's when None
+    tokenizer: Any,  # of the language model
+    q: pd.DataFrame,  # of `attach_cases`, n questions
+    tokens: np.ndarray | None,  # as `train_vqa`
+    p: VQAConfig,
+    rows: np.ndarray | None = None,  # (n,) volume of each question; None: that of its case
     many: int = 64,  # questions at a time
-    label: str = "answers",  # on the bar
-) -> list:  # n strings
-    "What the model says to each question"
+    label: str = "answers",  # of the progress bar
+) -> list[str]:  # n answers
+    "The model's answer to each question"
     m.to(get_device()).eval()
     m.lm.merge_adapter()  # the same products in fewer steps
-    rows, before, out = (
-        np.asarray(q.row if rows is None else rows),
-        encode_questions(tokenizer, q.question),
-        [""] * len(q),
-    )
-    some, threads = (
-        batch_by_length(q.kind.tolist(), before, many),
-        torch.get_num_threads() if get_device().type == "cpu" else 1,
-    )
+    rows = np.asarray(q.row if rows is None else rows)
+    before = encode_questions(tokenizer, q.question)
+    batches = batch_by_length(q.kind.tolist(), before, many)
+    threads = torch.get_num_threads() if get_device().type == "cpu" else 1
+    out = [""] * len(q)
     bar = progress_bar(total=len(q), label=label)
     with limit_threads(m):
-        look = encode_volumes(m, tokens, rows.tolist())
-
-        def ask(at):
-            return language.generate_from_prompts(
-                m.lm,
-                tokenizer,
-                [before[i] for i in at],
-                p.max_new_tokens,
-                p.num_beams,
-                lambda part: torch.stack([look[rows[at[i]]] for i in part]),
-                many,
-            )
-
-        for at, said in zip(some, threaded_map(ask, some, threads)):
+        volumes = encode_volumes(m, tokens, rows.tolist())
+        answer = _make_answerer(m, tokenizer, before, [volumes[r] for r in rows.tolist()], p, many)
+        for at, said in zip(batches, threaded_map(answer, batches, threads)):
             for i, s in zip(at, said):
                 out[i] = s
             bar.update(len(at))
@@ -584,33 +663,41 @@ def generate_answers(
     return out
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0009
-def mismatched_rows(q, seed) -> np.ndarray:  # (n,) place of another patient's case
-    """Whose volume each question gets, where it is asked of a stranger's scan; one and the same
-    for all questions of a case"""
+def mismatched_rows(
+    q: pd.DataFrame,  # of `attach_cases`, one split, n questions
+    seed: int,
+) -> np.ndarray:  # (n,) row of another patient's case
+    "The volume of another patient for each question; the same for all questions of a case"
     cases = q.drop_duplicates("case").reset_index(drop=True)
-    return q.case.map(
-        dict(zip(cases.case, cases.row.to_numpy()[mismatched_cases(cases, seed)]))
-    ).to_numpy()
+    others = cases.row.to_numpy()[mismatched_cases(cases, seed)]
+    return q.case.map(dict(zip(cases.case, others))).to_numpy()
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0031
-def save(m: VQAModel, folder, card: str, fp=None):
-    "A checkpoint folder: what learnt, and nothing of the frozen model"
+def save(
+    m: VQAModel,
+    folder: Path | str,
+    card: str,  # Markdown
+    fp: dict | None = None,  # fingerprint of the run
+) -> None:
+    "Write a checkpoint folder: the trained parameters, none of the frozen language model"
     checkpoint.write_checkpoint(m.state_dict(), m.config, card, folder, fp)
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0010
 def load(
-    folder,  # of `save`
-    model=None,  # its language model; found by its name in config.json when None
+    folder: Path | str,  # of `save`
+    model: nn.Module | None = None,  # its language model; None: the one named in config.json
 ) -> VQAModel:  # in eval mode
-    "A trained model, strictly"
-    how = checkpoint.read_config(folder, "run `dvc repro vqa`")
-    return load_weights(
-        VQAModel(how, language.load(how["language_model"])[0] if model is None else model), folder
-    ).eval()
+    "Load a trained model; an error unless all weights fit"
+    config = checkpoint.read_config(folder, "run `dvc repro vqa`")
+    lm = language.load(config["language_model"])[0] if model is None else model
+    return load_weights(VQAModel(config, lm), folder).eval()
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0011
-def load_weights(m: VQAModel, folder) -> VQAModel:  # the same
-    "Weights of a folder into a model"
+def load_weights(
+    m: VQAModel,
+    folder: Path | str,  # of `save`
+) -> VQAModel:  # the same object
+    "Load the weights of a folder into a model"
     state = checkpoint.read_weights(folder, "run `dvc repro vqa`")
     try:
         m.load_state_dict(state)
@@ -622,25 +709,31 @@ def load_weights(m: VQAModel, folder) -> VQAModel:  # the same
     return m
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0012
-def vqa_model_card(arm: str, q, p, seed) -> str:  # Markdown, counts alone
-    "What this is"
+def vqa_model_card(
+    arm: str,
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+    p: VQAConfig,
+    seed: int,
+) -> str:  # Markdown; numbers of volumes and questions, no cases
+    "The card of a checkpoint"
     n = {s: f"{g.case.nunique()} volumes with {len(g)} questions" for s, g in q.groupby("split")}
-    return f"""# Answers to questions, arm `{arm}`
+    return f"""# Visual question answering, arm `{arm}`
 
-Queries and low-rank adapters before the language model `{p.language_model}`, which is not in this \
-folder. Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the \
-step was chosen on validation: {n.get("val", "nothing")}; seed {seed}. For no clinical use.
+Queries and LoRA for the language model `{p.language_model}`, which is not in this folder. \
+Trained for at most {p.steps} steps on the train split: {n.get("train", "nothing")}; the step was \
+chosen on validation: {n.get("val", "nothing")}; seed {seed}. Not for clinical use.
 
 - Load: `asap.tasks.vqa.load(folder)`.
 """
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0034
-TEXT_ONLY = "blind"  # the arm that sees no image
+TEXT_ONLY = "blind"  # the arm without images
 
 
-def majority_answers(q) -> list:  # of `attach_cases`, all splits; an answer for each test question
-    """The answer that train gives most often to each kind; the first in the alphabet where several
-    do"""
+def majority_answers(
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+) -> list[str]:  # an answer for each test question
+    "The most frequent train answer of each kind; alphabetically the first of several"
     most = {
         k: g.answer.map(normalize_answer).value_counts().sort_index().idxmax()
         for k, g in q[q.split == "train"].groupby("kind")
@@ -650,31 +743,28 @@ def majority_answers(q) -> list:  # of `attach_cases`, all splits; an answer for
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0013
 def train_or_load_vqa(
     arm: str,
-    q,
-    tokens,
-    p,
-    seed: int,  # as `train_vqa`
-    lm,
-    tokenizer,  # language model, frozen
-    dim: int,  # channels of tokens
-    folder,
-    fp: dict,  # where it resumes from, of what it is made
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    p: VQAConfig,
+    seed: int,
+    lm: nn.Module,  # frozen language model
+    tokenizer: Any,  # of the language model
+    dim: int,  # channels of the tokens
+    folder: Path | str,  # of the resume state and the finished model
+    fp: dict,  # fingerprint of the run
 ) -> VQAModel:
-    "A model that learns now, or that has learnt before from the same"
+    "Train a model, or reuse the one that was trained from the same inputs"
     if dim % p.query_num_heads:
         raise ValueError(
-            f"vqa.query_num_heads is {p.query_num_heads}: tokens of arm `{arm}` have {dim} "
-            f"channels, which is no multiple of it"
+            f"vqa.query_num_heads is {p.query_num_heads}, which does not divide the {dim} channels "
+            f"of the tokens of arm `{arm}`: choose a divisor"
         )
     torch.manual_seed(derive_seed("vqa", seed))  # all arms start from the same weights
-    m, done = (
-        VQAModel(
-            build_vqa_config(p, dim, tokens is None) | dict(language_model=p.language_model), lm
-        ),
-        Path(folder) / "done",
-    )
+    config = build_vqa_config(p, dim, tokens is None) | dict(language_model=p.language_model)
+    m = VQAModel(config, lm)
+    done = Path(folder) / "done"
     if reuse_or_set_aside(done, fp):
-        log_message(f"vqa, {arm}: trained before, from the same")
+        log_message(f"vqa, {arm}: trained before from the same inputs")
         return load_weights(m, done)
     train_vqa(m, tokenizer, q, tokens, p, derive_seed("vqa", seed), folder, fp, f"vqa {arm}")
     save(m, done, vqa_model_card(arm, q, p, seed), fp)
@@ -684,136 +774,140 @@ def train_or_load_vqa(
 ANSWER_COLUMNS = ["case", "patient", "kind", "question", "answer", "prediction"]
 COLUMNS = [*ANSWER_COLUMNS, *SCORE_COLUMNS, "task", "arm", "fraction", "seed"]
 
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79b03
+def _answer_with_baseline(
+    m: VQAModel,
+    arm: str,
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+    tokens: np.ndarray | None,
+    p: VQAConfig,
+    seed: int,
+    tokenizer: Any,
+) -> dict[str, list[str]]:  # name in the column `arm` -> an answer for each test question
+    test = q[q.split == "test"].reset_index(drop=True)
+    out = {arm: generate_answers(m, tokenizer, test, tokens, p, label=arm)}
+    if tokens is None:
+        out["majority"] = majority_answers(q)
+    elif test.patient.nunique() > 1:
+        name, rows = f"{arm}, a stranger's scan", mismatched_rows(test, seed)
+        out[name] = generate_answers(m, tokenizer, test, tokens, p, rows, label=name)
+    return out
+
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0014
 def run(
     cohort: str,
     arm: str,
-    q,  # of `attach_cases`
-    tokens,  # (n,1+N,C); None: blind
-    p,
-    seed: int,  # params `vqa`
-    lm,
-    tokenizer,
-    dim: int,
-    folder,
-    fp: dict,  # as `train_or_load_vqa`
-    encoder=None,  # for BERTScore
-) -> tuple:  # predictions: COLUMNS; the model
-    "One arm's answers, and those to the same questions of another patient's scan"
-    m, test = (
-        train_or_load_vqa(arm, q, tokens, p, seed, lm, tokenizer, dim, folder, fp),
-        q[q.split == "test"].reset_index(drop=True),
-    )
-    found = {arm: generate_answers(m, tokenizer, test, tokens, p, label=arm)}
-    if tokens is None:
-        found["majority"] = majority_answers(q)
-    elif test.patient.nunique() > 1:
-        found[f"{arm}, a stranger's scan"] = generate_answers(
-            m,
-            tokenizer,
-            test,
-            tokens,
-            p,
-            mismatched_rows(test, seed),
-            label=f"{arm}, a stranger's scan",
-        )
-    usual, out = median_size(q[q.split == "train"]), []
-    for name, said in found.items():
-        out.append(
-            score_answers(test.assign(prediction=said), usual, encoder).assign(
-                task=f"vqa_{cohort}", arm=name, fraction=1.0, seed=seed
-            )
-        )
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    p: VQAConfig,
+    seed: int,
+    lm: nn.Module,  # frozen language model
+    tokenizer: Any,  # of the language model
+    dim: int,  # channels of the tokens
+    folder: Path | str,  # of the resume state and the finished model
+    fp: dict,  # fingerprint of the run
+    encoder: Any = None,  # frozen text encoder, for BERTScore
+) -> tuple[pd.DataFrame, VQAModel]:  # predictions: COLUMNS; the model
+    "Answers of one arm to the test questions, with its baseline"
+    m = train_or_load_vqa(arm, q, tokens, p, seed, lm, tokenizer, dim, folder, fp)
+    answers = _answer_with_baseline(m, arm, q, tokens, p, seed, tokenizer)
+    test = q[q.split == "test"].reset_index(drop=True)
+    usual = median_size(q[q.split == "train"])
+    out = []
+    for name, said in answers.items():
+        scored = score_answers(test.assign(prediction=said), usual, encoder)
+        out.append(scored.assign(task=f"vqa_{cohort}", arm=name, fraction=1.0, seed=seed))
     return pd.concat(out, ignore_index=True)[COLUMNS], m
+
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79b04
+def _training_fingerprint(
+    arm: str,
+    q: pd.DataFrame,  # of `attach_cases`, all splits
+    p: VQAConfig,
+    seed: int,
+    made: dict,  # what the tokens were made from; empty: blind
+    lm: nn.Module,
+    tokenizer: Any,
+) -> dict:
+    "What a trained model depends on; params of the answers are left out"
+    return fingerprint(
+        arm=arm,
+        vqa=p.model_dump(exclude={"arms", "tiny_lm", "max_new_tokens", "num_beams"}),
+        seed=seed,
+        tokens=made,
+        questions=derive_seed(*q[["case", "split", "question", "answer"]].to_numpy().ravel()),
+        language=language.model_hash(lm, tokenizer),
+    )
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0036
 def run_all(
     arm: str,  # or `blind`
-    tables: dict,
-    questions: dict,  # by cohort, of those that are there
-    p,
-    seed: int,  # params `vqa`
-    tokens,  # folder of the arm's tokens
-    dim: int,  # channels of tokens, for `blind`
-    out,
-    resume,  # folders: checkpoints, what is half done
-    encoder=None,  # for BERTScore
+    tables: Mapping[str, pd.DataFrame],  # cohort -> table, of the cohorts that are present
+    questions: Mapping[str, pd.DataFrame],  # cohort -> case, kind, question, answer
+    p: VQAConfig,
+    seed: int,
+    tokens: Path | str,  # folder of the arm's tokens
+    dim: int,  # channels of the tokens, for `blind`
+    out: Path | str,  # folder of the checkpoints
+    resume: Path | str,  # folder of the resume state
+    encoder: Any = None,  # frozen text encoder, for BERTScore
 ) -> pd.DataFrame:  # COLUMNS
-    "Answers of one arm to all that is asked; its checkpoints in `out`"
+    "Answers of one arm to the test questions of all cohorts; writes its checkpoints"
     found = []
-    for c in tables:
-        q, (lm, tokenizer) = attach_cases(questions[c], tables[c]), language.load(p.language_model)
-        t = None if arm == TEXT_ONLY else load_tokens(tokens, c, tables[c])
+    for c, table in tables.items():
+        q = attach_cases(questions[c], table)
+        lm, tokenizer = language.load(p.language_model)
+        t = None if arm == TEXT_ONLY else load_tokens(tokens, c, table)
         made = {} if t is None else read_json(Path(tokens) / f"{c}.json")
-        how = {
-            k: v
-            for k, v in (p if isinstance(p, dict) else p.model_dump()).items()
-            if k not in ("arms", "tiny_lm", "max_new_tokens", "num_beams")
-        }
-        fp = fingerprint(
-            arm=arm,
-            vqa=how,
-            seed=seed,
-            tokens=made,
-            questions=derive_seed(*q[["case", "split", "question", "answer"]].to_numpy().ravel()),
-            language=language.model_hash(lm, tokenizer),
-        )
-        rows, m = run(
-            c,
-            arm,
-            q,
-            t,
-            p,
-            seed,
-            lm,
-            tokenizer,
-            dim if t is None else t.shape[-1],
-            Path(resume) / c,
-            fp,
-            encoder,
-        )
+        fp = _training_fingerprint(arm, q, p, seed, made, lm, tokenizer)
+        channels = dim if t is None else t.shape[-1]
+        folder = Path(resume) / c
+        rows, m = run(c, arm, q, t, p, seed, lm, tokenizer, channels, folder, fp, encoder)
         save(m, Path(out) / "checkpoint" / c, vqa_model_card(arm, q, p, seed))
         found.append(rows)
     return pd.concat(found, ignore_index=True) if found else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0039
-def _kind_metrics(kind: str, g, w) -> dict:  # rows of one kind, (draws,n) -> metric -> (draws,)
-    def per(c):
-        return w @ g[c].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
+_CORPUS_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "BERTScore")
+
+
+def _kind_metrics(
+    kind: str,
+    g: pd.DataFrame,  # n rows of one kind
+    w: np.ndarray,  # (draws,n) weight of each row
+) -> dict[str, np.ndarray]:  # metric -> (draws,)
+    def mean(column: str) -> np.ndarray:
+        return w @ g[column].to_numpy(float) / np.maximum(w.sum(-1), 1e-9)
 
     if kind == "presence":
-        return dict(accuracy=per("exact"))
+        return dict(accuracy=mean("exact"))
     if kind == "size":
         return {
-            "L1 mm": per("abs_error"),
-            "RMSE mm": per("squared_error") ** 0.5,
-            "share with a number": per("has_number"),
+            "L1 mm": mean("abs_error"),
+            "RMSE mm": mean("squared_error") ** 0.5,
+            "share with a number": mean("has_number"),
         }
-    out = {"exact match": per("exact"), "F1 of parts": per("f1"), "hit score": per("hit_score")}
-    return out | {
-        k: v
-        for k, v in scores.corpus_scores(
-            g.drop(columns=["bert"] if g.bert.isna().any() else []), w
-        ).items()
-        if k in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "BERTScore")
-    }
+    out = {"exact match": mean("exact"), "F1 of parts": mean("f1"), "hit score": mean("hit_score")}
+    texts = scores.corpus_scores(g.drop(columns=["bert"] if g.bert.isna().any() else []), w)
+    return out | {k: v for k, v in texts.items() if k in _CORPUS_METRICS}
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0015
 def metrics(
-    d, n: int, seed
-) -> dict:  # predictions of one arm and draw -> {"metric, kind": (value, (n,))}
-    "What the task is judged by, each with its bootstrap draws"
-    w, out = bootstrap_weights(d.patient.to_numpy(), n, seed), {}
-    counts = (d.kind != "size") | d.abs_error.notna()  # not a size whose truth has no number
-    for kind in (k for k in QUESTION_KINDS if (d.kind == k).any()):
+    d: pd.DataFrame,  # predictions of one task, arm and seed
+    n: int,  # bootstrap replicates
+    seed: Any,  # anything `asap.core.rng` takes
+) -> dict[str, tuple[float, np.ndarray]]:  # "metric, kind" -> value, (n,) replicates
+    "Metrics of each kind with their bootstrap replicates"
+    w = bootstrap_weights(d.patient.to_numpy(), n, seed)
+    out: dict[str, tuple[float, np.ndarray]] = {}
+    counts = (d.kind != "size") | d.abs_error.notna()  # without sizes whose truth has no number
+    for kind in QUESTION_KINDS:
         at = ((d.kind == kind) & counts).to_numpy()
         if not at.any():
             continue
-        value, drawn = (
-            _kind_metrics(kind, d[at], np.ones((1, at.sum()))),
-            _kind_metrics(kind, d[at], w[:, at]),
-        )
-        out |= {f"{metric}, {kind}": (float(v[0]), drawn[metric]) for metric, v in value.items()}
+        value = _kind_metrics(kind, d[at], np.ones((1, at.sum())))
+        replicates = _kind_metrics(kind, d[at], w[:, at])
+        out |= {f"{name}, {kind}": (float(v[0]), replicates[name]) for name, v in value.items()}
     return out
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqafam01
@@ -855,8 +949,8 @@ class VisualQuestionAnswering(TaskFamily):
         body = SHORT_DATA_NOTE + (
             "<p>Questions of five kinds, answered by a small language model that reads the tokens "
             "of a scan. Baselines: the same model with the question alone (blind), each arm with "
-            "the scan of another patient, and the most frequent answer of train. Sizes in mm: "
-            "error of every number in the answer. 95 % intervals by patient:</p>"
+            "the scan of another patient, and the most frequent train answer of each kind. Sizes "
+            "in mm: error of every number in the answer. 95 % intervals by patient:</p>"
         )
         parts = g.metric.str.rsplit(", ", n=1)
         for kind, k in g.assign(kind=parts.str[-1], metric=parts.str[0]).groupby(

@@ -18,7 +18,6 @@ from ..anatomy.masks import organ_fractions
 from ..core import derive_seed, rng
 from ..data.crops import apply_crop, center_crop, lung_bounding_box, random_crop, scale_intensity
 from ..model.asap import Batch
-from ..text.encoder import TextEncoder
 from ..text.sentences import join_report, split_sentences
 from ..text.tokens import encode_report, mask_tokens, pad_rows
 
@@ -56,7 +55,7 @@ class ImageReportDataset:
         self,
         table: pd.DataFrame,  # cohort table with absolute paths
         params: Any,  # with volumes, model, pretrain, anatomy
-        text_encoder: TextEncoder,  # frozen
+        text_encoder,  # frozen `asap.text.encoder.TextEncoder`
         seed: int,  # of crops, intensity shifts, patch orders and masked words
         augment: bool = True,  # False: center crops, no intensity shift
     ):
@@ -208,7 +207,7 @@ def _mask_words(
 
 def _embed_sentences(
     rows: list[dict],  # samples
-    text_encoder: TextEncoder,
+    text_encoder,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B,S) bool, (B,S,C')
     longest = max(len(r["sentences"]) for r in rows)
     sentence_mask = torch.tensor([[s < len(r["sentences"]) for s in range(longest)] for r in rows])
@@ -221,7 +220,7 @@ def _embed_sentences(
 # %% ../../nbs/6_pretrain/60_batches.ipynb #190ef037
 def collate(
     rows: list[dict],  # samples of `ImageReportDataset`
-    text_encoder: TextEncoder,  # frozen
+    text_encoder,  # frozen `asap.text.encoder.TextEncoder`
     mlm_probability: float,  # share of words that are masked, in (0, 1)
 ) -> Batch:  # input of the model's forward
     "Pad the samples, mask words, and add sentence features of the frozen text encoder"

@@ -42,9 +42,9 @@ class BaseConfig(BaseModel):
 
     def check(
         self,
-        params: BaseModel,  # the loaded sections; others are not compared
+        params: "BaseConfig",  # the loaded sections; others are not compared
     ) -> None:
-        "Compare this section with the others; `ValueError` names what does not fit"
+        "Check this section against the others; `ValueError` names the keys that conflict"
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -66,7 +66,7 @@ def _known_cohort(name: str) -> str:  # `name`
 
 def _cohort_rows(rows) -> dict:  # name -> options, of all cohorts
     if not isinstance(rows, dict):
-        raise ValueError("expected a row a cohort")
+        raise ValueError("expected one row per cohort")
     out, errors = {}, []
     for name in dict.fromkeys([*rows, *_cohorts().available_cohort_names()]):
         try:
@@ -82,9 +82,8 @@ def _cohort_rows(rows) -> dict:  # name -> options, of all cohorts
     return out
 
 
-CohortName = Annotated[
-    str, AfterValidator(_known_cohort)
-]  # each has its page in nbs/2_data/cohorts
+# each cohort has its page in nbs/2_data/cohorts
+CohortName = Annotated[str, AfterValidator(_known_cohort)]
 CohortRows = Annotated[dict[str, SerializeAsAny[BaseModel]], BeforeValidator(_cohort_rows)]
 
 
@@ -96,7 +95,7 @@ def reference_arm(
 
 # %% ../nbs/02_params.ipynb #parencc1
 class EncoderConfig(BaseConfig):
-    "An encoder beside the arms: how it is built, and the code that a stage is rerun for"
+    "An encoder beside the arms: its factory, and the code whose change reruns a stage"
 
     factory: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]  # module:function, no arguments
     code: str  # file or folder that DVC tracks, relative to the project
@@ -109,9 +108,8 @@ class StudyConfig(BaseConfig):
     "What runs, and from which seed"
 
     seed: NonNegativeInt
-    cohorts: Annotated[
-        list[CohortName], Field(min_length=1)
-    ]  # one that is not in data/ is left out by name
+    # a cohort that is not in data/ is skipped, and the log names it
+    cohorts: Annotated[list[CohortName], Field(min_length=1)]
     tasks: list[str]  # names of registered tasks, see asap.registry
     arms: list[str]
     encoders: dict[EncoderName, EncoderConfig]  # beside the arms in every task on features
@@ -121,7 +119,7 @@ class StudyConfig(BaseConfig):
 
     def check(
         self,
-        params: BaseModel,  # the loaded sections
+        params: BaseConfig,  # the loaded sections
     ) -> None:
         "Check that the arms, tasks and cohorts exist and belong together"
         self._check_arms(params)
@@ -140,8 +138,8 @@ class StudyConfig(BaseConfig):
                 )
         if odd := [c for c in cohorts_of(self.tasks) if c not in self.cohorts]:
             raise ValueError(
-                f"`study.tasks` asks about `{odd[0]}`, which `study.cohorts` does not name: "
-                "add it there, or take the task out"
+                f"`study.tasks` needs cohort `{odd[0]}`, which is not in `study.cohorts`: "
+                "add it there, or remove the task"
             )
 
     def _check_arms(self, params) -> None:
@@ -203,12 +201,12 @@ def check_arms(
     params: BaseModel,  # the loaded sections
     others: Iterable[str] = (),  # further names that are allowed
 ) -> None:
-    "Refuse an arm that the study does not have"
+    "Raise ValueError if an arm is not part of the study"
     known = {*params.study.arms, *others} if hasattr(params, "study") else {*arms}
     if odd := [a for a in arms if a not in known]:
         raise ValueError(
-            f"`{section}.arms` names `{odd[0]}`, which `study.arms` does not: "
-            "add it there, or take it out here"
+            f"`{section}.arms` names `{odd[0]}`, which is not in `study.arms`: "
+            "add it there, or remove it here"
         )
 
 # %% ../nbs/02_params.ipynb #03795980
@@ -232,14 +230,13 @@ def _known_keys(model, loc) -> list[str]:  # keys that the section at `loc` know
     )
 
 
-def _format_error(
-    err, model=None, prefix=(), known=None
-) -> str:  # one error of pydantic as a sentence that says what to do
+# one error of pydantic as a sentence that says what to do
+def _format_error(err, model=None, prefix=(), known=None) -> str:
     loc = [*prefix, *(k for k in err["loc"] if k != "[key]")]
     if loc == ["cohorts"] and err["type"] == "value_error":
-        return err["msg"].removeprefix("Value error, ")  # sentences of the rows
+        return err["msg"].removeprefix("Value error, ")  # messages of `_cohort_rows`
     if not loc:
-        return err["msg"].removeprefix("Value error, ")  # what does not fit together
+        return err["msg"].removeprefix("Value error, ")  # message of a validator
     key, value = ".".join(map(str, loc)), err.get("input")
     if err["type"] == "extra_forbidden":
         at = loc[:1] if loc[0] == "arms" and len(loc) > 2 else loc[:-1]
@@ -258,14 +255,14 @@ def _format_error(
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    "YAML without duplicate keys, of which PyYAML would silently take the last"
+    "YAML without duplicate keys; PyYAML would silently take the last value"
 
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value]
         twice = next((k for k, _ in node.value if keys.count(k.value) > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(
-                None, None, f"key `{twice.value}` stands there twice: keep one", twice.start_mark
+                None, None, f"key `{twice.value}` occurs twice: keep one", twice.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -286,7 +283,7 @@ def merge_params(
     base: dict,  # sections
     overlay: dict,  # sections with some of their keys
 ) -> dict:  # sections of both
-    "Lay an overlay over a file of params: each of its keys replaces that key of the section"
+    "Apply an overlay: each of its keys replaces that key of the section"
     merged = dict(base)
     for name, section in overlay.items():
         both = isinstance(section, dict) and isinstance(base.get(name), dict)
@@ -297,7 +294,7 @@ def merge_params(
 def read_params(
     path: Path,  # YAML file
 ) -> dict:  # sections as they are in the file, not checked
-    "Read a file of params; one with a key `base` is laid over the file that it names"
+    "Read a file of params; a file with a key `base` is an overlay of the file that `base` names"
     raw = _read_yaml(path)
     if "base" not in raw:
         return raw
@@ -308,7 +305,7 @@ def read_params(
 
 # %% ../nbs/02_params.ipynb #parovld1
 def check_sections(
-    params: BaseModel,  # the loaded sections
+    params: BaseConfig,  # the loaded sections
 ) -> None:
     "Run `check` of each loaded section"
     for name in type(params).model_fields:
@@ -375,14 +372,14 @@ class StageParams:
         return iter(self._tree)
 
     def __repr__(self):
-        return f"Declared({self._tree})"
+        return f"StageParams({self._tree})"
 
     def model_dump(self) -> dict:
         "The declared params, nested"
         return self._tree
 
 
-# DVC itself would read its lock file too, which another stage may be writing
+# dvc.yaml is read directly: DVC's own API also reads the lock file, which another stage may write
 def _declared_keys(stage: str) -> list[str]:  # keys, such as "arms.asap"
     "Params that dvc.yaml declares for a stage"
     group, _, item = stage.partition("@")

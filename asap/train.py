@@ -49,7 +49,7 @@ def lr_factor(
 
 # %% ../nbs/03_train.ipynb #5b4befee
 class EpochBatchSampler(torch.utils.data.Sampler):
-    "Batches of (draw, index): each sample once a draw, in an order that depends on seed and draw"
+    "Batches of (draw, index): each sample once per draw, in an order set by seed and draw"
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ def global_mean(
     total: torch.Tensor,  # scalar, sum of this process
     count: torch.Tensor | int,  # terms of the sum in this process
 ) -> torch.Tensor:  # scalar; 0 where the count is 0
-    "A sum over the mean count of all processes: averaged over them, it is one process' mean"
+    "A local sum over the mean count: the mean of all processes' values is the global mean"
     if world_size() > 1:
         count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
         dist.all_reduce(count)
@@ -111,7 +111,7 @@ def global_mean(
 def all_gather(
     x: torch.Tensor,  # (B,N,...), N may differ between processes
 ) -> torch.Tensor:  # (B of all processes, longest N,...)
-    "The rows of all processes, zero-padded to the longest; gradients flow back to each process"
+    "The rows of all processes, zero-padded to the longest; differentiable"
     if world_size() == 1:
         return x
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
@@ -135,7 +135,7 @@ def resolve_precision(
     "bf16 where products in bf16 are fast, else fp32"
     if wanted == "fp16" and not torch.cuda.is_available():
         raise ValueError(
-            "pretrain.precision is `fp16`, which needs a GPU, and there is none: "
+            "pretrain.precision is `fp16`, which needs a GPU, but no GPU is available: "
             "set auto, bf16 or no"
         )
     if wanted != "auto":
@@ -150,10 +150,10 @@ def resolve_precision(
 
 
 def get_device() -> torch.device:
-    "Where Accelerate computes: a GPU if there is one"
+    "The device that Accelerate uses: a GPU if available"
     from accelerate import PartialState
 
-    # without `cpu` the processes of torchrun do not find each other where there is no GPU
+    # `cpu`: without it the processes of torchrun cannot communicate on a machine without a GPU
     return PartialState(cpu=not torch.accelerator.is_available()).device
 
 
@@ -171,7 +171,7 @@ def limit_threads(
     model: torch.nn.Module,  # whose parameters are counted
     least: float = 2e7,  # parameters from which all cores are used
 ):
-    "Use one thread on a CPU for a small model: synchronizing several costs more than they save"
+    "Use one thread on a CPU for a small model: synchronizing threads costs more than it saves"
     n = torch.get_num_threads()
     if get_device().type == "cpu" and sum(q.numel() for q in model.parameters()) < least:
         torch.set_num_threads(1)
@@ -180,19 +180,19 @@ def limit_threads(
     finally:
         torch.set_num_threads(n)
 
-# %% ../nbs/03_train.ipynb #93403b1f
+# %% ../nbs/03_train.ipynb #optgrp01
 def param_groups(
     parameters: Iterable,  # of torch.nn.Parameter
     weight_decay: float,
 ) -> list[dict]:  # groups for an optimizer
     "Weight decay for matrices, none for biases, norms and other vectors"
-    named = [p for p in parameters if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     return [
-        dict(params=[p for p in named if p.ndim > 1], weight_decay=weight_decay),
-        dict(params=[p for p in named if p.ndim <= 1], weight_decay=0.0),
+        dict(params=[p for p in trainable if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in trainable if p.ndim <= 1], weight_decay=0.0),
     ]
 
-
+# %% ../nbs/03_train.ipynb #optmuon1
 def newton_schulz(
     grad: torch.Tensor,  # (m,n)
     coefficients: tuple[float, float, float],
@@ -219,6 +219,11 @@ class MuonFP32(torch.optim.Muon):
         with patch.object(_muon, "_zeropower_via_newtonschulz", newton_schulz):
             return super().step(*args, **kw)
 
+# %% ../nbs/03_train.ipynb #93403b1f
+def _make_muon(matrices: list, lr: float | None, weight_decay: float) -> torch.optim.Optimizer:
+    kind = torch.optim.Muon if resolve_precision() == "bf16" else MuonFP32
+    return kind(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
 
 def build_optimizers(
     model: torch.nn.Module,
@@ -227,25 +232,18 @@ def build_optimizers(
     betas: Sequence[float],  # of AdamW
     matrices: Iterable = (),  # two-dimensional parameters that Muon optimizes
     matrix_lr: float | None = None,  # their learning rate, in the scale of AdamW's
-    slow: Iterable = (),  # parameters with a rate of their own, such as a pre-trained encoder's
+    slow: Iterable = (),  # parameters with their own rate, such as a pre-trained encoder's
     slow_lr: float | None = None,  # that rate, in AdamW
 ) -> list:  # one or two; `base` of a group is its rate at the top of the schedule
     "AdamW for everything, or Muon for the matrices and AdamW for the rest"
     matrices, slow = list(matrices), list(slow)
-    muon, apart = {id(q) for q in matrices}, {id(q) for q in slow}
-    rest = [q for q in model.parameters() if id(q) not in muon | apart]
-    own = [dict(g, lr=slow_lr) for g in param_groups(slow, weight_decay) if g["params"]]
-    out = [
-        torch.optim.AdamW(
-            [*param_groups(rest, weight_decay), *own], lr=lr, betas=tuple(betas), fused=True
-        )
-    ]
-    if learning := [q for q in matrices if q.requires_grad]:
-        out.append(
-            (torch.optim.Muon if resolve_precision() == "bf16" else MuonFP32)(
-                learning, lr=matrix_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+    others = {id(q) for q in (*matrices, *slow)}
+    rest = [q for q in model.parameters() if id(q) not in others]
+    groups = param_groups(rest, weight_decay)
+    groups += [dict(g, lr=slow_lr) for g in param_groups(slow, weight_decay) if g["params"]]
+    out = [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)]
+    if trainable := [q for q in matrices if q.requires_grad]:
+        out.append(_make_muon(trainable, matrix_lr, weight_decay))
     for opt in out:
         for g in opt.param_groups:
             g["base"] = g["lr"]
@@ -254,7 +252,7 @@ def build_optimizers(
 # %% ../nbs/03_train.ipynb #b9529af5
 @dataclass
 class _TrainState:
-    "What a run has recorded so far"
+    "State of a run, besides model and optimizers"
 
     step: int = 0  # completed steps
     log: list[dict] = field(default_factory=list)  # rows of log.csv
@@ -279,7 +277,7 @@ def _save_state(folder: Path, state: _TrainState, model, opts, scaler) -> None:
 # %% ../nbs/03_train.ipynb #12c6b981
 def _clear_stale_state(folder: Path, fp: dict) -> None:
     for f in folder.glob("resume/.*"):
-        f.unlink()  # left by a run that was killed while it wrote
+        f.unlink()  # left by a run that was killed during a write
     if not reuse_or_set_aside(folder / "resume", fp):
         write_json(fp, folder / "resume/fingerprint.json")
 
@@ -292,7 +290,7 @@ def _load_state(folder: Path, model, opts, scaler) -> _TrainState:
         saved = torch.load(path, weights_only=True)
     except Exception as e:
         raise ValueError(
-            f"{path} cannot be read ({e}): delete the folder resume and start again"
+            f"{path} cannot be read ({e}): delete the folder {path.parent} and start again"
         ) from None
     model.load_state_dict(saved["model"])
     for o, s in zip(opts, saved["opts"], strict=True):
@@ -389,21 +387,40 @@ def _update_best(model, validate, step: int, best: dict | None) -> dict:
     return dict(score=score, step=step, weights=weights)
 
 
-class _TimeLeft:
+def _is_patience_over(best: dict, step: int, every: int | None, patience: int | None) -> bool:
+    return bool(patience and every and step - best["step"] >= patience * every)
+
+# %% ../nbs/03_train.ipynb #6c449796
+class _Progress:
+    "Progress bar, and one estimate of the remaining time"
+
     def __init__(self, label: str, start: int, steps: int):
         self.label, self.start, self.steps = label, start, steps
-        self.began = 0.0
+        self.started = 0.0
+        self.bar = progress_bar(total=steps, label=label)
+        self.bar.update(start)
 
     def update(self, step: int) -> None:
+        self.bar.update()
         if step == self.start:
-            self.began = time.monotonic()
+            self.started = time.monotonic()
         if step == self.start + 8:
-            left = (time.monotonic() - self.began) / 8 * (self.steps - step)
+            left = (time.monotonic() - self.started) / 8 * (self.steps - step)
             if left > 60:
                 steps = self.steps - step
-                log_message(f"{self.label}: {steps} steps to go, about {left / 60:.0f} min")
+                log_message(f"{self.label}: {steps} steps left, about {left / 60:.0f} min")
+
+    def show_loss(self, value: float) -> None:
+        self.bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
 
 # %% ../nbs/03_train.ipynb #65ed8fc3
+def _log_row(step: int, value: float, parts: dict) -> dict:
+    return dict(step=step, loss=value, **{k: float(v) for k, v in parts.items()})
+
+
 def _write_tables(
     state: _TrainState,
     folder: Path | None,  # None: nothing is written
@@ -423,31 +440,31 @@ def fit(
     data,  # len(data); data[(draw, index)] -> sample
     *,
     steps: int,
-    batch: int,  # samples that meet in one loss, over all processes
+    batch: int,  # samples in one loss, over all processes
     lr: float,
     seed: Any,  # any key of `asap.core.rng`
-    folder: Path | str | None = None,  # of the resume state and log.csv; None: nothing is kept
+    folder: Path | str | None = None,  # of the resume state and log.csv; None: nothing is written
     warmup: int = 0,  # steps
     weight_decay: float = 0.05,
     betas: Sequence[float] = (0.9, 0.95),  # of AdamW
     matrices: Iterable = (),  # parameters that Muon optimizes, at the rate `matrix_lr`
     matrix_lr: float | None = None,
-    slow: Iterable = (),  # parameters with a rate of their own, `slow_lr`
+    slow: Iterable = (),  # parameters with their own rate, `slow_lr`
     slow_lr: float | None = None,
     clip: float = 1.0,  # maximum norm of the gradient
     precision_: str = "auto",  # or "no", "bf16", "fp16"
-    accumulate: int = 1,  # batches a step
+    accumulate: int = 1,  # batches per step
     workers: int = 0,  # processes that read samples
     fp: dict | None = None,  # fingerprint of the run
-    save_every: int = 100,
-    log_every: int = 10,
+    save_every: int = 100,  # steps
+    log_every: int = 10,  # steps
     on_eval: Callable | None = None,  # (model, step) -> dict of floats, a row of eval.csv
     eval_every: int | None = None,  # steps; the last one is always evaluated
     validate: Callable | None = None,  # model -> dict with "score", higher is better
     validate_every: int | None = None,  # steps; the last one is always validated
     patience: int | None = None,  # validations without a better score
     collate: Callable | None = None,  # of the DataLoader
-    label: str = "train",
+    label: str = "train",  # of the progress bar
 ) -> pd.DataFrame:  # step, loss, parts of the loss
     "Train in place; at the end the model holds the last weights, or the best with `validate`"
     acc = _make_accelerator(precision_, accumulate, batch)
@@ -469,8 +486,7 @@ def fit(
     sampler = EpochBatchSampler(len(data), batch, steps * accumulate, seed, start * accumulate)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
     model, loader, *opts = acc.prepare(model, loader, *opts)
-    bar, time_left = progress_bar(total=steps, label=label), _TimeLeft(label, start, steps)
-    bar.update(start)
+    progress = _Progress(label, start, steps)
     model.train()
     for micro, samples in enumerate(loader, start * accumulate):
         step = micro // accumulate
@@ -480,23 +496,21 @@ def fit(
         value, parts = _train_batch(acc, model, opts, loss, samples, micro, step, clip)
         if (micro + 1) % accumulate:
             continue
-        bar.update()
-        time_left.update(step)
         state.step = step + 1
+        progress.update(step)
         if step % log_every == 0 or last:
-            state.log.append(dict(step=step, loss=value, **{k: float(v) for k, v in parts.items()}))
-            bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
+            state.log.append(_log_row(step, value, parts))
+            progress.show_loss(value)
         plain = acc.unwrap_model(model)
         if on_eval and _is_due(step, eval_every, last):
             state.evals.append(_eval_row(plain, on_eval, step + 1))
         if validate and _is_due(step, validate_every, last):
             state.best = _update_best(plain, validate, step, state.best)
-            waited = step - state.best["step"]
-            if patience and validate_every and waited >= patience * validate_every:
+            if _is_patience_over(state.best, step, validate_every, patience):
                 break
         if folder and acc.is_main_process and (step + 1) % save_every == 0 and not last:
             _save_state(folder, state, plain, opts, acc.scaler)
-    bar.close()
+    progress.close()
     if state.best:
         acc.unwrap_model(model).load_state_dict(state.best["weights"])
     return _write_tables(state, folder if acc.is_main_process else None)

@@ -236,7 +236,7 @@ def test_the_file_may_go_once_it_is_read(small):
 WRONG = {
     "missing": (
         lambda w: w.pop("blocks.1.attn.qkv.bias"),
-        "missing ['blocks.1.attn.qkv.bias'], not known []",
+        "missing ['blocks.1.attn.qkv.bias'], unexpected []",
     ),
     "missing class token": (lambda w: w.pop("cls_token"), "missing ['cls_token']"),
     "missing patches": (
@@ -250,15 +250,15 @@ WRONG = {
     ),
     "a block left out between": (
         lambda w: w.update({"blocks.3.norm1.weight": torch.ones(48)}),
-        "not known ['blocks.3.norm1.weight']",
+        "unexpected ['blocks.3.norm1.weight']",
     ),
     "unknown in a block": (
         lambda w: w.update({"blocks.0.ls1.gamma": torch.ones(48)}),
-        "not known ['blocks.0.ls1.gamma']",
+        "unexpected ['blocks.0.ls1.gamma']",
     ),
     "unknown": (
         lambda w: w.update({"fc_norm.weight": torch.ones(48)}),
-        "not known ['fc_norm.weight']: fetch it again",
+        "unexpected ['fc_norm.weight']: fetch it again",
     ),
     "shape": (
         lambda w: w.update({"blocks.0.mlp.fc1.weight": torch.ones(96, 48)}),
@@ -434,7 +434,7 @@ def test_another_grid_is_as_if_it_had_been_made_for_it(small, capsys):
     other = (16, 6, 12)
     encoder = load(small, heads=3, size=other)
     assert (
-        "of 8x18x8 voxels made anew from sines and cosines for 16x6x12" in capsys.readouterr().err
+        "of 8x18x8 voxels recomputed from sines and cosines for 16x6x12" in capsys.readouterr().err
     )
     fresh = ViT3D(other, (4, 6, 2), 48, 2, 3).eval()
     fresh.load_state_dict(
@@ -486,7 +486,7 @@ def test_a_resized_encoder_keeps_its_precision_and_says_nothing_where_nothing_ch
     set_input_size(vit, [8, 18, 16])
     assert (
         vit.pos_embed.dtype == torch.bfloat16
-        and "made anew" in capsys.readouterr().err
+        and "recomputed" in capsys.readouterr().err
         and vit.img_size == (8, 18, 16)
     )
 
@@ -538,7 +538,7 @@ def test_blocks_of_an_image_model(tmp_path, capsys):
     "dim,depth,expected",
     [
         (48, 3, "missing ['blocks.2.attn.proj.bias'"),
-        (48, 1, "not known ['blocks.1.attn.proj.bias'"),
+        (48, 1, "unexpected ['blocks.1.attn.proj.bias'"),
         (96, 2, "expected (192, 96)"),
     ],
 )
@@ -556,7 +556,7 @@ def test_an_image_model_of_another_size_is_refused(small, dim, depth, expected):
 def test_an_image_models_head_is_no_part_of_the_blocks(tmp_path):
     file = write(tmp_path / "mae.pth", weights(**SMALL) | {"head.weight": torch.ones(9, 48)})
     vit = ViT3D(SIZE, (4, 6, 2), 48, 2, 3)
-    with pytest.raises(ValueError, match="not known .'head.weight'"):
+    with pytest.raises(ValueError, match="unexpected .'head.weight'"):
         load_mae2d_blocks(vit, file)
     load_mae2d_blocks(vit, file, leave_out="head")
 
@@ -652,7 +652,7 @@ def test_a_hubs_id_is_found_in_its_cache(folder, tmp_path):
         ASAPHubModel.from_pretrained(
             "someone/else", cache_dir=tmp_path / "hub", local_files_only=True
         )
-    with pytest.raises(FileNotFoundError, match="no folder, and no hub's id"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor an id of the hub"):
         ASAPHubModel.from_pretrained("runs/pretrain/none/checkpoint")
 
 
@@ -689,8 +689,8 @@ def respoil(folder, f):
 @pytest.mark.parametrize(
     "spoil,expected",
     [
-        (lambda w: w.pop("vit.norm.bias"), "missing ['vit.norm.bias'], not known []"),
-        (lambda w: w.update({"vit.extra": torch.ones(1)}), "missing [], not known ['vit.extra']"),
+        (lambda w: w.pop("vit.norm.bias"), "missing ['vit.norm.bias'], unexpected []"),
+        (lambda w: w.update({"vit.extra": torch.ones(1)}), "missing [], unexpected ['vit.extra']"),
         (
             lambda w: w.update({"vit.norm.bias": torch.ones(31)}),
             "`vit.norm.bias` has shape (31,), expected (32,)",
@@ -735,7 +735,7 @@ def test_a_broken_folder_is_refused(folder, tmp_path):
         [1],
     ):
         write_json(wrong, folder / "config.json")
-        with pytest.raises(ValueError, match="config.json describes no model"):
+        with pytest.raises(ValueError, match="config.json does not describe a model"):
             ASAPHubModel.from_pretrained(folder)
     for name in ("config.json", "model.safetensors"):
         for f, b in whole.items():
@@ -819,9 +819,9 @@ def test_the_card_says_what_it_is(model):
         "mask_ratio 0.75",
         "Apache-2.0",
         "phantoms, version 2",
-        "know no patient",
+        "no patient data",
         "48x48x24 voxels at 7x7x14 mm, HU -1000 to 1000",
-        "no clinical use",
+        "Not for clinical use",
     ):
         assert s in text, s
     assert "revision" not in text and "hash" not in text and " s on" not in text
@@ -829,7 +829,7 @@ def test_the_card_says_what_it_is(model):
         STUDY,
         data="5d1f0c0e",
         revision="abc-dirty",
-        licence="of the house",
+        license="of the house",
         pretrain=dict(lr=0.001),
         phantom="none: real scans",
         train=640,
@@ -849,8 +849,8 @@ def test_the_card_says_what_it_is(model):
         "lr 0.001",
         "1,234,567",
         "7,654,321",
-        "counts alone",
-        "owners' terms",
+        "counts only",
+        "terms of their owners",
     ):
         assert s in text, s
     assert "phantom" not in text and "Not trained" in checkpoint.model_card(
@@ -858,7 +858,7 @@ def test_the_card_says_what_it_is(model):
     )
 
 
-def test_licence_and_revision(tmp_path, monkeypatch):
+def test_license_and_revision(tmp_path, monkeypatch):
     assert checkpoint.code_license() == "Apache-2.0"
 
     def git(*a):
@@ -872,7 +872,7 @@ def test_licence_and_revision(tmp_path, monkeypatch):
 
     monkeypatch.setenv("ASAP_ROOT", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert checkpoint.git_revision() is None and checkpoint.code_license() == "not said"
+    assert checkpoint.git_revision() is None and checkpoint.code_license() == "not stated"
     (tmp_path / "f").write_text("1")
     git("init", "-q")
     git("add", "f")

@@ -268,7 +268,7 @@ def spoil(folder, how):
         ("truncated", "is truncated or broken"),
         ("config", "not valid JSON"),
         ("absent", "is missing"),
-        ("text", "describes no model"),
+        ("text", "does not describe a model"),
         ("file", "give a checkpoint folder"),
     ],
 )

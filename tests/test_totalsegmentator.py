@@ -149,7 +149,8 @@ def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
     )
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
     assert (
-        main(command) == 1 and "TotalSegmentator's weights are not whole" in capsys.readouterr().err
+        main(command) == 1
+        and "TotalSegmentator's weights are incomplete" in capsys.readouterr().err
     )
 
 
@@ -172,7 +173,7 @@ def test_half_a_model_is_missing(place, monkeypatch, tmp_path):
     assert seg.find_weights(True) == tmp_path.resolve()
     next(tmp_path.rglob("checkpoint_final.pth")).unlink()
     assert seg.find_weights(True) is None and list(seg.missing_models(True)) == [297]
-    with pytest.raises(FileNotFoundError, match="remove it first"):
+    with pytest.raises(FileNotFoundError, match="remove an incomplete folder first"):
         seg.ensure_weights(True, download=True)  # the library fetches no model that has a folder
 
 
@@ -213,5 +214,5 @@ def test_full_models_run_where_the_classes_are(scan, monkeypatch):
 def test_another_folder_is_no_silent_mistake(scan, monkeypatch, tmp_path):
     write_tiny(tmp_path, "fast")
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="start Python anew"):
+    with pytest.raises(RuntimeError, match="start a new Python process"):
         seg.segment(scan[0], P.groups, device="cpu")

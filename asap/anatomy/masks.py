@@ -6,25 +6,32 @@
 __all__ = ['organ_fractions']
 
 # %% ../../nbs/3_anatomy/31_masks.ipynb #6acf1404
+from collections.abc import Sequence
+
 import numpy as np
 from einops import rearrange
 
 from .organs import UNKNOWN
 
 # %% ../../nbs/3_anatomy/31_masks.ipynb #ec982153
-def _count_columns(organs, p: int, n: int) -> np.ndarray:  # (H,W,D) -> (H/p,n+1,W,D), 0 to p
-    "How many of `p` voxels above each other are background and each group"
-    h, *plane = len(organs) // p, *organs.shape[1:]
-    out, hit = np.empty((h, n + 1, *plane), np.min_scalar_type(p)), np.empty((p, *plane), bool)
+def _count_columns(
+    organs: np.ndarray,  # (H,W,D)
+    p: int,  # voxels of a patch along the first axis
+    n: int,  # number of groups
+) -> np.ndarray:  # (H/p,n+1,W,D), 0 to p
+    "Voxels of background and of each group in each column of `p` voxels"
+    h, plane = len(organs) // p, organs.shape[1:]
+    out = np.empty((h, n + 1, *plane), np.min_scalar_type(p))
+    equal = np.empty((p, *plane), np.bool_)
     for i, slab in enumerate(np.split(organs, h)):
         for c in range(n + 1):
-            np.add.reduce(np.equal(slab, c, out=hit).view(np.uint8), 0, out=out[i, c])
+            np.add.reduce(np.equal(slab, c, out=equal).view(np.uint8), 0, out=out[i, c])
     return out
 
 
 def organ_fractions(
     organs: np.ndarray,  # (H,W,D) uint8: 0..n, 255 unknown
-    patch,  # voxels of a patch
+    patch: Sequence[int],  # voxels of a patch
     n: int,  # number of groups
 ) -> tuple:  # (N,n+1) float32 whose known rows sum to 1; (N,) bool
     "Fractions of background and groups per patch, and which patches are known by half or more"
@@ -43,6 +50,5 @@ def organ_fractions(
             f"an organ map holds {int(organs[organs != UNKNOWN].max())}, "
             f"expected 0 to {n} or {UNKNOWN}"
         )
-    return (count / np.maximum(known, 1)[:, None]).astype(
-        np.float32, order="C"
-    ), known * 2 >= p * q * r
+    fractions = (count / np.maximum(known, 1)[:, None]).astype(np.float32, order="C")
+    return fractions, known * 2 >= p * q * r

@@ -9,9 +9,10 @@ __all__ = ['UNKNOWN', 'TotalSegmentatorConfig', 'AnatomyConfig', 'totalsegmentat
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #346c3be3
 import difflib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -40,7 +41,7 @@ UNKNOWN = 255
 
 
 @cache
-def totalsegmentator_classes() -> dict:  # name -> id, 117 of them
+def totalsegmentator_classes() -> dict[str, int]:  # name -> id, 117 of them
     "TotalSegmentator's `total` classes"
     from totalsegmentator.map_to_binary import class_map
 
@@ -49,22 +50,22 @@ def totalsegmentator_classes() -> dict:  # name -> id, 117 of them
 
 def group_class_ids(
     groups: dict,  # group -> list of class names, as in params.yaml
-) -> list:  # per group its class ids, in order; group i has value i+1 in an organ map
-    "Look the groups up; `ValueError` names a class that does not exist and the nearest that does"
+) -> list:  # class ids of each group, in order; group i has value i+1 in an organ map
+    "Look up the groups; `ValueError` names a class that does not exist and the nearest that does"
     for group, names in groups.items():
         for n in names:
             if n not in totalsegmentator_classes():
                 near = difflib.get_close_matches(n, totalsegmentator_classes(), 1)
                 raise ValueError(
-                    f"anatomy.groups: `{group}` lists `{n}`, which is no class of TotalSegmentator"
-                    + (f": did you mean `{near[0]}`?" if near else "")
+                    f"anatomy.groups: `{group}` lists `{n}`, which is not a class of "
+                    "TotalSegmentator" + (f": did you mean `{near[0]}`?" if near else "")
                 )
     return [[totalsegmentator_classes()[n] for n in names] for names in groups.values()]
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #9a68f0b4
 def map_to_groups(
     labels: np.ndarray,  # TotalSegmentator's `total` ids
-    groups: dict,
+    groups: dict,  # as in params.yaml
 ) -> np.ndarray:  # uint8, same shape
     "Class ids to group numbers; every group counts as known"
     table = np.zeros(max(int(labels.max()), max(totalsegmentator_classes().values())) + 1, np.uint8)
@@ -74,12 +75,12 @@ def map_to_groups(
 
 
 def read_multilabel_map(
-    path,  # TotalSegmentator's multi-label NIfTI
-    groups: dict,
-    shape=None,  # of the standard volume; the file's own grid when None
-    affine=None,
+    path: Path | str,  # TotalSegmentator's multi-label NIfTI
+    groups: dict,  # as in params.yaml
+    shape: Sequence[int] | None = None,  # of the standard volume; None: the file's own grid
+    affine: np.ndarray | None = None,  # 4x4, of the standard volume
 ) -> np.ndarray:  # uint8
-    "One file with all classes, put on the standard grid by nearest neighbour"
+    "One file with all classes, resampled to the standard grid by nearest neighbor"
     img = open_nifti(path)
     labels = np.asanyarray(img.dataobj)
     if (
@@ -88,49 +89,64 @@ def read_multilabel_map(
         or labels.min() < 0
     ):
         raise ValueError(
-            f"{path}: expected whole class ids on three axes, "
+            f"{path}: expected integer class ids on three axes, "
             f"found {labels.dtype} of shape {labels.shape}: is this a segmentation?"
         )
-    out = map_to_groups(labels.astype(np.int16), groups)
-    return out if shape is None else resample(out, img.affine, shape, affine, order=0, fill=0)
+    return _to_grid(map_to_groups(labels.astype(np.int16), groups), img.affine, shape, affine)
+
+
+def _to_grid(
+    organs: np.ndarray,
+    old: np.ndarray,  # affine of `organs`
+    shape: Sequence[int] | None,  # None: `organs` unchanged
+    affine: np.ndarray | None,
+) -> np.ndarray:
+    if shape is None:
+        return organs
+    if affine is None:
+        raise ValueError("the shape of the standard volume is given without its affine: give both")
+    return resample(organs, old, shape, affine, order=0, fill=0)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #5291c323
+def _read_class_mask(
+    mask: np.ndarray | Path | str,  # boolean array on the grid, or path of a NIfTI
+    shape: Sequence[int],
+    affine: np.ndarray,
+) -> np.ndarray:  # bool
+    if isinstance(mask, np.ndarray):
+        return mask
+    img = open_nifti(mask)
+    inside = (np.asanyarray(img.dataobj) > 0).astype(np.uint8)
+    return resample(inside, img.affine, shape, affine, order=0, fill=0) > 0
+
+
 def merge_class_masks(
-    masks: dict,  # class name -> path of a NIfTI, or boolean array on the wanted grid
-    groups: dict,
-    shape,
-    affine,
-    hu=None,  # the standard volume, to say where a missing lobe cannot be
+    masks: dict,  # class name -> path of a NIfTI, or boolean array on the grid
+    groups: dict,  # as in params.yaml
+    shape: Sequence[int],  # of the standard volume
+    affine: np.ndarray,  # 4x4, of the standard volume
+    hu: np.ndarray | None = None,  # standard volume; restricts where missing groups may be
 ) -> np.ndarray:  # uint8 with 255
-    "Some classes, one mask each; groups that are not complete are unknown where they could be"
-    have = {name for name in masks}
-    out, seen = np.zeros(shape, np.uint8), np.zeros(shape, bool)
+    "Masks of some classes; incomplete groups are unknown where they may be"
+    out, assigned = np.zeros(shape, np.uint8), np.zeros(shape, bool)
     for number, names in enumerate(groups.values(), 1):
-        for n in have & set(names):
-            m = masks[n]
-            if not isinstance(m, np.ndarray):
-                img = open_nifti(m)
-                m = (
-                    resample(
-                        (np.asanyarray(img.dataobj) > 0).astype(np.uint8),
-                        img.affine,
-                        shape,
-                        affine,
-                        order=0,
-                        fill=0,
-                    )
-                    > 0
-                )
-            out[m & ~seen] = number
-            seen |= m
-    missing = [g for g, names in groups.items() if not set(names) <= have]
+        for n in masks.keys() & set(names):
+            m = _read_class_mask(masks[n], shape, affine)
+            out[m & ~assigned] = number
+            assigned |= m
+    missing = [g for g, names in groups.items() if not set(names) <= masks.keys()]
     if missing:
-        out[~seen & possible_region(missing, groups, hu, shape)] = UNKNOWN
+        out[~assigned & possible_region(missing, groups, hu, shape)] = UNKNOWN
     return out
 
 
-def possible_region(missing, groups, hu, shape) -> np.ndarray:  # bool
-    "Where a missing group could be: lobes in air inside the body, other organs inside the body"
+def possible_region(
+    missing: Sequence[str],  # groups without a complete mask
+    groups: dict,  # as in params.yaml
+    hu: np.ndarray | None,  # standard volume; None: anywhere
+    shape: Sequence[int],  # of the standard volume
+) -> np.ndarray:  # bool
+    "Where a missing group may be: lobes in air inside the body, other organs inside the body"
     if hu is None:
         return np.ones(shape, bool)
     inside = body_mask(hu)
@@ -138,7 +154,12 @@ def possible_region(missing, groups, hu, shape) -> np.ndarray:  # bool
     return inside & (hu < -400) if lobes else inside
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #f11b9cbe
-def read_asap_map(path, groups: dict, shape=None, affine=None) -> np.ndarray:  # uint8
+def read_asap_map(
+    path: Path | str,  # NIfTI
+    groups: dict,  # as in params.yaml
+    shape: Sequence[int] | None = None,  # of the standard volume; None: the file's own grid
+    affine: np.ndarray | None = None,  # 4x4, of the standard volume
+) -> np.ndarray:  # uint8
     "A released ASAP mask, values 0..8"
     img = open_nifti(path)
     m = np.asanyarray(img.dataobj)
@@ -147,17 +168,16 @@ def read_asap_map(path, groups: dict, shape=None, affine=None) -> np.ndarray:  #
             f"{path}: values {m.min()} to {m.max()}, "
             f"expected 0 to {len(groups)} (the study's groups)"
         )
-    m = m.astype(np.uint8)
-    return m if shape is None else resample(m, img.affine, shape, affine, order=0, fill=0)
+    return _to_grid(m.astype(np.uint8), img.affine, shape, affine)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #5e6bb63d
 def read_organ_map(
-    path,  # TotalSegmentator's multi-label NIfTI, or its folder of one NIfTI a class
-    groups: dict,
-    shape,  # of the standard volume
-    affine,
+    path: Path | str,  # TotalSegmentator's multi-label NIfTI, or its folder of one NIfTI per class
+    groups: dict,  # as in params.yaml
+    shape: Sequence[int],  # of the standard volume
+    affine: np.ndarray,  # 4x4, of the standard volume
 ) -> np.ndarray:  # uint8, 255 where the folder lacks a group
-    "The organ map of a case, of whichever form its masks are"
+    "The organ map of a case, from either form of masks"
     path = Path(path)
     if not path.is_dir():
         return read_multilabel_map(path, groups, shape, affine)
@@ -174,28 +194,23 @@ def read_organ_map(
     return merge_class_masks(masks, groups, shape, affine)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #c799d038
-def plot_organ_overlay(ax, hu, organs, aspect=1.0, names=None):
-    "One slice with its organs in colour; unknown is grey"
+def plot_organ_overlay(
+    ax: Any,  # axes of matplotlib
+    hu: np.ndarray,  # (H,W) slice
+    organs: np.ndarray,  # (H,W) slice of the organ map
+    aspect: float = 1.0,  # height of a pixel / its width
+    names: Sequence[str] | None = None,  # of the groups; they set the number of colors, at least 8
+) -> None:
+    "One slice with its organs in color; unknown is gray"
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    ax.imshow(hu, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
     n = max(len(names or []), 8)
-    colours = ListedColormap([plt.get_cmap("tab10")(i % 10) for i in range(n)])
-    ax.imshow(
-        np.ma.masked_where((organs == 0) | (organs == UNKNOWN), organs),
-        cmap=colours,
-        vmin=0.5,
-        vmax=n + 0.5,
-        alpha=0.5,
-        aspect=aspect,
-        interpolation="nearest",
-    )
-    ax.imshow(
-        np.ma.masked_where(organs != UNKNOWN, organs),
-        cmap=ListedColormap(["0.75"]),
-        alpha=0.45,
-        aspect=aspect,
-        interpolation="nearest",
-    )
+    colors = ListedColormap([plt.get_cmap("tab10")(i % 10) for i in range(n)])
+    known = np.ma.masked_where((organs == 0) | (organs == UNKNOWN), organs)
+    unknown = np.ma.masked_where(organs != UNKNOWN, organs)
+    kw = dict(aspect=aspect, interpolation="nearest")
+    ax.imshow(hu, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+    ax.imshow(known, cmap=colors, vmin=0.5, vmax=n + 0.5, alpha=0.5, **kw)
+    ax.imshow(unknown, cmap=ListedColormap(["0.75"]), alpha=0.45, **kw)
     ax.axis("off")

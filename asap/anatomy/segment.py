@@ -12,9 +12,12 @@ import importlib.metadata
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .organs import group_class_ids, map_to_groups
 from asap.core import (
@@ -32,26 +35,24 @@ from ..data.volumes import Volume, open_nifti, read, write
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9297cfc4
 def required_models(
-    fast: bool,  # the one 3 mm model; else the five 1.5 mm ones and the 6 mm one that finds the box
-) -> (
-    dict
-):  # TotalSegmentator's number of a model -> its checkpoint, relative to the folder of weights
-    "The models that a run needs, out of TotalSegmentator's own tables"
+    fast: bool,  # the single 3 mm model; else the five 1.5 mm models and the 6 mm model
+) -> dict:  # TotalSegmentator's number of a model -> its checkpoint, relative to the weights folder
+    "The models that a run needs, from TotalSegmentator's own tables"
     from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS
     from totalsegmentator.python_api import get_task_config
 
-    found = {}
+    models = {}
     for mode in (dict(fast=True),) if fast else (dict(), dict(fastest=True)):
         c = get_task_config("total", quiet=True, plans="nnUNetPlans", **mode)
         for task in c["task_id"] if isinstance(c["task_id"], list) else [c["task_id"]]:
             run = f"{c['trainer']}__{c['plans']}__{c['model']}"
-            found[task] = Path(
+            models[task] = Path(
                 TASK_ID_WEIGHTS_CONFIGS[task]["foldername"],
                 run,
                 f"fold_{c['folds'][0]}",
                 "checkpoint_final.pth",
             )
-    return found
+    return models
 
 
 def weights_dir() -> Path:
@@ -60,80 +61,94 @@ def weights_dir() -> Path:
 
     return Path(get_weights_dir()).resolve()
 
+# %% ../../nbs/3_anatomy/32_segment.ipynb #5cef0291
+def _is_complete(checkpoint: Path) -> bool:
+    settings = (checkpoint.parents[1] / name for name in ("plans.json", "dataset.json"))
+    return checkpoint.is_file() and all(f.is_file() for f in settings)
 
-def missing_models(fast: bool) -> dict:  # number -> folder's name; empty when all is there
-    "The models that are not on disk, or not whole"
 
-    def is_complete(f):
-        settings = (f.parents[1] / n for n in ("plans.json", "dataset.json"))
-        return f.is_file() and all(s.is_file() for s in settings)
-
+def missing_models(
+    fast: bool,  # as `required_models`
+) -> dict:  # number -> name of the folder; empty if all models are complete
+    "The models that are missing or incomplete on disk"
     return {
         task: f.parts[0]
         for task, f in required_models(fast).items()
-        if not is_complete(weights_dir() / f)
+        if not _is_complete(weights_dir() / f)
     }
 
 
-def find_weights(fast: bool) -> Path | None:
-    "The folder of weights where every model is on disk, else None"
+def find_weights(
+    fast: bool,  # as `required_models`
+) -> Path | None:
+    "The folder of weights if every model is on disk, else None"
     return None if missing_models(fast) else weights_dir()
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #e9bee246
-def ensure_weights(fast: bool, download: bool = False) -> Path:  # folder of weights
-    "Make sure of the weights; `FileNotFoundError` says what is missing and what can be done"
+def ensure_weights(
+    fast: bool,  # as `required_models`
+    download: bool = False,  # allow downloading missing models
+) -> Path:  # folder of weights
+    "Check that all weights are on disk; `FileNotFoundError` says what is missing and what to do"
     if missing_models(fast) and download:
         from totalsegmentator.libs import download_pretrained_weights
 
         for task in progress_bar(missing_models(fast), label="weights"):
             download_pretrained_weights(task)
-    if lost := missing_models(fast):
+    if missing := missing_models(fast):
         raise FileNotFoundError(
-            f"TotalSegmentator's weights are not whole in {weights_dir()}: "
-            f"missing {', '.join(lost.values())}. "
-            "Set anatomy.totalsegmentator.download: true to fetch them "
-            "(a folder that is there but not whole: remove it first), or put them there "
-            "or name their folder in TOTALSEG_WEIGHTS_PATH, or go on without organ maps"
+            f"TotalSegmentator's weights are incomplete in {weights_dir()}: "
+            f"missing {', '.join(missing.values())}. "
+            "Set anatomy.totalsegmentator.download: true to download them "
+            "(remove an incomplete folder first), or copy them there, "
+            "or set TOTALSEG_WEIGHTS_PATH to their folder, or go on without organ maps"
         )
     return weights_dir()
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d86b8193
+def _environment() -> dict[str, str]:
+    "Variables of TotalSegmentator and nnU-Net"
+    return {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
+
+
+def _check_imported_weights() -> None:
+    imported = getattr(sys.modules.get("nnunetv2.paths"), "nnUNet_results", weights_dir())
+    if not imported or Path(imported).resolve() != weights_dir():
+        raise RuntimeError(
+            f"nnU-Net was imported with {imported} as its folder of models and cannot change to "
+            f"{weights_dir()}: start a new Python process"
+        )
+
+
 @contextlib.contextmanager
 def isolate_totalsegmentator():
     "Run TotalSegmentator in a temporary home without statistics; restores its variables and torch"
     import torch
 
-    def names():
-        return {k: v for k, v in os.environ.items() if k.startswith(("TOTALSEG_", "nnUNet_"))}
-
-    before, threads, tuned = names(), torch.get_num_threads(), torch.backends.cudnn.benchmark
-    held = getattr(sys.modules.get("nnunetv2.paths"), "nnUNet_results", weights_dir())
-    if not held or Path(held).resolve() != weights_dir():
-        raise RuntimeError(
-            f"nnU-Net was imported with {held} as its folder of models and keeps to it, "
-            f"not to {weights_dir()}: start Python anew"
-        )
+    before, threads = _environment(), torch.get_num_threads()
+    benchmark = torch.backends.cudnn.benchmark
+    _check_imported_weights()
     with tempfile.TemporaryDirectory() as home:
-        off = dict(
+        config = dict(
             totalseg_id="asap",
             send_usage_stats=False,
             prediction_counter=0,
             statistics_disclaimer_shown=True,
         )
-        write_json(off, Path(home) / "config.json")
+        write_json(config, Path(home) / "config.json")
         os.environ.update(TOTALSEG_WEIGHTS_PATH=str(weights_dir()), TOTALSEG_HOME_DIR=home)
         try:
             yield
         finally:
-            for k in names():
+            for k in _environment():
                 del os.environ[k]
             os.environ.update(before)
             torch.set_num_threads(threads)
-            torch.backends.cudnn.benchmark = tuned
+            torch.backends.cudnn.benchmark = benchmark
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #d1034c1d
 def totalsegmentator_device(
-    device=None,  # a torch device or its name; Accelerate's choice when None
+    device: Any = None,  # a torch device or its name; Accelerate's choice when None
 ) -> str:  # "gpu", "gpu:1", "mps" or "cpu"
     "TotalSegmentator's name of a device"
     import torch
@@ -151,10 +166,10 @@ def totalsegmentator_device(
 def run_totalsegmentator(
     v: Volume,  # Hounsfield units, any orientation and spacing
     groups: dict,  # as in params.yaml
-    fast: bool,
+    fast: bool,  # as `required_models`
     device: str,  # TotalSegmentator's name
 ) -> np.ndarray:  # uint8 ids of `total` on the volume's grid
-    "One scan through TotalSegmentator, from memory to memory"
+    "Segment one scan with TotalSegmentator, in memory"
     import nibabel as nib
     from totalsegmentator.python_api import totalsegmentator
 
@@ -181,43 +196,42 @@ def run_totalsegmentator(
     return np.asanyarray(out.dataobj)
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #483bb02e
-_MINUTES_PER_SCAN = {
-    True: 1,
-    False: 10,
-}  # of a chest CT on a processor, fast or not; for the warning alone
+# of a chest CT on a CPU, by `fast`; only for the log line
+_MINUTES_PER_SCAN = {True: 1, False: 10}
 
 
-def _warn_slow(n, fast, device):
-    if device == "cpu" and n * _MINUTES_PER_SCAN[fast] >= 5:
+def _warn_slow(n: int, fast: bool, device: str) -> None:
+    minutes = n * _MINUTES_PER_SCAN[fast]
+    if device == "cpu" and minutes >= 5:
         log_message(
-            f"TotalSegmentator on the processor: about {n * _MINUTES_PER_SCAN[fast]} minutes "
+            f"TotalSegmentator on the CPU: about {minutes} minutes "
             f"for {n} scan{'s' if n > 1 else ''}"
             + ("" if fast else "; anatomy.totalsegmentator.fast: true takes about a tenth")
         )
 
 
 def segment(
-    volumes,  # a Volume, or several
+    volumes: Volume | Iterable[Volume],
     groups: dict,  # as in params.yaml
     *,
-    download: bool = False,  # may weights be fetched?
-    fast: bool = True,
-    device=None,  # of torch; Accelerate's choice when None
-):  # uint8 ids of `total` on the volume's grid; a list where several came in
+    download: bool = False,  # allow downloading missing weights
+    fast: bool = True,  # as `required_models`
+    device: Any = None,  # of torch; Accelerate's choice when None
+) -> Any:  # uint8 ids of `total` on the volume's grid; a list for several volumes
     "Segment scans in memory; `FileNotFoundError` without weights and permission to download them"
     batch = [volumes] if isinstance(volumes, Volume) else list(volumes)
     group_class_ids(groups)
     ensure_weights(fast, download)
-    to = totalsegmentator_device(device)
-    _warn_slow(len(batch), fast, to)
-    found = [
-        run_totalsegmentator(v, groups, fast, to)
+    device_name = totalsegmentator_device(device)
+    _warn_slow(len(batch), fast, device_name)
+    results = [
+        run_totalsegmentator(v, groups, fast, device_name)
         for v in progress_bar(batch, label="TotalSegmentator")
     ]
-    return found[0] if isinstance(volumes, Volume) else found
+    return results[0] if isinstance(volumes, Volume) else results
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #5a940a2f
-def _map_provenance(groups, fast) -> dict:  # what all maps of a run depend on
+def _map_provenance(groups: dict, fast: bool) -> dict:  # what all maps of a run depend on
     sizes = {f.parts[0]: (weights_dir() / f).stat().st_size for f in required_models(fast).values()}
     return dict(
         groups=groups,
@@ -227,17 +241,20 @@ def _map_provenance(groups, fast) -> dict:  # what all maps of a run depend on
     )
 
 
-def _segment_case(row, out, origin, device) -> str | None:  # None, or why it was remade
+def _segment_case(
+    row: dict,  # of the cohort table
+    out: Path,  # folder of organ maps
+    origin: dict,  # of `_map_provenance`
+    device: str,
+) -> str | None:  # why an existing map was computed again
     mask, record = out / f"{row['case']}.nii.gz", out / f"{row['case']}.json"
-    open_nifti(row["image"])  # what is missing or broken is named
+    open_nifti(row["image"])  # raises an error that names a missing or broken file
     fp = fingerprint(**origin, volume=file_hash(row["image"]))
     old = read_json(record) if record.exists() else None
     if old == fp and mask.exists():
         return None
-    v = read(row["image"])
-    organs = map_to_groups(
-        run_totalsegmentator(v, origin["groups"], origin["fast"], device), origin["groups"]
-    )
+    v, groups = read(row["image"]), origin["groups"]
+    organs = map_to_groups(run_totalsegmentator(v, groups, origin["fast"], device), groups)
     if not organs.any():
         raise ValueError(
             f"TotalSegmentator found none of the study's organs in {row['image']}: "
@@ -247,14 +264,40 @@ def _segment_case(row, out, origin, device) -> str | None:  # None, or why it wa
     write_json(fp, record)
     return first_difference(old, fp) if old else None
 
+# %% ../../nbs/3_anatomy/32_segment.ipynb #36d37443
+def _segment_cases(
+    rows: list[dict],  # of the cohort table
+    groups: dict,
+    fast: bool,
+    out: Path,  # folder of organ maps
+    quarantine: Quarantine,
+    device: str,
+) -> set:  # the cases that failed
+    origin, remade = _map_provenance(groups, fast), []
+    _warn_slow(len(rows), fast, device)
+    for row in progress_bar(rows, label="organ maps"):
+        try:
+            remade.append(_segment_case(row, out, origin, device))
+        except Exception as e:
+            quarantine.add(row["case"], e)
+    if reasons := [r for r in remade if r]:
+        log_message(f"{len(reasons)} organ maps were computed again: {reasons[0]}")
+    quarantine.save()
+    if len(quarantine) == len(rows):
+        raise ValueError(
+            f"none of {len(rows)} cases could be segmented; the first: "
+            f"{quarantine.rows[0]['reason']}"
+        )
+    return {r["case"] for r in quarantine.rows}
+
 # %% ../../nbs/3_anatomy/32_segment.ipynb #82dbd7f7
 def fill_organ_maps(
-    table,  # of `asap.data.prepare.prepare_cases`
-    p,  # params `anatomy`: groups, totalsegmentator
+    table: pd.DataFrame,  # of `asap.data.prepare.prepare_cases`
+    p: Any,  # params `anatomy`: groups, totalsegmentator
     out: Path,  # folder of organ maps
-    quarantine: Path | None = None,  # CSV of the cases that stay without
-    device=None,  # of torch; Accelerate's choice when None
-):  # the table, `organ_map` filled where it was empty
+    quarantine: Path | None = None,  # CSV of the cases without a map
+    device: Any = None,  # of torch; Accelerate's choice when None
+) -> pd.DataFrame:  # the table, `organ_map` filled where it was empty
     "Segment the cases without an organ map; without weights the table is returned unchanged"
     rows = table[table.organ_map == ""][["case", "image"]].to_dict("records")
     if not rows:
@@ -262,9 +305,9 @@ def fill_organ_maps(
     try:
         ensure_weights(p.totalsegmentator.fast, p.totalsegmentator.download)
     except FileNotFoundError as e:
-        log_message(f"{len(rows)} of {len(table)} cases stay without an organ map: {e}")
+        log_message(f"{len(rows)} of {len(table)} cases have no organ map: {e}")
         return table
-    lost = _segment_cases(
+    failed = _segment_cases(
         rows,
         {g: list(p.groups[g]) for g in p.groups},
         p.totalsegmentator.fast,
@@ -272,25 +315,6 @@ def fill_organ_maps(
         Quarantine(quarantine),
         totalsegmentator_device(device),
     )
-    made = {
-        r["case"]: str(Path(out) / f"{r['case']}.nii.gz") for r in rows if r["case"] not in lost
-    }
-    return table.assign(organ_map=[made.get(c, m) for c, m in zip(table.case, table.organ_map)])
-
-
-def _segment_cases(rows, groups, fast, out, bad, device) -> set:  # the cases that failed
-    origin, remade = _map_provenance(groups, fast), []
-    _warn_slow(len(rows), fast, device)
-    for row in progress_bar(rows, label="organ maps"):
-        try:
-            remade.append(_segment_case(row, out, origin, device))
-        except Exception as e:
-            bad.add(row["case"], e)
-    if why := [w for w in remade if w]:
-        log_message(f"{len(why)} organ maps were made anew, because {why[0]}")
-    bad.save()
-    if len(bad) == len(rows):
-        raise ValueError(
-            f"none of {len(rows)} cases could be segmented; the first: {bad.rows[0]['reason']}"
-        )
-    return {r["case"] for r in bad.rows}
+    cases = [r["case"] for r in rows if r["case"] not in failed]
+    maps = {c: str(Path(out) / f"{c}.nii.gz") for c in cases}
+    return table.assign(organ_map=[maps.get(c, m) for c, m in zip(table.case, table.organ_map)])

@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,18 +40,18 @@ CHECKPOINT_FILES = ["model.safetensors", "config.json", "card.md"]
 
 def write_checkpoint(
     state: dict,  # name -> tensor
-    config: dict,  # plain JSON: what the model is built from
+    config: dict,  # plain JSON from which the model is built
     card: str,  # Markdown
-    folder,  # made whole or not at all
-    fp: dict | None = None,  # fingerprint, where the folder is taken up again
-):
-    "Write what any trained model of the study needs: model.safetensors, config.json, card.md"
+    folder: Path | str,  # replaced as a whole
+    fp: dict | None = None,  # fingerprint, for a folder that a later run may reuse
+) -> None:
+    "Write the files of a trained model: model.safetensors, config.json, card.md"
     with atomic_write(folder) as tmp:
         tmp.mkdir()
+        # clones: tied weights become two tensors
+        weights = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
         with atomic_write(tmp / "model.safetensors") as f:
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, f
-            )  # tied weights are two tensors here
+            save_file(weights, f)
         write_json(config, tmp / "config.json")
         write_text(card, tmp / "card.md")
         if fp is not None:
@@ -57,10 +59,10 @@ def write_checkpoint(
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b78573fd
 def read_config(
-    folder,  # of `write_checkpoint`
-    again: str,  # what to do where it is not whole
+    folder: Path | str,  # of `write_checkpoint`
+    again: str,  # for the error: how to get the folder again
 ) -> dict:
-    "config.json of a folder that has its weights too"
+    "Read config.json; `FileNotFoundError` if it or the weights are missing"
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).exists():
@@ -71,8 +73,11 @@ def read_config(
     return read_json(folder / "config.json")
 
 
-def read_weights(folder, again: str) -> dict:  # name -> tensor; as `read_config`
-    "Weights of a folder"
+def read_weights(
+    folder: Path | str,  # of `write_checkpoint`
+    again: str,  # for the error: how to get the folder again
+) -> dict:  # name -> tensor
+    "Read the weights; `ValueError` if the file is truncated"
     file = Path(folder) / "model.safetensors"
     try:
         return load_file(file)
@@ -82,46 +87,48 @@ def read_weights(folder, again: str) -> dict:  # name -> tensor; as `read_config
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #874938d2
 def save(
     model: ASAP,
-    folder,  # made whole or not at all
-    card: str,  # Markdown: what it was trained on, for how long, what it is not for
-):
+    folder: Path | str,  # replaced as a whole
+    card: str,  # Markdown: training data, duration, limits of use
+) -> None:
     "Write a checkpoint folder"
     if (size := tuple(model.config["img_size"])) != model.vit.img_size:
         raise ValueError(
-            f"the encoder was resized to {model.vit.img_size}, its decoder and config.json are "
-            f"for {size}: "
-            "resize what `load` gives, and save the model as it was"
+            f"the encoder was resized to {model.vit.img_size}, but its decoder and config.json "
+            f"are for {size}: save the model before `set_input_size`"
         )
     write_checkpoint(model.state_dict(), model.config, card, folder)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #07d3951c
+def _tensor_error(v, want) -> str | None:
+    if (kind := getattr(v, "dtype", type(v).__name__)) != want.dtype:
+        return f"is {kind}, expected {want.dtype}"
+    if v.shape != want.shape:
+        return f"has shape {tuple(v.shape)}, expected {tuple(want.shape)}"
+    if n := int((~v.isfinite()).sum()):
+        return f"holds {n} of {v.numel()} numbers that are NaN or infinite, expected none"
+    return None
+
+
 def _check_tensors(
     found: dict,  # name -> tensor
-    want: dict,  # name -> tensor of the right shape and dtype
-    what,  # file, or folder
-    todo: str,  # what to do about it
-):
-    "Raise ValueError unless names, shapes and dtypes are as wanted and all numbers are finite"
-    missing, unknown = sorted(set(want) - set(found)), sorted(set(found) - set(want))
-    if missing or unknown:
+    want: dict,  # name -> tensor of the expected shape and dtype
+    what: Path | str,  # file or folder
+    todo: str,  # for the error: what to do
+) -> None:
+    "`ValueError` unless names, shapes and dtypes are as expected and all values are finite"
+    missing, unexpected = sorted(set(want) - set(found)), sorted(set(found) - set(want))
+    if missing or unexpected:
         raise ValueError(
-            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, not "
-            f"known {unknown[:3]}: {todo}"
+            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}: {todo}"
         )
     for k, w in want.items():
-        v, wrong = found[k], None
-        if (kind := getattr(v, "dtype", type(v).__name__)) != w.dtype:
-            wrong = f"is {kind}, expected {w.dtype}"
-        elif v.shape != w.shape:
-            wrong = f"has shape {tuple(v.shape)}, expected {tuple(w.shape)}"
-        elif n := int((~v.isfinite()).sum()):
-            wrong = f"holds {n} of {v.numel()} numbers that are NaN or infinite, expected none"
-        if wrong:
-            raise ValueError(f"{what}: `{k}` {wrong}: {todo}")
+        if error := _tensor_error(found[k], w):
+            raise ValueError(f"{what}: `{k}` {error}: {todo}")
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #576f1a13
 def load_model(
-    folder,  # of `save`
+    folder: Path | str,  # of `save`
 ) -> "ASAPHubModel":  # in eval mode
     "The whole model"
     folder, again = Path(folder), "make or fetch it again"
@@ -130,8 +137,7 @@ def load_model(
         model = build_hub_model(config)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
-            f"{folder / 'config.json'} describes no model ({type(e).__name__}: {e}): make or "
-            "fetch it again"
+            f"{folder / 'config.json'} does not describe a model ({type(e).__name__}: {e}): {again}"
         ) from None
     weights = read_weights(folder, again)
     _check_tensors(
@@ -148,29 +154,30 @@ def load_model(
 
 
 def load_aligned_models(
-    arms, folder
-) -> dict:  # arm -> model in eval mode; `weights_dir` holds <arm>/checkpoint and <arm>/metrics.json
-    "The arms that a sentence can be put to: those trained with an alignment"
+    arms: Iterable[str],  # names
+    folder: Path | str,  # holds <arm>/checkpoint and <arm>/metrics.json
+) -> dict:  # arm -> model in eval mode
+    "The arms that were trained with an alignment loss: those that can be given a sentence"
     trained = [a for a in arms if read_json(Path(folder) / a / "metrics.json")["steps"]]
-    found = {a: load_model(Path(folder) / a / "checkpoint") for a in trained}
-    return {a: m for a, m in found.items() if m.config["arm"]["align_weight"]}
+    models = {a: load_model(Path(folder) / a / "checkpoint") for a in trained}
+    return {a: m for a, m in models.items() if m.config["arm"]["align_weight"]}
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fb580cc1
 class ASAPHubModel(ASAP, ModelHubMixin):
     "`ASAP` with `from_pretrained`, `save_pretrained` and `push_to_hub`"
 
     card = (
-        "# ASAP\n\nA 3-D vision transformer for chest CT. What it was trained on was not said. "
-        "For no clinical use.\n"
+        "# ASAP\n\nA 3-D vision transformer for chest CT. Its training data are not stated. "
+        "Not for clinical use.\n"
     )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
-        name,  # folder, or id on the Hugging Face hub
-        **where,  # revision, token, cache_dir, ...: of `huggingface_hub.snapshot_download`
+        name: Path | str,  # folder, or id on the Hugging Face hub
+        **where: Any,  # revision, token, ...: of `huggingface_hub.snapshot_download`
     ) -> "ASAPHubModel":  # in eval mode
-        "The whole model; nothing that came with it is run"
+        "The whole model; no code of the folder is run"
         if Path(name).is_dir():
             return load_model(name)
         try:
@@ -179,72 +186,87 @@ class ASAPHubModel(ASAP, ModelHubMixin):
             )
         except HFValidationError:
             raise FileNotFoundError(
-                f"{name} is no folder, and no hub's id either (`owner/name`): give one of the two"
+                f"{name} is neither a folder nor an id of the hub (`owner/name`): give one of them"
             ) from None
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
-        folder,  # made whole or not at all
-        card: str | None = None,  # Markdown; the one it came with when None
+        folder: Path | str,  # replaced as a whole
+        card: str | None = None,  # Markdown; the model's own card when None
         push_to_hub: bool = False,
-        repo_id: str | None = None,  # the folder's name when None
-        config=None,
-        model_card_kwargs=None,  # the mixin's; the model has its own config and card
-        **where,
-    ):  # as `push_to_hub` takes them
-        "Write a checkpoint folder, and push it if asked to"
+        repo_id: str | None = None,  # the name of the folder when None
+        config: Any = None,  # of the mixin; ignored: the model has its own config
+        model_card_kwargs: Any = None,  # of the mixin; ignored: the model has its own card
+        **where: Any,  # arguments of `push_to_hub`
+    ) -> str | None:  # URL of the commit, if pushed
+        "Write a checkpoint folder, and push it with `push_to_hub`"
         self.card = card or self.card
         save(self, folder, self.card)
-        if push_to_hub:
-            return self.push_to_hub(repo_id or Path(folder).name, **where)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or Path(folder).name, **where)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a677dfeb
 class ReleasedASAPHubModel(ASAPHubModel, ReleasedASAP):
     "`ReleasedASAP` with the same methods"
 
 
-def build_hub_model(config: dict) -> ASAPHubModel:  # config of `build_config`
-    "The model of an arm, with weights as drawn"
+def build_hub_model(
+    config: dict,  # of `build_config`
+) -> ASAPHubModel:
+    "The model of an arm, with initial weights"
     return (ReleasedASAPHubModel if is_released(config["arm"]) else ASAPHubModel)(config)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a53af14e
-def _sincos_grid(pos) -> tuple | None:  # (N,C) -> patches along H, W, D
-    "The grid of a table of sines and cosines, None of any other table"
-    (n, dim), near = pos.shape, 1e-4 if pos.dtype == torch.float32 else 1e-2
+def _sincos_grid(
+    pos: torch.Tensor,  # (N,C) position embeddings
+) -> tuple | None:  # patches along H, W, D
+    "The grid of a table of sines and cosines; None for any other table"
+    n, dim = pos.shape
+    tolerance = 1e-4 if pos.dtype == torch.float32 else 1e-2
     if not n or dim < 6:
         return None
     pos = pos.detach().float().cpu()
-    grid = tuple(
+    grid = tuple(  # rows whose position along an axis is that of the first row
         n // int(((a - a[0]).abs().amax(1) < 1e-2).sum())
         for a in pos[:, : dim // 6 * 6].chunk(3, 1)
-    )  # rows at the first one's place along an axis
-    if prod(grid) == n and (pos - sincos_pos_embed(grid, dim)).abs().max() < near:
+    )
+    if prod(grid) == n and (pos - sincos_pos_embed(grid, dim)).abs().max() < tolerance:
         return grid
+    return None
+
+
+def _format_size(size: Iterable[float]) -> str:
+    return "x".join(f"{s:g}" for s in size)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #7d8f0e93
+def _resize_pos_embed(
+    encoder: ViT3D,
+    grid: tuple,  # new grid
+) -> tuple:  # (N,C) and how it was made
+    if _sincos_grid(encoder.pos_embed) == encoder.grid_size:
+        return sincos_pos_embed(grid, encoder.embed_dim), "recomputed from sines and cosines"
+    h, w, d = encoder.grid_size
+    old = rearrange(encoder.pos_embed.float(), "(h w d) c -> 1 c h w d", h=h, w=w, d=d)
+    new = rearrange(F.interpolate(old, grid, mode="trilinear"), "1 c h w d -> (h w d) c")
+    return new, "stretched by trilinear interpolation"
+
+
 def set_input_size(
     encoder: ViT3D,  # changed in place
-    size,  # voxels (H,W,D), whole patches along each axis
-) -> ViT3D:  # the same
-    "Fit an encoder to volumes of another size"
+    size: Iterable[int],  # voxels (H,W,D), a whole number of patches along each axis
+) -> ViT3D:  # the same encoder
+    "Adapt an encoder to volumes of another size"
     size, patch = tuple(size), encoder.patch_size
     if size == encoder.img_size:
         return encoder
     if len(size) != 3 or any(s < 1 or s % p for s, p in zip(size, patch)):
         raise ValueError(
-            f"size {size} is not a whole number of patches {patch} along each of three axes: take "
-            "multiples of them"
+            f"size {size} is not a whole number of patches {patch} along each of three axes: "
+            "use multiples of the patch size"
         )
     grid = tuple(s // p for s, p in zip(size, patch))
-    if _sincos_grid(encoder.pos_embed) == encoder.grid_size:
-        pos, how = sincos_pos_embed(grid, encoder.embed_dim), "made anew from sines and cosines"
-    else:
-        h, w, d = encoder.grid_size
-        old = rearrange(encoder.pos_embed.float(), "(h w d) c -> 1 c h w d", h=h, w=w, d=d)
-        pos, how = (
-            rearrange(F.interpolate(old, grid, mode="trilinear"), "1 c h w d -> (h w d) c"),
-            "stretched by trilinear interpolation",
-        )
+    pos, how = _resize_pos_embed(encoder, grid)
     log_message(
         f"position table of {_format_size(encoder.img_size)} voxels {how} for {_format_size(size)}"
     )
@@ -252,13 +274,9 @@ def set_input_size(
     encoder.img_size, encoder.grid_size = size, grid
     return encoder
 
-
-def _format_size(size) -> str:
-    return "x".join(f"{s:g}" for s in size)
-
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #9b2a3067
 RELEASED_INPUT = dict(img_size=(224, 224, 112), spacing=(1.5, 1.5, 3.0), hu_range=(-1000, 1000))
-NON_ENCODER_PREFIXES = (
+NON_ENCODER_PREFIXES = (  # of names that are not part of the encoder
     "mask_token",
     "decoder",
     "bert_",
@@ -266,22 +284,18 @@ NON_ENCODER_PREFIXES = (
     "align_text_mlp",
     "similarity_head",
     "regression_head",
-)  # how names begin that are no encoder's
-_RETRY_HINT = "fetch it again; of what is no part of an encoder, name the beginning in `leave_out`"
+)
+_RETRY_HINT = "fetch it again, or name prefixes that are not part of an encoder in `leave_out`"
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #93b61514
-def _read_released_weights(
-    path,  # of `torch.save`, with the weights under `model`
-    leave_out=(),  # how further names begin that are not wanted
-) -> tuple:  # name -> tensor, and a sentence that says what was left out
-    "Weights, without running code that is in the file"
+def _load_torch_file(path) -> Any:
+    "`torch.load` of a file, without running code that is in it"
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: expected a file of weights")
+    mmap = zipfile.is_zipfile(path)  # tensors that are not used are not read
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            whole = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )  # not the optimiser's numbers
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, MemoryError):
         raise
     except Exception as e:
@@ -289,32 +303,41 @@ def _read_released_weights(
             f"{path} is truncated, or holds more than weights ({str(e).split(chr(10))[0]}): fetch "
             "it again, from where it was published"
         ) from None
-    found = whole.get("model") if isinstance(whole, dict) else None
+
+
+def _read_released_weights(
+    path: Path | str,  # of `torch.save`, with the weights under `model`
+    leave_out: str | Iterable[str] = (),  # further prefixes of names to drop
+) -> tuple:  # name -> tensor, and a message about what was left out
+    "Weights of a file of the paper's code"
+    content = _load_torch_file(path)
+    found = content.get("model") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        kind = list(content)[:5] if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{path} holds "
-            f"{list(whole)[:5] if isinstance(whole, dict) else type(whole).__name__}, expected a "
-            f"dict with weights under `model`: {_RETRY_HINT}"
+            f"{path} holds {kind}, expected a dict with weights under `model`: {_RETRY_HINT}"
         )
-    begins = (*NON_ENCODER_PREFIXES, *([leave_out] if isinstance(leave_out, str) else leave_out))
-    out = Counter(k.split(".")[0] for k in found if k.startswith(begins))
+    prefixes = (*NON_ENCODER_PREFIXES, *([leave_out] if isinstance(leave_out, str) else leave_out))
+    out = Counter(k.split(".")[0] for k in found if k.startswith(prefixes))
     left = f"{out.total()} tensors left out" + (
         f": {', '.join(f'{n} of {k}' for k, n in sorted(out.items()))}" if out else ""
     )
-    return {k: v for k, v in found.items() if not k.startswith(begins)}, left
+    return {k: v for k, v in found.items() if not k.startswith(prefixes)}, left
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #26a9f974
-def _expected_block_tensors(dim: int, depth: int) -> dict:  # name -> tensor without content
-    "What the file of a ViT holds of its blocks and its last norm"
-    out = dict(norm1=(dim,), norm2=(dim,)) | {
+def _expected_block_tensors(
+    dim: int,
+    depth: int,
+) -> dict:  # name -> tensor on the meta device
+    "Tensors of the blocks and the last norm in the file of a ViT"
+    shapes = dict(norm1=(dim,), norm2=(dim,)) | {
         "attn.qkv": (3 * dim, dim),
         "attn.proj": (dim, dim),
         "mlp.fc1": (4 * dim, dim),
         "mlp.fc2": (dim, 4 * dim),
     }
-    layers = {f"blocks.{i}.{k}": s for i in range(depth) for k, s in out.items()} | dict(
-        norm=(dim,)
-    )
+    layers = {f"blocks.{i}.{k}": s for i in range(depth) for k, s in shapes.items()}
+    layers |= dict(norm=(dim,))
     return {
         f"{k}.{part}": torch.empty(s if part == "weight" else s[:1], device="meta")
         for k, s in layers.items()
@@ -323,37 +346,33 @@ def _expected_block_tensors(dim: int, depth: int) -> dict:  # name -> tensor wit
 
 
 def _expected_encoder_tensors(
-    dim: int, depth: int, patch, n: int
-) -> dict:  # name -> tensor without content
-    "What the file of an encoder holds"
+    dim: int,
+    depth: int,
+    patch: tuple,  # voxels
+    n: int,  # patches
+) -> dict:  # name -> tensor on the meta device
+    "Tensors of the encoder in a file of the paper's code"
     shapes = {
         "cls_token": (1, 1, dim),
         "pos_embed": (1, 1 + n, dim),
         "patch_embed.proj.weight": (dim, 1, *patch),
         "patch_embed.proj.bias": (dim,),
     }
-    return {k: torch.empty(s, device="meta") for k, s in shapes.items()} | _expected_block_tensors(
-        dim, depth
-    )
+    tensors = {k: torch.empty(s, device="meta") for k, s in shapes.items()}
+    return tensors | _expected_block_tensors(dim, depth)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #0dd397a2
-def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, patches
-    "Read off the shapes; where one makes no sense the paper's stands, for the check to find"
+def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, number of patches
+    "Sizes from the shapes; the paper's where a shape is invalid, so that the check reports it"
 
     def shape(k, n):
         return s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
 
-    dim = mode(
-        [v.numel() for k, v in found.items() if k.endswith(".bias") and isinstance(v, torch.Tensor)]
-        or [768]
-    )
+    biases = [v for k, v in found.items() if k.endswith(".bias")]
+    dim = mode([v.numel() for v in biases if isinstance(v, torch.Tensor)] or [768])
     depth = len({k.split(".")[1] for k in found if k.startswith("blocks.")}) or 12
-    return (
-        dim,
-        depth,
-        (shape("patch_embed.proj.weight", 5) or (0, 0, 16, 16, 8))[2:],
-        (shape("pos_embed", 3) or (0, 2745))[1] - 1,
-    )
+    patch = (shape("patch_embed.proj.weight", 5) or (0, 0, 16, 16, 8))[2:]
+    return dim, depth, patch, (shape("pos_embed", 3) or (0, 2745))[1] - 1
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #8824ec29
 def _convert_shapes(found: dict) -> dict:  # as `ViT3D` holds them
@@ -371,26 +390,29 @@ def _convert_shapes(found: dict) -> dict:  # as `ViT3D` holds them
     return out
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c1466a92
-def _infer_input_size(path, pos, patch, size) -> tuple:  # voxels that the file's table was made for
-    "From sines and cosines; else the paper's, or `size`, whichever has as many patches"
+def _infer_input_size(
+    path: Path | str,  # for the error
+    pos: torch.Tensor,  # (N,C) position embeddings
+    patch: tuple,  # voxels
+    size: Iterable[int] | None,
+) -> tuple:  # voxels (H,W,D) of the file's position table
+    "From sines and cosines; otherwise the paper's size, or `size`, whichever has as many patches"
     if grid := _sincos_grid(pos):
         return tuple(g * p for g, p in zip(grid, patch))
 
-    def many(s):
-        return (
-            prod(s) // prod(patch)
-            if len(s) == 3 and not any(a % p for a, p in zip(s, patch))
-            else None
-        )
+    def num_patches(s):
+        if len(s) != 3 or any(a % p for a, p in zip(s, patch)):
+            return None
+        return prod(s) // prod(patch)
 
     for s in (RELEASED_INPUT["img_size"], tuple(size or ())):
-        if many(s) == len(pos):
+        if num_patches(s) == len(pos):
             return s
-    s = size or RELEASED_INPUT["img_size"]
+    s = tuple(size or RELEASED_INPUT["img_size"])
     raise ValueError(
         f"{path}: `pos_embed` has {len(pos)} patches of {_format_size(patch)} voxels, expected "
-        f"{many(s) or 'a whole number'} in {_format_size(s)}: "
-        "say in `size` what it was trained at, and `set_input_size` what comes out"
+        f"{num_patches(s) or 'a whole number'} in {_format_size(s)}: "
+        "say in `size` what it was trained at, and use `set_input_size` afterwards"
     )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a5c40789
@@ -399,37 +421,37 @@ def _load_released(path, size, heads, leave_out) -> ViT3D:
     found, left = _read_released_weights(path, leave_out)
     dim, depth, patch, n = _infer_dimensions(found)
     _check_tensors(found, _expected_encoder_tensors(dim, depth, patch, n), path, _RETRY_HINT)
-    heads, ours = heads or dim // 64, _convert_shapes(found)
+    heads, weights = heads or dim // 64, _convert_shapes(found)
     if not heads or dim % heads:
         raise ValueError(
             f"{path}: {dim} channels are not a whole number of heads ({heads}): say how many in "
             "`heads`"
         )
-    pos = ours["pos_embed"]
+    pos = weights["pos_embed"]
     trained = _infer_input_size(path, pos, patch, size)
     vit = ViT3D(trained, patch, dim, depth, heads)
-    vit.load_state_dict(ours, strict=True)
+    vit.load_state_dict(weights, strict=True)
     log_message(
         f"{Path(path).name}: {depth} blocks of width {dim}, {heads} heads, volumes of "
         f"{_format_size(trained)}; {left}"
     )
-    away = float((pos - sincos_pos_embed(vit.grid_size, dim)).abs().max())
     if not _sincos_grid(pos):
+        away = float((pos - sincos_pos_embed(vit.grid_size, dim)).abs().max())
         log_message(
-            f"{Path(path).name}: its position table is not sines and cosines (up to {away:.2g} "
-            "away) and is used as it is"
+            f"{Path(path).name}: its position table is not sines and cosines (they differ by up "
+            f"to {away:.2g}) and is used as it is"
         )
     vit.spacing, vit.hu_range = RELEASED_INPUT["spacing"], RELEASED_INPUT["hu_range"]
     return set_input_size(vit, size or trained)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #fa975214
 def load(
-    path,  # checkpoint folder, or a file that the paper's code wrote
-    size=None,  # voxels (H,W,D) that it is to take; what it was trained at when None
-    heads: int | None = None,  # of a file; 64 channels each when None
-    leave_out=(),  # of a file: how further names begin that are no part of the encoder
+    path: Path | str,  # checkpoint folder, or a file that the paper's code wrote
+    size: Iterable[int] | None = None,  # input voxels (H,W,D); as in training when None
+    heads: int | None = None,  # of a file; one per 64 channels when None
+    leave_out: str | Iterable[str] = (),  # of a file: prefixes that are not part of the encoder
 ) -> ViT3D:  # in eval mode
-    "The encoder, with attributes `img_size`, `spacing` and `hu_range` that describe its input"
+    "The encoder; its attributes `img_size`, `spacing` and `hu_range` describe its input"
     if Path(path).is_file():
         return _load_released(path, size, heads, leave_out).eval()
     if not Path(path).exists():
@@ -444,20 +466,13 @@ def load(
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #64f8b6da
 def load_mae2d_blocks(
-    vit: ViT3D,  # changed in place; as deep and wide as the file's, with as many heads
-    path,  # `torch.save` of an image MAE: `model` with blocks.*, norm.*
-    leave_out=(),  # how further names begin that are no part of the blocks
-) -> ViT3D:  # the same
-    "Blocks and last norm from an image model; the rest stays as it is"
-    found, left = _read_released_weights(
-        path,
-        (
-            "cls_token",
-            "pos_embed",
-            "patch_embed",
-            *([leave_out] if isinstance(leave_out, str) else leave_out),
-        ),
-    )
+    vit: ViT3D,  # changed in place; depth, width and heads as in the file
+    path: Path | str,  # `torch.save` of an image MAE: `model` with blocks.*, norm.*
+    leave_out: str | Iterable[str] = (),  # further prefixes that are not part of the blocks
+) -> ViT3D:  # the same encoder
+    "Load blocks and last norm of an image model; the other tensors are unchanged"
+    further = [leave_out] if isinstance(leave_out, str) else leave_out
+    found, left = _read_released_weights(path, ("cls_token", "pos_embed", "patch_embed", *further))
     depth = len(vit.blocks)
     _check_tensors(
         found,
@@ -475,15 +490,15 @@ def load_mae2d_blocks(
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b57c52cc
 def code_license() -> str:  # SPDX identifier
-    "Of the code, from settings.ini"
+    "License of the code, from settings.ini"
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(project_root() / "settings.ini", encoding="utf8")
-    name = settings.get("DEFAULT", "license", fallback="not said")
+    name = settings.get("DEFAULT", "license", fallback="not stated")
     return {"apache2": "Apache-2.0"}.get(name, name)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c5dfc3d5
-def git_revision() -> str | None:  # commit, with `-dirty` where files differ from it
-    "Of the project's folder; None outside git"
+def git_revision() -> str | None:  # commit, with `-dirty` if files differ from it
+    "Commit of the project's folder; None outside git"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -492,16 +507,15 @@ def git_revision() -> str | None:  # commit, with `-dirty` where files differ fr
             text=True,
         )
     except FileNotFoundError:
-        return None  # no git here
+        return None  # git is not installed
     return done.stdout.strip() or None
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #ee66ba00
-_ONCE = (
-    "Grounding: one training of this recipe. Other trainings of one recipe differ widely in "
-    "where sentences point "
-    "(asap, pointing on four small lesions of phantoms: 0.374, 0.216, 0.126, 0.000, 0.000; an "
-    "atlas by position: 0.241); "
-    "do not rely on a region that a sentence finds without measuring it."
+_GROUNDING_WARNING = (
+    "Grounding: one training of this recipe. Repeated trainings of one recipe differ widely in "
+    "the regions that sentences select (asap, pointing accuracy for four small lesions of "
+    "phantoms: 0.374, 0.216, 0.126, 0.000, 0.000; an atlas by position: 0.241); "
+    "do not rely on the region of a sentence without measuring its accuracy."
 )
 
 
@@ -510,112 +524,122 @@ def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
     return bool(known["steps"]) and arm["contrast_level"] == "region" and on_phantoms
 
 
+def _training_statement(known: dict) -> str:
+    if not known["steps"]:
+        return f"Not trained: initial weights, seed {known['seed']}."
+    counts = known["train"]
+    if not isinstance(counts, dict):
+        counts = {", ".join(known["cohorts"]): counts}
+    volumes = ", ".join(f"{v} volumes of {k}" for k, v in counts.items())
+    took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
+    return (
+        f"Trained for {known['steps']} steps{took} on the train split: {volumes}; "
+        f"seed {known['seed']}."
+    )
+
+
+def _data_statement(phantom) -> str:  # version of the phantom, or "none: real scans"
+    if str(phantom).startswith("none"):
+        return (
+            "Real scans, of which the card gives counts only; "
+            "the terms of their owners also apply to these weights."
+        )
+    return (
+        f"Procedural phantoms, version {phantom}, generated from the seed by this code "
+        "and under its license: no patient data."
+    )
+
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #3e486be2
+def _model_statement(config: dict, known: dict) -> str:
+    m = config["model"]
+    labels = dict(num_encoder_parameters="parameters", num_parameters="with decoders and text side")
+    count = "".join(f", {known[k]:,} {label}" for k, label in labels.items() if k in known)
+    return (
+        f"A 3-D vision transformer for chest CT: input {_format_size(config['img_size'])} voxels "
+        f"at {_format_size(known['spacing'])} mm, "
+        f"HU {_format_size(known['hu_range']).replace('x', ' to ')} mapped to [-1, 1], RAS; "
+        f"patches of {_format_size(config['patch_size'])} voxels; "
+        f"{m['depth']} blocks of width {m['embed_dim']}, {m['num_heads']} heads{count}."
+    )
+
+
 def model_card(
     arm: str,
     config: dict,  # of the model
     metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
     # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
-    # optional pretrain, data (hash), revision, licence, seconds
+    # optional pretrain, data (hash), revision, license, seconds
     study: dict,
 ) -> str:  # Markdown
     "The model card: recipe, training data in counts, license; nothing about a patient"
-    known = dict(pretrain=config["pretrain"], licence=code_license()) | metrics | study
-    m = config["model"]
+    known = dict(pretrain=config["pretrain"], license=code_license()) | metrics | study
 
     def row(d):
         return ", ".join(f"{k} {v}" for k, v in d.items())
 
-    n = (
-        known["train"]
-        if isinstance(known["train"], dict)
-        else {", ".join(known["cohorts"]): known["train"]}
-    )
-    took = f" in {known['seconds']:.0f} s" if "seconds" in known else ""
-    volumes = ", ".join(f"{v} volumes of {k}" for k, v in n.items())
-    how = f"Not trained: weights as drawn, seed {known['seed']}"
-    if known["steps"]:
-        how = f"Trained for {known['steps']} steps{took} on the train split: {volumes}"
-        how += f"; seed {known['seed']}"
+    optional = dict(data="Data, hash", revision="Code, revision")
     lines = [
         f"Recipe: {row(config['arm'])}.",
-        f"Numbers: {row(known['pretrain'])}.",
-        f"{how}.",
-        *(
-            f"{name}: `{known[k]}`."
-            for k, name in dict(data="Data, hash", revision="Code, revision").items()
-            if known.get(k)
-        ),
-        f"{_data_statement(known['phantom'])} For no clinical use.",
-        *([_ONCE] if _is_grounded_on_phantoms(known, config["arm"]) else []),
-        f"Licence of code and weights: {known['licence']}.",
+        f"Parameters: {row(known['pretrain'])}.",
+        _training_statement(known),
+        *(f"{name}: `{known[k]}`." for k, name in optional.items() if known.get(k)),
+        f"{_data_statement(known['phantom'])} Not for clinical use.",
+        *([_GROUNDING_WARNING] if _is_grounded_on_phantoms(known, config["arm"]) else []),
+        f"License of code and weights: {known['license']}.",
         "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",
     ]
-    count = "".join(
-        f", {known[k]:,} {of}"
-        for k, of in dict(
-            num_encoder_parameters="parameters", num_parameters="with decoders and text side"
-        ).items()
-        if k in known
-    )
-    about = (
-        f"A 3-D vision transformer for chest CT: input {_format_size(config['img_size'])} voxels "
-        f"at {_format_size(study['spacing'])} mm, "
-        f"HU {_format_size(study['hu_range']).replace('x', ' to ')} mapped to [-1, 1], RAS; "
-        f"patches of {_format_size(config['patch_size'])} voxels; "
-        f"{m['depth']} blocks of width {m['embed_dim']}, {m['num_heads']} heads{count}."
-    )
+    about = _model_statement(config, known)
     return f"# Arm `{arm}`\n\n{about}\n\n" + "".join(f"- {line}\n" for line in lines)
 
-# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #d7d1a616
-def _data_statement(phantom) -> str:  # a phantom's version, or "none: real scans"
-    if str(phantom).startswith("none"):
-        return (
-            "Real scans, of which counts alone stand here; "
-            "their owners' terms hold for these weights too."
-        )
-    return (
-        f"Procedural phantoms, version {phantom}, drawn from the seed by this code "
-        "and under its licence: these weights know no patient."
-    )
-
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #786d7004
-MAX_WEIGHTS_MB = 8  # MB, of a folder in weights/
+MAX_WEIGHTS_MB = 8  # of a folder in weights/
 
 
-def export_weights(
-    name: str,  # of an arm, or `text`
-    base=None,  # the project's folder
-) -> Path | None:  # weights/<name>; None where nothing was trained here
-    "Keep what the stage `pretrain@<name>` or `text` trained"
-    base = Path(base or project_root())
-    text = name == "text"
-    run, stage = (
-        base / "runs" / ("text" if text else f"pretrain/{name}"),
-        "text" if text else f"pretrain@{name}",
-    )
-    made, minutes = (
-        base / "build/text" if text else run / "checkpoint",
-        base / f"runs/minutes/{stage.replace('@', '-')}.json",
-    )
+def _trained_files(
+    base: Path,  # project folder
+    name: str,
+) -> tuple:  # stage; its folder of runs, its checkpoint, the file of its duration
+    if name == "text":
+        stage, run, made = "text", base / "runs/text", base / "build/text"
+    else:
+        stage, run = f"pretrain@{name}", base / f"runs/pretrain/{name}"
+        made = run / "checkpoint"
+    minutes = base / f"runs/minutes/{stage.replace('@', '-')}.json"
     for f in (run / "metrics.json", made, minutes):
         if not f.exists():
             raise FileNotFoundError(f"{f} is missing: run `dvc repro {stage}` first")
-    if read_json(run / "metrics.json").get("weights_source") != "trained":
-        return None
+    return stage, run, made, minutes
+
+
+def _training_origin(stage: str, minutes: Path) -> str:  # line of the card
     took = f"{read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores"
     commit = git_revision() or "unknown"
-    how = f"- Trained by the stage `{stage}` in {took}; code at commit `{commit}`.\n"
+    return f"- Trained by the stage `{stage}` in {took}; code at commit `{commit}`.\n"
+
+
+_TEXT_CARD = (
+    "# The frozen text encoder\n\nA small BERT with its own word-piece vocabulary, trained on "
+    "the reports of the train split. Not for clinical use.\n\n"
+)
+
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #cc422230
+def export_weights(
+    name: str,  # of an arm, or `text`
+    base: Path | str | None = None,  # project folder
+) -> Path | None:  # weights/<name>; None if the weights were not trained here
+    "Copy what the stage `pretrain@<name>` or `text` trained to weights/"
+    base = Path(base or project_root())
+    stage, run, made, minutes = _trained_files(base, name)
+    if read_json(run / "metrics.json").get("weights_source") != "trained":
+        return None
+    origin = _training_origin(stage, minutes)
+    is_text = name == "text"
     with atomic_write(base / "weights" / name) as tmp:
         shutil.copytree(made, tmp)
-        for f in () if text else ("recipe.json", "log.csv", "eval.csv"):
+        for f in () if is_text else ("recipe.json", "log.csv", "eval.csv"):
             shutil.copy(run / f, tmp / f)
-        about = (
-            "# The frozen text encoder\n\nA small BERT with word pieces of its own, trained on "
-            "the train split's reports. For no clinical use.\n\n"
-            if text
-            else (tmp / "card.md").read_text(encoding="utf8")
-        )
-        (tmp / "card.md").write_text(about + how, encoding="utf8")
+        card = _TEXT_CARD if is_text else (tmp / "card.md").read_text(encoding="utf8")
+        (tmp / "card.md").write_text(card + origin, encoding="utf8")
         for f in tmp.iterdir():
             f.chmod(0o644)
         if (size := sum(f.stat().st_size for f in tmp.iterdir()) / 1e6) > MAX_WEIGHTS_MB:

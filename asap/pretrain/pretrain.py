@@ -10,9 +10,10 @@ __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECI
            'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -60,8 +61,8 @@ class PretrainConfig(BaseConfig):
     warmup_steps: NonNegativeInt
     weight_decay: NonNegativeFloat
     max_grad_norm: PositiveFloat
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # of the patches
-    mlm_probability: OpenFraction
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # share of patches that are masked
+    mlm_probability: OpenFraction  # share of words that are masked
     max_k_ratio: PositiveFraction  # of the visible patches; a sentence selects at least one
     init_k_ratio: PositiveFraction  # initial k ratio; constant if `region_size: fixed`
     temperature: PositiveFloat  # initial
@@ -76,13 +77,14 @@ class PretrainConfig(BaseConfig):
     eval_every: PositiveInt  # steps
     num_eval_cases: PositiveInt  # of the validation split
     num_workers: NonNegativeInt  # data loader processes
-    weights: Literal["shipped", "none"]  # shipped: weights/ where their fingerprint matches
+    weights: Literal["shipped", "none"]  # shipped: those in weights/ whose recipe matches
 
     def check(self, params: BaseConfig) -> None:
+        "Check that the cohorts are part of the study"
         known = params.study.cohorts if hasattr(params, "study") else self.cohorts
         if unknown := [c for c in self.cohorts if c not in known]:
             raise ValueError(
-                f"`pretrain.cohorts` names `{unknown[0]}`, which `study.cohorts` does not: "
+                f"`pretrain.cohorts` names `{unknown[0]}`, which is not in `study.cohorts`: "
                 "add it there"
             )
 
@@ -99,74 +101,64 @@ PRETRAIN_MODULES = [
 ]
 
 
-def build_model(p, arm, text, seed) -> ASAP:
-    "A model with weights that belong to the seed; every arm starts from the same ones"
+def build_model(
+    p: Any,  # params with volumes, model, pretrain, anatomy
+    arm: dict,  # row of the arm
+    text,  # text encoder
+    seed: int,
+) -> ASAP:
+    "A model with initial weights of the seed; all arms start from the same ones"
     torch.manual_seed(derive_seed("model", seed))
     return build_asap(build_config(p, arm, text.dim, len(text.tokenizer)))
 
 
 def fit_stem(
-    model: ASAP,
-    data,  # `ImageReportDataset` of some train cases, centre crops
-):
-    "Fit the stem's decorrelation to some images: no label, no report, the same for every arm"
+    model: ASAP,  # changed in place
+    data: ImageReportDataset,  # some train cases, center crops
+) -> None:
+    "Fit the whitening of the stem to some images, without labels or reports; same for all arms"
     if not isinstance(model.vit.patch_embed, ConvStem):
         return
-    some = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
-    patches = patchify(torch.stack(some)[:, None], model.vit.patch_size)
+    images = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
+    patches = patchify(torch.stack(images)[:, None], model.vit.patch_size)
     model.vit.patch_embed.fit_whitening(patches[:, ::5])
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #9a3aff54
-def is_trained(arm) -> bool:
+def is_trained(
+    arm: dict,  # row of the arm
+) -> bool:
+    "Whether a loss of the arm has a weight; `scratch` has none"
     return any(arm[k] for k in ("recon_weight", "organ_weight", "align_weight", "mlm_weight"))
 
 
 def add_text_features(
     batch: Batch,  # of `collate`
     text_encoder,  # frozen
-    tokens: bool,  # are hidden words guessed?
-    dropout: bool = False,
-) -> Batch:
+    tokens: bool,  # add token features, for an arm with masked words
+    dropout: bool = False,  # as the released code: encode in training mode
+) -> Batch:  # a copy, or the batch itself where nothing is added
     "Add token features of the masked report; with dropout, sentence features too"
-    masked, of = batch["masked_input_ids"], batch["token_to_sentence"]
+    if not tokens and not dropout:
+        return batch
+    masked, token_to_sentence = batch["masked_input_ids"], batch["token_to_sentence"]
+    out = batch.copy()
     if not dropout:
-        return dict(batch, token_embeds=text_encoder.tokens(masked, of)) if tokens else batch
+        out["token_embeds"] = text_encoder.tokens(masked, token_to_sentence)
+        return out
     with text_encoder.in_training():
-        return dict(
-            batch,
-            token_embeds=text_encoder.tokens(masked, of),
-            sentence_embeds=text_encoder.means(
-                batch["input_ids"], of, batch["sentence_mask"].shape[1]
-            ),
+        out["token_embeds"] = text_encoder.tokens(masked, token_to_sentence)
+        out["sentence_embeds"] = text_encoder.means(
+            batch["input_ids"], token_to_sentence, batch["sentence_mask"].shape[1]
         )
+    return out
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #1e839379
-def train(
+def _fit_options(
     model: ASAP,
-    data: ImageReportDataset,
-    p,  # params with pretrain
-    seed,
-    folder=None,  # for resume state, log and what was watched
-    fp=None,
-    on_eval=None,  # (model, step) -> dict
-    label: str = "pretrain",
-) -> pd.DataFrame:  # the log
-    "Fit one arm"
-    text, t = data.text_encoder, p.pretrain
-    text.to(get_device())
-    # once, in one order: the last bits of a feature depend on its batch, and a resumed run
-    # must get the same ones
-    text.sentences(sorted({s for r in data.sentences for s in r}))
-    tokens, lr_scale = bool(model.arm["mlm_weight"]), model.arm.get("lr_scale", 1)
-    dropout = isinstance(model, ReleasedASAP) and model.has_bug("text_dropout")
-
-    def loss(m, b, step):
-        return m(add_text_features(b, text, tokens, dropout))
-
-    return fit(
-        model,
-        loss,
-        data,
+    t: PretrainConfig,
+) -> dict:  # arguments of `asap.train.fit`
+    lr_scale = model.arm.get("lr_scale", 1)
+    return dict(
         steps=t.steps,
         batch=t.batch_size,
         accumulate=t.accum_iter,
@@ -178,45 +170,81 @@ def train(
         weight_decay=t.weight_decay,
         clip=t.max_grad_norm,
         precision_=t.precision,
+        save_every=t.checkpoint_every,
+        eval_every=t.eval_every,
+    )
+
+
+def train(
+    model: ASAP,  # changed in place
+    data: ImageReportDataset,  # train cases
+    p: Any,  # params with pretrain
+    seed: int,
+    folder: Path | str | None = None,  # of resume state, log.csv and eval.csv
+    fp: dict | None = None,  # fingerprint of the run
+    on_eval: Callable | None = None,  # (model, step) -> dict of floats
+    label: str = "pretrain",  # of the progress bar
+) -> pd.DataFrame:  # the log
+    "Train one arm"
+    text, t = data.text_encoder, p.pretrain
+    text.to(get_device())
+    text.sentences(sorted({s for r in data.sentences for s in r}))
+    tokens = bool(model.arm["mlm_weight"])
+    dropout = isinstance(model, ReleasedASAP) and model.has_bug("text_dropout")
+
+    def loss(m, b, step):
+        return m(add_text_features(b, text, tokens, dropout))
+
+    return fit(
+        model,
+        loss,
+        data,
         seed=("pretrain", seed),
         folder=folder,
         fp=fp,
-        save_every=t.checkpoint_every,
         on_eval=on_eval,
-        eval_every=t.eval_every,
         collate=lambda rows: collate(rows, text, t.mlm_probability),
         label=label,
+        **_fit_options(model, t),
     )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
-def positional_baseline(data: ImageReportDataset) -> dict:  # "mean", "median" -> (N,n+1)
-    "Share of each organ at each place over the train cases"
-    found = (
-        data.organ_fractions(o, center_crop(o.shape, data.params.volumes.roi_size))
-        for r in progress_bar(data.rows, label="places")
-        if (o := data.load_organ_map(r)) is not None
+def positional_baseline(
+    data: ImageReportDataset,  # train cases
+) -> dict:  # "mean", "median" -> (N,n+1)
+    "Mean and median organ fractions at each position of the center crop"
+    size = data.params.volumes.roi_size
+    fractions = (
+        data.organ_fractions(organs, center_crop(organs.shape, size))
+        for row in progress_bar(data.rows, label="positional baseline")
+        if (organs := data.load_organ_map(row)) is not None
     )
-    every = np.stack([f for f, valid in found if valid.all()] or [data.empty_organ_fractions[0]])
-    return dict(mean=every.mean(0), median=np.median(every, 0))
+    complete = [f for f, valid in fractions if valid.all()] or [data.empty_organ_fractions[0]]
+    stacked = np.stack(complete)
+    return dict(mean=stacked.mean(0), median=np.median(stacked, 0))
 
 
 def organ_fraction_errors(
-    sample, guess, guesses
-) -> dict:  # mean absolute errors, with and without background, and per group
-    "How far shares are from the truth, over known patches"
-    truth, known = sample["organ_fractions"], sample["organ_valid"]
-    out = {}
-    if not known.any():
-        return out  # no organ map
+    sample: dict,  # of `ImageReportDataset`
+    guess: np.ndarray,  # (N,n+1) of the model
+    guesses: dict,  # of `positional_baseline`
+) -> dict[str, float]:  # with and without background, and per group; empty without an organ map
+    "Mean absolute errors of organ fractions over valid patches, of the model and the baselines"
+    truth, valid = sample["organ_fractions"], sample["organ_valid"]
+    out: dict[str, float] = {}
+    if not valid.any():
+        return out
     for name, g in (("model", guess), *guesses.items()):
-        error = np.abs(g - truth)[known]
+        error = np.abs(g - truth)[valid]
         out |= {f"mae_{name}": error.mean(), f"mae_organs_{name}": error[:, 1:].mean()}
         out |= {f"group{c}_{name}": error[:, c].mean() for c in range(truth.shape[1])}
     return out
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #5d98145a
-def mismatched_patients(patients) -> list:  # for each case of a batch, one of another patient
-    "The next case that is another patient's, or the case itself where there is none"
+def mismatched_patients(
+    patients: list,  # of the cases of a batch
+) -> list[int]:  # for each case, the index of a case of another patient
+    "The next case of another patient, or the case itself where the batch has no other patient"
     n = len(patients)
     return [
         next(((i + k) % n for k in range(1, n) if patients[(i + k) % n] != patients[i]), i)
@@ -226,11 +254,11 @@ def mismatched_patients(patients) -> list:  # for each case of a batch, one of a
 
 def mlm_accuracy(
     model: ASAP,
-    batch: Batch,
+    batch: Batch,  # with `token_embeds`
     encoded: EncoderOutput,
     aligned: AlignmentOutput,
-) -> torch.Tensor:  # (B,) share of the hidden words that are found
-    "Hidden words, guessed with these images"
+) -> torch.Tensor:  # (B,) share of the masked words that are predicted correctly
+    "Accuracy of masked words, given encoded images"
     x = model.forward_fusion(
         encoded=encoded,
         aligned=aligned,
@@ -238,18 +266,18 @@ def mlm_accuracy(
         padding_mask=batch["padding_mask"],
         token_to_sentence=batch["token_to_sentence"],
     )
-    hidden = batch["mlm_labels"] >= 0
-    right = (model.fusion.mlm_head(x).argmax(-1) == batch["mlm_labels"]) & hidden
-    return right.sum(1) / hidden.sum(1).clamp(min=1)
+    is_masked = batch["mlm_labels"] >= 0
+    correct = (model.fusion.mlm_head(x).argmax(-1) == batch["mlm_labels"]) & is_masked
+    return correct.sum(1) / is_masked.sum(1).clamp(min=1)
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cef45c44
 def retrieval_accuracy(
     aligned: AlignmentOutput,
-    sentence_mask,  # (B,S) bool
-    k,  # (B,S) patches of each sentence
-    false_negative_threshold: float,
-    sentence_embeds,  # (B,S,C')
-) -> tuple:  # (B,) each
+    sentence_mask: torch.Tensor,  # (B,S) bool
+    k: torch.Tensor,  # (B,S) patches of each sentence
+    false_negative_threshold: float,  # cosine similarity
+    sentence_embeds: torch.Tensor,  # (B,S,C')
+) -> tuple[torch.Tensor, ...]:  # (B,) each, in [0, 1]
     "Region-to-sentence accuracy within a report, and sentence-to-image accuracy within a batch"
     real, text = sentence_mask, aligned.text_embeds
     eye = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
@@ -269,90 +297,129 @@ def retrieval_accuracy(
     inter = score.argmax(-1) == torch.arange(len(real), device=real.device)[:, None]
     return tuple((x & real).sum(1) / real.sum(1).clamp(min=1) for x in (intra, inter))
 
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #5fa8242c
+def _to_device(batch: Batch) -> Batch:
+    values: dict[str, Any] = {**batch}
+    moved = {k: v.to(get_device()) if torch.is_tensor(v) else v for k, v in values.items()}
+    return cast(Batch, moved)
+
+
+def _set_column(
+    rows: list[dict],  # of the cases of a batch
+    name: str,
+    values: Iterable,  # one per case
+) -> None:
+    for row, value in zip(rows, values):
+        row[name] = float(value)
+
+
+def _evaluate_decoder(
+    model: ASAP,
+    encoded: EncoderOutput,
+    samples: list[dict],
+    guesses: dict,
+    rows: list[dict],  # changed in place
+) -> None:
+    recon, organ = model.arm["recon_weight"], model.arm["organ_weight"]
+    if not recon and not organ:
+        return
+    logits, pred = model.decoder(encoded.latent, encoded.ids_keep, encoded.ids_mask)
+    if recon:
+        target = gather_patches(encoded.patches, encoded.ids_mask)
+        losses = (
+            reconstruction_loss(g[None], t[None], model.norm_pix_loss) for g, t in zip(pred, target)
+        )
+        _set_column(rows, "recon", losses)
+    if organ:
+        fractions = model.predict_organ_fractions(logits).cpu().numpy()
+        for row, sample, g in zip(rows, samples, fractions):
+            row.update(organ_fraction_errors(sample, g, guesses))
+
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #297d726f
+def _evaluate_alignment(
+    model: ASAP,
+    encoded: EncoderOutput,
+    aligned: AlignmentOutput,
+    batch: Batch,
+    rows: list[dict],  # changed in place
+) -> None:
+    if not model.arm["align_weight"] or model.arm["contrast_level"] != "region":
+        return
+    intra, inter = retrieval_accuracy(
+        aligned,
+        batch["sentence_mask"],
+        aligned.k,
+        model.false_negative_threshold,
+        batch["sentence_embeds"],
+    )
+    _set_column(rows, "intra_report_accuracy", intra)
+    _set_column(rows, "inter_report_accuracy", inter)
+    visible = encoded.ids_keep.shape[1]
+    for q in (0.1, 0.5, 0.9):
+        ratios = (k[r].quantile(q) / visible for k, r in zip(aligned.k, batch["sentence_mask"]))
+        _set_column(rows, f"k{q:.0%}"[:-1], ratios)
+
+
+def _evaluate_fusion(
+    model: ASAP,
+    encoded: EncoderOutput,
+    aligned: AlignmentOutput,
+    batch: Batch,
+    rows: list[dict],  # changed in place
+) -> None:
+    if not model.arm["mlm_weight"]:
+        return
+    patients = [row["patient"] for row in rows]
+    other = torch.tensor(mismatched_patients(patients), device=encoded.latent.device)
+    swapped = replace(encoded, embedded=encoded.embedded[other], latent=encoded.latent[other])
+    _set_column(rows, "mlm_accuracy", mlm_accuracy(model, batch, encoded, aligned))
+    aligned = model.forward_alignment(
+        swapped, batch["sentence_embeds"], batch["sentence_mask"], hard=True
+    )
+    _set_column(rows, "mlm_accuracy_mismatched", mlm_accuracy(model, batch, swapped, aligned))
+
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #da8066ba
+def _evaluate_batch(
+    model: ASAP,
+    batch: Batch,  # on the model's device, with `token_embeds`
+    samples: list[dict],
+    guesses: dict,
+    mask_ratio: float,
+    rows: list[dict],  # changed in place
+) -> None:
+    encoded = model.forward_encoder(batch["image"], batch["patch_order"], mask_ratio)
+    _evaluate_decoder(model, encoded, samples, guesses, rows)
+    aligned = model.forward_alignment(
+        encoded, batch["sentence_embeds"], batch["sentence_mask"], hard=True
+    )
+    _evaluate_alignment(model, encoded, aligned, batch, rows)
+    _evaluate_fusion(model, encoded, aligned, batch, rows)
+
+
 @torch.no_grad()
 def evaluate(
     model: ASAP,
-    data: ImageReportDataset,  # held-out cases, centre crops
+    data: ImageReportDataset,  # held-out cases, center crops
     guesses: dict,  # of `positional_baseline`
-    mask_ratio: float,
-    mlm_probability: float,
-    batch: int = 16,
-    label: str | None = "held-out",  # of the bar; None: no bar
-) -> pd.DataFrame:  # a row a case
-    "Evaluate a model on held-out cases; outputs that its arm does not train are left out"
+    mask_ratio: float,  # in [0, 1)
+    mlm_probability: float,  # in (0, 1)
+    batch: int = 16,  # cases per batch
+    label: str | None = "held-out",  # of the progress bar; None: no bar
+) -> pd.DataFrame:  # one row per case
+    "Evaluate a model on held-out cases; without the columns of parts that its arm does not train"
     model.eval().to(get_device())
-    data.text_encoder.to(get_device())
-    rows, arm = [], model.arm
+    text_encoder, tokens = data.text_encoder, bool(model.arm["mlm_weight"])
+    text_encoder.to(get_device())
+    rows: list[dict] = []
     starts = range(0, len(data), batch)
-    for i in progress_bar(starts, label=label) if label else starts:
-        samples = [data[(0, k)] for k in range(i, min(i + batch, len(data)))]
-        b = add_text_features(
-            {
-                k: v.to(get_device()) if torch.is_tensor(v) else v
-                for k, v in collate(samples, data.text_encoder, mlm_probability).items()
-            },
-            data.text_encoder,
-            bool(arm["mlm_weight"]),
-        )
-        encoded = model.forward_encoder(b["image"], b["patch_order"], mask_ratio)
-        out = [
-            dict(case=s["case"], patient=data.rows[i + j].get("patient"))
-            for j, s in enumerate(samples)
-        ]
-
-        def put(name, values, out=out):
-            for o, v in zip(out, values):
-                o[name] = float(v)
-
-        if arm["recon_weight"] or arm["organ_weight"]:
-            logits, pred = model.decoder(encoded.latent, encoded.ids_keep, encoded.ids_mask)
-        if arm["recon_weight"]:
-            target = gather_patches(encoded.patches, encoded.ids_mask)
-            put(
-                "recon",
-                (
-                    reconstruction_loss(g[None], t[None], model.norm_pix_loss)
-                    for g, t in zip(pred, target)
-                ),
-            )
-        if arm["organ_weight"]:
-            for o, s, g in zip(out, samples, model.predict_organ_fractions(logits).cpu().numpy()):
-                o.update(organ_fraction_errors(s, g, guesses))
-        sentences = dict(sentence_embeds=b["sentence_embeds"], sentence_mask=b["sentence_mask"])
-        aligned = model.forward_alignment(encoded, **sentences, hard=True)
-        if arm["align_weight"] and arm["contrast_level"] == "region":
-            intra, inter = retrieval_accuracy(
-                aligned,
-                b["sentence_mask"],
-                aligned.k,
-                model.false_negative_threshold,
-                b["sentence_embeds"],
-            )
-            put("intra_report_accuracy", intra)
-            put("inter_report_accuracy", inter)
-            for q in (0.1, 0.5, 0.9):
-                put(
-                    f"k{q:.0%}"[:-1],
-                    (
-                        k[r].quantile(q) / encoded.ids_keep.shape[1]
-                        for k, r in zip(aligned.k, b["sentence_mask"])
-                    ),
-                )
-        if arm["mlm_weight"]:
-            other = torch.tensor(
-                mismatched_patients([o["patient"] for o in out]), device=encoded.latent.device
-            )
-            swapped = replace(
-                encoded, embedded=encoded.embedded[other], latent=encoded.latent[other]
-            )
-            put("mlm_accuracy", mlm_accuracy(model, b, encoded, aligned))
-            put(
-                "mlm_accuracy_mismatched",
-                mlm_accuracy(
-                    model, b, swapped, model.forward_alignment(swapped, **sentences, hard=True)
-                ),
-            )
+    for start in progress_bar(starts, label=label) if label else starts:
+        indices = range(start, min(start + batch, len(data)))
+        samples = [data[(0, i)] for i in indices]
+        inputs = _to_device(collate(samples, text_encoder, mlm_probability))
+        inputs = add_text_features(inputs, text_encoder, tokens)
+        patients = [data.rows[i].get("patient") for i in indices]
+        out = [dict(case=s["case"], patient=q) for s, q in zip(samples, patients)]
+        _evaluate_batch(model, inputs, samples, guesses, mask_ratio, out)
         rows += out
     return pd.DataFrame(rows)
 
@@ -372,8 +439,12 @@ EVAL_COLUMNS = [
 ]
 
 
-def make_eval_callback(data: ImageReportDataset, guesses, p):  # (model, step) -> dict
-    "The means of `evaluate` over some held-out cases, for `fit`"
+def make_eval_callback(
+    data: ImageReportDataset,  # held-out cases, center crops
+    guesses: dict,  # of `positional_baseline`
+    p: Any,  # params with pretrain
+) -> Callable:  # (model, step) -> dict of floats
+    "`on_eval` of `fit`: the means of `evaluate` over some held-out cases"
 
     def on_eval(model, step):
         t = p.pretrain
@@ -386,13 +457,15 @@ def make_eval_callback(data: ImageReportDataset, guesses, p):  # (model, step) -
 def compare_to_baseline(
     rows: pd.DataFrame,  # of `evaluate`
     column: str,  # "mae" or "mae_organs"
-    n: int = 2000,
-    seed=0,
-) -> dict:  # the model's error, the best guess's, their difference with a 95 % interval by patient
-    "Model minus the best guess by place alone; an interval below 0 says that it saw something"
-    best = min(
-        ("mean", "median"), key=lambda k: rows.groupby("patient")[f"{column}_{k}"].mean().mean()
-    )
+    n: int = 2000,  # bootstrap samples
+    seed: int = 0,
+) -> dict:  # errors of both, their difference, its 95 % interval, number of patients
+    "Error of the model minus that of the better positional baseline; below 0: the model is better"
+
+    def patient_mean(name):
+        return rows.groupby("patient")[f"{column}_{name}"].mean().mean()
+
+    best = min(("mean", "median"), key=patient_mean)
     d = bootstrap_difference(rows, f"{column}_model", f"{column}_{best}", n, seed)
     return dict(
         model=d["a"],
@@ -403,16 +476,20 @@ def compare_to_baseline(
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #5e844460
 def bootstrap_difference(
-    rows, a: str, b: str, n: int = 2000, seed=0
-) -> dict:  # means of both, their difference with a 95 % interval by patient
-    "Column a minus column b, patients drawn again"
-    by = rows.groupby("patient")[[a, b]].mean().dropna()
-    d = (by[a] - by[b]).to_numpy()
-    draws = d[rng("organs", seed).integers(len(d), size=(n, len(d)))].mean(1)
-    lo, hi = np.percentile(draws, [2.5, 97.5])
+    rows: pd.DataFrame,  # of `evaluate`
+    a: str,  # column
+    b: str,  # column
+    n: int = 2000,  # bootstrap samples
+    seed: int = 0,
+) -> dict:  # means of both, their difference, its 95 % interval, number of patients
+    "Column a minus column b, with a bootstrap over patients"
+    means = rows.groupby("patient")[[a, b]].mean().dropna()
+    d = (means[a] - means[b]).to_numpy()
+    replicates = d[rng("organs", seed).integers(len(d), size=(n, len(d)))].mean(1)
+    lo, hi = np.percentile(replicates, [2.5, 97.5])
     return dict(
-        a=float(by[a].mean()),
-        b=float(by[b].mean()),
+        a=float(means[a].mean()),
+        b=float(means[b].mean()),
         difference=float(d.mean()),
         lo=float(lo),
         hi=float(hi),
@@ -420,79 +497,85 @@ def bootstrap_difference(
     )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #708b5fd0
-def run(
-    name: str,  # of the arm
-    arm: dict,  # its row
-    p,  # params with study, volumes, model, pretrain, anatomy
-    table,  # cohort table with whole paths
-    text,  # frozen encoder
-    folder: Path,  # where it can resume from
-    inputs: dict,  # what goes in: `asap.data.corpus.corpus_digest`, and the text encoder's hash
-    shipped: Path | None = None,  # a checkpoint folder with its recipe, taken where that fits
-) -> tuple:  # model, log, eval_log, rows, metrics
-    "Train one arm, or take its shipped weights, and ask it what it learnt"
-    seed = p.study.seed
-    parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
-    model = build_model(p, arm, text, seed)
-    data = ImageReportDataset(parts["train"], p, text, seed)
+def _log_truncated(data: ImageReportDataset) -> None:
     if data.num_truncated:
         log_message(
             f"{data.num_truncated} of {len(data)} reports are longer than text.max_length "
-            f"{text.max_length}: their last sentences are left out"
+            f"{data.text_encoder.max_length}: their last sentences are omitted"
         )
-    nothing = pd.DataFrame(dict(step=[0], loss=[0.0])), pd.DataFrame(dict(step=[0]))
 
-    def plain(rows):
-        return ImageReportDataset(rows, p, text, seed, augment=False)
 
-    fit_stem(model, plain(parts["train"].head(16)))
-    if not is_trained(arm):
-        return (
-            model,
-            *nothing,
-            pd.DataFrame(columns=["case", "patient"]),
-            dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
-        )
-    guesses = positional_baseline(plain(parts["train"])) if arm["organ_weight"] else {}
-    fp = recipe(arm, p, inputs, seed)
+def _train_or_load(
+    name: str,
+    model: ASAP,  # changed in place
+    data: ImageReportDataset,  # train cases
+    fp: dict,  # of `recipe`
+    folder: Path,
+    shipped: Path | None,
+    on_eval: Callable,
+) -> tuple:  # log, eval_log, "shipped" or "trained"
     if shipped and recipe_matches(shipped, fp):
-        log, eval_log, source = *load_shipped(shipped, model), "shipped"
-    else:
-        log = train(
-            model,
-            data,
-            p,
-            seed,
-            folder,
-            dict(fp, code=code_hash(*PRETRAIN_MODULES)),
-            make_eval_callback(plain(parts["val"].head(p.pretrain.num_eval_cases)), guesses, p),
-            f"pretrain {name}",
-        )
-        eval_log, source = pd.read_csv(folder / "eval.csv"), "trained"
-    rows = evaluate(
-        model, plain(parts["test"]), guesses, p.pretrain.mask_ratio, p.pretrain.mlm_probability
+        return *load_shipped(shipped, model), "shipped"
+    log = train(
+        model,
+        data,
+        data.params,
+        data.seed,
+        folder,
+        dict(fp, code=code_hash(*PRETRAIN_MODULES)),
+        on_eval,
+        f"pretrain {name}",
     )
+    return log, pd.read_csv(folder / "eval.csv"), "trained"
+
+
+def _untrained(name: str, model: ASAP) -> tuple:  # as `run`
     return (
         model,
-        log,
-        eval_log,
-        rows,
-        dict(
-            arm=name,
-            steps=int(p.pretrain.steps),
-            weights_source=source,
-            recipe=fp,
-            **summarize(rows),
-            **count_parameters(model),
-        ),
+        pd.DataFrame(dict(step=[0], loss=[0.0])),
+        pd.DataFrame(dict(step=[0])),
+        pd.DataFrame(columns=["case", "patient"]),
+        dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
     )
 
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #40078160
+def run(
+    name: str,  # of the arm
+    arm: dict,  # its row
+    p: Any,  # params with study, volumes, model, pretrain, anatomy
+    table: pd.DataFrame,  # cohort table with absolute paths
+    text,  # frozen text encoder
+    folder: Path,  # of the resume state
+    inputs: dict,  # hashes: `asap.data.corpus.corpus_digest`, and that of the text encoder
+    shipped: Path | None = None,  # checkpoint folder with a recipe; used if the recipe matches
+) -> tuple:  # model, log, eval_log, rows, metrics
+    "Train one arm, or load its shipped weights, and evaluate it on the test split"
+    seed, t = p.study.seed, p.pretrain
+    parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
+    model = build_model(p, arm, text, seed)
+    data = ImageReportDataset(parts["train"], p, text, seed)
+    _log_truncated(data)
+
+    def center_crops(rows):
+        return ImageReportDataset(rows, p, text, seed, augment=False)
+
+    fit_stem(model, center_crops(parts["train"].head(16)))
+    if not is_trained(arm):
+        return _untrained(name, model)
+    guesses = positional_baseline(center_crops(parts["train"])) if arm["organ_weight"] else {}
+    fp = recipe(arm, p, inputs, seed)
+    on_eval = make_eval_callback(center_crops(parts["val"].head(t.num_eval_cases)), guesses, p)
+    log, eval_log, source = _train_or_load(name, model, data, fp, folder, shipped, on_eval)
+    rows = evaluate(model, center_crops(parts["test"]), guesses, t.mask_ratio, t.mlm_probability)
+    metrics = dict(arm=name, steps=int(t.steps), weights_source=source, recipe=fp)
+    return model, log, eval_log, rows, metrics | summarize(rows) | count_parameters(model)
+
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #c48226b6
-INPUT_TOLERANCES = dict(
-    mean_hu=0.01, mean_organ=1e-4
-)  # how far means of the same corpus, made on two machines, may be apart
+# how much means of the same corpus, prepared on two machines, may differ
+INPUT_TOLERANCES = dict(mean_hu=0.01, mean_organ=1e-4)
 
 
+# keys of `pretrain` that leave the weights unchanged, or change only their last bits
 IGNORED_RECIPE_KEYS = (
     "weights",
     "checkpoint_every",
@@ -500,11 +583,16 @@ IGNORED_RECIPE_KEYS = (
     "eval_every",
     "num_eval_cases",
     "precision",
-)  # change nothing of what is learnt, or only its last bits
+)
 
 
-def recipe(arm, p, inputs, seed) -> dict:  # fingerprint
-    "What weights depend on, the code apart"
+def recipe(
+    arm: dict,  # its row
+    p: Any,  # params with model, pretrain, volumes, anatomy
+    inputs: dict,  # as `run`
+    seed: int,
+) -> dict:  # fingerprint
+    "Everything that the weights depend on, except the code"
     dump = {k: getattr(p, k).model_dump() for k in ("model", "pretrain", "volumes")}
     dump["pretrain"] = {
         k: v * arm.get("lr_scale", 1) if k in ("lr", "muon_lr") else v
@@ -521,10 +609,10 @@ def recipe(arm, p, inputs, seed) -> dict:  # fingerprint
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #47755c59
 def recipe_matches(
-    folder,  # shipped weights
+    folder: Path | str,  # of shipped weights
     fp: dict,  # of `recipe`
 ) -> bool:
-    "Whether there are shipped weights of this recipe; the first differing key is logged"
+    "Whether a folder has weights of this recipe; logs the first key that differs"
     folder = Path(folder)
     if not (folder / "recipe.json").exists():
         return False
@@ -533,45 +621,49 @@ def recipe_matches(
         a, b = old["inputs"][k], new["inputs"][k]
         if len(a) == len(b) and all(abs(x - y) <= INPUT_TOLERANCES[k] for x, y in zip(a, b)):
             new["inputs"][k] = a
-    why = first_difference(old, new)
-    if why:
+    difference = first_difference(old, new)
+    if difference:
         log_message(
-            f"{folder.name}: the shipped weights are of another recipe ({why}), so it is trained"
+            f"{folder.name}: the shipped weights are of another recipe ({difference}), "
+            "so the arm is trained"
         )
-    return why is None
+    return difference is None
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cf8a66fe
-def load_shipped(folder, model) -> tuple:  # log, eval_log
-    "Shipped weights into a model, with the log of their training"
+def load_shipped(
+    folder: Path | str,  # of shipped weights
+    model: ASAP,  # changed in place
+) -> tuple:  # log, eval_log
+    "Load shipped weights into a model, and read the tables of their training"
     file = Path(folder) / "model.safetensors"
     try:
         model.load_state_dict(load_file(file), strict=True)
     except Exception as e:
         raise ValueError(
             f"{file} is truncated or of another model ({e}): restore it (git checkout {folder}), "
-            "or say pretrain.weights: none"
+            "or set pretrain.weights: none"
         ) from None
     return tuple(pd.read_csv(Path(folder) / f"{k}.csv") for k in ("log", "eval"))
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #687d7b85
-def summarize(rows) -> dict:  # for metrics.json
-    "What held-out cases say, with intervals by patient"
+def summarize(
+    rows: pd.DataFrame,  # of `evaluate`
+) -> dict:  # part of metrics.json
+    "Means of the held-out cases; differences with intervals by patient"
     columns = ("recon", "intra_report_accuracy", "inter_report_accuracy")
-    out = {k: round(float(rows[k].mean()), 5) for k in columns if k in rows}
-    out["organs"] = (
-        {k: compare_to_baseline(rows, k) for k in ("mae", "mae_organs")}
-        if "mae_model" in rows
-        else {}
-    )
-    out["mlm_accuracy"] = (
-        bootstrap_difference(rows, "mlm_accuracy", "mlm_accuracy_mismatched")
-        if "mlm_accuracy" in rows
-        else {}
-    )
+    out: dict[str, Any] = {k: round(float(rows[k].mean()), 5) for k in columns if k in rows}
+    out["organs"] = {}
+    if "mae_model" in rows:
+        out["organs"] = {k: compare_to_baseline(rows, k) for k in ("mae", "mae_organs")}
+    out["mlm_accuracy"] = {}
+    if "mlm_accuracy" in rows:
+        out["mlm_accuracy"] = bootstrap_difference(rows, "mlm_accuracy", "mlm_accuracy_mismatched")
     return out
 
 
-def count_parameters(model) -> dict:  # parameters of the whole and of the encoder
+def count_parameters(model: ASAP) -> dict[str, int]:
+    "Number of parameters of the model and of its encoder"
+
     def count(module):
         return sum(q.numel() for q in module.parameters())
 

@@ -1000,6 +1000,7 @@ class Segmentation(TaskFamily):
     section = "segment"
     params = "asap.tasks.segment:SegmentConfig"
     inputs = "volumes"
+    in_mean = True
     per_arm = True
     extra_arms = ("unet",)
     reads = ("study.tasks", "study.n_jobs", "volumes")

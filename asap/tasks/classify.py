@@ -630,6 +630,13 @@ class Classification(TaskFamily):
     name = "classify"
     title = "Classification"
     tasks = TASKS
+    main_task = "classify_ct_rate"
+    in_mean = True
+    by_label = True
+    controls = tuple(NEGATIVE_CONTROLS)
+    average = staticmethod(average_by_scan)
+    per_label = staticmethod(per_label)
+    subgroups = staticmethod(subgroup_auc)
     reads = (
         "study.seed",
         "study.arms",
@@ -640,10 +647,6 @@ class Classification(TaskFamily):
     )
     needs = ("build/cohorts", "runs/embed")
     outputs = ("runs/classify/leaks.parquet",)
-    main_task = "classify_ct_rate"
-    in_mean = True
-    by_label = True
-    controls = tuple(NEGATIVE_CONTROLS)
 
     def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
         "Predictions of the family's tasks; arguments as `run_all`"
@@ -657,30 +660,6 @@ class Classification(TaskFamily):
     ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
         "Metrics with their bootstrap replicates"
         return metrics(predictions, n, seed)
-
-    def average(
-        self,
-        predictions: pd.DataFrame,  # of the family
-    ) -> pd.DataFrame:  # one row per scan and label
-        "Mean probability over the reconstructions of a scan"
-        return average_by_scan(predictions)
-
-    def per_label(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-    ) -> pd.DataFrame:  # of the function `per_label`
-        "Metrics of each label, without intervals"
-        return per_label(predictions)
-
-    def subgroups(
-        self,
-        predictions: pd.DataFrame,  # of one task
-        acquired: pd.DataFrame,  # acquisition of the cases of its cohort
-        n: int,  # bootstrap replicates
-        level: float,  # confidence level
-    ) -> pd.DataFrame:  # SUBGROUP_COLUMNS
-        "AUC by acquisition"
-        return subgroup_auc(predictions, acquired, n, level)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 1 to 6, and RSPECT as external validation"

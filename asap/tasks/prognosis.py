@@ -535,19 +535,6 @@ class Prognosis(TaskFamily):
         "Metrics with their bootstrap replicates"
         return metrics(predictions, n, seed)
 
-    def figures(
-        self,
-        runs: Path,  # folder runs/
-        arm: str,  # the reference arm
-    ) -> list[FamilyFigure]:
-        "Kaplan-Meier curves of the test patients by predicted risk, all labels given"
-        d = pd.read_parquet(runs / self.name / "predictions.parquet")
-        d = d[(d.task == "prognosis_inspect") & (d.arm == arm) & (d.fraction == 1)]
-        if not len(d):
-            return []
-        curves = kaplan_meier_by_risk(d)
-        return [FamilyFigure("survival", curves, lambda ax: plot_kaplan_meier(d, ax))]
-
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 14 and 15"
         g = select_rows(results.tables, self.scored_names())
@@ -567,3 +554,16 @@ class Prognosis(TaskFamily):
             "Kaplan-Meier curves of test patients by third of the predicted risk, all labels "
             "given.",
         )
+
+    def figures(
+        self,
+        runs: Path,  # folder runs/
+        arm: str,  # the reference arm
+    ) -> list[FamilyFigure]:
+        "Kaplan-Meier curves of the test patients by predicted risk, all labels given"
+        d = pd.read_parquet(runs / self.name / "predictions.parquet")
+        d = d[(d.task == "prognosis_inspect") & (d.arm == arm) & (d.fraction == 1)]
+        if not len(d):
+            return []
+        curves = kaplan_meier_by_risk(d)
+        return [FamilyFigure("survival", curves, lambda ax: plot_kaplan_meier(d, ax))]

@@ -997,10 +997,10 @@ class Segmentation(TaskFamily):
     name = "segment"
     title = "Segmentation"
     tasks = TASKS
+    in_mean = True
     section = "segment"
     params = "asap.tasks.segment:SegmentConfig"
     inputs = "volumes"
-    in_mean = True
     per_arm = True
     extra_arms = ("unet",)
     reads = ("study.tasks", "study.n_jobs", "volumes")

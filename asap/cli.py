@@ -431,7 +431,7 @@ def run_organs(a: argparse.Namespace) -> int:
     return _save_quarantine(bad, n)
 
 # %% ../nbs/98_cli.ipynb #c1100001
-def _roi_size_from_args(a: argparse.Namespace) -> tuple[int, ...] | None:
+def _roi_size_from_args(a: argparse.Namespace) -> Any:  # three numbers of voxels, or None
     return tuple(a.size) if a.size else None
 
 

@@ -124,6 +124,7 @@ class TaskFamily:
     def average(
         self,
         predictions: Any,  # of the family
+        /,
     ) -> Any:  # DataFrame, one row per scan and label
         "Predictions as the headline metric takes them; where `by_label` is set"
         raise NotImplementedError(f"{type(self).__name__}.average")
@@ -131,6 +132,7 @@ class TaskFamily:
     def per_label(
         self,
         predictions: Any,  # of one task, arm, label fraction and seed
+        /,
     ) -> Any:  # DataFrame with a column `label`
         "Metrics of each label, without intervals; where `by_label` is set"
         raise NotImplementedError(f"{type(self).__name__}.per_label")

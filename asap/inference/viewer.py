@@ -86,7 +86,7 @@ def score_sentences(
 def _load_boxes(
     s: dict[str, Any],  # of `analyze_scan`
     img: Any,  # nibabel image of its standard volume
-    size: tuple[int, int, int],  # of the model's box, voxels
+    size: tuple[int, ...],  # of the model's box, voxels
     air: float,  # HU outside the scan
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # HU; lesion, scan: bool; each (H,W,D)
     "The box that the model sees: voxels, lesion mask, and where the scan is"

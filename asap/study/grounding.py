@@ -430,7 +430,7 @@ def extent_correlation(
 def load_lesion_coverage(
     rows: pd.DataFrame,  # one case's sentences: mask, image, channel, volume
     size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
-    patch: tuple[int, int, int],  # voxels
+    patch: tuple[int, ...],  # voxels
     hu: tuple[float, float] | list[float],  # window of the model's input
     body: bool,  # compute body patches
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,N) float32, (N,) bool
@@ -451,7 +451,7 @@ def load_lesion_targets(
     said: pd.DataFrame,  # of `ReXGroundingCT.read`
     cohort: pd.DataFrame,  # table of CT-RATE
     size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
-    patch: tuple[int, int, int],  # voxels
+    patch: tuple[int, ...],  # voxels
     hu: tuple[float, float] | list[float],  # window of the model's input
     bad: Quarantine,  # gets cases whose masks do not fit
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, int]:
@@ -714,7 +714,7 @@ def _crop_panel(
     organs: np.ndarray,  # (W,H,D)
     lesion: np.ndarray | None,  # (W,H,D) bool
     spacing: tuple[float, float, float],  # mm
-    size: tuple[int, int, int],  # of the model's input, voxels
+    size: tuple[int, ...],  # of the model's input, voxels
     hu: tuple[float, float] | list[float],  # window of the model's input
     num_organs: int,
 ) -> _Panel:

@@ -52,9 +52,8 @@ class TablesConfig(BaseConfig):
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)]
 
 # %% ../../nbs/9_study/90_tables.ipynb #820279d9
-Scores = dict[
-    tuple, tuple[float, np.ndarray]
-]  # (task, arm, fraction, metric) -> value, (n,) bootstrap replicates
+# (task, arm, fraction, metric) -> value, (n,) bootstrap replicates
+Scores = dict[tuple, tuple[float, np.ndarray]]
 
 BASELINES = ("unet", "histogram")  # columns beside the arms in the table of tasks
 
@@ -70,13 +69,11 @@ def load_predictions(
     arms: dict[str, list[str]],  # of `family_arms`
 ) -> dict[str, pd.DataFrame]:  # family -> predictions
     "Predictions of all task families"
-    files = {
-        f.name: f.prediction_files(runs, arms.get(f.name, [])) for f in task_families().values()
-    }
-    return {
-        name: pd.concat([pd.read_parquet(x) for x in paths], ignore_index=True)
-        for name, paths in files.items()
-    }
+    out = {}
+    for f in task_families().values():
+        files = f.prediction_files(runs, arms.get(f.name, []))
+        out[f.name] = pd.concat([pd.read_parquet(x) for x in files], ignore_index=True)
+    return out
 
 
 def load_controls(runs: Path) -> dict[str, pd.DataFrame]:  # family -> predictions
@@ -248,15 +245,16 @@ def ranking_table(
     return pd.DataFrame(rows, columns=RANKING_COLUMNS)
 
 
-def format_ranking(ranks: pd.DataFrame) -> pd.DataFrame:  # a row a task, a column an arm
+def _format_score(r: dict) -> str:  # `r`: row of `ranking_table`
+    text = f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]"
+    return f"**{text}**" if r["best"] else text
+
+
+def format_ranking(
+    ranks: pd.DataFrame,  # of `ranking_table`
+) -> pd.DataFrame:  # one row per task, one column per arm
     "The ranking as a paper prints it, the best in bold"
-    bold = {True: "**{}**", False: "{}"}
-    t = ranks.assign(
-        shown=[
-            bold[r["best"]].format(f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]")
-            for r in ranks.to_dict("records")
-        ]
-    )
+    t = ranks.assign(shown=[_format_score(r) for r in ranks.to_dict("records")])
     wide = t.pivot(index=["number", "task", "metric", "fraction"], columns="arm", values="shown")
     return wide[list(dict.fromkeys(ranks.arm))].reset_index().rename_axis(columns=None).fillna("")
 
@@ -318,7 +316,10 @@ def ablation_tasks() -> list[str]:
     return [f.main_task for f in task_families().values() if f.main_task]
 
 
-def ablated_arms(arms: list[str], chief: str) -> list[str]:
+def ablated_arms(
+    arms: list[str],  # of the study
+    chief: str,  # the reference arm
+) -> list[str]:
     "Arms that lack one component of the reference arm, and the released code's behavior"
     return [a for a in arms if a.startswith(f"{chief}_") or a == "released"]
 
@@ -371,9 +372,14 @@ def _first_label_rows(t: pd.DataFrame) -> pd.DataFrame:
     return t[t.label == t.label.iloc[0]] if len(t) else t
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabclai2
-def claim_verdict(lo: float, hi: float) -> str:
+def claim_verdict(
+    lo: float,
+    hi: float,  # bounds of the interval of a difference
+) -> str:  # supported, contradicted or inconclusive
     "Is a difference above zero?"
-    return "supported" if lo > 0 else "contradicted" if hi < 0 else "inconclusive"
+    if lo > 0:
+        return "supported"
+    return "contradicted" if hi < 0 else "inconclusive"
 
 
 def _minus(x: tuple, y: tuple) -> tuple:  # value, (n,)
@@ -591,63 +597,46 @@ def negative_control_table(
 def organ_error_table(
     rows: dict[str, pd.DataFrame],  # arm -> heldout.csv
     n: int,  # bootstrap replicates
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # arm, classes, columns of `compare_to_baseline`
     "Mean absolute error of organ fractions, against the best position-only baseline"
     names = dict(mae="all classes", mae_organs="without background")
-    return pd.DataFrame(
-        [
-            dict(arm=a, classes=names[k], **compare_to_baseline(t, k, n))
-            for a, t in rows.items()
-            for k in names
-        ]
-    ).rename(columns=dict(guess="baseline", best="baseline_name"))
+    compared = [
+        dict(arm=a, classes=text, **compare_to_baseline(t, k, n))
+        for a, t in rows.items()
+        for k, text in names.items()
+    ]
+    return pd.DataFrame(compared).rename(columns=dict(guess="baseline", best="baseline_name"))
+
+# %% ../../nbs/9_study/90_tables.ipynb #tabcohr1
+_COHORT_COUNTS = [  # keys of status.json
+    *["patients", "scans", "cases", "train", "val", "test"],
+    *["labels", "reports", "organ_maps", "targets", "questions"],
+]
+
+
+def _cohort_row(s: dict) -> dict[str, Any]:  # `s`: status.json
+    if not s["there"]:
+        return dict(cohort=s["cohort"], data="not in data/")
+    row = dict(cohort=s["cohort"], data="phantoms" if s["phantoms"] else "real")
+    row |= {k: s[k] for k in _COHORT_COUNTS}
+    return row | dict(
+        excluded=s["left_out"],
+        warnings=s["warnings"],
+        duplicate_reports=s["twice"]["report"],
+        duplicate_volumes=s["twice"]["volume"],
+        duplicates_across_splits=s["leaks"],
+    )
 
 
 def cohort_table(
-    statuses: list,  # status.json of each of the study's cohorts
-) -> pd.DataFrame:  # counts alone
+    statuses: list[dict],  # status.json of each of the study's cohorts
+) -> pd.DataFrame:  # counts only
     "The data sets of the study, with missing ones"
-    rows = []
-    for s in statuses:
-        if not s["there"]:
-            rows.append(dict(cohort=s["cohort"], data="not in data/"))
-            continue
-        rows.append(
-            dict(
-                cohort=s["cohort"],
-                data="phantoms" if s["phantoms"] else "real",
-                **{
-                    k: s[k]
-                    for k in (
-                        "patients",
-                        "scans",
-                        "cases",
-                        "train",
-                        "val",
-                        "test",
-                        "labels",
-                        "reports",
-                        "organ_maps",
-                        "targets",
-                        "questions",
-                    )
-                },
-                excluded=s["left_out"],
-                warnings=s["warnings"],
-                duplicate_reports=s["twice"]["report"],
-                duplicate_volumes=s["twice"]["volume"],
-                duplicates_across_splits=s["leaks"],
-            )
-        )
-    t = pd.DataFrame(rows)
+    t = pd.DataFrame([_cohort_row(s) for s in statuses])
     return t.astype({c: "Int64" for c in t if c not in ("cohort", "data")})
 
-
-def to_markdown(t: pd.DataFrame, digits: int = 3) -> str:
-    "A table as Markdown"
-    return t.round(digits).to_markdown(index=False) + "\n"
-
-
+# %% ../../nbs/9_study/90_tables.ipynb #tabtext1
+# Those that a paper would print
 LATEX_TABLES = (
     "metrics",
     "tasks",
@@ -656,18 +645,25 @@ LATEX_TABLES = (
     "ablation",
     "claims",
     "cohorts",
-)  # those that a paper would print
+)
 
 
-def to_latex(t: pd.DataFrame, digits: int = 3) -> str:
+def to_markdown(
+    t: pd.DataFrame,
+    digits: int = 3,  # decimal places of floats
+) -> str:
+    "A table as Markdown"
+    return t.round(digits).to_markdown(index=False) + "\n"
+
+
+def to_latex(
+    t: pd.DataFrame,
+    digits: int = 3,  # decimal places of floats
+) -> str:
     "A table as LaTeX (booktabs)"
-    text = (
-        t.round(digits)
-        .style.hide(axis="index")
-        .format(precision=digits, escape="latex", na_rep="")
-        .format_index(escape="latex", axis=1)
-        .to_latex(hrules=True)
-    )
+    style = t.round(digits).style.hide(axis="index")
+    style = style.format(precision=digits, escape="latex", na_rep="")
+    text = style.format_index(escape="latex", axis=1).to_latex(hrules=True)
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)  # bold of `format_ranking`
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabgrps2

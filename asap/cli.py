@@ -534,7 +534,7 @@ def _load_ct(
         if "--mr" not in str(e):
             raise
         raise ValueError(
-            f"{e}; and {a.command} takes a CT alone, so that an MR is refused with --mr too"
+            f"{e}; {a.command} takes CT only: an MR is refused with --mr too"
         ) from None
     for warning in s.warnings:
         log_message(f"warning: {Path(path).name}: {warning}")
@@ -553,10 +553,8 @@ def _load_model_and_text(
     model, text = load_model_and_text(a.checkpoint, a.text, _roi_size_from_args(a))
     log_message(describe_checkpoint(a.checkpoint))
     if odd := find_unknown_words(text, sentences):
-        log_message(
-            f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, "
-            "and reads past it"
-        )
+        words = ", ".join(f"`{w}`" for w in odd[:5])
+        log_message(f"warning: not in the vocabulary of the text encoder: {words}")
     return model, text
 
 

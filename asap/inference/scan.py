@@ -186,5 +186,5 @@ def require_ct(source: Source) -> None:
     if source.intensity == "mr":
         raise ValueError(
             "--mr: the model takes the Hounsfield units of a CT, and an MR has none: "
-            "zero-shot and ground take a CT alone"
+            "zero-shot and ground take CT only"
         )

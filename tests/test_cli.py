@@ -398,7 +398,7 @@ def test_words_that_nobody_taught_are_said(tmp_path, capsys):
     )
     out = capsys.readouterr()
     assert (
-        "does not know `肺結節`" in out.err
+        "vocabulary of the text encoder: `肺結節`" in out.err
         and out.out.count("Lung nodule") == 1
         and pd.read_csv(tmp_path / "a.csv").label.tolist() == ["肺結節", "Lung nodule"]
     )

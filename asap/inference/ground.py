@@ -35,53 +35,58 @@ def align_sentences(
 ) -> AlignmentOutput:  # similarity (B,S,N), weights (B,S,N) 1 in the region, k (B,S)
     "Compare every image with every sentence, all patches visible"
     first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
-    return model.alignment(
-        model.vit.forward_blocks(first)[:, 1:],
-        frozen.expand(len(x), -1, -1),
-        first[:, 1:],
-        hard=True,
-    )
+    tokens = model.vit.forward_blocks(first)[:, 1:]
+    return model.alignment(tokens, frozen.expand(len(x), -1, -1), first[:, 1:], hard=True)
+
+
+def _fill_patches(
+    patches: torch.Tensor,  # (1,N,P)
+    index: torch.Tensor,  # (1,n) of the patches to fill
+    values: torch.Tensor,  # (1,n,P)
+) -> torch.Tensor:  # (1,N,P)
+    "Patches, some of them with other voxels"
+    return patches.scatter(1, index[..., None].expand(-1, -1, patches.shape[-1]), values)
 
 
 @torch.no_grad()
 def predict_scan(
-    model: ASAP,  # asap.model.asap.ASAP in eval mode
+    model: ASAP,  # in eval mode; moved to the CPU
     x: torch.Tensor,  # (1,1,H,W,D) in [-1,1]
     frozen: torch.Tensor,  # (S,C') sentence features
-    mask_ratio: float,  # share of patches hidden for organs and reconstruction
-) -> dict:  # organs (N,), rebuilt (H,W,D), seen (H,W,D) bool, heat (S,N), region (S,N), k (S,)
-    "Everything that the panel shows, computed on the CPU"
+    mask_ratio: float,  # fraction of patches hidden for organs and reconstruction, 0 to 1
+) -> dict[str, np.ndarray]:
+    """Everything that the panel shows, computed on the CPU
+
+    `organs` (N,) predicted class of each patch; `rebuilt` (H,W,D) reconstruction; `seen` (H,W,D)
+    bool, voxels of visible patches; `heat` (S,N) similarity; `region` (S,N), 1 in the region; `k`
+    (S,) rounded.
+    """
     vit, patches = model.cpu().vit, patchify(x, model.vit.patch_size)
-    keep_, rest = random_masking(
-        torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None], mask_ratio
-    )
-    shares, voxels = model.decoder(vit.forward_encoder(patches, keep_), keep_, rest)
+    order = torch.from_numpy(rng("panel").permutation(patches.shape[1]))[None]
+    ids_keep, ids_mask = random_masking(order, mask_ratio)
+    fractions, voxels = model.decoder(vit.forward_encoder(patches, ids_keep), ids_keep, ids_mask)
 
-    def fill(x, index, values):
-        return x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), values)
+    def volume(p: torch.Tensor) -> torch.Tensor:  # (1,N,P) -> (H,W,D)
+        return unpatchify(p, vit.img_size, vit.patch_size)[0, 0]
 
-    rebuilt = unpatchify(fill(patches, rest, voxels), vit.img_size, vit.patch_size)[0, 0]
-    seen = (
-        unpatchify(
-            fill(torch.zeros_like(patches), keep_, torch.ones_like(patches)),
-            vit.img_size,
-            vit.patch_size,
-        )[0, 0]
-        > 0
-    )
+    rebuilt = volume(_fill_patches(patches, ids_mask, voxels))
+    visible = _fill_patches(torch.zeros_like(patches), ids_keep, torch.ones_like(patches))
     a = align_sentences(model, x, frozen)
     return dict(
-        organs=shares[0].argmax(-1).numpy(),
+        organs=fractions[0].argmax(-1).numpy(),
         rebuilt=rebuilt.numpy(),
-        seen=seen.numpy(),
+        seen=(volume(visible) > 0).numpy(),
         heat=a.similarity[0].numpy(),
         region=a.weights[0].numpy(),
         k=a.k[0].round().numpy(),
     )
 
 
-def expand_patches(values: np.ndarray, vit: ViT3D) -> np.ndarray:  # (N,) -> (H,W,D)
-    "A value a patch, painted over its voxels"
+def expand_patches(
+    values: np.ndarray,  # (N,) one per patch
+    vit: ViT3D,
+) -> np.ndarray:  # (H,W,D)
+    "A value per patch, repeated over its voxels"
     g = rearrange(values, "(h w d) -> h w d", h=vit.grid_size[0], w=vit.grid_size[1])
     for axis, n in enumerate(vit.patch_size):
         g = g.repeat(n, axis)
@@ -92,7 +97,7 @@ def expand_patches(values: np.ndarray, vit: ViT3D) -> np.ndarray:  # (N,) -> (H,
 class GroundingResult:
     "Sentences and their regions in one scan"
 
-    sentences: list  # S of them
+    sentences: list[str]  # S
     similarity: np.ndarray  # (S,h,w,d) cosine of each patch
     region: np.ndarray  # (S,h,w,d) bool
     k: np.ndarray  # (S,) predicted number of patches, before rounding
@@ -100,34 +105,38 @@ class GroundingResult:
 
     def peak_position(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "Center of the patch most similar to sentence i"
-        return _mean_position(
-            self.affine, [np.unravel_index(self.similarity[i].argmax(), self.similarity[i].shape)]
-        )
+        heat = self.similarity[i]
+        return _mean_position(self.affine, [np.unravel_index(heat.argmax(), heat.shape)])
 
     def region_center(self, i: int) -> np.ndarray:  # (3,) mm, RAS
         "Center of the region of sentence i"
         return _mean_position(self.affine, np.argwhere(self.region[i]))
 
     def to_scan_space(
-        self, i: int, v: Volume
-    ) -> tuple:  # heat float32 (NaN outside the box), region uint8, on the grid of `v`
+        self,
+        i: int,  # which sentence
+        v: Volume,  # the scan
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32 (NaN outside the box), uint8, grid of `v`
         "The heat map and the region of sentence i on a scan's own grid"
 
-        def on(x, fill):
+        def on(x: np.ndarray, fill: float) -> np.ndarray:
             return resample(x, self.affine, v.hu.shape, v.affine, order=0, fill=fill)
 
         return on(self.similarity[i], np.nan), on(self.region[i].astype(np.uint8), 0)
 
 
-def _mean_position(affine, patches) -> np.ndarray:  # (3,) mm, mean position of some patches
+def _mean_position(
+    affine: np.ndarray,  # 4x4, patch -> mm
+    patches: Any,  # (n,3) indices
+) -> np.ndarray:  # (3,) mm
     return (affine @ [*np.mean(patches, 0), 1])[:3]
 
 
 def ground_sentences(
-    model: ASAP,
+    model: ASAP,  # of `load_model_and_text`
     text: TextEncoder,  # of `load_model_and_text`
     seen: LoadedScan,
-    sentences: list,
+    sentences: list[str],
 ) -> GroundingResult:
     "Localize sentences in a scan"
     if blank := [s for s in sentences if not s.strip()]:
@@ -141,7 +150,7 @@ def ground_sentences(
     affine[:3, 3] = (seen.affine @ [*(patch - 1) / 2, 1])[:3]
     affine[:3, :3] *= patch
 
-    def of(x):
+    def of(x: torch.Tensor) -> np.ndarray:
         return x[0].float().cpu().numpy()
 
     return GroundingResult(
@@ -194,7 +203,7 @@ def patch_coverage(
 
 def body_patches(
     hu: np.ndarray,  # (H,W,D) Hounsfield units
-    patch: tuple[int, ...],
+    patch: tuple[int, ...],  # voxels
 ) -> np.ndarray:  # (N,) bool
     "Patches at least half of which is body"
     return patch_coverage(body_mask(hu), patch) >= 0.5
@@ -204,8 +213,8 @@ HIT_THRESHOLD = 0.5  # of the fullest patch; 0 would count any overlap
 
 
 def hit_patches(
-    share: np.ndarray | list,
-) -> np.ndarray:  # (...,N) share of each patch that the mask fills -> bool
+    share: np.ndarray | list,  # (...,N) fraction of each patch that the mask fills
+) -> np.ndarray:  # (...,N) bool
     "Patches that count as a hit"
     share = np.asarray(share)
     return (share > 0) & (share >= HIT_THRESHOLD * share.max(-1, keepdims=True))
@@ -219,8 +228,11 @@ def patch_dice(
     return 2 * (region * share).sum(-1) / np.maximum(region.sum(-1) + share.sum(-1), 1e-6)
 
 
-def topk_patches(counts: np.ndarray, k: int) -> np.ndarray:  # (N,) bool
-    "The k patches with the highest counts, of equal ones the first"
+def topk_patches(
+    counts: np.ndarray,  # (N,)
+    k: int,
+) -> np.ndarray:  # (N,) bool
+    "The k patches with the highest counts; ties: the first"
     out = np.zeros(len(counts), bool)
     out[np.argsort(-counts, kind="stable")[:k]] = True
     return out
@@ -244,15 +256,24 @@ def set_style() -> None:
 
 # %% ../../nbs/8_inference/82_ground.ipynb #infg000a
 def overlay_heatmap(
-    ax: Any, heat: np.ndarray, region: np.ndarray, lo: float, hi: float, aspect: float = 1.0
-) -> None:  # similarities `lo` to `hi` span the colors; NaN is transparent
+    ax: Any,
+    heat: np.ndarray,  # similarities of a slice; NaN is transparent
+    region: np.ndarray,  # 1 in the region
+    lo: float,  # similarity of the first color
+    hi: float,  # similarity of the last color
+    aspect: float = 1.0,  # height of a pixel by its width
+) -> None:
     "A heat map over the slice that `ax` shows, and the border of the region"
     ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi + 1e-6)
     if region.min() < region.max():
         ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
 
 
-def plot_contours(ax: Any, organs: np.ndarray, lesion: np.ndarray) -> None:
+def plot_contours(
+    ax: Any,
+    organs: np.ndarray,  # organ map of a slice
+    lesion: np.ndarray,  # zeros where there is no lesion
+) -> None:
     "Outlines of organs (white) and a lesion (red); unknown voxels have none"
     for i in np.unique(organs[(organs > 0) & (organs != UNKNOWN)]):
         ax.contour(organs == i, [0.5], colors="white", linewidths=0.5)
@@ -260,6 +281,47 @@ def plot_contours(ax: Any, organs: np.ndarray, lesion: np.ndarray) -> None:
         ax.contour(lesion, [0.5], colors="#ff5050", linewidths=1.2)
 
 # %% ../../nbs/8_inference/82_ground.ipynb #s000001a
+def _add_orientation_labels(ax: Any, plane: str) -> None:
+    "Letters at the left and right edge"
+    ends = ("A", "P") if plane == "sagittal" else ("R", "L")
+    style = dict(color="#ffd24d", fontsize=9, ha="center", va="top")
+    for x, letter in zip((0.03, 0.97), ends):
+        ax.text(x, 0.95, letter, transform=ax.transAxes, **style)
+
+
+def _nearest_voxel(v: Volume, mm: np.ndarray) -> list[int]:
+    "The voxel at a position, within the volume"
+    at = np.rint(np.linalg.inv(v.affine) @ [*mm, 1])[:3].astype(int)
+    return [int(np.clip(a, 0, n - 1)) for a, n in zip(at, v.hu.shape)]
+
+
+def _plot_planes(axes: Any, g: GroundingResult, i: int, v: Volume) -> None:  # `axes`: (2,3)
+    "The planes through the most similar patch, above without and below with the heat map"
+    heat, region = g.to_scan_space(i, v)
+    ct, hot, mark = (Volume(x, v.affine).ras() for x in (v.hu, heat, region))
+    at = _nearest_voxel(ct, g.peak_position(i))
+    planes = zip(*(orthogonal_planes(x.hu, ct.spacing, at) for x in (ct, hot, mark)))
+    lo, hi = np.percentile(g.similarity[i], 5), g.similarity[i].max()
+    names = ("coronal", "sagittal", "axial")
+    for column, name, ((img, aspect), (h, _), (r, _)) in zip(axes.T, names, planes):
+        for ax in column:
+            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+            _add_orientation_labels(ax, name)
+        overlay_heatmap(column[1], h, r, lo, hi, aspect)
+        column[0].set_title(name, fontsize=9)
+
+
+def _grounding_title(g: GroundingResult, i: int) -> str:
+    import textwrap
+
+    title = textwrap.fill(f"\u201c{g.sentences[i]}\u201d", 90)
+    peak = ", ".join(f"{x:.0f}" for x in g.peak_position(i))
+    return (
+        f"{title}\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; "
+        f"planes through the most similar one, {peak} mm (RAS)"
+    )
+
+# %% ../../nbs/8_inference/82_ground.ipynb #s000001d
 def plot_grounding(
     g: GroundingResult,
     i: int,  # which sentence
@@ -267,56 +329,18 @@ def plot_grounding(
     note: str = "",  # under the picture
 ) -> Any:  # matplotlib figure
     "One sentence in three planes of the scan"
-    import textwrap
-
     import matplotlib.pyplot as plt
 
     set_style()
-    heat, region = g.to_scan_space(i, v)
-    ct, hot, mark = (Volume(x, v.affine).ras() for x in (v.hu, heat, region))
-    at = np.rint(np.linalg.inv(ct.affine) @ [*g.peak_position(i), 1])[:3].astype(int)
-    at = [int(np.clip(a, 0, n - 1)) for a, n in zip(at, ct.hu.shape)]
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
         ax.grid(False)
-    lo, hi = np.percentile(g.similarity[i], 5), g.similarity[i].max()
-    for k, (name, (img, aspect), (h, _), (r, _)) in enumerate(
-        zip(
-            ("coronal", "sagittal", "axial"),
-            *(orthogonal_planes(x.hu, ct.spacing, at) for x in (ct, hot, mark)),
-        )
-    ):
-        for ax in axes[:, k]:
-            ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
-            _add_orientation_labels(ax, name)
-        overlay_heatmap(axes[1, k], h, r, lo, hi, aspect)
-        axes[0, k].set_title(name, fontsize=9)
-    fig.colorbar(
-        axes[1, 2].images[1], ax=axes, fraction=0.025, pad=0.02, label="cosine similarity"
-    ).ax.tick_params(labelsize=7)
-    title = textwrap.fill(f"\u201c{g.sentences[i]}\u201d", 90)
-    peak = ", ".join(f"{x:.0f}" for x in g.peak_position(i))
-    fig.suptitle(
-        f"{title}\nregion: {int(g.region[i].sum())} of {g.region[i].size} patches; "
-        f"planes through the most similar one, {peak} mm (RAS)",
-        fontsize=10,
-    )
+    _plot_planes(axes, g, i, v)
+    place = dict(ax=axes, fraction=0.025, pad=0.02)
+    bar = fig.colorbar(axes[1, 2].images[1], label="cosine similarity", **place)
+    bar.ax.tick_params(labelsize=7)
+    fig.suptitle(_grounding_title(g, i), fontsize=10)
     if note:
         fig.supxlabel(note, fontsize=7.5, color="0.35")
     return fig
-
-
-def _add_orientation_labels(ax, plane):
-    ends = ("A", "P") if plane == "sagittal" else ("R", "L")
-    for x, letter in zip((0.03, 0.97), ends):
-        ax.text(
-            x,
-            0.95,
-            letter,
-            transform=ax.transAxes,
-            color="#ffd24d",
-            fontsize=9,
-            ha="center",
-            va="top",
-        )

@@ -7,6 +7,7 @@ __all__ = ['CHECKPOINT_DIRS', 'TEXT_ENCODER_DIRS', 'resolve_folder', 'load_text_
            'load_image_encoder', 'describe_checkpoint', 'LoadedScan', 'load_scan', 'require_ct']
 
 # %% ../../nbs/8_inference/80_scan.ipynb #s0000003
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ TEXT_ENCODER_DIRS = ("weights/text", "build/text")  # in the project's folder
 
 def resolve_folder(
     given: Path | str | None,  # by the user, or None
-    known: tuple[str, ...],  # folders of the project, of which the first that is there is taken
-    option: str,  # what to give otherwise
+    known: tuple[str, ...],  # folders of the project; the first that exists is taken
+    option: str,  # command-line option that names a folder, for the message
 ) -> Path:
     "The folder given, or one of the project's"
     if given:
@@ -52,7 +53,7 @@ def _recipe_text_hash(
     return read_json(found[0]).get("inputs", {}).get("text") if found else None
 
 
-def _load_text(name):
+def _load_text(name: Path | str) -> TextEncoder:
     try:
         return load_text(name)
     except (ValueError, OSError):
@@ -67,9 +68,7 @@ def _load_text(name):
 def load_text_encoder(
     model: ASAP,
     folder: Path | str,  # of its checkpoint
-    given: Path
-    | str
-    | None = None,  # folder or Hugging Face id; None: of the project's, the one that fits
+    given: Path | str | None = None,  # folder or Hugging Face id; None: the project's that fits
 ) -> TextEncoder:  # frozen encoder
     "The text encoder that a model was trained with"
     want = _recipe_text_hash(Path(folder))
@@ -115,16 +114,17 @@ def load_model_and_text(
 
 
 def load_image_encoder(
-    folder: Path | str | None = None,
+    folder: Path | str | None = None,  # checkpoint; None: the project's
     size: tuple[int, int, int] | None = None,  # voxels of the box; None: as trained
 ) -> ViT3D:  # in eval mode on the device
     "The encoder alone, of any arm, or of a file that the paper's code wrote"
-    return load_encoder(resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint"), size).to(
-        get_device()
-    )
+    folder = resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint")
+    return load_encoder(folder, size).to(get_device())
 
 
-def describe_checkpoint(folder: Path | str | None = None) -> str:  # a sentence
+def describe_checkpoint(
+    folder: Path | str | None = None,  # checkpoint; None: the project's
+) -> str:  # a sentence
     "What a checkpoint was trained on, from its card"
     folder = resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint")
     base = resource_path("")
@@ -146,34 +146,35 @@ class LoadedScan:
     volume: Volume  # as the file has it
     image: torch.Tensor  # (1,1,H,W,D) in [-1,1]
     affine: np.ndarray  # 4x4, voxel of the box -> mm
-    warnings: list  # sentences
+    warnings: list[str]  # sentences
 
 
 def load_scan(
     path: Path | str,  # of any format
     encoder: ViT3D,  # with img_size, spacing, hu_range
-    source: Source = Source(),  # what is declared of the file
+    source: Source = Source(),  # what is declared about the file
 ) -> LoadedScan:
     "Read, check and crop a scan; `ValueError` says why it cannot be used"
     v, found = load_checked(path, source)
-    std = standardize(v, encoder.spacing, encoder.hu_range)
-    how, affine = center_crop(std.hu.shape, encoder.img_size), std.affine.copy()
-    affine[:3, 3] = (std.affine @ [*how["start"], 1])[:3]
-    x = torch.from_numpy(
-        scale_intensity(
-            apply_crop(std.hu, how, encoder.img_size, encoder.hu_range[0]), *encoder.hu_range
-        )
-    )[None, None]
-    return LoadedScan(
-        v, x.to(get_device()), affine, [*map(str, found), *_crop_warnings(std.hu, how)]
-    )
+    size, hu_range = encoder.img_size, encoder.hu_range
+    std = standardize(v, encoder.spacing, hu_range)
+    crop, affine = center_crop(std.hu.shape, size), std.affine.copy()
+    affine[:3, 3] = (std.affine @ [*crop["start"], 1])[:3]
+    box = apply_crop(std.hu, crop, size, hu_range[0])
+    x = torch.from_numpy(scale_intensity(box, *hu_range))[None, None]
+    warnings = [*map(str, found), *_crop_warnings(std.hu, crop)]
+    return LoadedScan(v, x.to(get_device()), affine, warnings)
 
 
-def _crop_warnings(hu, how):  # yields a doubt, where body lies outside of the box
+def _crop_warnings(
+    hu: np.ndarray,  # standard volume
+    crop: dict,  # of `center_crop`
+) -> Iterator[str]:
+    "A warning where body lies outside of the box"
     body = body_mask(hu)
-    inside = apply_crop(body, how, how["side"], False, 0).sum() / max(body.sum(), 1)
+    inside = apply_crop(body, crop, crop["side"], False, 0).sum() / max(body.sum(), 1)
     if inside < 0.98 and body.any():
-        box = "x".join(map(str, how["side"]))
+        box = "x".join(map(str, crop["side"]))
         yield (
             f"{1 - inside:.0%} of the body lies outside of the {box} voxels that the model sees; "
             "expected less than 2%: give a larger --size, whole patches along each axis"
@@ -185,5 +186,5 @@ def require_ct(source: Source) -> None:
     if source.intensity == "mr":
         raise ValueError(
             "--mr: the model takes the Hounsfield units of a CT, and an MR has none: "
-            "zero-shot and ground take a CT alone"
+            "zero-shot and ground take CT only"
         )

@@ -38,9 +38,9 @@ from ..text.sentences import split_sentences
 
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw04asked
 def list_sentences(
-    own: list,  # sentences that are true of the scan
-    study: list,  # sentences put to every scan
-) -> list:  # dicts: text, kind (own, study, tried); each text once
+    own: list[str],  # sentences that are true of the scan
+    study: list[str],  # sentences for every scan
+) -> list[dict[str, Any]]:  # dicts: text, kind (own, study, tried); each text once
     "The sentences to select from"
     tried = [f"There is {n.lower()}." for n in ABNORMALITIES]
     kinds = {t: k for k, texts in (("tried", tried), ("study", study), ("own", own)) for t in texts}
@@ -54,8 +54,8 @@ def list_sentences(
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw07box
 def crop_affine(
     affine: np.ndarray,  # 4x4, of the standard volume
-    shape: tuple[int, int, int],  # of the standard volume
-    size: Sequence[int],  # of the model's box
+    shape: Sequence[int],  # of the standard volume, voxels
+    size: Sequence[int],  # of the model's box, voxels
 ) -> np.ndarray:  # 4x4, of the box
     "Affine of a center crop"
     out = np.array(affine, float)
@@ -64,159 +64,145 @@ def crop_affine(
 
 
 def score_sentences(
-    o: dict,  # of `predict_scan`
+    o: dict[str, np.ndarray],  # of `predict_scan`
     lesion: np.ndarray,  # (H,W,D) bool
     body: np.ndarray,  # (N,) bool
-    patch: tuple[int, ...],
-    about: list[bool],  # (S,) bool, sentences about the lesion
-) -> list:  # a dict a sentence: hit, chance and Dice; empty where there is no lesion to judge by
+    patch: tuple[int, ...],  # voxels
+    about: list[bool],  # (S,) sentences about the lesion
+) -> list[dict[str, Any]]:  # per sentence: hit, chance, dice; empty where there is no lesion
     "Pointing game and Dice of the sentences about a lesion"
     share = patch_coverage(lesion, patch)
     right = hit_patches(share)
     overlap = patch_dice(o["region"] > 0.5, share)
     chance = float((right & body).sum() / max(body.sum(), 1))
 
-    def one(heat, d):
-        return dict(
-            hit=bool(right[heat.argmax()]), chance=round(chance, 4), dice=round(float(d), 4)
-        )
+    def one(heat: np.ndarray, d: float) -> dict[str, Any]:
+        hit = bool(right[heat.argmax()])
+        return dict(hit=hit, chance=round(chance, 4), dice=round(float(d), 4))
 
     return [one(h, d) if a and lesion.any() else {} for h, d, a in zip(o["heat"], overlap, about)]
 
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw08finds
-def analyze_scan(
-    s: dict,  # paths: image, and lesion where there is one; sentences that are true of it
-    model: ASAP,
-    text: TextEncoder,  # an arm, and its frozen encoder
-    p: Any,  # params: grounding.sentences, pretrain.mask_ratio, volumes.hu_range
-) -> dict:  # affine, size, patch, grid of the box; a dict a sentence
-    "Similarities and region of every sentence in a scan"
-    img = nib.load(s["image"])
-    vit = model.vit
-    rows = list_sentences(s.get("sentences", []), p.grounding.sentences)
+def _load_boxes(
+    s: dict[str, Any],  # of `analyze_scan`
+    img: Any,  # nibabel image of its standard volume
+    size: tuple[int, ...],  # of the model's box, voxels
+    air: float,  # HU outside the scan
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # HU; lesion, scan: bool; each (H,W,D)
+    "The box that the model sees: voxels, lesion mask, and where the scan is"
 
-    def box(v, fill):
-        return apply_crop(
-            np.asanyarray(v), center_crop(img.shape, vit.img_size), vit.img_size, fill
-        )
+    def box(v: Any, fill: float) -> np.ndarray:
+        return apply_crop(np.asanyarray(v), center_crop(img.shape, size), size, fill)
 
-    hu = box(img.dataobj, p.volumes.hu_range[0])
-    lesion = (
-        box(nib.load(s["lesion"]).dataobj, 0) > 0 if "lesion" in s else np.zeros(vit.img_size, bool)
-    )
-    o = predict_scan(
-        model,
-        torch.from_numpy(scale_intensity(hu, *p.volumes.hu_range))[None, None],
-        text.sentences([r["text"] for r in rows]),
-        p.pretrain.mask_ratio,
-    )
-    beyond = patch_coverage(box(np.ones(img.shape, np.uint8), 0), vit.patch_size) == 0
-    for r, h, g, k in zip(rows, o["heat"], o["region"] > 0.5, o["k"]):
-        r |= dict(
+    lesion = np.zeros(size, bool)
+    if "lesion" in s:
+        lesion = box(nib.load(s["lesion"]).dataobj, 0) > 0
+    return box(img.dataobj, air), lesion, box(np.ones(img.shape, np.uint8), 0)
+
+
+def _describe_regions(
+    o: dict[str, np.ndarray],  # of `predict_scan`
+    beyond: np.ndarray,  # (N,) bool, patches outside the scan
+) -> list[dict[str, Any]]:  # per sentence
+    "Similarities and region of every sentence, as `viewer.json` stores them"
+    return [
+        dict(
             k=int(k),
             point=int(h.argmax()),
             heat=np.round(h, 4).tolist(),
             region=np.flatnonzero(g).tolist(),
             outside=int((g & beyond).sum()),
         )
-    for r, j in zip(
-        rows,
-        score_sentences(
-            o,
-            lesion,
-            body_patches(hu, vit.patch_size),
-            vit.patch_size,
-            [r["kind"] == "own" for r in rows],
-        ),
-    ):
-        r |= j
+        for h, g, k in zip(o["heat"], o["region"] > 0.5, o["k"])
+    ]
+
+# %% ../../nbs/8_inference/83_viewer.ipynb #vw08score
+def analyze_scan(
+    s: dict[str, Any],  # paths: image, and lesion if any; sentences that are true of it
+    model: ASAP,  # an arm, in eval mode
+    text: TextEncoder,  # its frozen encoder
+    p: Any,  # params: grounding.sentences, pretrain.mask_ratio, volumes.hu_range
+) -> dict[str, Any]:  # affine, size, patch, grid of the box; sentences: a dict for each
+    "Similarities and region of every sentence in a scan"
+    img, vit, hu = nib.load(s["image"]), model.vit, p.volumes.hu_range
+    rows = list_sentences(s.get("sentences", []), p.grounding.sentences)
+    voxels, lesion, scan = _load_boxes(s, img, vit.img_size, hu[0])
+    x = torch.from_numpy(scale_intensity(voxels, *hu))[None, None]
+    features = text.sentences([r["text"] for r in rows])
+    o = predict_scan(model, x, features, p.pretrain.mask_ratio)
+    beyond = patch_coverage(scan, vit.patch_size) == 0
+    body = body_patches(voxels, vit.patch_size)
+    about = [r["kind"] == "own" for r in rows]
+    scores = score_sentences(o, lesion, body, vit.patch_size, about)
+    regions = _describe_regions(o, beyond)
     return dict(
         affine=crop_affine(img.affine, img.shape, vit.img_size).tolist(),
         size=list(vit.img_size),
         patch=list(vit.patch_size),
         grid=list(vit.grid_size),
-        sentences=rows,
+        sentences=[r | a | b for r, a, b in zip(rows, regions, scores)],
     )
 
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw12regions
 def write_viewer_data(
-    scans: dict,  # name -> dict for `analyze_scan`, with `what` for people
-    model: ASAP,
-    text: TextEncoder,
-    p: Any,
-    arm: str,  # whose model it is
-    root: Path,  # paths are kept relative to it
+    scans: dict[str, dict],  # name -> dict for `analyze_scan`, with a description as `what`
+    model: ASAP,  # in eval mode
+    text: TextEncoder,  # frozen encoder
+    p: Any,  # params, as `analyze_scan`
+    arm: str,  # name of the model's arm
+    root: Path,  # folder that the stored paths are relative to
     path: Path,  # viewer.json
 ) -> None:
     "Write the regions of every sentence in every scan as one file"
 
-    def part(s):
-        return {
-            k: Path(s[k]).relative_to(root).as_posix()
-            for k in ("image", "view", "lesion")
-            if k in s
-        }
+    def relative(s: dict[str, Any]) -> dict[str, str]:
+        kinds = [k for k in ("image", "view", "lesion") if k in s]
+        return {k: Path(s[k]).relative_to(root).as_posix() for k in kinds}
 
     rows = [
-        dict(name=n, what=s["what"], files=part(s), **analyze_scan(s, model, text, p))
+        dict(name=n, what=s["what"], files=relative(s), **analyze_scan(s, model, text, p))
         for n, s in scans.items()
     ]
-    mm = (
-        nib.load(next(iter(scans.values()))["image"]).header.get_zooms()
-        if scans
-        else p.volumes.spacing
-    )
-    write_json(
-        dict(
-            arm=arm,
-            patch_mm=" x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, mm)),
-            scans=rows,
-        ),
-        path,
-    )
+    spacing = p.volumes.spacing
+    if scans:
+        spacing = nib.load(next(iter(scans.values()))["image"]).header.get_zooms()
+    patch_mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, spacing))
+    write_json(dict(arm=arm, patch_mm=patch_mm, scans=rows), path)
+
+# %% ../../nbs/8_inference/83_viewer.ipynb #vw12lists
+def _read_sentences(
+    folder: Path,  # of a real scan
+) -> list[str]:
+    "Sentences that are true of a real scan"
+    file = folder / "sentences.json"
+    return [r["sentence"] for r in read_json(file)] if file.exists() else []
 
 
-def list_real_scans(folder: Path | str) -> dict:  # name -> paths and sentences, for `plot_scan`
+def list_real_scans(
+    folder: Path | str,  # build/real
+) -> dict[str, dict]:  # name -> paths and sentences, for `plot_scan`
     "Real chest CTs that the stage `real` prepared"
     out = {}
     for f in sorted(Path(folder).glob("*/image.nii")):
-        if (
-            "chest CT"
-            not in read_json(Path(folder) / "status.json")["scans"][f.parent.name]["what"]
-        ):
+        status = read_json(Path(folder) / "status.json")["scans"][f.parent.name]
+        if "chest CT" not in status["what"]:
             continue
-        files = {k: f.parent / f"{k}.nii.gz" for k in ("organ_map", "lesion")}
-        said = (
-            read_json(f.parent / "sentences.json")[:1]
-            if (f.parent / "sentences.json").exists()
-            else []
-        )
-        out[f.parent.name] = dict(
-            image=f,
-            sentences=[r["sentence"] for r in said],
-            **{k: p for k, p in files.items() if p.exists()},
-        )
+        masks = {k: f.parent / f"{k}.nii.gz" for k in ("organ_map", "lesion")}
+        masks = {k: p for k, p in masks.items() if p.exists()}
+        out[f.parent.name] = dict(image=f, sentences=_read_sentences(f.parent)[:1], **masks)
     return out
 
 
 def list_viewer_scans(
     real: Path,  # build/real
     phantom: dict | None,  # a row of a cohort table as a dict, or None
-) -> dict:  # name -> dict for `analyze_scan`
+) -> dict[str, dict]:  # name -> dict for `analyze_scan`
     "The available real chest CTs, and a phantom"
     out, status = {}, read_json(real / "status.json")["scans"]
     for name, s in list_real_scans(real).items():
-        told = real / name / "sentences.json"
-        out[name] = dict(
-            s,
-            what=f"Real: {status[name]['what']}",
-            sentences=[r["sentence"] for r in read_json(told)] if told.exists() else [],
-            **(
-                {"view": real / name / "view.nii.gz"}
-                if (real / name / "view.nii.gz").exists()
-                else {}
-            ),
-        )
+        view = real / name / "view.nii.gz"
+        own = dict(what=f"Real: {status[name]['what']}", sentences=_read_sentences(real / name))
+        out[name] = s | own | (dict(view=view) if view.exists() else {})
     if phantom is not None:
         out["phantom"] = dict(
             image=phantom["image"],
@@ -227,9 +213,8 @@ def list_viewer_scans(
 
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw14bundle
 NIIVUE_VERSION = "0.69.0"
-NIIVUE_SHA256 = (
-    "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"  # of niivue.umd.js
-)
+# of niivue.umd.js
+NIIVUE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
 NIIVUE_PATH = Path(str(files("asap.inference"))) / "niivue/niivue.umd.js.gz"
 
 
@@ -256,44 +241,45 @@ def load_niivue(
 TEMPLATES = Environment(loader=PackageLoader("asap.inference"), autoescape=True)
 
 
-def _encode_nifti(path) -> str:  # base64 of a .nii.gz
-    data = Path(path).read_bytes()
-    return base64.b64encode(
-        data if str(path).endswith(".gz") else gzip.compress(data, 6, mtime=0)
-    ).decode()
+def _encode_nifti(path: Path) -> str:  # base64 of a .nii.gz
+    data = path.read_bytes()
+    if not str(path).endswith(".gz"):
+        data = gzip.compress(data, 6, mtime=0)
+    return base64.b64encode(data).decode()
 
 
-def _encode_empty_mask(size, affine) -> str:  # base64 of a mask of zeros
+def _encode_empty_mask(
+    size: Sequence[int],  # voxels
+    affine: Any,  # 4x4
+) -> str:  # base64 of a mask of zeros, as .nii.gz
     img = nib.Nifti1Image(np.zeros(size, np.uint8), np.array(affine))
     img.header.set_xyzt_units("mm")
     return base64.b64encode(gzip.compress(img.to_bytes(), 6, mtime=0)).decode()
 
 
-def encode_scan(s: dict, root: Path | str) -> dict:  # as the script takes it
+def encode_scan(
+    s: dict[str, Any],  # a scan of `write_viewer_data`
+    root: Path | str,  # folder that its paths are relative to
+) -> dict[str, Any]:  # as the script takes it
     "A scan with its voxels, for the script"
     paths = {k: Path(root) / v for k, v in s["files"].items()}
-    more = dict(lesion=_encode_nifti(paths["lesion"])) if "lesion" in paths else {}
-    return (
-        {k: v for k, v in s.items() if k != "files"}
-        | dict(
-            ct=_encode_nifti(paths.get("view", paths["image"])),
-            empty=_encode_empty_mask(s["size"], s["affine"]),
-        )
-        | more
-    )
+    out = {k: v for k, v in s.items() if k != "files"}
+    out["ct"] = _encode_nifti(paths.get("view", paths["image"]))
+    out["empty"] = _encode_empty_mask(s["size"], s["affine"])
+    if "lesion" in paths:
+        out["lesion"] = _encode_nifti(paths["lesion"])
+    return out
 
 
 def render_viewer(
-    found: dict,  # of `write_viewer_data`
-    root: Path | str,  # what its paths are relative to
+    found: dict[str, Any],  # of `write_viewer_data`
+    root: Path | str,  # folder that its paths are relative to
     title: str,
 ) -> str:  # HTML
     "The viewer as one file"
-    data = json.dumps(
-        dict(scans=[encode_scan(s, root) for s in found["scans"]]),
-        ensure_ascii=False,
-        separators=(",", ":"),
-    ).replace("</", "<\\/")
+    scans = dict(scans=[encode_scan(s, root) for s in found["scans"]])
+    data = json.dumps(scans, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("</", "<\\/")  # it would end the page's script
     return TEMPLATES.get_template("viewer.html.j2").render(
         title=title,
         arm=found["arm"],
@@ -306,7 +292,7 @@ def render_viewer(
 # %% ../../nbs/8_inference/83_viewer.ipynb #vw28draw
 def write_viewer(
     path: Path,  # viewer.json, of `write_viewer_data`
-    root: Path,
+    root: Path,  # the project's folder
     title: str,
     out: Path,  # viewer.html
 ) -> bool:  # whether it was written

@@ -17,7 +17,7 @@ from ..text.encoder import TextEncoder
 
 # %% ../../nbs/8_inference/81_zero_shot.ipynb #s000000f
 def classify_zero_shot(
-    model: ASAP,
+    model: ASAP,  # of `load_model_and_text`
     text: TextEncoder,  # of `load_model_and_text`
     seen: LoadedScan,
     labels: list[str],  # names
@@ -26,23 +26,25 @@ def classify_zero_shot(
     "Zero-shot classification of one scan, a row per label, in their order"
     if blank := [n for n in labels if not str(n).strip()]:
         raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
-    said = prompt_similarity(
-        model, text, [seen.image], build_prompts(labels, p.positive_templates, p.negative_templates)
-    )[0]
+    prompts = build_prompts(labels, p.positive_templates, p.negative_templates)
+    similarity = prompt_similarity(model, text, [seen.image], prompts)[0]
+    positive, negative = similarity[:, 0], similarity[:, 1]
     return pd.DataFrame(
         dict(
             label=list(labels),
-            score=said[:, 0] - said[:, 1],
-            probability=zero_shot_proba(model, said),
-            positive_similarity=said[:, 0],
-            negative_similarity=said[:, 1],
+            score=positive - negative,
+            probability=zero_shot_proba(model, similarity),
+            positive_similarity=positive,
+            negative_similarity=negative,
         )
     )
 
 
-def find_unknown_words(text: TextEncoder, sentences: list[str]) -> list:  # words, each once
+def find_unknown_words(
+    text: TextEncoder,
+    sentences: list[str],
+) -> list[str]:  # words, each once
     "Words that the tokenizer maps to unknown"
-    unk = text.tokenizer.unk_token
-    return list(
-        dict.fromkeys(w for s in sentences for w in s.split() if unk in text.tokenizer.tokenize(w))
-    )
+    unknown = text.tokenizer.unk_token
+    words = dict.fromkeys(w for s in sentences for w in s.split())
+    return [w for w in words if unknown in text.tokenizer.tokenize(w)]

@@ -13,6 +13,7 @@ __all__ = ['FOCAL_LESIONS', 'LARGE_LESION_FRACTION', 'POINTING_BASELINES', 'NUM_
 
 # %% ../../nbs/9_study/92_grounding.ipynb #7bbd7e3c
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,15 +65,13 @@ from ..train import get_device
 class GroundingConfig(BaseConfig):
     "Grounding on real scans"
 
-    sentences: Annotated[
-        list[str], Field(min_length=1)
-    ]  # shown beside those of the scans' findings
+    sentences: Annotated[list[str], Field(min_length=1)]  # for every scan, beside its own
 
 # %% ../../nbs/9_study/92_grounding.ipynb #2c5077cb
 def build_atlas(
     at: np.ndarray,  # (n,N) bool, patches that count for each train mask
     labels: Iterable[str],  # (n,)
-) -> dict:  # label -> (N,) counts
+) -> dict[str, np.ndarray]:  # label -> (N,) counts
     "How often each patch counted for the masks of an abnormality"
     labels = np.asarray(labels)
     return {k: at[labels == k].sum(0) for k in dict.fromkeys(labels) if k}
@@ -80,27 +79,25 @@ def build_atlas(
 
 def shuffle_patients(
     patients: Iterable[str],
-    seed: Any,
-) -> dict:  # patient -> another patient
+    seed: Any,  # anything `asap.core.rng` takes
+) -> dict[str, str]:  # patient -> another patient
     "Assign every patient another one: a random cycle through all; empty for one patient"
     names = rng("strangers", seed).permutation(sorted(set(patients)))
     return dict(zip(names, np.roll(names, 1))) if len(names) > 1 else {}
 
 
-def negate_finding(label: str) -> str:  # sentence, or "" where no label is known
+def negate_finding(
+    label: str,  # abnormality, or "" where it is unknown
+) -> str:  # "" for an unknown label
     "A sentence that denies an abnormality"
-    return (
-        NEGATIVE_TEMPLATES[label][0]
-        if label in NEGATIVE_TEMPLATES
-        else f"There is no {label.lower()}."
-        if label
-        else ""
-    )
+    if label in NEGATIVE_TEMPLATES:
+        return NEGATIVE_TEMPLATES[label][0]
+    return f"There is no {label.lower()}." if label else ""
 
 # %% ../../nbs/9_study/92_grounding.ipynb #9d190377
 def build_sentence_queries(
     t: pd.DataFrame,  # case, patient, sentence, label
-    seed: Any,
+    seed: Any,  # anything `asap.core.rng` takes
 ) -> pd.DataFrame:  # row (of t), kind (own, shuffled_scan, negated), case (scan), sentence
     "Every sentence with its scan, with another patient's scan, and negated"
     other = shuffle_patients(t.patient, seed)
@@ -109,116 +106,141 @@ def build_sentence_queries(
     for n, r in enumerate(t.itertuples()):
         out.append(dict(row=n, kind="own", case=r.case, sentence=r.sentence))
         if other:
-            out.append(
-                dict(row=n, kind="shuffled_scan", case=first[other[r.patient]], sentence=r.sentence)
-            )
+            case = first[other[r.patient]]
+            out.append(dict(row=n, kind="shuffled_scan", case=case, sentence=r.sentence))
         if r.label:
             out.append(dict(row=n, kind="negated", case=r.case, sentence=negate_finding(r.label)))
     return pd.DataFrame(out)
 
 # %% ../../nbs/9_study/92_grounding.ipynb #2c9469fc
+def _align_queries(
+    model: ASAP,
+    text: TextEncoder,
+    sentences: list[str],
+    tokens: torch.Tensor,  # (1,1+N,C) of the scan, after the blocks
+    first: torch.Tensor,  # (1,1+N,C) of the scan, before them
+) -> dict[str, np.ndarray]:  # point (n,), region (n,N), k (n,)
+    "The queries of one scan"
+    features = text.sentences(sentences)[None].to(tokens.device)
+    a = model.alignment(tokens[:, 1:], features, first[:, 1:], hard=True)
+    found = dict(point=a.similarity[0].argmax(-1), region=a.weights[0] > 0.5, k=a.k[0])
+    return {key: v.cpu().numpy() for key, v in found.items()}
+
+
 @torch.no_grad()
 def predict_regions(
-    model: ASAP,  # asap.model.asap.ASAP in eval mode
+    model: ASAP,  # in eval mode
     text: TextEncoder,  # frozen encoder
     asked: pd.DataFrame,  # of `build_sentence_queries`
-    images: dict,  # case -> path of its standard volume
-    size: tuple[int, int, int] | list[int],
-    hu: tuple[float, float] | list[float],  # as the model takes it
-    batch: int = 16,
-    label: str = "ground",
-) -> dict:  # point (n,) patch, region (n,N) bool, k (n,)
+    images: dict[str, Any],  # case -> path of its standard volume
+    size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
+    hu: tuple[float, float] | list[float],  # window of the model's input
+    batch: int = 16,  # scans that are encoded together
+    label: str = "ground",  # of the progress bar
+) -> dict[str, np.ndarray]:  # point (n,) patch, region (n,N) bool, k (n,)
     "Most similar patch and region of each query"
-    where, by, cases = get_device(), asked.groupby("case").indices, list(dict.fromkeys(asked.case))
-    model.to(where)
-    n = int(np.prod(model.vit.grid_size))
+    device, vit = get_device(), model.vit
+    queries, cases = asked.groupby("case").indices, list(dict.fromkeys(asked.case))
+    model.to(device)
     out = dict(
         point=np.zeros(len(asked), int),
-        region=np.zeros((len(asked), n), bool),
+        region=np.zeros((len(asked), int(np.prod(vit.grid_size))), bool),
         k=np.zeros(len(asked)),
     )
     for i in progress_bar(range(0, len(cases), batch), label=label):
-        x = torch.stack([load_image(images[c], size, hu) for c in cases[i : i + batch]]).to(where)
-        first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
-        tokens = model.vit.forward_blocks(first)
-        for j, c in enumerate(cases[i : i + batch]):
-            a = model.alignment(
-                tokens[j : j + 1, 1:],
-                text.sentences(asked.sentence.iloc[by[c]].tolist())[None].to(where),
-                first[j : j + 1, 1:],
-                hard=True,
-            )
-            for key, v in dict(
-                point=a.similarity[0].argmax(-1), region=a.weights[0] > 0.5, k=a.k[0]
-            ).items():
-                out[key][by[c]] = v.cpu().numpy()
+        some = cases[i : i + batch]
+        x = torch.stack([load_image(images[c], size, hu) for c in some]).to(device)
+        first = vit.embed_patches(patchify(x, vit.patch_size))
+        tokens = vit.forward_blocks(first)
+        for j, c in enumerate(some):
+            sentences = asked.sentence.iloc[queries[c]].tolist()
+            one = _align_queries(model, text, sentences, tokens[j : j + 1], first[j : j + 1])
+            for key, v in one.items():
+                out[key][queries[c]] = v
     return out
 
 # %% ../../nbs/9_study/92_grounding.ipynb #26e3258f
+def _query_rows(
+    asked: pd.DataFrame,  # of `build_sentence_queries`
+    kind: str,  # own, shuffled_scan, negated
+) -> tuple[np.ndarray, np.ndarray]:  # index of the queries of a kind, and of their sentences
+    index = asked.index[asked.kind == kind].to_numpy()
+    return index, asked.row.to_numpy()[index]
+
+
+def _by_sentence(
+    values: np.ndarray,  # of some sentences
+    rows: np.ndarray,  # their index
+    n: int,  # sentences
+) -> np.ndarray:  # (n,) float, NaN for the others
+    out = np.full(n, np.nan)
+    out[rows] = values
+    return out
+
+
+def _body_mean(
+    x: np.ndarray,  # (n,N)
+    body: np.ndarray,  # (n,N) bool
+) -> np.ndarray:  # (n,)
+    "Mean over the body patches: the expectation for a random one"
+    return (x * body).sum(1) / np.maximum(body.sum(1), 1)
+
+
+def _score_atlas(
+    counts: np.ndarray | None,  # (N,), of `build_atlas`
+    at: np.ndarray,  # (N,) bool, patches that count as a hit
+    share: np.ndarray,  # (N,)
+    k: int,  # patches of the region
+) -> tuple[float, float]:  # hit, Dice; NaN for a label without train masks
+    if counts is None:
+        return float("nan"), float("nan")
+    return float(at[counts.argmax()]), float(patch_dice(topk_patches(counts, k), share))
+
+# %% ../../nbs/9_study/92_grounding.ipynb #gndscor1
 def score_pointing(
     t: pd.DataFrame,  # case, patient, channel, sentence, label
     share: np.ndarray,  # (n,N), of `patch_coverage`
     body: np.ndarray,  # (n,N) bool
-    maps: dict,  # of `build_atlas`
-    asked: pd.DataFrame,
-    got: dict[str, np.ndarray],  # of `build_sentence_queries` and `predict_regions`
+    maps: dict[str, np.ndarray],  # of `build_atlas`
+    asked: pd.DataFrame,  # of `build_sentence_queries`
+    got: dict[str, np.ndarray],  # of `predict_regions`
 ) -> pd.DataFrame:  # t with hits (1, 0, a fraction, or NaN), peak_patch, k, extent, and Dice
     "Hits and Dice of every sentence and of the baselines"
-    of = {
-        kind: asked.index[asked.kind == kind].to_numpy()
-        for kind in ("own", "shuffled_scan", "negated")
-    }
-    row, own, at, size = asked.row.to_numpy(), of["own"], hit_patches(share), share.sum(1)
-
-    def put(kind, values):
-        out = np.full(len(t), np.nan)
-        out[row[of[kind]]] = values
-        return out
-
-    def hit(kind):
-        return put(kind, at[row[of[kind]], got["point"][of[kind]]])
-
-    def over(kind):
-        return put(kind, patch_dice(got["region"][of[kind]], share[row[of[kind]]]))
-
-    def guess(x):
-        return (x * body).sum(1) / np.maximum(body.sum(1), 1)
-
+    at, extent = hit_patches(share), share.sum(1)
+    own, _ = _query_rows(asked, "own")
     k = got["region"][own].sum(1)
-    by_map = [
+
+    def hit(kind: str) -> np.ndarray:
+        index, rows = _query_rows(asked, kind)
+        return _by_sentence(at[rows, got["point"][index]], rows, len(t))
+
+    def dice(kind: str) -> np.ndarray:
+        index, rows = _query_rows(asked, kind)
+        return _by_sentence(patch_dice(got["region"][index], share[rows]), rows, len(t))
+
+    by_atlas = [
         _score_atlas(maps.get(label), a, c, n) for label, a, c, n in zip(t.label, at, share, k)
     ]
-    t = t.assign(
+    return t.assign(
         peak_patch=got["point"][own],
         hit=hit("own"),
-        random=guess(at),
+        random=_body_mean(at, body),
         shuffled_scan=hit("shuffled_scan"),
         negated=hit("negated"),
         k=got["k"][own],
-        extent=size,
-    )
-    t = t.assign(
-        dice=over("own"),
-        dice_random=2 * k * guess(share) / np.maximum(k + size, 1e-6),
-        dice_shuffled_scan=over("shuffled_scan"),
-    )
-    return t.assign(atlas=[a for a, _ in by_map], dice_atlas=[d for _, d in by_map])
-
-
-def _score_atlas(
-    counts, at, share, k: int
-) -> tuple:  # hit and Dice of the atlas; NaN for a label without train masks
-    return (
-        (float("nan"),) * 2
-        if counts is None
-        else (float(at[counts.argmax()]), float(patch_dice(topk_patches(counts, k), share)))
+        extent=extent,
+        dice=dice("own"),
+        dice_random=2 * k * _body_mean(share, body) / np.maximum(k + extent, 1e-6),
+        dice_shuffled_scan=dice("shuffled_scan"),
+        atlas=[a for a, _ in by_atlas],
+        dice_atlas=[d for _, d in by_atlas],
     )
 
 # %% ../../nbs/9_study/92_grounding.ipynb #d2ecb40d
 def bootstrap_mean(
     x: np.ndarray,  # (n,) values; empty ones are left out
-    w: np.ndarray,  # (draws,n) bootstrap weights
-) -> tuple[float, np.ndarray]:  # mean, (draws,) means
+    w: np.ndarray,  # (replicates,n) bootstrap weights
+) -> tuple[float, np.ndarray]:  # mean, (replicates,) means
     "A mean and its bootstrap replicates"
     x = np.asarray(x, float)
     ok = ~np.isnan(x)
@@ -228,38 +250,42 @@ def bootstrap_mean(
         return float(x[ok].mean()), (w[:, ok] @ x[ok]) / w[:, ok].sum(1)
 
 
-def _ci_columns(name, value, drawn, level) -> dict:  # value with its interval
-    lo, hi = ci(drawn, level) if not np.isnan(value) else (float("nan"),) * 2
+def _ci_columns(
+    name: str,
+    value: float,
+    replicates: np.ndarray,  # (replicates,)
+    level: float,  # confidence level
+) -> dict[str, float]:  # columns name, name_lo, name_hi
+    "A value with its interval"
+    lo, hi = ci(replicates, level) if not np.isnan(value) else (float("nan"),) * 2
     return {name: value, f"{name}_lo": lo, f"{name}_hi": hi}
 
 # %% ../../nbs/9_study/92_grounding.ipynb #bed7b4ca
-FOCAL_LESIONS = [
-    "Lung nodule",
-    "Lung opacity",
-    "Consolidation",
-    "Atelectasis",
-]  # which may lie in any lobe, so that position alone tells least
-LARGE_LESION_FRACTION = (
-    0.1  # of the patches: a label is large when half of its train masks touch as many
-)
+# Focal lesions may lie in any lobe, so that their position alone predicts least
+FOCAL_LESIONS = ["Lung nodule", "Lung opacity", "Consolidation", "Atelectasis"]
+# A label is large when half of its train masks touch at least this fraction of the patches
+LARGE_LESION_FRACTION = 0.1
 POINTING_BASELINES = ["atlas", "shuffled_scan", "negated"]
 
 
 def label_groups(
-    labels: Iterable[str], large: Iterable[str] = ()
-) -> dict:  # name -> labels; those that there are
+    labels: Iterable[str],  # of the sentences
+    large: Iterable[str] = (),  # of `large_lesion_labels`
+) -> dict[str, list[str]]:  # name -> its labels, among those that occur
     "Focal lesions pooled, large lesions pooled, and each label"
-    there = [n for n in ABNORMALITIES if n in set(labels)]
+    present = [n for n in ABNORMALITIES if n in set(labels)]
     pooled = {
-        "focal_lesions": [n for n in FOCAL_LESIONS if n in there],
-        "large_lesions": [n for n in there if n in large],
+        "focal_lesions": [n for n in FOCAL_LESIONS if n in present],
+        "large_lesions": [n for n in present if n in large],
     }
-    return {k: v for k, v in pooled.items() if v} | {
-        n: [n] for n in sorted(there, key=lambda n: n not in FOCAL_LESIONS)
-    }
+    single = {n: [n] for n in sorted(present, key=lambda n: n not in FOCAL_LESIONS)}
+    return {k: v for k, v in pooled.items() if v} | single
 
 
-def large_lesion_labels(share: np.ndarray, labels: Iterable[str]) -> list:
+def large_lesion_labels(
+    share: np.ndarray,  # (n,N) coverage of patches by the train masks
+    labels: Iterable[str],  # (n,)
+) -> list[str]:
     "Labels of large lesions, by their train masks; focal lesions excluded"
     labels, touched = np.asarray(labels), (share > 0).mean(1)
     return [
@@ -272,33 +298,26 @@ def large_lesion_labels(share: np.ndarray, labels: Iterable[str]) -> list:
 
 # %% ../../nbs/9_study/92_grounding.ipynb #cf55a58a
 def summarize_hits(
-    g: pd.DataFrame, n: int, level: float
-) -> dict:  # hit rate and Dice with intervals, and differences to the baselines
+    g: pd.DataFrame,  # of `score_pointing`
+    n: int,  # bootstrap replicates
+    level: float,  # confidence level
+) -> dict[str, float]:  # hit rate and Dice with intervals, and differences to the baselines
     "One row of the table: sentences of some labels, one arm"
     w = bootstrap_weights(g.patient.to_numpy(), n)
     hit, by_chance = bootstrap_mean(g.hit, w), bootstrap_mean(g.random, w)
-    out = dict(
-        sentences=len(g),
-        patients=g.patient.nunique(),
-        **_ci_columns("hit_rate", *hit, level),
-        random=by_chance[0],
-    )
+    out: dict[str, float] = dict(sentences=len(g), patients=g.patient.nunique())
+    out |= _ci_columns("hit_rate", *hit, level) | dict(random=by_chance[0])
     with np.errstate(invalid="ignore", divide="ignore"):
-        out |= _ci_columns(
-            "lift",
-            hit[0] / by_chance[0] if by_chance[0] else float("nan"),
-            hit[1] / by_chance[1],
-            level,
-        )
+        lift = hit[0] / by_chance[0] if by_chance[0] else float("nan")
+        out |= _ci_columns("lift", lift, hit[1] / by_chance[1], level)
     for k in POINTING_BASELINES:
-        out |= _ci_columns(k, *bootstrap_mean(g[k], w), level) | _ci_columns(
-            f"diff_{k}", *bootstrap_mean(g.hit - g[k], w), level
-        )
+        out |= _ci_columns(k, *bootstrap_mean(g[k], w), level)
+        out |= _ci_columns(f"diff_{k}", *bootstrap_mean(g.hit - g[k], w), level)
     out |= _ci_columns("dice", *bootstrap_mean(g.dice, w), level)
     for k in ("random", "atlas", "shuffled_scan"):
-        out |= {f"dice_{k}": bootstrap_mean(g[f"dice_{k}"], w)[0]} | _ci_columns(
-            f"dice_diff_{k}", *bootstrap_mean(g.dice - g[f"dice_{k}"], w), level
-        )
+        baseline = g[f"dice_{k}"]
+        out |= {f"dice_{k}": bootstrap_mean(baseline, w)[0]}
+        out |= _ci_columns(f"dice_diff_{k}", *bootstrap_mean(g.dice - baseline, w), level)
     return out | dict(extent=float(g.extent.median()), k=float(g.k.median()))
 
 
@@ -306,26 +325,25 @@ def hit_rate_table(
     hits: pd.DataFrame,  # of `score_pointing`, with `arm`
     large: Iterable[str],  # of `large_lesion_labels`
     patch_mm: str,  # such as "42 x 42 x 42"
-    n: int,
-    level: float,  # bootstrap
-) -> pd.DataFrame:  # a row a label and arm
+    n: int,  # bootstrap replicates
+    level: float,  # confidence level
+) -> pd.DataFrame:  # one row per label and arm
     "Hit rates with intervals, and differences to the baselines"
-    every = [
-        (name, arm, g[g.label.isin(labels)])
-        for arm, g in hits.groupby("arm", sort=False)
-        for name, labels in label_groups(hits.label, large).items()
-    ]
-    return pd.DataFrame(
-        [
-            dict(label=name, arm=arm, patch_mm=patch_mm, **summarize_hits(g, n, level))
-            for name, arm, g in every
-        ]
-    )
+    groups = label_groups(hits.label, large)
+    rows = []
+    for arm, g in hits.groupby("arm", sort=False):
+        for name, labels in groups.items():
+            summary = summarize_hits(g[g.label.isin(labels)], n, level)
+            rows.append(dict(label=name, arm=arm, patch_mm=patch_mm, **summary))
+    return pd.DataFrame(rows)
 
-
+# %% ../../nbs/9_study/92_grounding.ipynb #gnddiff1
 def hit_difference_table(
-    hits: pd.DataFrame, arm: str, n: int, level: float
-) -> pd.DataFrame:  # label, arm, comparator, difference, lo, hi
+    hits: pd.DataFrame,  # of `score_pointing`, with `arm`
+    arm: str,  # the reference arm
+    n: int,  # bootstrap replicates
+    level: float,  # confidence level
+) -> pd.DataFrame:  # label, arm, comparator, sentences, difference, lo, hi
     "Hit rate of one arm minus that of every other, paired by sentence"
     keys, rows = ["case", "channel"], []
     own = hits[hits.arm == arm]
@@ -333,45 +351,29 @@ def hit_difference_table(
         pair = own.merge(hits[hits.arm == b][[*keys, "hit"]], on=keys, suffixes=("", "_b"))
         for name, labels in label_groups(hits.label).items():
             g = pair[pair.label.isin(labels)]
-            d = _ci_columns(
-                "difference",
-                *bootstrap_mean(g.hit - g.hit_b, bootstrap_weights(g.patient.to_numpy(), n)),
-                level,
-            )
-            rows.append(
-                dict(
-                    label=name,
-                    arm=arm,
-                    comparator=b,
-                    sentences=len(g),
-                    difference=d["difference"],
-                    lo=d["difference_lo"],
-                    hi=d["difference_hi"],
-                )
-            )
-    return pd.DataFrame(
-        rows, columns=["label", "arm", "comparator", "sentences", "difference", "lo", "hi"]
-    )
+            w = bootstrap_weights(g.patient.to_numpy(), n)
+            d = _ci_columns("difference", *bootstrap_mean(g.hit - g.hit_b, w), level)
+            row = dict(label=name, arm=arm, comparator=b, sentences=len(g))
+            lo, hi = d["difference_lo"], d["difference_hi"]
+            rows.append(row | dict(difference=d["difference"], lo=lo, hi=hi))
+    columns = ["label", "arm", "comparator", "sentences", "difference", "lo", "hi"]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/9_study/92_grounding.ipynb #cc6b467a
 NUM_UNTRAINED_HEADS = 20  # random initializations of the k head
 EXTENT_COLUMNS = [
-    "arm",
-    "sentences",
-    *[
-        f"{k}{end}"
-        for k in ("rho", "untrained", "difference")
-        for end in (("", "_heads_lo", "_heads_hi") if k == "untrained" else ("", "_lo", "_hi"))
-    ],
+    *["arm", "sentences", "rho", "rho_lo", "rho_hi"],
+    *["untrained", "untrained_heads_lo", "untrained_heads_hi"],
+    *["difference", "difference_lo", "difference_hi"],
 ]
 
 
 def predict_untrained_k(
     config: dict,  # of a model
     frozen: torch.Tensor,  # (n,C') sentence features
-    seen: int,  # patches
-    seed: Any,
-) -> np.ndarray:  # (HEADS,n)
+    seen: int,  # number of visible patches
+    seed: Any,  # anything `asap.core.derive_seed` takes
+) -> np.ndarray:  # (NUM_UNTRAINED_HEADS,n)
     "k of untrained heads"
     m, p, out = config["model"], config["pretrain"], []
     for i in range(NUM_UNTRAINED_HEADS):
@@ -404,89 +406,85 @@ def rank_correlation(
 # %% ../../nbs/9_study/92_grounding.ipynb #2310bbf0
 def extent_correlation(
     hits: pd.DataFrame,  # of one arm
-    heads: np.ndarray,  # (HEADS,n), of `predict_untrained_k`
-    n: int,
-    level: float,  # bootstrap by patient
-) -> dict:  # rho, untrained, difference with intervals; range of the untrained heads
+    heads: np.ndarray,  # (NUM_UNTRAINED_HEADS,n), of `predict_untrained_k`
+    n: int,  # bootstrap replicates, by patient
+    level: float,  # confidence level
+) -> dict[
+    str, float
+]:  # sentences, rho, untrained, difference with intervals; range of the untrained heads
     "Rank correlation of k with the true extent, trained against untrained"
     x, y = np.concatenate([hits.k.to_numpy()[None], heads]), hits.extent.to_numpy()
     correlation = rank_correlation(x, y)
     picks = [np.repeat(np.arange(len(y)), c) for c in bootstrap_weights(hits.patient.to_numpy(), n)]
-    drawn = np.array([rank_correlation(x[:, i], y[i]) for i in picks])
+    replicates = np.array([rank_correlation(x[:, i], y[i]) for i in picks])
     rho = float(correlation[0])
     untrained = float(np.nanmean(correlation[1:]))
     low, high = ci(correlation[1:], level)
-    out = dict(
-        sentences=len(y),
-        **_ci_columns("rho", rho, drawn[:, 0], level),
-        untrained=untrained,
-        untrained_heads_lo=low,
-        untrained_heads_hi=high,
-    )
-    return out | _ci_columns(
-        "difference", rho - untrained, drawn[:, 0] - np.nanmean(drawn[:, 1:], 1), level
-    )
+    out: dict[str, float] = dict(sentences=len(y))
+    out |= _ci_columns("rho", rho, replicates[:, 0], level)
+    out |= dict(untrained=untrained, untrained_heads_lo=low, untrained_heads_hi=high)
+    leads = replicates[:, 0] - np.nanmean(replicates[:, 1:], 1)
+    return out | _ci_columns("difference", rho - untrained, leads, level)
 
 # %% ../../nbs/9_study/92_grounding.ipynb #5afdfab3
 def load_lesion_coverage(
     rows: pd.DataFrame,  # one case's sentences: mask, image, channel, volume
-    size: tuple[int, int, int] | list[int],
-    patch: tuple[int, int, int],
-    hu: tuple[float, float] | list[float],  # as the model takes it
+    size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
+    patch: tuple[int, ...],  # voxels
+    hu: tuple[float, float] | list[float],  # window of the model's input
     body: bool,  # compute body patches
-) -> tuple:  # (F,N) float32, (N,) bool
+) -> tuple[np.ndarray, np.ndarray]:  # (F,N) float32, (N,) bool
     "Coverage of each patch by the masks of one case, and which patches are body"
     img = nib.load(rows.volume.iloc[0])
     v = np.asanyarray(img.dataobj)
-    how = center_crop(v.shape, size)
-    m = read_masks(
-        rows["mask"].iloc[0], rows.image.iloc[0], rows.channel.tolist(), v.shape, img.affine
-    )
-    share = np.stack([patch_coverage(apply_crop(x, how, size, False, 0), patch) for x in m]).astype(
-        np.float32
-    )
+    crop = center_crop(v.shape, size)
+    files = rows["mask"].iloc[0], rows.image.iloc[0]
+    masks = read_masks(*files, rows.channel.tolist(), v.shape, img.affine)
+    cropped = [apply_crop(m, crop, size, False, 0) for m in masks]
+    share = np.stack([patch_coverage(m, patch) for m in cropped]).astype(np.float32)
     if not body:
         return share, np.zeros(share.shape[1], bool)
-    return share, body_patches(apply_crop(v, how, size, hu[0]), patch)
+    return share, body_patches(apply_crop(v, crop, size, hu[0]), patch)
 
-
+# %% ../../nbs/9_study/92_grounding.ipynb #gndload1
 def load_lesion_targets(
     said: pd.DataFrame,  # of `ReXGroundingCT.read`
     cohort: pd.DataFrame,  # table of CT-RATE
-    size: tuple[int, int, int] | list[int],
-    patch: tuple[int, int, int],
-    hu: tuple[float, float] | list[float],
+    size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
+    patch: tuple[int, ...],  # voxels
+    hu: tuple[float, float] | list[float],  # window of the model's input
     bad: Quarantine,  # gets cases whose masks do not fit
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, int]:
     """Masks of train and test as patches
 
     Returns the sentences with patient, split and volume; the coverage (n,N) of patches; the body
-    patches (n,N) bool; and the number of lesions outside the box.
+    patches (n,N) bool; and the number of lesions outside the crop.
     """
-    t = said.merge(
-        cohort[["case", "patient", "split", "image"]].rename(columns=dict(image="volume")),
-        on="case",
-    )
-    parts, share, body, out = [], [], [], 0
-    for case, g in progress_bar(
-        t[t.split.isin(["train", "test"])].groupby("case", sort=False), label="lesion masks"
-    ):
+    columns = cohort[["case", "patient", "split", "image"]].rename(columns=dict(image="volume"))
+    t = said.merge(columns, on="case")
+    cases = t[t.split.isin(["train", "test"])].groupby("case", sort=False)
+    parts, share, body, num_outside = [], [], [], 0
+    for case, g in progress_bar(cases, label="lesion masks"):
         try:
             a, b = load_lesion_coverage(g, size, patch, hu, g.split.iloc[0] == "test")
         except (OSError, ValueError) as e:
             bad.add(case, e)
             continue
-        seen = a.any(1)
-        out += int((~seen).sum())
-        parts.append(g[seen])
-        share.append(a[seen])
-        body.append(np.tile(b, (seen.sum(), 1)))
+        inside = a.any(1)
+        num_outside += int((~inside).sum())
+        parts.append(g[inside])
+        share.append(a[inside])
+        body.append(np.tile(b, (inside.sum(), 1)))
     if not parts:
-        return t[:0], np.zeros((0, 0)), np.zeros((0, 0), bool), out
-    return pd.concat(parts, ignore_index=True), np.concatenate(share), np.concatenate(body), out
+        return t[:0], np.zeros((0, 0)), np.zeros((0, 0), bool), num_outside
+    table = pd.concat(parts, ignore_index=True)
+    return table, np.concatenate(share), np.concatenate(body), num_outside
 
 # %% ../../nbs/9_study/92_grounding.ipynb #55385452
-def reinitialize(model: ASAP, seed: Any) -> ASAP:  # in eval mode
+def reinitialize(
+    model: ASAP,
+    seed: Any,  # anything `asap.core.derive_seed` takes
+) -> ASAP:  # in eval mode
     "The same model with untrained weights; buffers fitted to images are kept"
     torch.manual_seed(derive_seed("untrained", seed))
     new = build_asap(model.config).eval()
@@ -496,8 +494,8 @@ def reinitialize(model: ASAP, seed: Any) -> ASAP:  # in eval mode
 
 
 def load_lesion_sentences(
-    cohorts: list[str],
-    root: Path,
+    cohorts: list[str],  # of the study
+    root: Path,  # the project's folder
 ) -> tuple:  # sentences and Quarantine; or None and the reason
     "The sentences that have lesion masks"
     if ReXGroundingCT.companion_of not in available_cohorts(cohorts, root):
@@ -513,21 +511,27 @@ def load_lesion_sentences(
             f"data/ has neither {ReXGroundingCT.name}/ nor {ReXGroundingCT.name}.path, "
             "the lesion masks of single sentences",
         )
-    return (
-        (said, bad)
-        if len(said)
-        else (None, f"{ReXGroundingCT.name} lists no sentence whose mask and volume are there")
-    )
+    if not len(said):
+        return None, f"{ReXGroundingCT.name} lists no sentence whose mask and volume are there"
+    return said, bad
 
 # %% ../../nbs/9_study/92_grounding.ipynb #4209dd64
-def _write_unavailable(out, why) -> dict:
+def _write_unavailable(
+    out: Path,  # runs/grounding
+    why: str,
+) -> dict[str, Any]:  # content of status.json
     log_message(f"grounding: not measured, because {why}")
     status = dict(available=False, reason=why)
     write_json(status, Path(out) / "status.json")
     return status
 
 
-def _describe_patches(model, share, body, p) -> dict:  # of the patches
+def _describe_patches(
+    model: ASAP,
+    share: np.ndarray,  # (n,N)
+    body: np.ndarray,  # (n,N) bool
+    p: Any,  # params: volumes
+) -> dict[str, Any]:  # available, patch_mm, num_patches, num_body_patches
     mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, p.volumes.spacing))
     return dict(
         available=True,
@@ -537,64 +541,60 @@ def _describe_patches(model, share, body, p) -> dict:  # of the patches
     )
 
 
+def _describe_targets(
+    t: pd.DataFrame,  # of `load_lesion_targets`
+    share: np.ndarray,  # (n,N)
+    train: np.ndarray,  # (n,) bool
+    test: np.ndarray,  # (n,) bool
+) -> dict[str, Any]:  # large_lesions, sentences, patients, unlabeled, num_atlas_masks
+    return dict(
+        large_lesions=large_lesion_labels(share[train], t.label[train]),
+        sentences=int(test.sum()),
+        patients=int(t[test].patient.nunique()),
+        unlabeled=int((t[test].label == "").sum()),
+        num_atlas_masks=int(train.sum()),
+    )
+
+# %% ../../nbs/9_study/92_grounding.ipynb #gndeval1
 def evaluate_grounding(
-    found: dict,  # of `models`
+    found: dict[str, ASAP],  # arms with alignment, of `checkpoint.load_aligned_models`
     text: TextEncoder,  # frozen encoder
     p: Any,  # params: study.cohorts, study.seed, volumes, tables
     root: Path,  # the project's folder
-    out: Path,
-) -> dict:  # content of status.json
+    out: Path,  # runs/grounding
+) -> dict[str, Any]:  # content of status.json
     "Score every sentence with every arm; write hits.parquet, its tables and its figure"
     if not found:
         return _write_unavailable(out, "no arm of this study was trained with an alignment")
-    (said, bad), name = load_lesion_sentences(p.study.cohorts, root), ReXGroundingCT.companion_of
+    said, bad = load_lesion_sentences(p.study.cohorts, root)
     if said is None:
         return _write_unavailable(out, bad)
-    last = list(found.values())[-1]
-    t, share, body, hidden = load_lesion_targets(
-        said,
-        load_table(root / f"build/cohorts/{name}/{name}.parquet", root),
-        p.volumes.roi_size,
-        last.vit.patch_size,
-        p.volumes.hu_range,
-        bad,
+    name, last = ReXGroundingCT.companion_of, list(found.values())[-1]
+    cohort = load_table(root / f"build/cohorts/{name}/{name}.parquet", root)
+    size, hu = p.volumes.roi_size, p.volumes.hu_range
+    t, share, body, num_outside = load_lesion_targets(
+        said, cohort, size, last.vit.patch_size, hu, bad
     )
     bad.path = Path(out) / "quarantine.csv"
     bad.save()
     train, test = (t.split == "train").to_numpy(), (t.split == "test").to_numpy()
     if not test.any():
-        return _write_unavailable(
-            out, f"{ReXGroundingCT.name} has no mask of a test case of {name}"
-        )
+        why = f"{ReXGroundingCT.name} has no mask of a test case of {name}"
+        return _write_unavailable(out, why)
     maps = build_atlas(hit_patches(share[train]), t.label[train])
     held = t[test].reset_index(drop=True)
-    hits = evaluate_arms(
-        {**found, "untrained": reinitialize(last, p.study.seed)},
-        text,
-        held,
-        share[test],
-        body[test],
-        maps,
-        p,
-    )
-    status = dict(
-        _describe_patches(last, share, body[test], p),
-        large_lesions=large_lesion_labels(share[train], t.label[train]),
-        sentences=int(test.sum()),
-        patients=int(held.patient.nunique()),
-        unlabeled=int((held.label == "").sum()),
-        num_atlas_masks=int(train.sum()),
-        outside_crop=hidden,
-        excluded=len(bad),
-        arms=list(found),
-    )
+    arms = {**found, "untrained": reinitialize(last, p.study.seed)}
+    hits = evaluate_arms(arms, text, held, share[test], body[test], maps, p)
+    status = _describe_patches(last, share, body[test], p)
+    status |= _describe_targets(t, share, train, test)
+    status |= dict(outside_crop=num_outside, excluded=len(bad), arms=list(found))
     write_grounding(hits, found, text, status, p, out)
     return status
 
 # %% ../../nbs/9_study/92_grounding.ipynb #08bb0bc0
 def evaluate_arms(
     arms: dict[str, ASAP],
-    text: TextEncoder,
+    text: TextEncoder,  # frozen encoder
     held: pd.DataFrame,  # held-out sentences
     share: np.ndarray,  # (n,N), of `patch_coverage`
     body: np.ndarray,  # (n,N) bool
@@ -604,30 +604,22 @@ def evaluate_arms(
     "The same queries for every arm"
     asked = build_sentence_queries(held, p.study.seed)
     images = dict(zip(held.case, held.volume))
+    size, hu = p.volumes.roi_size, p.volumes.hu_range
     out = []
     for arm, model in arms.items():
-        got = predict_regions(
-            model,
-            text,
-            asked,
-            images,
-            p.volumes.roi_size,
-            p.volumes.hu_range,
-            label=f"ground {arm}",
-        )
-        out.append(
-            score_pointing(held, share, body, maps, asked, got).assign(task="grounding", arm=arm)
-        )
+        got = predict_regions(model, text, asked, images, size, hu, label=f"ground {arm}")
+        scores = score_pointing(held, share, body, maps, asked, got)
+        out.append(scores.assign(task="grounding", arm=arm))
     return pd.concat(out, ignore_index=True).drop(columns=["mask", "image", "volume", "split"])
 
 
 def write_grounding(
     hits: pd.DataFrame,  # of `evaluate_arms`
-    found: dict[str, ASAP],
-    text: TextEncoder,
-    status: dict,
+    found: dict[str, ASAP],  # arms with alignment
+    text: TextEncoder,  # frozen encoder
+    status: dict[str, Any],  # of `evaluate_grounding`
     p: Any,  # params: study.seed, tables
-    out: Path,
+    out: Path,  # runs/grounding
 ) -> None:
     "Write hits.parquet, hits.csv, differences.csv, extent_correlation.csv, figure, status.json"
     n = p.tables.n_bootstrap
@@ -640,10 +632,9 @@ def write_grounding(
     write_csv(hit_difference_table(hits, arm, n, level).round(5), out / "differences.csv")
     adaptive = [(a, m, g) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
 
-    def heads(m, g):
-        return predict_untrained_k(
-            m.config, text.sentences(g.sentence.tolist()), status["num_patches"], p.study.seed
-        )
+    def heads(m: ASAP, g: pd.DataFrame) -> np.ndarray:
+        features = text.sentences(g.sentence.tolist())
+        return predict_untrained_k(m.config, features, status["num_patches"], p.study.seed)
 
     rows = [dict(arm=a, **extent_correlation(g, heads(m, g), n, level)) for a, m, g in adaptive]
     write_csv(pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5), out / "extent_correlation.csv")
@@ -654,8 +645,8 @@ def write_grounding(
 def plot_hit_rates(
     t: pd.DataFrame,  # rows of `hit_rate_table` of one arm
     arm: str,
-    status: dict,  # num_patches, patch_mm
-    out: Path,
+    status: dict[str, Any],  # num_patches, patch_mm
+    out: Path,  # runs/grounding
 ) -> None:
     "Hit rates of an arm and of the baselines by label"
     import matplotlib.pyplot as plt
@@ -671,39 +662,144 @@ def plot_hit_rates(
     }
     y = np.arange(len(t))[::-1]
     fig, ax = plt.subplots(figsize=(6.6, 0.62 * len(t) + 1.3))
-    for i, ((k, name), colour) in enumerate(zip(names.items(), sns.color_palette("colorblind"))):
+    for i, ((k, name), color) in enumerate(zip(names.items(), sns.color_palette("colorblind"))):
         at = y + 0.32 - 0.16 * i
-        ax.barh(at, t[k], 0.15, color=colour, label=name)
+        ax.barh(at, t[k], 0.15, color=color, label=name)
         if f"{k}_lo" in t:
             ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0.2", lw=0.9)
     ax.set(yticks=y, xlabel="hit rate (fraction of sentences)", xlim=(0, 1))
     ax.set_yticklabels([f"{label} ({n})" for label, n in zip(t.label, t.sentences)])
-    ax.set_title(
-        f"Pointing game, {status['num_patches']} patches of {status['patch_mm']} mm", fontsize=9
-    )
-    ax.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.4, -0.5 / (0.62 * len(t) + 1.3) - 0.03),
-        ncol=5,
-        frameon=False,
-        fontsize=8,
-    )
+    title = f"Pointing game, {status['num_patches']} patches of {status['patch_mm']} mm"
+    ax.set_title(title, fontsize=9)
+    below = -0.5 / (0.62 * len(t) + 1.3) - 0.03
+    anchor = dict(loc="upper center", bbox_to_anchor=(0.4, below))
+    ax.legend(**anchor, ncol=5, frameon=False, fontsize=8)
     ax.grid(axis="y", visible=False)
     save_figure(fig, None, out, "pointing")
 
 # %% ../../nbs/9_study/92_grounding.ipynb #eea6d246
+@dataclass
+class _Panel:
+    "What the model sees of a scan, and the coronal plane that is shown"
+
+    hu: np.ndarray  # (H,W,D) HU
+    organs: np.ndarray  # (H,W,D) organ map
+    lesion: np.ndarray  # (H,W,D), zeros where there is no lesion
+    x: torch.Tensor  # (1,1,H,W,D) in [-1, 1]
+    plane: int  # index of the coronal plane
+    aspect: float  # height of a pixel by its width
+
+    def view(self, v: np.ndarray) -> np.ndarray:  # (H,W,D) -> (D,H)
+        "The plane in radiological convention"
+        return v[::-1, self.plane].T[::-1]
+
+    @property
+    def gray(self) -> dict[str, Any]:
+        "Options of `imshow` for the model's input"
+        return dict(cmap="gray", vmin=-1, vmax=0.4, aspect=self.aspect)
+
+
+def _coronal_plane(
+    organs: np.ndarray,  # (H,W,D)
+    mark: np.ndarray,  # (H,W,D), lesion
+    n: int,  # organ groups
+) -> int:  # index of the plane
+    "The coronal plane with most lesion, or most organ where there is no lesion"
+    wanted = mark > 0 if mark.any() else np.isin(organs, range(1, n + 1))
+    return int(wanted.sum((0, 2)).argmax())
+
+
+def _crop_panel(
+    image: np.ndarray,  # (W,H,D) HU
+    organs: np.ndarray,  # (W,H,D)
+    lesion: np.ndarray | None,  # (W,H,D) bool
+    spacing: tuple[float, float, float],  # mm
+    size: tuple[int, ...],  # of the model's input, voxels
+    hu: tuple[float, float] | list[float],  # window of the model's input
+    num_organs: int,
+) -> _Panel:
+    def box(v: np.ndarray, fill: float, order: int = 0) -> np.ndarray:
+        return apply_crop(v, center_crop(image.shape, size), size, fill, order)
+
+    hu_box, organ_box = box(image, hu[0], 1), box(organs, 0)
+    mark = box(organs * 0 if lesion is None else lesion, 0)
+    return _Panel(
+        hu=hu_box,
+        organs=organ_box,
+        lesion=mark,
+        x=torch.from_numpy(scale_intensity(hu_box, *hu))[None, None],
+        plane=_coronal_plane(organ_box, mark, num_organs),
+        aspect=spacing[2] / spacing[0],
+    )
+
+# %% ../../nbs/9_study/92_grounding.ipynb #gndpanel3
+def _mask_title(
+    organs: np.ndarray,
+    mark: np.ndarray,  # lesion
+) -> str:  # title of the first picture
+    if mark.any():
+        return "lesion mask that ships with the scan"
+    return "organ map (gray: unknown)" if organs.any() else "no mask ships with the scan"
+
+
+def _plot_masks(
+    ax: Any,
+    panel: _Panel,
+    names: list[str],  # of organ groups
+) -> None:
+    "Organs and lesion that ship with the scan"
+    img, organs, mark = (panel.view(v) for v in (panel.hu, panel.organs, panel.lesion))
+    plot_organ_overlay(ax, img, organs, panel.aspect, names)
+    if mark.any():
+        ax.contour(mark, [0.5], colors="#ff5050", linewidths=1.5)
+    ax.set_title(_mask_title(panel.organs, panel.lesion), fontsize=8)
+
+
+def _plot_predictions(
+    axes: Any,  # three
+    panel: _Panel,
+    o: dict[str, np.ndarray],  # of `predict_scan`
+    vit: ViT3D,
+    mask_ratio: float,
+    names: list[str],  # of organ groups
+) -> None:
+    "Predicted organs, visible patches, reconstruction"
+    organs = panel.view(expand_patches(o["organs"].astype(np.uint8), vit))
+    plot_organ_overlay(axes[0], panel.view(panel.hu), organs, panel.aspect, names)
+    axes[0].set_title("predicted organs by patch", fontsize=8)
+    img = panel.view(panel.x[0, 0].numpy())
+    axes[1].imshow(np.where(panel.view(o["seen"]), img, -1), **panel.gray)
+    axes[1].set_title(f"visible: {1 - mask_ratio:.0%} of patches", fontsize=8)
+    axes[2].imshow(panel.view(o["rebuilt"]), **panel.gray)
+    axes[2].set_title("reconstruction", fontsize=8)
+
+
+def _plot_sentences(
+    axes: Any,  # one per sentence
+    panel: _Panel,
+    o: dict[str, np.ndarray],  # of `predict_scan`
+    vit: ViT3D,
+    sentences: list[str],
+) -> None:
+    "A heat map per sentence"
+    img, organs, mark = (panel.view(v) for v in (panel.x[0, 0].numpy(), panel.organs, panel.lesion))
+    for ax, s, h, r, k in zip(axes, sentences, o["heat"], o["region"], o["k"]):
+        heat, region = (panel.view(expand_patches(v, vit)) for v in (h, r))
+        plot_heatmap(ax, img, heat, region, s, k, panel.gray, organs, mark)
+
+# %% ../../nbs/9_study/92_grounding.ipynb #gndpanel4
 def plot_panel(
     image: np.ndarray,  # (W,H,D) HU
     organs: np.ndarray,  # (W,H,D) organ map, zeros where there is none
-    spacing: tuple[float, float, float],
-    model: ASAP,
+    spacing: tuple[float, float, float],  # mm
+    model: ASAP,  # in eval mode
     text: TextEncoder,  # frozen encoder
-    sentences: list,
-    mask_ratio: float,
+    sentences: list[str],
+    mask_ratio: float,  # fraction of patches hidden for organs and reconstruction, 0 to 1
     names: list[str],  # of organ groups
-    hu: tuple[float, float] | list[float],  # window
-    out: Path,
-    name: str,  # figure `<name>.png`
+    hu: tuple[float, float] | list[float],  # window of the model's input
+    out: Path,  # folder
+    name: str,  # of the files
     lesion: np.ndarray | None = None,  # (W,H,D) bool, a mask that ships with the scan
     about: int = 0,  # how many sentences, from the first, are about the lesion
 ) -> pd.DataFrame:  # a row per sentence, of `sentence_table` and `add_hit_columns`
@@ -711,70 +807,23 @@ def plot_panel(
     import matplotlib.pyplot as plt
 
     set_style()
-    size = model.vit.img_size
-
-    def box(v, fill, order=0):
-        return apply_crop(v, center_crop(image.shape, size), size, fill, order)
-
-    hu_box = box(image, hu[0], 1)
-    organ_box = box(organs, 0)
-    mark = box(organs * 0 if lesion is None else lesion, 0)
-    x = torch.from_numpy(scale_intensity(hu_box, *hu))[None, None]
-    o = predict_scan(model, x, text.sentences(sentences), mask_ratio)
-    cut = _coronal_plane(organ_box, mark, len(names))
-
-    def view(v):
-        return v[::-1, cut].T[::-1]
-
-    aspect = spacing[2] / spacing[0]
-    gray = dict(cmap="gray", vmin=-1, vmax=0.4, aspect=aspect)
+    vit = model.vit
+    panel = _crop_panel(image, organs, lesion, spacing, vit.img_size, hu, len(names))
+    o = predict_scan(model, panel.x, text.sentences(sentences), mask_ratio)
     n = max(4, len(sentences))
     fig, axes = plt.subplots(2, n, figsize=(2.4 * n, 5.4))
     for ax in axes.flat:
         ax.axis("off")
         ax.grid(False)
-    _plot_masks(axes[0, 0], view(hu_box), view(organ_box), view(mark), aspect, names)
-    axes[0, 0].set_title(_mask_title(organ_box, mark), fontsize=8)
-    organs_hat = view(expand_patches(o["organs"].astype(np.uint8), model.vit))
-    plot_organ_overlay(axes[0, 1], view(hu_box), organs_hat, aspect, names)
-    axes[0, 1].set_title("predicted organs by patch", fontsize=8)
-    axes[0, 2].imshow(np.where(view(o["seen"]), view(x[0, 0].numpy()), -1), **gray)
-    axes[0, 2].set_title(f"visible: {1 - mask_ratio:.0%} of patches", fontsize=8)
-    axes[0, 3].imshow(view(o["rebuilt"]), **gray)
-    axes[0, 3].set_title("reconstruction", fontsize=8)
-    for ax, s, heat, region, k in zip(axes[1], sentences, o["heat"], o["region"], o["k"]):
-        plot_heatmap(
-            ax,
-            view(x[0, 0].numpy()),
-            view(expand_patches(heat, model.vit)),
-            view(expand_patches(region, model.vit)),
-            s,
-            k,
-            gray,
-            view(organ_box),
-            view(mark),
-        )
+    _plot_masks(axes[0, 0], panel, names)
+    _plot_predictions(axes[0, 1:], panel, o, vit, mask_ratio, names)
+    _plot_sentences(axes[1], panel, o, vit, sentences)
     fig.tight_layout(pad=0.5)
     save_figure(fig, None, out, name)
-    return add_hit_columns(
-        sentence_table(sentences, o, organ_box, model.vit, names),
-        o["heat"],
-        hit_patches(patch_coverage(mark > 0, model.vit.patch_size)),
-        body_patches(hu_box, model.vit.patch_size),
-        about,
-    )
-
-
-def _coronal_plane(organs, mark, n: int) -> int:  # index of the plane
-    "The coronal plane with most lesion, or most organ where there is no lesion"
-    wanted = mark > 0 if mark.any() else np.isin(organs, range(1, n + 1))
-    return int(wanted.sum((0, 2)).argmax())
-
-
-def _plot_masks(ax, img, organs, mark, aspect, names):
-    plot_organ_overlay(ax, img, organs, aspect, names)
-    if mark.any():
-        ax.contour(mark, [0.5], colors="#ff5050", linewidths=1.5)
+    right = hit_patches(patch_coverage(panel.lesion > 0, vit.patch_size))
+    body = body_patches(panel.hu, vit.patch_size)
+    table = sentence_table(sentences, o, panel.organs, vit, names)
+    return add_hit_columns(table, o["heat"], right, body, about)
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndpanel2
 def add_hit_columns(
@@ -792,61 +841,51 @@ def add_hit_columns(
     )
     return t
 
-
-def _mask_title(organs, mark) -> str:  # title of the first picture
-    return (
-        "lesion mask that ships with the scan"
-        if mark.any()
-        else "organ map (gray: unknown)"
-        if organs.any()
-        else "no mask ships with the scan"
-    )
-
-
+# %% ../../nbs/9_study/92_grounding.ipynb #gndpanel5
 def plot_scan(
-    s: dict,  # paths: image, and organ_map, lesion where there are; sentences of its own
-    model: ASAP,
-    text: TextEncoder,
-    p: Any,
-    out: Path,
-    name: str,
-) -> pd.DataFrame:
+    s: dict[str, Any],  # paths: image, organ_map and lesion if any; its own sentences
+    model: ASAP,  # in eval mode
+    text: TextEncoder,  # frozen encoder
+    p: Any,  # params: grounding, pretrain, anatomy, volumes
+    out: Path,  # folder
+    name: str,  # of the files
+) -> pd.DataFrame:  # of `plot_panel`
     "The panel of one scan, from its files"
     img = nib.load(s["image"])
 
-    def mask(key):
-        return (
-            np.asanyarray(nib.load(s[key]).dataobj) if key in s else np.zeros(img.shape, np.uint8)
-        )
+    def mask(key: str) -> np.ndarray:
+        if key not in s:
+            return np.zeros(img.shape, np.uint8)
+        return np.asanyarray(nib.load(s[key]).dataobj)
 
-    sentences = [*s.get("sentences", []), *p.grounding.sentences]
+    own = s.get("sentences", [])
     return plot_panel(
         np.asanyarray(img.dataobj),
         mask("organ_map"),
         img.header.get_zooms(),
         model,
         text,
-        sentences,
+        [*own, *p.grounding.sentences],
         p.pretrain.mask_ratio,
         list(p.anatomy.groups),
         p.volumes.hu_range,
         out,
         name,
         mask("lesion"),
-        len(s.get("sentences", [])) if "lesion" in s else 0,
+        len(own) if "lesion" in s else 0,
     )
 
 
 def plot_heatmap(
     ax: Any,
-    img: np.ndarray,
-    heat: np.ndarray,
-    region: np.ndarray,
+    img: np.ndarray,  # the plane, in [-1, 1]
+    heat: np.ndarray,  # similarity
+    region: np.ndarray,  # 1 in the region
     sentence: str,
     k: float,
-    gray: dict,
-    organs: np.ndarray,
-    lesion: np.ndarray,
+    gray: dict[str, Any],  # options of `imshow` for `img`
+    organs: np.ndarray,  # organ map
+    lesion: np.ndarray,  # zeros where there is no lesion
 ) -> None:
     "Patch-sentence similarity; outlines: region (blue), organs (white), lesion mask (red)"
     import textwrap
@@ -858,8 +897,12 @@ def plot_heatmap(
 
 
 def sentence_table(
-    sentences: list[str], o: dict[str, np.ndarray], organs: np.ndarray, vit: ViT3D, names: list[str]
-) -> pd.DataFrame:
+    sentences: list[str],
+    o: dict[str, np.ndarray],  # of `predict_scan`
+    organs: np.ndarray,  # (H,W,D) organ map
+    vit: ViT3D,
+    names: list[str],  # of organ groups
+) -> pd.DataFrame:  # sentence, k, max_similarity, mean_similarity, a column per organ
     "k, similarity, and the fraction of the region in each organ"
     rows = []
     for s, heat, region, k in zip(sentences, o["heat"], o["region"], o["k"]):

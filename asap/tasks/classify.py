@@ -630,6 +630,13 @@ class Classification(TaskFamily):
     name = "classify"
     title = "Classification"
     tasks = TASKS
+    main_task = "classify_ct_rate"
+    in_mean = True
+    by_label = True
+    controls = tuple(NEGATIVE_CONTROLS)
+    average = staticmethod(average_by_scan)
+    per_label = staticmethod(per_label)
+    subgroups = staticmethod(subgroup_auc)
     reads = (
         "study.seed",
         "study.arms",

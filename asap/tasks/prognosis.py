@@ -11,6 +11,7 @@ __all__ = ['HORIZON_DAYS', 'LAST_HORIZON', 'INTERVAL_SCALE', 'COLUMNS', 'TASKS',
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #fb538d09
 import html
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from asap.html import (
     render_table,
     select_rows,
 )
-from ..registry import StudyResults, Task, TaskFamily, register_family
+from ..registry import FamilyFigure, StudyResults, Task, TaskFamily, register_family
 from . import classify
 from .classify import C_GRID, iter_label_subsets, layer_norm, standardize_features
 from asap.tasks.metrics import (
@@ -553,3 +554,16 @@ class Prognosis(TaskFamily):
             "Kaplan-Meier curves of test patients by third of the predicted risk, all labels "
             "given.",
         )
+
+    def figures(
+        self,
+        runs: Path,  # folder runs/
+        arm: str,  # the reference arm
+    ) -> list[FamilyFigure]:
+        "Kaplan-Meier curves of the test patients by predicted risk, all labels given"
+        d = pd.read_parquet(runs / self.name / "predictions.parquet")
+        d = d[(d.task == "prognosis_inspect") & (d.arm == arm) & (d.fraction == 1)]
+        if not len(d):
+            return []
+        curves = kaplan_meier_by_risk(d)
+        return [FamilyFigure("survival", curves, lambda ax: plot_kaplan_meier(d, ax))]

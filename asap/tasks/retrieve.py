@@ -349,6 +349,7 @@ class Retrieval(TaskFamily):
     tasks = TASKS
     section = "retrieve"
     also_compared = ("R@10 report to image",)
+    main_task = "retrieve_ct_rate"
     params = "asap.tasks.retrieve:RetrieveConfig"
     reads = (
         "study.seed",

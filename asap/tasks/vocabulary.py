@@ -554,6 +554,7 @@ class ZeroShot(TaskFamily):
     title = "Zero-shot classification"
     tasks = ZERO_SHOT_TASKS
     position = 19.5
+    main_task = "zero_shot_ct_rate"
     reads = (
         "study.seed",
         "study.arms",

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ from .params import load_params, read_params
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
-def _relay_output(out=None):
+def _relay_output(
+    out: Any = None,  # stream; stderr when None
+) -> Iterator[None]:
     "Name a file in `ASAP_TERMINAL` and copy to the terminal what a kernel writes there"
     out = out or sys.stderr
     fd, name = tempfile.mkstemp(prefix="asap-", suffix=".log")
     done = threading.Event()
 
-    def copy():
+    def copy() -> None:
         with os.fdopen(fd, encoding="utf8", errors="replace") as f:
             while True:
                 last = done.is_set()
@@ -63,39 +66,35 @@ def _relay_output(out=None):
         os.unlink(name)
 
 # %% ../nbs/98_cli.ipynb #3bf314b0
-def _parse_assignments(pairs: list[str]) -> dict:  # ["arm=asap"] -> {"arm": "asap"}
+def _parse_assignments(
+    pairs: list[str],  # such as arm=asap
+) -> dict[str, str]:  # such as {"arm": "asap"}
     bad = [p for p in pairs if "=" not in p]
     if bad:
         raise ValueError(f"`{bad[0]}`: write key=value, such as arm=asap")
     return dict(p.split("=", 1) for p in pairs)
 
 
-def _peak_memory_gb() -> float | None:  # GB
-    "Peak memory of the largest process of the stage; None where the system does not report it"
+def _peak_memory_gb() -> float | None:
+    "Peak GB of the stage's largest process; None where the system does not report it"
     try:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
-        1e9 if sys.platform == "darwin" else 1e6
-    )
+    unit = 1e9 if sys.platform == "darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
-
-def execute_stage(
-    name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
-    given: dict | None = None,  # values for the notebook's `parameters` cell
-) -> Path:  # the executed notebook
-    "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    import papermill
-
+# %% ../nbs/98_cli.ipynb #clistg01
+def _stage_notebook(name: str) -> Path:  # source
     source = project_root() / "nbs/stages" / f"{name.split('@')[0]}.ipynb"
     if not source.exists():
         known = sorted(f.stem for f in source.parent.glob("*.ipynb"))
         raise FileNotFoundError(f"no stage `{name}`: nbs/stages has {', '.join(known)}")
-    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    return source
+
+
+def _set_environment() -> None:
+    "Variables that a stage's kernel inherits"
     os.environ.update(
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
@@ -103,62 +102,48 @@ def execute_stage(
         PYDEVD_DISABLE_FILE_VALIDATION="1",
         MALLOC_MMAP_THRESHOLD_=str(2**30),
         MALLOC_TRIM_THRESHOLD_=str(2**33),
-    )  # glibc: keep what is freed, as `asap.train.retain_freed_memory`
+    )  # glibc: keep freed memory, as `asap.train.retain_freed_memory`
+
+
+def _record_cost(
+    name: str,  # of the stage
+    minutes: float,
+    peak: float | None,  # GB
+) -> None:
+    "Write runs/minutes, and log it"
+    row: dict[str, Any] = dict(stage=name, minutes=round(minutes, 2))
+    row["at_a_time"] = int(os.environ.get("ASAP_STAGES", 1))
+    if peak:
+        row["peak_gb"] = round(peak, 2)
+    write_json(row, project_root() / "runs/minutes" / f"{name.replace('@', '-')}.json")
+    memory = f", {peak:.1f} GB at most in one process" if peak else ""
+    log_message(f"{name}: {minutes:.1f} min{memory}")
+
+# %% ../nbs/98_cli.ipynb #clistg02
+def execute_stage(
+    name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
+    given: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
+) -> Path:  # the executed notebook
+    "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
+    # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill
+
+    source = _stage_notebook(name)
+    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _set_environment()
+    values = dict(given or {}, stage=name)
+    options = dict(kernel_name="python3", progress_bar=False, cwd=project_root())
     start = time.monotonic()
     with _relay_output():
-        papermill.execute_notebook(
-            source,
-            target,
-            dict(given or {}, stage=name),
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=project_root(),
-        )
-    minutes, peak = (time.monotonic() - start) / 60, _peak_memory_gb()
-    write_json(
-        dict(
-            stage=name,
-            minutes=round(minutes, 2),
-            at_a_time=int(os.environ.get("ASAP_STAGES", 1)),
-            **({"peak_gb": round(peak, 2)} if peak else {}),
-        ),
-        project_root() / "runs/minutes" / f"{name.replace('@', '-')}.json",
-    )
-    log_message(
-        f"{name}: {minutes:.1f} min" + (f", {peak:.1f} GB at most in one process" if peak else "")
-    )
+        papermill.execute_notebook(source, target, values, **options)
+    _record_cost(name, (time.monotonic() - start) / 60, _peak_memory_gb())
     return target
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
-def find_scans(paths: list) -> list:  # (name, path), names unique
-    "Files and folders that are a scan, searched recursively"
-    from asap.data.volumes import READERS, file_suffix
-
-    out, loose = [], (".dcm", ".ima")
-
-    def walk(p):
-        if not p.exists():
-            raise FileNotFoundError(f"{p} is missing")
-        if p.is_file():
-            return out.append(p)
-        files = list_files(p)
-        volumes = [
-            f
-            for f in files
-            if f.is_file() and file_suffix(f) in READERS and file_suffix(f) not in loose
-        ]
-        out.extend(volumes or ([p] if any(f.is_file() and _is_slice(f) for f in files) else []))
-        for f in files:
-            if f.is_dir():
-                walk(f)
-
-    for p in map(Path, paths):
-        walk(p)
-    out = list(dict.fromkeys(out))
-    return list(zip(_unique_names(out), out))
-
-
-def _is_slice(f) -> bool:  # one slice of a series or of a folder of pictures
+def _is_slice(f: Path) -> bool:
+    "Is it one slice of a series, or of a folder of pictures?"
     from asap.data.volumes import PICTURE_SUFFIXES
 
     if f.suffix.lower() in (".dcm", ".ima", *PICTURE_SUFFIXES):
@@ -169,18 +154,38 @@ def _is_slice(f) -> bool:  # one slice of a series or of a folder of pictures
         return h.read(132)[128:] == b"DICM"
 
 
-def _unique_names(
-    paths,
-) -> list:  # the file's name; with as many of its folders as it takes where two have the same
+def _walk_scans(p: Path) -> Iterator[Path]:
+    "Volumes in a folder and below it; a folder without one that holds slices"
+    from asap.data.volumes import READERS, file_suffix
+
+    if not p.exists():
+        raise FileNotFoundError(f"{p} is missing")
+    if p.is_file():
+        yield p
+        return
+    readable = set(READERS) - {".dcm", ".ima"}
+    entries = list_files(p)
+    files = [f for f in entries if f.is_file()]
+    volumes = [f for f in files if file_suffix(f) in readable]
+    if volumes:
+        yield from volumes
+    elif any(_is_slice(f) for f in files):
+        yield p
+    for f in entries:
+        if f.is_dir():
+            yield from _walk_scans(f)
+
+# %% ../nbs/98_cli.ipynb #cliscan1
+def _path_parts(p: Path) -> list[str]:  # folders, and the name without its suffix
     from asap.data.volumes import file_suffix
 
-    parts = [
-        [
-            *p.resolve().parts[1:-1],
-            p.name[: -len(file_suffix(p))] if p.is_file() and file_suffix(p) else p.name,
-        ]
-        for p in paths
-    ]
+    suffix = file_suffix(p) if p.is_file() else ""
+    return [*p.resolve().parts[1:-1], p.name[: -len(suffix)] if suffix else p.name]
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    "Names of the files, with as many of their folders as make them unique"
+    parts = [_path_parts(p) for p in paths]
     depth = [1] * len(paths)
     while True:
         names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
@@ -192,14 +197,27 @@ def _unique_names(
             depth[i] += 1
 
 
-def _source_from_args(a):  # what the options declare
+def find_scans(
+    paths: Iterable[Path | str],  # files and folders
+) -> list[tuple[str, Path]]:  # (name, path), names unique
+    "Files and folders that are a scan, searched recursively"
+    found = list(dict.fromkeys(f for p in paths for f in _walk_scans(Path(p))))
+    return list(zip(_unique_names(found), found))
+
+# %% ../nbs/98_cli.ipynb #cliscan2
+def _source_from_args(a: argparse.Namespace) -> Any:  # Source
+    "What the options declare about the files"
     from asap.data.volumes import Source
 
-    intensity = "mr" if a.mr else ("window", *a.window) if a.window else "hu"
+    intensity: Any = ("window", *a.window) if a.window else "hu"
+    intensity = "mr" if a.mr else intensity
     return Source(intensity, tuple(a.spacing) if a.spacing else None, a.axes)
 
 
-def _iterate_scans(a, label):  # scans with a bar, and the quarantine
+def _iterate_scans(
+    a: argparse.Namespace,
+    label: str,  # of the progress bar
+) -> tuple[Iterable[tuple[str, Path]], int]:  # (name, path) with a progress bar; their number
     scans = find_scans(a.paths)
     if not scans:
         raise ValueError(
@@ -209,16 +227,18 @@ def _iterate_scans(a, label):  # scans with a bar, and the quarantine
     return (progress_bar(scans, label=label) if len(scans) > 1 else scans), len(scans)
 
 
-def _save_quarantine(bad, n) -> int:  # exit code
+def _save_quarantine(
+    bad: Quarantine,
+    n: int,  # scans
+) -> int:  # exit code
     bad.save()
     if len(bad):
         log_message(f"{len(bad)} of {n} refused")
     return 1 if len(bad) else 0
 
 # %% ../nbs/98_cli.ipynb #7ad773d1
-def _cohort_from_args(
-    a,
-) -> str | None:  # name of the cohort that `asap check` was given; None for loose scans
+def _cohort_from_args(a: argparse.Namespace) -> str | None:  # None for loose scans
+    "Name of the cohort that `asap check` was given"
     if a.cohort:
         return a.cohort
     folder = Path(a.paths[0])
@@ -240,7 +260,10 @@ def _cohort_from_args(
     return None
 
 
-def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page or None
+def _review_paths(
+    a: argparse.Namespace,
+    name: str,  # of the cohort
+) -> tuple[Path, Path | None]:  # folder of the data set, file of the page
     loose = [
         o
         for o, given in (
@@ -269,7 +292,8 @@ def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page
     return folder, page
 
 
-def _review_cohort(a, name) -> int:
+def _review_cohort(a: argparse.Namespace, name: str) -> int:
+    "`asap check` of a data set"
     from asap.core import write_text
     from asap.data import review
     from asap.data.adapter import get_cohort, read_options
@@ -301,7 +325,8 @@ def run_check(a: argparse.Namespace) -> int:
     return _check_scans(a)
 
 
-def _check_scans(a) -> int:
+def _check_scans(a: argparse.Namespace) -> int:
+    "`asap check` of loose scans"
     from asap.data import checks
     from asap.data.volumes import read
 
@@ -329,7 +354,11 @@ def _check_scans(a) -> int:
     return 1 if refused else 0
 
 
-def _save_picture(v, name, folder):
+def _save_picture(
+    v: Any,  # Volume
+    name: str,
+    folder: str,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -342,7 +371,8 @@ def _save_picture(v, name, folder):
     plt.close(fig)
 
 # %% ../nbs/98_cli.ipynb #510d23ed
-def _standard_options(a) -> dict:  # spacing and window of the study, or of the options
+def _standard_options(a: argparse.Namespace) -> dict[str, list[float]]:  # spacing, hu
+    "Spacing and window of the study, or of the options"
     p: Any = load_params(sections=["volumes"])
     return dict(spacing=list(a.to or p.volumes.spacing), hu=list(p.volumes.hu_range))
 
@@ -359,7 +389,7 @@ def run_standardize(a: argparse.Namespace) -> int:
             dict(case=name, image=str(path), organ_map=""),
             CaseStore(out, out),
             _standard_options(a),
-            None,
+            None,  # type: ignore[arg-type] # not called: the row has no organ map
             _source_from_args(a),
         )
         if made.error:
@@ -401,11 +431,14 @@ def run_organs(a: argparse.Namespace) -> int:
     return _save_quarantine(bad, n)
 
 # %% ../nbs/98_cli.ipynb #c1100001
-def _roi_size_from_args(a):
+def _roi_size_from_args(a: argparse.Namespace) -> Any:  # three numbers of voxels, or None
     return tuple(a.size) if a.size else None
 
 
-def _refuse_overwrite(out, scans):
+def _refuse_overwrite(
+    out: Path | str,
+    scans: list[tuple[str, Path]],  # of `find_scans`
+) -> None:
     "Refuse to write over a scan or a folder"
     if Path(out).is_dir():
         raise ValueError(f"-o {out} is a folder, expected a file")
@@ -413,7 +446,11 @@ def _refuse_overwrite(out, scans):
         raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
 
 
-def _map_scans(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
+def _map_scans(
+    a: argparse.Namespace,
+    label: str,  # of the progress bar
+    one: Callable[[str, Path], Any],  # takes name and path of a scan
+) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `one`) of each scan
     "Process scans one by one; refused ones are logged and skipped"
     scans, n = _iterate_scans(a, label)
     done, bad = [], Quarantine()
@@ -428,22 +465,30 @@ def _map_scans(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
     return done, bad
 
 
-def _save_refused(done, bad, listed) -> int:  # exit code
-    "List refused scans beside the output; nothing where there is no output"
+def _save_refused(
+    done: list,  # of `_map_scans`
+    bad: Quarantine,
+    listed: Path,  # CSV
+) -> int:  # exit code
+    "List refused scans beside the output; no file where there is no output"
     bad.path = Path(listed)
     if done and (len(bad) or bad.path.exists()):
         bad.save()
     return 1 if len(bad) else 0
 
 # %% ../nbs/98_cli.ipynb #9540f56d
-def _embed_one(path, source, encoder):
+def _embed_one(
+    path: Path,
+    source: Any,  # Source
+    encoder: Any,  # ViT3D
+) -> Any:  # (1+N,C) tokens
     import torch
 
     from asap.inference.scan import load_scan
 
     s = load_scan(path, encoder, source)
-    for doubt in s.warnings:
-        log_message(f"warning: {Path(path).name}: {doubt}")
+    for warning in s.warnings:
+        log_message(f"warning: {Path(path).name}: {warning}")
     with torch.no_grad():
         return encoder.forward_features(s.image, norm=False)[0].float().cpu().numpy()
 
@@ -475,7 +520,11 @@ def run_embed(a: argparse.Namespace) -> int:
     return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
 
 # %% ../nbs/98_cli.ipynb #c1100003
-def _load_ct(a, path, model):
+def _load_ct(
+    a: argparse.Namespace,
+    path: Path,
+    model: Any,  # ASAP
+) -> Any:  # LoadedScan
     "A CT as the model sees it"
     from asap.inference.scan import load_scan
 
@@ -485,14 +534,17 @@ def _load_ct(a, path, model):
         if "--mr" not in str(e):
             raise
         raise ValueError(
-            f"{e}; and {a.command} takes a CT alone, so that an MR is refused with --mr too"
+            f"{e}; {a.command} takes CT only: an MR is refused with --mr too"
         ) from None
-    for doubt in s.warnings:
-        log_message(f"warning: {Path(path).name}: {doubt}")
+    for warning in s.warnings:
+        log_message(f"warning: {Path(path).name}: {warning}")
     return s
 
 
-def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
+def _load_model_and_text(
+    a: argparse.Namespace,
+    sentences: list[str],  # that the text encoder will read
+) -> tuple:  # model and text encoder
     "The model and its text encoder; log the training data and unknown words"
     from asap.inference.scan import describe_checkpoint, load_model_and_text, require_ct
     from asap.inference.zero_shot import find_unknown_words
@@ -501,10 +553,8 @@ def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
     model, text = load_model_and_text(a.checkpoint, a.text, _roi_size_from_args(a))
     log_message(describe_checkpoint(a.checkpoint))
     if odd := find_unknown_words(text, sentences):
-        log_message(
-            f"warning: the text encoder does not know {', '.join(f'`{w}`' for w in odd[:5])}, "
-            "and reads past it"
-        )
+        words = ", ".join(f"`{w}`" for w in odd[:5])
+        log_message(f"warning: not in the vocabulary of the text encoder: {words}")
     return model, text
 
 
@@ -531,16 +581,11 @@ def run_zero_shot(a: argparse.Namespace) -> int:
     params: Any = load_params(sections=["vocabulary"])
     p = params.vocabulary
 
-    def one(name, path):
+    def one(name: str, path: Path) -> pd.DataFrame:
         z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{r.label} {r.probability:.2f}"
-                for r in z.nlargest(a.top, "probability").itertuples()
-            ),
-            flush=True,
-        )
+        top = z.nlargest(a.top, "probability")
+        shown = ", ".join(f"{r.label} {r.probability:.2f}" for r in top.itertuples())
+        print(f"{name}: {shown}", flush=True)
         return z
 
     done, bad = _map_scans(a, "zero-shot", one)
@@ -550,7 +595,15 @@ def run_zero_shot(a: argparse.Namespace) -> int:
     return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
 
 # %% ../nbs/98_cli.ipynb #c1100005
-def _ground_one(a, name, path, model, text, note) -> int:  # how many files
+def _ground_one(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    model: Any,  # ASAP
+    text: Any,  # TextEncoder
+    note: str,  # under the pictures
+) -> int:  # number of sentences
+    "Localize the sentences in one scan, and write what was found"
     import matplotlib
 
     matplotlib.use("Agg")
@@ -577,9 +630,8 @@ def _ground_one(a, name, path, model, text, note) -> int:  # how many files
             f"cosine up to {r.max_similarity:.2f}: {out / f'{name}_{i + 1}.png'}",
             flush=True,
         )
-    write_csv(
-        t.assign(scan=name)[["scan", *t]], out / f"{name}.csv"
-    )  # last: where it is, the rest is
+    # Last: where the CSV exists, the other files do
+    write_csv(t.assign(scan=name)[["scan", *t]], out / f"{name}.csv")
     return len(t)
 
 
@@ -601,13 +653,12 @@ def run_ground(a: argparse.Namespace) -> int:
             for kind in ("heat", "region"):
                 _refuse_overwrite(out / f"{name}_{i + 1}_{kind}.nii.gz", scans)
     model, text = _load_model_and_text(a, a.sentence)
-    done, bad = _map_scans(
-        a,
-        "ground",
-        lambda name, path: _ground_one(
-            a, name, path, model, text, describe_checkpoint(a.checkpoint)
-        ),
-    )
+    note = describe_checkpoint(a.checkpoint)
+
+    def one(name: str, path: Path) -> int:
+        return _ground_one(a, name, path, model, text, note)
+
+    done, bad = _map_scans(a, "ground", one)
     return _save_refused(done, bad, out / "quarantine.csv")
 
 # %% ../nbs/98_cli.ipynb #climrg01
@@ -615,9 +666,8 @@ def _print_merged(file: str | None, out: str | None) -> int:
     "`asap params --merged`: a file of params with what it takes from its `base`"
     import yaml
 
-    text = yaml.safe_dump(
-        read_params(Path(file or resource_path("params.yaml"))), sort_keys=False, width=100
-    )
+    params = read_params(Path(file or resource_path("params.yaml")))
+    text = yaml.safe_dump(params, sort_keys=False, width=100)
     if out:
         write_text(text, out)
     else:
@@ -625,7 +675,8 @@ def _print_merged(file: str | None, out: str | None) -> int:
     return 0
 
 # %% ../nbs/98_cli.ipynb #cligrf01
-def _run_graph(a) -> int:
+def _run_graph(a: argparse.Namespace) -> int:
+    "`asap graph`"
     from asap.graph import write_graph
 
     if write_graph(check=a.check):
@@ -637,13 +688,14 @@ def _run_graph(a) -> int:
     return 0
 
 
-def _add_graph_command(sub) -> None:
+def _add_graph_command(sub: Any) -> None:
     text = "write the modules and params of every stage to dvc.yaml"
     c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
     c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
 
 # %% ../nbs/98_cli.ipynb #32af066e
-def _add_source_options(p):  # options that declare what files do not say
+def _add_source_options(p: argparse.ArgumentParser) -> None:
+    "Options that declare what files do not say"
     g = p.add_argument_group("what the files do not say")
     g.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="assumed spacing along each array axis"
@@ -666,7 +718,8 @@ def _add_source_options(p):  # options that declare what files do not say
     )
 
 
-def _add_model_options(p, text=False):  # which model
+def _add_model_options(p: argparse.ArgumentParser, text: bool = False) -> None:
+    "Options that name the model"
     g = p.add_argument_group("which model")
     g.add_argument(
         "--checkpoint",
@@ -690,7 +743,13 @@ def _add_model_options(p, text=False):  # which model
     )
 
 
-def _add_command(sub, name, run, text, example):
+def _add_command(
+    sub: Any,  # of `add_subparsers`
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,  # help
+    example: str,
+) -> argparse.ArgumentParser:
     p = sub.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}"
     )
@@ -698,7 +757,7 @@ def _add_command(sub, name, run, text, example):
     return p
 
 # %% ../nbs/98_cli.ipynb #cliparse1
-def _add_check(sub) -> None:
+def _add_check(sub: Any) -> None:
     c = _add_command(
         sub,
         "check",
@@ -734,7 +793,7 @@ def _add_check(sub) -> None:
     g.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default 2)")
 
 
-def _add_standardize(sub) -> None:
+def _add_standardize(sub: Any) -> None:
     c = _add_command(
         sub,
         "standardize",
@@ -753,7 +812,7 @@ def _add_standardize(sub) -> None:
     _add_source_options(c)
 
 
-def _add_organs(sub) -> None:
+def _add_organs(sub: Any) -> None:
     c = _add_command(
         sub,
         "organs",
@@ -770,7 +829,7 @@ def _add_organs(sub) -> None:
     _add_source_options(c)
 
 # %% ../nbs/98_cli.ipynb #cliparse2
-def _add_embed(sub) -> None:
+def _add_embed(sub: Any) -> None:
     c = _add_command(
         sub,
         "embed",
@@ -784,7 +843,7 @@ def _add_embed(sub) -> None:
     _add_source_options(c)
 
 
-def _add_zero_shot(sub) -> None:
+def _add_zero_shot(sub: Any) -> None:
     c = _add_command(
         sub,
         "zero-shot",
@@ -811,7 +870,7 @@ def _add_zero_shot(sub) -> None:
     _add_source_options(c)
 
 
-def _add_ground(sub) -> None:
+def _add_ground(sub: Any) -> None:
     c = _add_command(
         sub,
         "ground",
@@ -854,7 +913,7 @@ def _check_params(a: argparse.Namespace) -> int:
     return 0
 
 
-def _add_study_commands(sub) -> None:
+def _add_study_commands(sub: Any) -> None:
     c = _add_command(
         sub,
         "stage",

@@ -1002,6 +1002,7 @@ class Segmentation(TaskFamily):
     name = "segment"
     title = "Segmentation"
     tasks = TASKS
+    in_mean = True
     section = "segment"
     params = "asap.tasks.segment:SegmentConfig"
     inputs = "volumes"

@@ -168,7 +168,8 @@ def _embed_windows(
     encoder,  # as `bert_score`
     batch: int = 64,  # windows
 ) -> dict:  # window -> (L,C), rows of unit norm
-    t, out = encoder.tokenizer, {}
+    t = encoder.tokenizer
+    out: dict = {}
     todo = sorted(set(windows), key=lambda w: (len(w), w))
     for i in range(0, len(todo), batch):
         part = todo[i : i + batch]

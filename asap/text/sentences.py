@@ -200,7 +200,8 @@ def _join_hard_breaks(text: str) -> list:
     "Undo hard line breaks; returns paragraphs, list items and entries"
     lines = _split_inline_items(text).split("\n")
     numbers = {int(m[1]) for line in lines if (m := _LIST_MARK.match(line)) and m[1]}
-    room, before, out = max(map(len, lines)), "", []
+    room, before = max(map(len, lines)), ""
+    out: list[str] = []
     for above, line in zip(["", *lines], lines):
         if not line:
             continue

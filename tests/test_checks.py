@@ -100,9 +100,9 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
     "RGB NIfTI": (
         lambda d: rgb_nifti(d / "a.nii.gz"),
         Source(),
-        "RGB voxels, expected one value a voxel",
+        "RGB voxels, expected one value per voxel",
     ),
-    "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values a voxel"),
+    "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values per voxel"),
     "colour pictures": (lambda d: colour(d / "p"), WINDOW, "a color picture, expected gray"),
     "few slices": (
         lambda d: nifti(C.hu[:, :, :5], C.affine, d / "a.nii.gz"),

@@ -69,8 +69,8 @@ REFUSAL_KINDS = [  # kind, pattern of the message, what to do
     ),
     (
         "not one volume",
-        r"three axes|a picture, not|values a |frames in one file|one slice|no position|is no format"
-        r"|no DICOM image",
+        r"three axes|a picture, not|values? per |frames in one file|one slice|no position"
+        r"|is no supported format|no DICOM image",
         "give the one series or file that is the CT",
     ),
 ]

@@ -166,12 +166,12 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
     "slices twice": (
         lambda d: dicom(HU, AT, d / "s", twice=(10, 11, 12)),
         Source(),
-        "3 positions are there twice",
+        "3 positions occur twice",
     ),
     "slices repeated": (
         lambda d: nifti(np.repeat(C.hu[:, :, ::2], 2, 2), C.affine, d / "a.nii.gz"),
         Source(),
-        "24 slices are the same as their neighbour",
+        "24 slices are the same as their neighbor",
     ),
     "front is back": (
         lambda d: nifti(C.hu, C.affine @ np.diag([1, -1, 1, 1]), d / "a.nii.gz"),

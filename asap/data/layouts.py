@@ -10,7 +10,7 @@ __all__ = ['SPELLING_VARIANTS', 'warn_unverified', 'read_csv_table', 'read_decat
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from .table import check_table, cohort_row
 @cache
 def warn_unverified(
     name: str,  # of the cohort
-    text: str,  # what is unverified, a sentence; "" where there is nothing
-):
-    "Say once a process what was not checked against the owners' files"
+    text: str,  # sentence about what is unverified; "": nothing
+) -> None:
+    "Log once per process what was not checked against the owners' files"
     if text:
         log_message(f"{name}: {text}")
 
@@ -55,7 +55,7 @@ def read_csv_table(
     if not text.endswith(("\n", "\r")):
         raise ValueError(
             f"{path} ends in the middle of a line: the file is cut off; "
-            "if it is whole, end its last line"
+            "if it is complete, add a line break at its end"
         )
     return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
 
@@ -64,8 +64,7 @@ def _check_header(path, head, need, what) -> None:  # separated by commas, with 
     other = next((s for s in ";\t|" if len(head) == 1 and s in head[0]), None)
     if other:
         message = (
-            f"{path}: {other!r} stands between the columns, expected commas: "
-            "export it again with commas"
+            f"{path}: {other!r} separates the columns, expected commas: export it again with commas"
         )
         raise ValueError(message.replace("'", "`"))
     lost = [c for c in need if c not in head]
@@ -81,16 +80,16 @@ def _check_rows(path, head, rows) -> None:  # as many fields as the header
         if len(r) not in (0, len(head)):
             raise ValueError(
                 f"{path}: row {n} has {len(r)} fields, expected {len(head)}: "
-                "the file is cut off or a comma stands unquoted"
+                "the file is cut off or a comma is not quoted"
             )
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00011
-def _read_dataset_json(f) -> dict:  # what a dataset.json says, `training` checked
+def _read_dataset_json(f: Path) -> dict:  # content, with `file`; `training` is checked
     try:
-        told = json.loads(f.read_bytes())
+        content = json.loads(f.read_bytes())
     except ValueError as e:
         raise ValueError(f"{f} is not valid JSON ({e}): fetch it again") from None
-    pairs = told.get("training") if isinstance(told, dict) else None
+    pairs = content.get("training") if isinstance(content, dict) else None
     if not isinstance(pairs, list) or not pairs:
         raise ValueError(
             f"{f}: no list `training`, expected one of {{image, label}}: "
@@ -101,7 +100,7 @@ def _read_dataset_json(f) -> dict:  # what a dataset.json says, `training` check
         raise ValueError(
             f"{f}: no list `training` of pairs: {odd[0]!r} in it, expected {{image, label}}"
         )
-    return dict(told, file=f)
+    return dict(content, file=f)
 
 
 def _is_pair(p) -> bool:
@@ -111,13 +110,17 @@ def _is_pair(p) -> bool:
 SPELLING_VARIANTS = {"esophagus": "oesophagus"}  # American in some lists
 
 
-def _check_label_names(told, targets):  # labels called otherwise are another task's
-    labels = told.get("labels") if isinstance(told.get("labels"), dict) else {}
+def _check_label_names(
+    content: dict,  # of `_read_dataset_json`
+    targets: dict,  # value -> required name
+) -> None:
+    labels = content.get("labels")
+    labels = labels if isinstance(labels, dict) else {}
     for value, name in targets.items():
         given = labels.get(str(value))
         if SPELLING_VARIANTS.get(str(given).lower(), str(given).lower()) != name:
             raise ValueError(
-                f"{told['file']}: label {value} is {given!r}, expected '{name}': "
+                f"{content['file']}: label {value} is {given!r}, expected '{name}': "
                 "is this another task's list?"
             )
 
@@ -126,7 +129,7 @@ def read_decathlon(
     path: str | Path,  # folder that holds dataset.json or several dataset*.json, or one such file
     targets: dict | None = None,  # {1: "cancer"}: required label names, lower case; None: any
 ) -> list:  # (image, label) paths
-    "Every image with a label that the list names, once"
+    "Every image with a label in the list, once"
     path = Path(path)
     files = [path] if path.is_file() else list_files(path, "dataset*.json")
     if not files:
@@ -134,28 +137,23 @@ def read_decathlon(
             f"{path / 'dataset.json'} is missing: "
             "expected a decathlon's list beside imagesTr and labelsTr; fetch it again"
         )
-    told = max(map(_read_dataset_json, files), key=lambda t: len(t["training"]))
-    _check_label_names(told, targets or {})
-    parts = [
-        told[k]
-        for k in ("training", "validation", "testing", "test")
-        if isinstance(told.get(k), list)
-    ]
+    content = max(map(_read_dataset_json, files), key=lambda c: len(c["training"]))
+    _check_label_names(content, targets or {})
+    names = ("training", "validation", "testing", "test")
+    parts = [content[k] for k in names if isinstance(content.get(k), list)]
     pairs = [(p["image"], p["label"]) for part in parts for p in part if _is_pair(p)]
-    return [
-        (told["file"].parent / image, told["file"].parent / label)
-        for image, label in dict.fromkeys(pairs)
-    ]
+    folder = content["file"].parent
+    return [(folder / image, folder / label) for image, label in dict.fromkeys(pairs)]
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00015
 def write_dataset_json(
-    d,  # folder
+    d: Path,  # folder
     training: list,  # of {image, label}
     test: list,  # of images
     labels: dict,  # value as text -> name
     name: str,  # of the task
-):
-    "Write a decathlon's dataset.json"
+) -> None:
+    "Write a dataset.json of the decathlon"
     write_json(
         dict(
             name=name,
@@ -172,18 +170,18 @@ def write_dataset_json(
     )
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0001a
-def _target_row(image, label, patient_of) -> dict:
+def _target_row(image: Path, label: Path, patient_of: Callable) -> dict:
     case = image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_ct")
     return cohort_row(case, image, "train", patient=patient_of(case), target_map=label)
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0001b
 def segmentation_table(
     pairs: list,  # (image, label) paths
-    share: float,  # of the patients that are test
+    share: float,  # of the patients, held out as test
     name: str,  # of the cohort
-    patient_of=str,  # case -> patient
+    patient_of: Callable = str,  # case -> patient
 ) -> tuple:  # cohort table, Quarantine
-    "A table of images with targets; test is carved before what is missing is left out by name"
+    "A table of images with targets; test is held out before missing files are excluded"
     rows = [_target_row(image, target, patient_of) for image, target in pairs]
     bad = Quarantine()
     t = hold_out(check_table(pd.DataFrame(rows), name), share, seed=0, into="test")
@@ -202,14 +200,13 @@ def segmentation_table(
 # %% ../../nbs/2_data/25_layouts.ipynb #0476e4be
 def fix_laterality(
     mask: np.ndarray,  # with two lungs
-    affine,  # RAS+ mm
-    left: int,
-    right: int,  # values they shall have
+    affine: np.ndarray,  # 4x4, RAS+ mm
+    left: int,  # value of the left lung
+    right: int,  # value of the right lung
 ) -> np.ndarray:
-    "Name two lungs by where they lie: the left one is farther along the patient's left"
-    x = [
-        np.argwhere(mask[::2, ::2, ::2] == v) @ affine[0, :3] for v in (left, right)
-    ]  # along left to right; every other voxel is enough
+    "Swap the values of two lungs if their positions contradict them"
+    # position from left to right; every second voxel is enough
+    x = [np.argwhere(mask[::2, ::2, ::2] == v) @ affine[0, :3] for v in (left, right)]
     if not all(map(len, x)) or x[0].mean() < x[1].mean():
         return mask
     return np.where(mask == left, right, np.where(mask == right, left, mask)).astype(mask.dtype)

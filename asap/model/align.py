@@ -200,10 +200,15 @@ class AlignmentHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     @property
-    def similarity_scale(self) -> torch.Tensor:
-        return self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+    def similarity_scale(self) -> torch.Tensor:  # scalar, at most 100 as in CLIP
+        "1/temperature of both contrasts"
+        return self.logit_scale.clamp(max=4.6052).exp()
 
-    def max_k(self, num_patches: int) -> float:
+    def max_k(
+        self,
+        num_patches: int,  # visible
+    ) -> float:
+        "Largest region size in patches"
         return max(1.0, self.max_k_ratio * num_patches)
 
     def predict_k(
@@ -334,9 +339,11 @@ class ReleasedAlignmentHead(AlignmentHead):
         return released_k(logit).clamp(max=num_patches)
 
     def softness(self, num_patches: int) -> float:
+        "0, hard selection, if the region size is released"
         return 0.0 if self.region_size == "released" else super().softness(num_patches)
 
-    def ranks(self, num_patches: int) -> tuple:
+    def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
+        "A fixed softness and no bound if the region size is released"
         return (0.5, num_patches) if self.region_size == "released" else super().ranks(num_patches)
 
     def intra_loss(
@@ -347,6 +354,7 @@ class ReleasedAlignmentHead(AlignmentHead):
         sentence_mask: torch.Tensor,  # (B,S) bool
         *args,  # as `AlignmentHead.intra_loss`
     ) -> torch.Tensor:  # scalar
+        "Contrast within each report, with padding as negatives if selected"
         if not self.padding_as_negatives:
             return super().intra_loss(region_embeds, aligned, sentence_embeds, sentence_mask, *args)
         return intra_report_loss_with_padding(
@@ -360,6 +368,7 @@ class ReleasedAlignmentHead(AlignmentHead):
         sentence_mask: torch.Tensor,  # (B,S) bool
         false_negative_threshold: float = 0.95,
     ) -> torch.Tensor:  # scalar
+        "Weighted mean of both contrasts, or only that within reports if selected"
         args = sentence_embeds, sentence_mask, false_negative_threshold
         if self.intra_report_only:
             return self.mean_intra_loss(aligned, *args)

@@ -256,12 +256,14 @@ class ASAP(nn.Module):
         self,
         *args,  # as `AlignmentHead`
     ) -> AlignmentHead:
+        "Make the alignment head; a subclass can make another"
         return AlignmentHead(*args)
 
     def build_fusion(
         self,
         *args,  # as `FusionEncoder`
     ) -> FusionEncoder:
+        "Make the fusion encoder; a subclass can make another"
         return FusionEncoder(*args)
 
     def muon_params(self) -> list:
@@ -406,14 +408,28 @@ class ASAP(nn.Module):
         total = sum(arm[f"{k}_weight"] * v for k, v in losses.items())
         return total, {k: v.detach() for k, v in (losses | extra).items()}
 
-    def recon_loss(self, pred: torch.Tensor, encoded: EncoderOutput) -> torch.Tensor:
+    def recon_loss(
+        self,
+        pred: torch.Tensor,  # (B,N-V,voxels)
+        encoded: EncoderOutput,
+    ) -> torch.Tensor:  # scalar
+        "Mean squared error over the hidden patches"
         target = gather_patches(encoded.patches, encoded.ids_mask)
         return reconstruction_loss(pred, target, self.norm_pix_loss)
 
-    def organ_loss(self, organ_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def organ_loss(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+        batch: Batch,
+    ) -> torch.Tensor:  # scalar
+        "Cross-entropy of the organ fractions over the known patches"
         return soft_cross_entropy(organ_logits, batch["organ_fractions"], batch["organ_valid"])
 
-    def predict_organ_fractions(self, organ_logits: torch.Tensor) -> torch.Tensor:  # (B,N,1+groups)
+    def predict_organ_fractions(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+    ) -> torch.Tensor:  # (B,N,1+groups), rows sum to 1
+        "Organ fractions from logits"
         return organ_logits.float().softmax(-1)
 
     def mlm_loss(
@@ -421,6 +437,7 @@ class ASAP(nn.Module):
         fused: torch.Tensor,  # (B,L,C')
         batch: Batch,
     ) -> tuple:  # scalar loss, accuracy at the masked words
+        "Cross-entropy at the masked words"
         return mlm_loss(self.fusion, fused, batch["mlm_labels"])
 
     def alignment_loss(self, aligned: AlignmentOutput, batch: Batch) -> torch.Tensor:
@@ -448,13 +465,18 @@ class ASAP(nn.Module):
 class ReleasedASAP(ASAP):
     "`ASAP` with departures of the released code, selected by `released_bugs`"
 
-    def has_bug(self, name: str) -> bool:
+    def has_bug(
+        self,
+        name: str,  # of `ReleasedBug`
+    ) -> bool:
+        "Whether the arm reproduces a bug of the released code"
         return name in self.arm["released_bugs"]
 
     def build_alignment(
         self,
         *args,  # as `AlignmentHead`
     ) -> AlignmentHead:
+        "The released head, with the bugs of the arm"
         return ReleasedAlignmentHead(
             *args,
             padding_as_negatives=self.has_bug("padding_as_negatives"),
@@ -465,26 +487,46 @@ class ReleasedASAP(ASAP):
         self,
         *args,  # as `FusionEncoder`
     ) -> FusionEncoder:
+        "The fusion encoder, with the released prefix if selected"
         released = self.has_bug("padding_as_negatives")
         return (ReleasedFusionEncoder if released else FusionEncoder)(*args)
 
-    def recon_loss(self, pred: torch.Tensor, encoded: EncoderOutput) -> torch.Tensor:
+    def recon_loss(
+        self,
+        pred: torch.Tensor,  # (B,N-V,voxels)
+        encoded: EncoderOutput,
+    ) -> torch.Tensor:  # scalar
+        "The voxel loss, divided by the number of all voxels if selected"
         hidden = 1
         if self.has_bug("recon_mean_all_patches"):
             hidden = encoded.ids_mask.shape[1] / encoded.patches.shape[1]
         return super().recon_loss(pred, encoded) * hidden
 
-    def organ_loss(self, organ_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def organ_loss(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+        batch: Batch,
+    ) -> torch.Tensor:  # scalar
+        "The organ loss, as binary cross-entropies if selected"
         if not self.has_bug("per_organ_bce"):
             return super().organ_loss(organ_logits, batch)
         return per_organ_bce(organ_logits, batch["organ_fractions"], batch["organ_valid"])
 
-    def predict_organ_fractions(self, organ_logits: torch.Tensor) -> torch.Tensor:
+    def predict_organ_fractions(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+    ) -> torch.Tensor:  # (B,N,1+groups)
+        "Organ fractions from logits, by sigmoids if selected"
         if not self.has_bug("per_organ_bce"):
             return super().predict_organ_fractions(organ_logits)
         return organ_logits.float().sigmoid()
 
-    def mlm_loss(self, fused: torch.Tensor, batch: Batch) -> tuple:
+    def mlm_loss(
+        self,
+        fused: torch.Tensor,  # (B,L,C')
+        batch: Batch,
+    ) -> tuple:  # scalar loss, accuracy
+        "The loss of masked language modeling, at all positions if selected"
         if not self.has_bug("mlm_all_tokens"):
             return super().mlm_loss(fused, batch)
         return mlm_loss(self.fusion, fused, batch["input_ids"])

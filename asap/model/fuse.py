@@ -117,6 +117,7 @@ class ReleasedFusionEncoder(FusionEncoder):
     "The prefix of the released code: a fifth of the mean region, padding sentences included"
 
     def pool_regions(self, aligned: AlignmentOutput) -> torch.Tensor:  # (B,1,proj_dim)
+        "A fifth of the mean of all regions, padding included"
         return 0.2 * aligned.region_embeds.mean(1, keepdim=True)
 
 

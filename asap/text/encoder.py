@@ -305,6 +305,7 @@ class TextEncoder(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
+        "Device of the weights"
         return next(self.bert.parameters()).device
 
 # %% ../../nbs/4_text/42_encoder.ipynb #enc42a05

@@ -100,9 +100,9 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
     "RGB NIfTI": (
         lambda d: rgb_nifti(d / "a.nii.gz"),
         Source(),
-        "RGB voxels, expected one value a voxel",
+        "RGB voxels, expected one value per voxel",
     ),
-    "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values a voxel"),
+    "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values per voxel"),
     "colour pictures": (lambda d: colour(d / "p"), WINDOW, "a color picture, expected gray"),
     "few slices": (
         lambda d: nifti(C.hu[:, :, :5], C.affine, d / "a.nii.gz"),
@@ -166,12 +166,12 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
     "slices twice": (
         lambda d: dicom(HU, AT, d / "s", twice=(10, 11, 12)),
         Source(),
-        "3 positions are there twice",
+        "3 positions occur twice",
     ),
     "slices repeated": (
         lambda d: nifti(np.repeat(C.hu[:, :, ::2], 2, 2), C.affine, d / "a.nii.gz"),
         Source(),
-        "24 slices are the same as their neighbour",
+        "24 slices are the same as their neighbor",
     ),
     "front is back": (
         lambda d: nifti(C.hu, C.affine @ np.diag([1, -1, 1, 1]), d / "a.nii.gz"),

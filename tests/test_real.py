@@ -39,7 +39,7 @@ def test_no_false_refusal(scans, name):
     expected = dict(
         totalsegmentator_dicom=["covers 40 mm"],
         totalsegmentator_part=["covers 90 mm"],
-        totalsegmentator_abdomen=["0.60 litres"],
+        totalsegmentator_abdomen=["0.60 liters"],
     )
     assert [str(w)[: len(e)] for w, e in zip(warnings, expected.get(name, []))] == expected.get(
         name, []

@@ -389,7 +389,7 @@ BAD = {
     "semicolons": (
         [],
         {"cases.csv": b"case;image;patient;report\na;b;c;d\n"},
-        "`;` stands between the columns, expected commas",
+        "`;` separates the columns, expected commas",
     ),
     "nothing in it": ([], {"cases.csv": b""}, "cases.csv is broken or no CSV"),
     "no row": ([], {"cases.csv": b"case,image,patient,report\n"}, "none of 0 cases is whole"),

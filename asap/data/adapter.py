@@ -163,7 +163,7 @@ def is_available(
     name: str,  # of the cohort
     data: Path,  # the project's data/
 ) -> bool:
-    "Is a cohort in `data/`, as a folder or as a path in a file?"
+    "Whether a cohort is in `data/`, as a folder or as a path in a file"
     return (data / name).is_dir() or (data / f"{name}.path").exists()
 
 # %% ../../nbs/2_data/26_adapter.ipynb #ec0903bf

@@ -8,7 +8,7 @@ __all__ = ['CHECKS', 'Issue', 'check_finite', 'check_size', 'check_hounsfield', 
            'check_field_of_view', 'check_volume', 'load_checked', 'check_mask']
 
 # %% ../../nbs/2_data/21_checks.ipynb #fb955e69
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +19,29 @@ from .volumes import Source, Volume, read
 # %% ../../nbs/2_data/21_checks.ipynb #350b9df0
 @dataclass(frozen=True)
 class Issue:
-    "One doubt about a volume"
+    "One issue of a volume"
 
     level: str  # "error" or "warning"
-    rule: str  # which check
-    found: str  # with the number
+    rule: str  # name of the check
+    found: str  # with the measured value
     expected: str
-    do: str  # what the reader can do about it
+    do: str  # what to do about it
 
     def __str__(self):
         return f"{self.found}; expected {self.expected}: {self.do}"
 
 
-CHECKS = []
+CHECKS: list[Callable] = []  # Volume -> iterator over Issues
 
 
-def _register_check(f):
+def _register_check(f: Callable) -> Callable:
     CHECKS.append(f)
     return f
 
 # %% ../../nbs/2_data/21_checks.ipynb #de5c35a4
 @_register_check
-def check_finite(v: Volume):
-    "No NaN, no infinity"
+def check_finite(v: Volume) -> Iterator[Issue]:
+    "Find NaN and infinity"
     if v.hu.dtype.kind != "f":
         return
     bad = int((~np.isfinite(v.hu)).sum())
@@ -51,16 +51,15 @@ def check_finite(v: Volume):
             "finite",
             f"{bad} of {v.hu.size} values are NaN or infinite",
             "none",
-            "look at how the file was made; they cannot be guessed",
+            "check how the file was made; the values cannot be reconstructed",
         )
 
 
 @_register_check
-def check_size(v: Volume):
-    "Enough voxels to be a volume"
-    least = (
-        4 if v.facts.get("intensity", "hu") == "mr" else 8
-    )  # a heart's short axis has few slices
+def check_size(v: Volume) -> Iterator[Issue]:
+    "Find volumes with too few voxels along an axis"
+    is_mr = v.facts.get("intensity", "hu") == "mr"
+    least = 4 if is_mr else 8  # short-axis MR of the heart has few slices
     if min(v.hu.shape) < least:
         yield Issue(
             "error",
@@ -71,11 +70,8 @@ def check_size(v: Volume):
         )
 
 # %% ../../nbs/2_data/21_checks.ipynb #0b5f6930
-def _sample_values(
-    hu,
-) -> (
-    np.ndarray
-):  # about a million finite values from all over the volume, without the padding constant
+def _sample_values(hu: np.ndarray) -> np.ndarray:
+    "About a million finite values on a regular grid, without the padding constant"
     n = max(2, round((hu.size / 1e6) ** (1 / 3)))
     part = hu[::n, ::n, ::n]
     part = part[np.isfinite(part)] if part.dtype.kind == "f" else part.ravel()
@@ -118,8 +114,8 @@ def _advice_without_air(x: np.ndarray) -> str:
 
 
 @_register_check
-def check_hounsfield(v: Volume):
-    "Air at about -1000"
+def check_hounsfield(v: Volume) -> Iterator[Issue]:
+    "Find volumes whose air is not at about -1000 HU"
     if v.facts.get("intensity", "hu") != "hu":
         return
     other = v.facts.get("modality", "CT")
@@ -129,7 +125,7 @@ def check_hounsfield(v: Volume):
             "hounsfield",
             f"modality {other or 'not given'}",
             "CT",
-            "declare the intensity of the data set, or take this series out",
+            "declare the intensity of the data set, or exclude this series",
         )
         return
     x = _sample_values(v.hu)
@@ -144,20 +140,20 @@ def check_hounsfield(v: Volume):
             "hounsfield",
             "slices without RescaleIntercept",
             "one in every CT slice",
-            "the values were taken as HU as they are",
+            "the stored values were taken as HU",
         )
 
 # %% ../../nbs/2_data/21_checks.ipynb #d16ba5e7
 @_register_check
-def check_spacing(v: Volume):
-    "A spacing that the file gives and that a chest CT can have"
+def check_spacing(v: Volume) -> Iterator[Issue]:
+    "Find missing, implausible and inconsistent spacing"
     s, mm = np.round(v.spacing, 3), np.array(v.spacing) * v.hu.shape
     if not v.facts.get("spaced", True):
         yield Issue(
             "error",
             "spacing",
             "the file gives no spacing (its affine is the identity)",
-            "millimetres along each axis",
+            "millimeters along each axis",
             "declare it, Source(spacing=(x, y, z)) or --spacing X Y Z, or write the header again",
         )
     elif not all(0.2 <= x <= 20 for x in s):
@@ -166,7 +162,7 @@ def check_spacing(v: Volume):
             "spacing",
             f"spacing {tuple(s.tolist())} mm",
             "0.2 to 20 mm",
-            "the header has no believable spacing: metres for millimetres, or a lost field?",
+            "the header has no believable spacing: meters instead of millimeters, or a lost field?",
         )
     elif not (100 <= np.sort(mm)[1] and mm.max() <= 2500):
         yield Issue(
@@ -182,13 +178,15 @@ def check_spacing(v: Volume):
             "warning",
             "spacing",
             f"pixdim {tuple(round(z, 3) for z in zooms)} mm, "
-            f"but the affine says {tuple(s.tolist())} mm",
+            f"but {tuple(s.tolist())} mm in the affine",
             "the same in both",
             "the affine was used; write the header again",
         )
 
 
-def _position_issues(positions: list):  # mm along the normal
+def _position_issues(
+    positions: list,  # mm along the normal
+) -> Iterator[Issue]:
     steps = np.diff(positions)
     usual = float(np.median(steps))
     twice = int((steps < 0.1 * max(usual, 0.1)).sum())
@@ -197,7 +195,7 @@ def _position_issues(positions: list):  # mm along the normal
         yield Issue(
             "error",
             "slices",
-            f"{twice} positions are there twice",
+            f"{twice} positions occur twice",
             "each once",
             "two phases or reconstructions in one series: separate them",
         )
@@ -217,14 +215,14 @@ def _position_issues(positions: list):  # mm along the normal
             "warning",
             "slices",
             f"steps of {steps.min():g} to {steps.max():g} mm",
-            f"even steps, as {usual:g} mm",
+            f"equal steps of {usual:g} mm",
             "the mean step was used",
         )
 
 
 @_register_check
-def check_slices(v: Volume):
-    "Every slice once, at even steps"
+def check_slices(v: Volume) -> Iterator[Issue]:
+    "Find missing, duplicate and unevenly spaced slices"
     positions = v.facts.get("positions")
     if positions is not None:
         yield from _position_issues(positions)
@@ -233,14 +231,14 @@ def check_slices(v: Volume):
         yield Issue(
             "error",
             "slices",
-            f"{same} slices are the same as their neighbour",
+            f"{same} slices are the same as their neighbor",
             "none",
             "the volume was padded or interpolated by repeating slices: "
             "make it again from the series",
         )
 
 
-def _count_repeated_slices(v) -> int:  # slices that say something and are equal to the next one
+def _count_repeated_slices(v: Volume) -> int:  # not constant, and equal to the next slice
     axis = int(np.argmax([abs(a) for a in v.affine[2, :3]]))
     x = np.moveaxis(v.hu, axis, 0)
     return sum(
@@ -249,8 +247,10 @@ def _count_repeated_slices(v) -> int:  # slices that say something and are equal
     )
 
 # %% ../../nbs/2_data/21_checks.ipynb #fffb035d
-def body_mask(hu) -> np.ndarray:  # bool
-    "The body: the largest piece above -500 HU, its holes filled slice by slice"
+def body_mask(
+    hu: np.ndarray,  # (W,H,D)
+) -> np.ndarray:  # bool
+    "The body: the largest component above -500 HU, with holes filled slice by slice"
     from scipy.ndimage import binary_fill_holes, binary_opening, label
 
     pieces, n = label(binary_opening(hu > -500))
@@ -262,25 +262,31 @@ def body_mask(hu) -> np.ndarray:  # bool
 
 @dataclass
 class CoarseAnatomy:
-    "What a coarse look at a CT finds; RAS, about 5 mm"
+    "Body and air in a coarse copy of a CT; RAS, about 5 mm"
 
     hu: np.ndarray
     body: np.ndarray  # bool
     air: np.ndarray  # bool, air inside the body
-    mm: np.ndarray  # spacing of this copy
+    mm: np.ndarray  # spacing of the copy
 
     @property
     def litres(self) -> float:
         return float(self.air.sum() * np.prod(self.mm) / 1e6)
 
-    def cut(self, axis: int) -> float:  # 0 across, 1 front to back -> share of slices
-        "In how many slices the body is cut off by a border of the field of view"
+    def cut(
+        self,
+        axis: int,  # 0: left to right, 1: front to back
+    ) -> float:
+        "Share of slices in which the field of view cuts off the body"
         touched = self.body.take(0, axis).any(0) | self.body.take(-1, axis).any(0)
         return float(touched.mean())
 
 
-def coarse_anatomy(v: Volume, mm: float = 5.0) -> CoarseAnatomy:
-    "Body and air inside it, on every n-th voxel"
+def coarse_anatomy(
+    v: Volume,
+    mm: float = 5.0,  # approximate spacing of the copy
+) -> CoarseAnatomy:
+    "Body and the air inside it, on every n-th voxel"
     r = v.ras()
     step = tuple(slice(None, None, max(1, round(mm / s))) for s in r.spacing)
     hu = np.nan_to_num(np.asarray(r.hu[step], np.float32), nan=-1000)
@@ -297,7 +303,7 @@ def _ratio(a, b):
 def bone_slice_fractions(
     a: CoarseAnatomy,
 ) -> tuple:  # share of slices with bone near the midline in the front third, and in the rear third
-    "The spine is in every slice; sternum, calcium and metal are in some"
+    "Share of slices with bone in front and at the back: the spine is in all, the sternum in some"
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
     if a.cut(1) > 0.5 or len(x) < 6 or len(y) < 6:
         return 0.0, 0.0
@@ -311,8 +317,8 @@ def bone_slice_fractions(
 
 def head_up_score(
     a: CoarseAnatomy,
-) -> float:  # > 0: the windpipe is on top; < 0: below; 0: not known
-    "Air in the middle of the body in the top against the bottom fifth of the lungs"
+) -> float:  # > 0: the trachea is on top; < 0: at the bottom; 0: unknown
+    "Contrast of the air near the midline in the top and in the bottom fifth of the lungs"
     z = np.flatnonzero(a.air.sum((0, 1)) * np.prod(a.mm[:2]) > 1500)
     x, y = np.flatnonzero(a.body.any((1, 2))), np.flatnonzero(a.body.any((0, 2)))
     if len(z) * a.mm[2] < 120 or not len(x):
@@ -325,15 +331,15 @@ def head_up_score(
 
 # %% ../../nbs/2_data/21_checks.ipynb #5257312e
 @_register_check
-def check_orientation(v: Volume):
-    "The header says how the patient lies, and the anatomy agrees"
+def check_orientation(v: Volume) -> Iterator[Issue]:
+    "Find a missing orientation, and one that contradicts the anatomy"
     mr = v.facts.get("intensity", "hu") == "mr"
     if not v.facts.get("oriented", True):
         yield Issue(
             "warning" if mr else "error",
             "orientation",
             "neither qform nor sform is set",
-            "an affine that says where front, head and left are",
+            "an affine that gives the directions of front, head and left",
             "write the header again with the scanner's affine",
         )
         return
@@ -355,14 +361,14 @@ def check_orientation(v: Volume):
             "error",
             "orientation",
             f"{(1 - head) / 2:.0%} of the air in the midline is at the lower end of the lungs",
-            "the windpipe at the upper end",
+            "the trachea at the upper end",
             f"head and feet are swapped in the header (axes {v.axes}): write it again",
         )
 
 
 @_register_check
-def check_field_of_view(v: Volume):
-    "Lungs in the field of view"
+def check_field_of_view(v: Volume) -> Iterator[Issue]:
+    "Find volumes without lungs or with a part of a chest"
     if (
         v.facts.get("intensity", "hu") != "hu"
         or not v.facts.get("chest", True)
@@ -376,9 +382,9 @@ def check_field_of_view(v: Volume):
         yield Issue(
             "error",
             "field of view",
-            f"{litres:.2f} litres of air inside the body in {covers:.0f} mm",
-            "lungs, 1 to 9 litres",
-            "this is no chest: take it out",
+            f"{litres:.2f} liters of air inside the body in {covers:.0f} mm",
+            "lungs, 1 to 9 liters",
+            "this is no chest: exclude it",
         )
     elif covers < 180:
         yield Issue(
@@ -386,27 +392,27 @@ def check_field_of_view(v: Volume):
             "field of view",
             f"covers {covers:.0f} mm",
             "250 to 400 mm, a whole chest",
-            "what lies outside is not there for the model",
+            "the rest of the chest is missing for the model",
         )
     elif litres < 1:
         yield Issue(
             "warning",
             "field of view",
-            f"{litres:.2f} litres of air inside the body",
-            "lungs, 1 to 9 litres",
-            "the chest is in it in part at most",
+            f"{litres:.2f} liters of air inside the body",
+            "lungs, 1 to 9 liters",
+            "the field of view contains at most a part of the chest",
         )
 
 # %% ../../nbs/2_data/21_checks.ipynb #8f02cefe
-def check_volume(v: Volume) -> list:  # Findings, errors first
-    "Every rule"
+def check_volume(v: Volume) -> list:  # of Issues, errors first
+    "Apply all checks to a volume"
     return sorted((f for rule in CHECKS for f in rule(v)), key=lambda f: f.level)
 
 
 def load_checked(
-    path,  # of any format
-    source: Source = Source(),  # what is declared of it
-    opener=None,  # path -> Volume, where a data set needs more than its files say
+    path: str | Path,  # of any format
+    source: Source = Source(),  # what is declared about it
+    opener: Callable | None = None,  # path -> Volume; None: `read` with `source`
 ) -> tuple:  # Volume, warnings
     "Read a volume and check it; `ValueError` names the file and every error"
     v = opener(path) if opener else read(path, source)
@@ -427,20 +433,18 @@ def check_mask(
     affine: np.ndarray,  # 4x4, of the mask
     v: Volume,  # its image
     path: str | Path = "mask",  # for messages
-) -> None:  # ValueError with both grids
-    "Does a mask lie on its image, or on a part of it?"
+) -> None:
+    "Raise `ValueError` if a mask is neither on its image's grid nor inside the image"
     shape = tuple(shape)
     if len(shape) != 3:
         raise ValueError(f"{path}: a mask of shape {shape}, expected three axes")
     if shape == v.hu.shape and np.allclose(affine, v.affine, atol=0.02 * min(v.spacing)):
         return
-    at = (
-        _corners(shape, np.asarray(affine)) @ np.linalg.inv(v.affine)[:3, :3].T
-        + np.linalg.inv(v.affine)[:3, 3]
-    )
+    to_voxels = np.linalg.inv(v.affine)
+    at = _corners(shape, np.asarray(affine)) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
     out = max(float((-0.5 - at).max()), float((at - np.array(v.hu.shape) + 0.5).max()))
     edge = float(np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0)).max() / min(v.spacing))
-    # 0 where both fill the same box
+    # 0 if both fill the same box
     off = max(np.abs(at.min(0) + 0.5).max(), np.abs(at.max(0) - np.array(v.hu.shape) + 0.5).max())
     if shape == v.hu.shape and off > 1:
         raise ValueError(

@@ -29,8 +29,8 @@ def load_corpus(
     have = available_cohorts(names, root)
     if not have:
         raise ValueError(
-            f"none of pretrain.cohorts {list(names)} is in data/: put one there, or name "
-            "one that is there in params.yaml"
+            f"none of pretrain.cohorts {list(names)} is in data/: add one, or name "
+            "an available cohort in params.yaml"
         )
     tables = []
     for n in have:
@@ -42,10 +42,9 @@ def load_corpus(
             f"no train case in {have}: pre-training needs some; name another cohort in "
             "pretrain.cohorts"
         )
-    for c in ("case", "scan", "patient"):
-        t[c] = (
-            t.cohort + ":" + t[c] if len(have) > 1 else t[c]
-        )  # names of two hospitals may coincide
+    if len(have) > 1:  # names of two cohorts can coincide
+        for c in ("case", "scan", "patient"):
+            t[c] = t.cohort + ":" + t[c]
     return t
 
 # %% ../../nbs/2_data/27a_corpus.ipynb #e29f4010

@@ -70,9 +70,7 @@ def hash_inventory(
     return {f.name: hash_contents(f) for f in progress_bar(list_files(data), label="inventory")}
 
 # %% ../../nbs/2_data/27_prepare.ipynb #05b184bc
-def _head_and_tail(
-    f,
-) -> bytes:  # the first and last 4 KiB
+def _head_and_tail(f: Path) -> bytes:  # the first and last 4 KiB
     with open(f, "rb") as h:
         first = h.read(4096)
         h.seek(max(f.stat().st_size - 4096, 0))
@@ -88,21 +86,15 @@ def quick_hash(
         return []
     if p.is_dir():
         files = [f for f in list_files(p) if f.is_file()]
+    elif p.suffix == ".mhd":  # a header beside its voxels
+        voxels = (p.with_suffix(".raw"), p.with_suffix(".zraw"))
+        files = [p, *(f for f in voxels if f.exists())]
     else:
-        files = [
-            p,
-            *(
-                f
-                for f in (p.with_suffix(".raw"), p.with_suffix(".zraw"))
-                if p.suffix == ".mhd" and f.exists()
-            ),
-        ]
+        files = [p]
     sizes = [f.stat().st_size for f in files]
     some = files if len(files) < 4 else [files[0], files[len(files) // 2], files[-1]]
-    h = hashlib.sha256(
-        repr(list(zip((f.name for f in files), sizes))).encode()
-        + b"".join(map(_head_and_tail, some))
-    )
+    names = repr(list(zip((f.name for f in files), sizes))).encode()
+    h = hashlib.sha256(names + b"".join(map(_head_and_tail, some)))
     return [sum(sizes), len(files), h.hexdigest()[:16]]
 
 # %% ../../nbs/2_data/27_prepare.ipynb #558694f1
@@ -242,20 +234,17 @@ def cache_restore(
 
 # %% ../../nbs/2_data/27_prepare.ipynb #0f46e522
 def _find_result(
-    store,
-    row,
-    fp,
+    store: CaseStore,
+    row: dict,  # case, image, organ_map
+    fp: dict,  # fingerprint of the result
 ) -> CaseResult | None:  # a complete result with this fingerprint
     volume, mask, _ = store.files(row["case"])
-    old = store.record(row["case"])
-    if (
-        old.get("fingerprint") != fp
-        or "spacing" not in old
-        or not volume.exists()
-        or (row["organ_map"] and not mask.exists())
-    ):
+    record = store.record(row["case"])
+    if record.get("fingerprint") != fp or "spacing" not in record:
         return None
-    return CaseResult(row["case"], warnings=tuple(old["warnings"]), voxels=old["voxels"])
+    if not volume.exists() or (row["organ_map"] and not mask.exists()):
+        return None
+    return CaseResult(row["case"], warnings=tuple(record["warnings"]), voxels=record["voxels"])
 
 # %% ../../nbs/2_data/27_prepare.ipynb #11f90f7c
 def prepare_case(
@@ -298,9 +287,9 @@ def prepare_case(
 
 # %% ../../nbs/2_data/27_prepare.ipynb #41465382
 def _recompute_reason(
-    was: dict,
-    fp: dict,
-) -> str | None:  # `was`: the former record
+    was: dict,  # the former record
+    fp: dict,  # fingerprint of the new result
+) -> str | None:  # None if there was no record
     old = was.get("fingerprint")
     if not old:
         return None
@@ -475,7 +464,7 @@ def run(
 ) -> dict:  # content of status.json
     "Prepare one cohort; log a message and return if it is not in data/"
     name = adapter.name
-    here = root / "build/cohorts" / name
+    out = root / "build/cohorts" / name
     data = root / "data"
     store = CaseStore(
         root / "build/volumes" / name, root / "build/organs" / name, root / "build/kept" / name
@@ -484,45 +473,60 @@ def run(
         d.mkdir(parents=True, exist_ok=True)
     if not is_available(name, data):
         _mark_empty(store)
-        return _write_absent(name, here)
+        return _write_absent(name, out)
     table, bad = read_raw_cohort(adapter, data, p.cohorts[name].model_dump())
     table, known = pop_acquisition(table, name)
-    how = _volume_recipe(p, code)
-    with parallel_backend(p.study.backend):
-        table = prepare_cases(
-            table,
-            store.volumes,
-            store.organs,
-            how,
-            organs,
-            p.study.n_jobs,
-            here / "quarantine.csv",
-            bad,
-            adapter.source,
-            adapter.open_volume,
-            store.kept,
-        )
+    table = _prepare_volumes(table, bad, adapter, p, store, out, organs, code)
     if adapter.has_organ_maps:
-        table = fill(table, out=store.organs, quarantine=here / "without_organs.csv")
+        table = fill(table, out=store.organs, quarantine=out / "without_organs.csv")
     if not (table.split == "val").any():
         table = hold_out(table, p.splits.val_fraction, p.study.seed)
     excluded = {r["case"] for r in bad.rows}
     questions = adapter.read_questions(find_raw_dir(name, data), table, excluded)
-    save(table, questions, here, name, root)
+    save(table, questions, out, name, root)
     _mark_empty(store)
-    save_acquisition(known, table.case, store, here / "acquired.csv")
+    save_acquisition(known, table.case, store, out / "acquired.csv")
     phantoms = (data / name).is_dir() and (data / PHANTOM_MARKER).exists()
     version = read_phantom_version(name, data)
-    return _write_status(name, here, table, questions, len(bad), phantoms, version)
+    return _write_status(name, out, table, questions, len(bad), phantoms, version)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #933b2d4a
-def _volume_recipe(p: Any, code: str) -> dict:
+def _volume_recipe(
+    p: Any,  # params
+    code: str,  # hash of the code behind the organ maps
+) -> dict:
     return dict(
         spacing=p.volumes.spacing,
         hu=p.volumes.hu_range,
         groups=p.anatomy.groups.model_dump(),
         code=[code_hash("asap.data.volumes"), code],
     )
+
+
+def _prepare_volumes(
+    table: pd.DataFrame,
+    bad: Quarantine,
+    adapter: CohortAdapter,
+    p: Any,  # params
+    store: CaseStore,
+    out: Path,  # folder of the cohort
+    organs: Callable,
+    code: str,
+) -> pd.DataFrame:  # of `prepare_cases`
+    with parallel_backend(p.study.backend):
+        return prepare_cases(
+            table,
+            store.volumes,
+            store.organs,
+            _volume_recipe(p, code),
+            organs,
+            p.study.n_jobs,
+            out / "quarantine.csv",
+            bad,
+            adapter.source,
+            adapter.open_volume,
+            store.kept,
+        )
 
 # %% ../../nbs/2_data/27_prepare.ipynb #e4642b48
 def _write_status(

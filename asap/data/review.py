@@ -69,8 +69,8 @@ REFUSAL_KINDS = [  # kind, pattern of the message, what to do
     ),
     (
         "not one volume",
-        r"three axes|a picture, not|values a |frames in one file|one slice|no position|is no format"
-        r"|no DICOM image",
+        r"three axes|a picture, not|values? per |frames in one file|one slice|no position"
+        r"|is no supported format|no DICOM image",
         "give the one series or file that is the CT",
     ),
 ]
@@ -123,8 +123,8 @@ def content_hash(
 
 # %% ../../nbs/2_data/28_review.ipynb #3e8ed9c1
 def _series_warnings(
-    text,
-) -> list:  # warnings from the messages of `log_message`
+    text: str,  # messages of `log_message`
+) -> list:  # warnings
     return [
         ("series", line.split(": ", 1)[1], "is this the series that the report is about?")
         for line in text.splitlines()
@@ -134,9 +134,9 @@ def _series_warnings(
 # %% ../../nbs/2_data/28_review.ipynb #a91dce57
 def make_thumbnail(
     v: Volume,
-    box: tuple = (110, 100),  # pixels that a plane may fill
+    box: tuple = (110, 100),  # pixels per plane
 ) -> bytes:  # JPEG
-    "Small picture of the coronal, sagittal and axial plane through the middle"
+    "Small picture of the coronal, sagittal and axial plane through the center"
     from PIL import Image
 
     v = v.ras()
@@ -209,7 +209,7 @@ def check_maps(
 def review_case(
     row: dict,  # case, image, organ_map, target_map
     name: str,  # of the data set
-    pictured: bool = False,
+    pictured: bool = False,  # make a thumbnail
 ) -> CaseReview:
     "Read one case and decide whether it is usable"
     adapter = get_cohort(name)
@@ -321,7 +321,7 @@ def _collect_reviews(
 
 # %% ../../nbs/2_data/28_review.ipynb #cb053047
 def duplicate_groups(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> pd.DataFrame:  # what, cases, patients, splits; the worst first
     "Usable scans with the same voxels or the same report"
     found = find_duplicates(r.table, dict(zip(r.table.case, r.table.content)))
@@ -345,7 +345,7 @@ def duplicate_groups(
 
 # %% ../../nbs/2_data/28_review.ipynb #01343dc3
 def count_splits(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> pd.DataFrame:  # split, cases, scans, patients
     "Cases, scans and patients of each split"
     g = (
@@ -357,7 +357,7 @@ def count_splits(
 
 # %% ../../nbs/2_data/28_review.ipynb #a6afaba0
 def count_labels(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> pd.DataFrame:  # label, positive, negative, unknown
     "Label counts of the usable cases"
     rows = []
@@ -369,14 +369,14 @@ def count_labels(
 
 
 def count_refusals(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> dict:  # kind -> cases
     "Number of refusals per kind, most frequent first"
     return r.refused.kind.value_counts().to_dict()
 
 # %% ../../nbs/2_data/28_review.ipynb #9d4eb4e4
 def review_totals(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> dict:  # name -> count
     "Totals of the data set"
     t = r.table
@@ -435,7 +435,7 @@ def _summary_lines(r: CohortReview) -> list:
 
 # %% ../../nbs/2_data/28_review.ipynb #381886eb
 def format_review(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> list:  # lines for a terminal
     "One line per case with a refusal or warning, then the summary"
     out = [f"REFUSED  {x.case}: {x.reason}: {x.do}" for x in r.refused.itertuples()]
@@ -507,7 +507,7 @@ NUMBER_COLUMNS = (
 
 # %% ../../nbs/2_data/28_review.ipynb #eda5ba14
 def render_review(
-    r: CohortReview,  # of a phantom
+    r: CohortReview,  # of `review_cohort`
 ) -> str:  # HTML
     "Render the review as one self-contained page"
     n = review_totals(r)

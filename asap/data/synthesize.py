@@ -66,7 +66,7 @@ GENERATOR_MODULES = [
 def companions(
     parent: str,  # name of a cohort
 ) -> list:  # names
-    "Data sets with tables or masks of another's volumes, written together with it"
+    "Data sets with tables or masks of the parent's volumes, written together with it"
     return [n for n in available_adapters() if get_cohort(n).companion_of == parent]
 
 
@@ -79,7 +79,10 @@ def _generator_hash(
 
 # %% ../../nbs/2_data/29_synthesize.ipynb #c2988274
 def _companion_options(
-    name: str, out: Path, beside: dict | None, drawn: dict
+    name: str,
+    out: Path,
+    beside: dict | None,
+    drawn: dict,
 ) -> dict:  # `also` for a parent with companions, `drawn` for a companion
     if beside:
         return dict(
@@ -112,8 +115,8 @@ def synthesize_cohort(
     if old.get("fingerprint") == fp and old["contents"] == hash_contents(out / name):
         return False
     if old:
-        why = first_difference(old["fingerprint"], fp) or "its files are not what was written"
-        log_message(f"{name}: drawn anew, because {why}")
+        why = first_difference(old["fingerprint"], fp) or "its files have changed"
+        log_message(f"{name}: synthesized again, because {why}")
     drawn = {} if drawn is None else drawn
     for n in {name, *(beside or {})} - {*drawn}:
         (records / f"{n}.json").unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import nibabel as nib
 import numpy as np
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ..core import atomic_write, list_files, log_message
 from ..params import BaseConfig, Shape3D, Spacing3D
@@ -33,7 +33,11 @@ class VolumesConfig(BaseConfig):
     roi_size: Shape3D  # voxels of the model's input; volumes are cropped or padded to it
     hu_range: Annotated[list[float], Field(min_length=2, max_length=2)]  # mapped to [-1, 1]
 
-    def check(self, params: BaseConfig) -> None:
+    def check(
+        self,
+        params: BaseModel,  # the loaded sections
+    ) -> None:
+        "Check that patches divide the input, and that the HU range is a range"
         patch = params.model.patch_size if hasattr(params, "model") else [1, 1, 1]
         if any(n % p for n, p in zip(self.roi_size, patch)):
             raise ValueError(
@@ -46,22 +50,22 @@ class VolumesConfig(BaseConfig):
 # %% ../../nbs/2_data/20_volumes.ipynb #3ed1d497
 @dataclass
 class Volume:
-    "Hounsfield units with the affine that says where each voxel lies (RAS+ millimetres)"
+    "Hounsfield units with the affine that gives the position of each voxel (RAS+ millimeters)"
 
     hu: np.ndarray  # (W,H,D)
     affine: np.ndarray  # 4x4, voxel -> mm
-    facts: dict = field(default_factory=dict, repr=False)  # what else the file said
+    facts: dict = field(default_factory=dict, repr=False)  # other information of the file
 
     @property
     def spacing(self) -> tuple:  # mm along each axis
         return tuple(float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(0)))
 
     @property
-    def axes(self) -> str:  # such as "LPS": where each array axis points, to the nearest
+    def axes(self) -> str:  # such as "LPS": nearest direction of each array axis
         return "".join(nib.aff2axcodes(self.affine))
 
     def ras(self) -> "Volume":  # the same voxels
-        "Axes turned and swapped to the nearest RAS, nothing resampled"
+        "Flip and swap axes to the nearest RAS orientation, without resampling"
         turn = nib.io_orientation(self.affine)
         return Volume(
             nib.apply_orientation(self.hu, turn),
@@ -71,7 +75,7 @@ class Volume:
 
     def show(
         self,
-        at: Sequence[int] | None = None,  # voxel (RAS) that the planes meet in; None: the middle
+        at: Sequence[int] | None = None,  # voxel (RAS) on all three planes; None: the center
         lo: float = -1000,  # HU shown as black
         hi: float = 400,  # HU shown as white
     ):  # matplotlib figure
@@ -89,9 +93,9 @@ class Volume:
 def orthogonal_planes(
     volume: np.ndarray,  # (W,H,D), RAS
     spacing: Sequence[float],  # mm along each axis
-    at: Sequence[int] | None = None,  # voxel; None: the middle
+    at: Sequence[int] | None = None,  # voxel; None: the center
 ) -> list:  # coronal, sagittal, axial: (picture, aspect ratio of its pixels)
-    "Three planes through `at` (voxel), patient's right on the left of the picture"
+    "Three planes through voxel `at`, with the patient's right on the left of the picture"
     at = at or [n // 2 for n in volume.shape]
     coronal = volume[::-1, at[1], :].T[::-1]
     sagittal = volume[at[0], ::-1, :].T[::-1]
@@ -109,9 +113,9 @@ class Source:
 
     # "hu"; "mr": arbitrary units; ("window", lo, hi): 8-bit, 0 is lo HU and 255 is hi HU
     intensity: str | tuple = "hu"
-    spacing: tuple | None = None  # assumed, mm along each array axis; None: the file must say it
+    spacing: tuple | None = None  # assumed, mm along each array axis; None: the file must have it
     axes: str = "LPS"  # directions of the array axes, for npz without affine and pictures
-    chest: bool = True  # False: an abdomen, a heart; lungs are not expected
+    chest: bool = True  # False: abdomen or heart; lungs are not expected
 
 
 def make_affine(
@@ -182,7 +186,7 @@ def read_voxels(
     "Voxels of an image; the error names a truncated file"
     if img.get_data_dtype().fields:
         raise ValueError(
-            f"{path}: RGB voxels, expected one value a voxel: this is a picture, not a CT"
+            f"{path}: RGB voxels, expected one value per voxel: this is a picture, not a CT"
         )
     try:
         data = np.asanyarray(img.dataobj)
@@ -202,18 +206,17 @@ def is_informative_affine(
 
 def _read_nifti(path, source):
     img = open_nifti(path)
-    head, zooms = img.header, tuple(float(z) for z in img.header.get_zooms()[:3])
-    oriented = bool(head["qform_code"] or head["sform_code"])
-    return (
-        read_voxels(img, path),
-        np.asarray(img.affine, float),
-        dict(
-            format="NIfTI", oriented=oriented, spaced=is_informative_affine(img.affine), zooms=zooms
-        ),
+    header = img.header
+    facts = dict(
+        format="NIfTI",
+        oriented=bool(header["qform_code"] or header["sform_code"]),
+        spaced=is_informative_affine(img.affine),
+        zooms=tuple(float(z) for z in header.get_zooms()[:3]),
     )
+    return read_voxels(img, path), np.asarray(img.affine, float), facts
 
 # %% ../../nbs/2_data/20_volumes.ipynb #716d12d7
-RAS_TO_LPS = np.diag([-1.0, -1, 1, 1])  # between ITK's and DICOM's axes and nibabel's
+RAS_TO_LPS = np.diag([-1.0, -1, 1, 1])  # between the axes of nibabel and those of ITK and DICOM
 
 
 def _read_itk(path, source):
@@ -228,7 +231,7 @@ def _read_itk(path, source):
         ) from None
     if img.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(
-            f"{path}: {img.GetNumberOfComponentsPerPixel()} values a voxel (RGB?), expected one: "
+            f"{path}: {img.GetNumberOfComponentsPerPixel()} values per voxel (RGB?), expected one: "
             "this is a picture, not a CT"
         )
     data, n = sitk.GetArrayFromImage(img), img.GetDimension()
@@ -308,14 +311,13 @@ def read_dicom_headers(
             raise ValueError(f"{f} is truncated: fetch it again") from None
         if "Rows" not in h:
             continue  # a report, a presentation state
-        place = tuple(round(float(v), 3) for v in h.get("ImageOrientationPatient") or ())
-        found.setdefault(
-            (str(h.get("SeriesInstanceUID", "")), place, h.Rows, h.Columns), []
-        ).append((f, h))
+        orientation = tuple(round(float(v), 3) for v in h.get("ImageOrientationPatient") or ())
+        key = (str(h.get("SeriesInstanceUID", "")), orientation, h.Rows, h.Columns)
+        found.setdefault(key, []).append((f, h))
     return found
 
 
-def _series_priority(slices) -> tuple:  # the smaller the better
+def _series_priority(slices) -> tuple:  # the series with the smallest is chosen
     h = slices[0][1]
     scout = "LOCALIZER" in [str(t).upper() for t in h.get("ImageType") or ()]
     return (
@@ -387,13 +389,10 @@ def _decode_pixels(f, h) -> np.ndarray:  # (columns, rows), scaled
             f"{f}: the pixels cannot be decoded ({type(e).__name__}: {e}): "
             "fetch it again, or decompress it with gdcmconv --raw"
         ) from None
-    slope, shift = float(h.get("RescaleSlope") or 1), float(h.get("RescaleIntercept") or 0)
-    v = v * np.float32(slope) + np.float32(shift)
-    return (
-        v.astype(np.int16)
-        if slope == round(slope) and shift == round(shift) and abs(v).max(initial=0) < 32767
-        else v
-    )
+    slope, intercept = float(h.get("RescaleSlope") or 1), float(h.get("RescaleIntercept") or 0)
+    v = v * np.float32(slope) + np.float32(intercept)
+    is_whole = slope == round(slope) and intercept == round(intercept)
+    return v.astype(np.int16) if is_whole and abs(v).max(initial=0) < 32767 else v
 
 
 def _read_dicom(path, source):
@@ -403,11 +402,11 @@ def _read_dicom(path, source):
     if int(h.get("NumberOfFrames") or 1) > 1:
         raise ValueError(
             f"{slices[0][0]}: {h.NumberOfFrames} frames in one file (enhanced DICOM), "
-            "expected one slice a file: convert it with dcm2niix"
+            "expected one slice per file: convert it with dcm2niix"
         )
     if int(h.get("SamplesPerPixel") or 1) != 1:
         raise ValueError(
-            f"{slices[0][0]}: {h.SamplesPerPixel} values a pixel, expected one: "
+            f"{slices[0][0]}: {h.SamplesPerPixel} values per pixel, expected one: "
             "this is a picture, not a CT"
         )
     slices, affine, positions = _series_geometry(slices, folder)
@@ -444,7 +443,7 @@ def _read_gray(f) -> np.ndarray:  # (columns, rows)
     return v.T
 
 
-def _natural_key(f) -> list:  # text and numbers of a file's name, so that 10 comes after 9
+def _natural_key(f) -> list:  # text and numbers of a file name, so that 10 sorts after 9
     return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
 
 
@@ -496,7 +495,7 @@ def _find_reader(path: Path):
     if file_suffix(path) in READERS:
         return READERS[file_suffix(path)]
     raise ValueError(
-        f"{path}: `{file_suffix(path) or path.name}` is no format that is read here; "
+        f"{path}: `{file_suffix(path) or path.name}` is no supported format; "
         f"expected {', '.join(READERS)}, a DICOM folder or a folder of pictures"
     )
 
@@ -565,7 +564,7 @@ def standard_grid(
     return tuple(int(n) for n in size), new
 
 # %% ../../nbs/2_data/20_volumes.ipynb #91cb9c1a
-def _linear_taps(n: int, m: int, scale, start) -> tuple:  # lower voxel, upper one's weight, inside
+def _linear_taps(n: int, m: int, scale, start) -> tuple:  # lower voxel, weight of upper, inside
     x = start + scale * np.arange(m)
     lo = np.clip(np.floor(x), 0, max(n - 2, 0)).astype(int)
     return lo, np.clip(x - lo, 0, 1).astype(np.float32), (x >= -0.5 - 1e-6) & (x <= n - 0.5 + 1e-6)
@@ -598,7 +597,7 @@ def _resample_linear(data, scale, start, shape, clip) -> np.ndarray:  # float32
 
 
 def _axis_alignment(m) -> tuple | None:  # order of source axes, scale, start; None if oblique
-    rows = np.abs(m[:3, :3]).argmax(0)  # along which source axis each wanted axis runs
+    rows = np.abs(m[:3, :3]).argmax(0)  # source axis of each target axis
     big = np.abs(m[rows, range(3)])
     rest = np.abs(m[:3, :3]).sum(0) - big
     if len(set(rows)) < 3 or (rest > 1e-4 * big).any():
@@ -643,9 +642,8 @@ def _resample_oblique(data, m, shape, order, fill, clip) -> np.ndarray:
     out = affine_transform(
         data, m[:3, :3], m[:3, 3], tuple(shape), order=order, mode="nearest", output=data.dtype
     )
-    x = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32) @ m[
-        :3, :3
-    ].T.astype(np.float32) + m[:3, 3].astype(np.float32)
+    ijk = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).astype(np.float32)
+    x = ijk @ m[:3, :3].T.astype(np.float32) + m[:3, 3].astype(np.float32)
     out[((x < -0.5) | (x > np.array(data.shape) - 0.5)).any(-1)] = fill
     return out
 
@@ -667,7 +665,7 @@ def read_crop(
     size: Sequence[int],  # voxels
     fill: float = -1000,  # value outside the volume
 ) -> np.ndarray:  # (size), the file's type
-    "Read a box out of a standard volume through a memory map"
+    "Read a box of a standard volume through a memory map"
     data = np.asanyarray(nib.load(path, mmap="r").dataobj)
     return crop_or_pad(data, start, size, fill)
 
@@ -685,7 +683,6 @@ def crop_or_pad(
         return np.array(data[tuple(slice(x, y) for x, y in zip(a, b))], order="K")
     out = np.full(size, fill, data.dtype)
     if all(x < y for x, y in zip(a, b)):
-        out[tuple(slice(x - s, y - s) for x, y, s in zip(a, b, start))] = data[
-            tuple(slice(x, y) for x, y in zip(a, b))
-        ]
+        inside = tuple(slice(x - s, y - s) for x, y, s in zip(a, b, start))
+        out[inside] = data[tuple(slice(x, y) for x, y in zip(a, b))]
     return out

@@ -21,10 +21,10 @@ from ..train import all_gather, global_mean
 def soft_topk(
     sim: torch.Tensor,  # (...,V) similarities
     k: torch.Tensor,  # (...) region size in patches
-    soft: float,  # width of the soft border in ranks; 0: hard
+    soft: float,  # width of the soft border, in ranks; 0: hard
     most: int | None = None,  # upper bound on k; ranks far above it are skipped
 ) -> torch.Tensor:  # (...,V) weights, in patch order
-    "1 for the k most similar patches and 0 for others, soft around the border (Eq. of $w_{sr}$)"
+    "Weights $w_{sr}$: 1 for the k most similar patches, 0 for others, soft around the border"
     n = sim.shape[-1] if most is None else min(sim.shape[-1], most + int(6 * soft) + 1)
     best = sim.detach().topk(n, -1).indices
     rank = torch.arange(n, device=sim.device)
@@ -66,7 +66,7 @@ def intra_report_loss(
     frozen: torch.Tensor,  # (B,S,C') unit norm, features of the frozen encoder
     real: torch.Tensor,  # (B,S) bool, False for padding
     scale: torch.Tensor | float,  # 1/temperature
-    duplicate: float = 0.95,  # cosine in `frozen` above which two sentences are the same
+    duplicate: float = 0.95,  # cosine in `frozen` from which two sentences are the same
 ) -> torch.Tensor:  # scalar
     "Contrast of sentences and regions within each report"
     differ = frozen @ frozen.transpose(1, 2) < duplicate
@@ -86,29 +86,27 @@ def inter_report_loss(
     soft: float,  # as `soft_topk`
     most: int,  # as `soft_topk`
 ) -> torch.Tensor:  # scalar
-    "Symmetric sentence-image InfoNCE over the batch; each sentence pools every image anew"
+    "Symmetric sentence-image InfoNCE over the batch; sentences select patches in every image"
     patches = [all_gather(x) for x in patches]
     text, k, frozen, real = map(all_gather, (text, k, frozen, real))
-    t, f, owner = text[real], frozen[real], real.nonzero()[:, 0]
+    t, f, report = text[real], frozen[real], real.nonzero()[:, 0]
     weights = soft_topk(
         t @ patches[0].transpose(1, 2), k[real].expand(len(patches[0]), -1), soft, most
     )
     same = f @ f.T >= duplicate
-    own = F.one_hot(owner, len(weights)).bool()  # (M,B)
-    says = (
-        torch.zeros(own.shape, device=t.device).index_add(1, owner, same.float()) > 0
-    )  # image b's report says what sentence m says
-    twin = (same | (owner[:, None] == owner)) & ~torch.eye(
-        len(t), dtype=torch.bool, device=t.device
-    )
+    own = F.one_hot(report, len(weights)).bool()  # (M,B)
+    counts = torch.zeros(own.shape, device=t.device).index_add(1, report, same.float())
+    in_report = counts > 0  # (M,B): report b contains sentence m or a duplicate of it
+    eye = torch.eye(len(t), dtype=torch.bool, device=t.device)
+    no_negative = (same | (report[:, None] == report)) & ~eye
     total = 0.0
     for x in patches:
         score = torch.einsum("bmc,mc->mb", weighted_pool(x, weights), t) * scale
-        mine = score[own]
-        images = score.masked_fill(says & ~own, -torch.inf).logsumexp(1) - mine
-        sentences = (
-            score[:, owner].T.masked_fill(twin, -torch.inf).logsumexp(1) - mine
-        )  # row m: the image of m, asked for every sentence
+        positive = score[own]
+        images = score.masked_fill(in_report & ~own, -torch.inf).logsumexp(1) - positive
+        # row m: scores of all sentences in the image of sentence m
+        in_image = score[:, report].T.masked_fill(no_negative, -torch.inf)
+        sentences = in_image.logsumexp(1) - positive
         total = total + (images.mean() + sentences.mean()) / 2
     return total / len(patches)
 
@@ -136,25 +134,48 @@ def released_k(
 # %% ../../nbs/5_model/52_align.ipynb #622880f7
 @dataclass
 class AlignmentOutput:
-    "What `AlignmentHead` finds in a batch: B reports of S sentences, V patches"
+    "Output of `AlignmentHead` for B reports of S sentences and V visible patches"
 
     similarity: torch.Tensor  # (B,S,V) cosine of each sentence with each patch
-    weights: torch.Tensor  # (B,S,V) of the patches in a sentence's region
+    weights: torch.Tensor  # (B,S,V) of the patches in the region of each sentence
     k: torch.Tensor  # (B,S) patches in the region
     region_embeds: torch.Tensor  # (B,S,proj_dim)
     text_embeds: torch.Tensor  # (B,S,proj_dim)
-    patch_embeds: list  # of (B,V,proj_dim): where sentences look, then of tokens where that differs
+    # of (B,V,proj_dim): those that rank the patches, then, if different, those of the tokens
+    patch_embeds: list
     sentence_mask: torch.Tensor | None = None  # (B,S) bool, False for padding
 
 # %% ../../nbs/5_model/52_align.ipynb #8450b448
+def _projection_mlp(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_dim, out_dim),
+        nn.GELU(),
+        nn.LayerNorm(out_dim, eps=1e-6),
+        nn.Linear(out_dim, out_dim),
+    )
+
+
+def _initial_logit(
+    init_k_ratio: float | None,  # None: half of `max_k_ratio`
+    max_k_ratio: float,
+) -> float:  # whose sigmoid is the initial k as a share of the largest k
+    s = (init_k_ratio or max_k_ratio / 2) / max_k_ratio
+    if not s < 1:
+        raise ValueError(
+            f"pretrain.init_k_ratio is {init_k_ratio}, expected less than "
+            f"pretrain.max_k_ratio {max_k_ratio}: choose a smaller initial ratio"
+        )
+    return math.log(s / (1 - s))
+
+# %% ../../nbs/5_model/52_align.ipynb #aln52c01
 class AlignmentHead(nn.Module):
-    "Projects image and text to one space and pools a region for each sentence"
+    "Project image and text to a shared space and pool a region for each sentence"
 
     def __init__(
         self,
-        embed_dim: int,
-        text_dim: int,
-        proj_dim: int,
+        embed_dim: int,  # channels of image tokens
+        text_dim: int,  # channels of sentence embeddings
+        proj_dim: int,  # channels of the shared space
         max_k_ratio: float,  # largest region, as a share of the visible patches
         temperature: float,  # initial temperature of both contrasts
         region_size: str = "adaptive",  # or "fixed"
@@ -164,41 +185,30 @@ class AlignmentHead(nn.Module):
         align_before_attention: bool = False,  # rank patches by their embeddings
     ):
         super().__init__()
-
-        def mlp(d):
-            return nn.Sequential(
-                nn.Linear(d, proj_dim),
-                nn.GELU(),
-                nn.LayerNorm(proj_dim, eps=1e-6),
-                nn.Linear(proj_dim, proj_dim),
-            )
-
-        self.image_proj = mlp(embed_dim)
-        self.text_proj = mlp(text_dim)
+        self.image_proj = _projection_mlp(embed_dim, proj_dim)
+        self.text_proj = _projection_mlp(text_dim, proj_dim)
         self.k_head = nn.Linear(text_dim, 1)
-        self.local_proj = (
-            nn.Sequential(nn.LayerNorm(embed_dim, eps=1e-6), *mlp(embed_dim))
-            if align_before_attention
-            else None
-        )
+        self.local_proj: nn.Sequential | None = None
+        if align_before_attention:
+            norm = nn.LayerNorm(embed_dim, eps=1e-6)
+            self.local_proj = nn.Sequential(norm, *_projection_mlp(embed_dim, proj_dim))
         self.apply(init_weights)
         self.max_k_ratio = max_k_ratio
         self.region_size = region_size
         self.intra_report_weight = intra_report_weight
-        s = (init_k_ratio or max_k_ratio / 2) / max_k_ratio
-        if not s < 1:
-            raise ValueError(
-                f"pretrain.init_k_ratio is {init_k_ratio}, expected less than "
-                f"pretrain.max_k_ratio {max_k_ratio}: choose a smaller initial ratio"
-            )
-        self.init_k_logit = math.log(s / (1 - s))
+        self.init_k_logit = _initial_logit(init_k_ratio, max_k_ratio)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
     @property
-    def similarity_scale(self):
-        return self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
+    def similarity_scale(self) -> torch.Tensor:  # scalar, at most 100 as in CLIP
+        "1/temperature of both contrasts"
+        return self.logit_scale.clamp(max=4.6052).exp()
 
-    def max_k(self, num_patches: int) -> float:
+    def max_k(
+        self,
+        num_patches: int,  # visible
+    ) -> float:
+        "Largest region size in patches"
         return max(1.0, self.max_k_ratio * num_patches)
 
     def predict_k(
@@ -208,13 +218,13 @@ class AlignmentHead(nn.Module):
     ) -> torch.Tensor:  # (B,S), in patches
         "Region size of each sentence: 1 patch up to max_k_ratio of the visible patches"
         logit = self.k_head(sentence_embeds)[..., 0].float()
-        return 1 + (self.max_k(num_patches) - 1) * torch.sigmoid(
-            4 * (logit if self.region_size == "adaptive" else torch.zeros_like(logit))
-            + self.init_k_logit
-        )
+        if self.region_size != "adaptive":
+            logit = torch.zeros_like(logit)
+        share = torch.sigmoid(4 * logit + self.init_k_logit)
+        return 1 + (self.max_k(num_patches) - 1) * share
 
     def softness(self, num_patches: int) -> float:
-        "Width of a region's border in training, in ranks"
+        "Width of the border of a region in training, in ranks"
         return max(0.5, 0.05 * self.max_k(num_patches))
 
     def forward(
@@ -223,9 +233,9 @@ class AlignmentHead(nn.Module):
         sentence_embeds: torch.Tensor,  # (B,S,C')
         embedded: torch.Tensor | None = None,  # (B,V,C) if `align_before_attention`
         sentence_mask: torch.Tensor | None = None,  # (B,S) bool, passed through
-        hard: bool = False,  # a region's patches weigh 1, all others 0
+        hard: bool = False,  # weights are 1 for the patches of the region, 0 for others
     ) -> AlignmentOutput:
-        "Each sentence's similarity to each patch, and its region"
+        "Similarity of each sentence to each patch, and the region of each sentence"
         num_patches = tokens.shape[1]
         text_embeds = F.normalize(self.text_proj(sentence_embeds).float(), dim=-1)
         patch_embeds = []
@@ -247,13 +257,13 @@ class AlignmentHead(nn.Module):
 
     def intra_loss(
         self,
-        region_embeds,  # (B,S,proj_dim)
+        region_embeds: torch.Tensor,  # (B,S,proj_dim)
         aligned: AlignmentOutput,
-        sentence_embeds,
-        sentence_mask,
+        sentence_embeds: torch.Tensor,  # (B,S,C')
+        sentence_mask: torch.Tensor,  # (B,S) bool
         false_negative_threshold: float,
     ) -> torch.Tensor:  # scalar
-        "The contrast within each report, for regions of one kind of patches"
+        "Contrast within each report, for regions of one of `aligned.patch_embeds`"
         return intra_report_loss(
             region_embeds,
             aligned.text_embeds,
@@ -263,16 +273,20 @@ class AlignmentHead(nn.Module):
             false_negative_threshold,
         )
 
-    def mean_intra_loss(self, aligned: AlignmentOutput, *args) -> torch.Tensor:
-        "The contrast within each report, averaged over the kinds of patches"
+    def mean_intra_loss(
+        self,
+        aligned: AlignmentOutput,
+        *args,  # as `intra_loss`, from `sentence_embeds`
+    ) -> torch.Tensor:  # scalar
+        "Contrast within each report, averaged over `aligned.patch_embeds`"
         total = sum(
             self.intra_loss(weighted_pool(x, aligned.weights), aligned, *args)
             for x in aligned.patch_embeds
         )
         return total / len(aligned.patch_embeds)
 
-    def ranks(self, num_patches: int) -> tuple:  # softness, and a bound on k
-        "How `inter_report_loss` chooses patches in the images of other reports"
+    def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
+        "Arguments `soft` and `most` of `inter_report_loss`"
         return self.softness(num_patches), int(self.max_k(num_patches)) + 1
 
     def loss(
@@ -282,7 +296,7 @@ class AlignmentHead(nn.Module):
         sentence_mask: torch.Tensor,  # (B,S) bool
         false_negative_threshold: float = 0.95,
     ) -> torch.Tensor:  # scalar
-        "Both contrasts"
+        "Weighted mean of both contrasts"
         weight = self.intra_report_weight
         args = sentence_embeds, sentence_mask, false_negative_threshold
         intra = self.mean_intra_loss(aligned, *args) if weight else 0.0
@@ -300,33 +314,47 @@ class AlignmentHead(nn.Module):
 
 # %% ../../nbs/5_model/52_align.ipynb #f34c9d29
 class ReleasedAlignmentHead(AlignmentHead):
-    "`AlignmentHead` with what the released code does otherwise, each by its own switch"
+    "`AlignmentHead` with departures of the released code, each with its own switch"
 
     def __init__(
         self,
-        *args,
+        *args,  # as `AlignmentHead`
         padding_as_negatives: bool = False,
         intra_report_only: bool = False,
-        **kwargs,  # as `AlignmentHead`; `region_size` may be "released" too
+        **kwargs,  # as `AlignmentHead`; `region_size` can also be "released"
     ):
         super().__init__(*args, **kwargs)
         self.padding_as_negatives = padding_as_negatives
         self.intra_report_only = intra_report_only
 
-    def predict_k(self, sentence_embeds, num_patches: int) -> torch.Tensor:
-        "16, 32 or 64 patches where the region size is released, without a gradient"
+    def predict_k(
+        self,
+        sentence_embeds: torch.Tensor,  # (B,S,C')
+        num_patches: int,  # visible
+    ) -> torch.Tensor:  # (B,S), in patches
+        "16, 32 or 64 patches, without a gradient, if the region size is released"
         if self.region_size != "released":
             return super().predict_k(sentence_embeds, num_patches)
         logit = self.k_head(sentence_embeds)[..., 0].float()
         return released_k(logit).clamp(max=num_patches)
 
     def softness(self, num_patches: int) -> float:
+        "0, hard selection, if the region size is released"
         return 0.0 if self.region_size == "released" else super().softness(num_patches)
 
-    def ranks(self, num_patches: int) -> tuple:
+    def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
+        "A fixed softness and no bound if the region size is released"
         return (0.5, num_patches) if self.region_size == "released" else super().ranks(num_patches)
 
-    def intra_loss(self, region_embeds, aligned, sentence_embeds, sentence_mask, *args):
+    def intra_loss(
+        self,
+        region_embeds: torch.Tensor,  # (B,S,proj_dim)
+        aligned: AlignmentOutput,
+        sentence_embeds: torch.Tensor,  # (B,S,C')
+        sentence_mask: torch.Tensor,  # (B,S) bool
+        *args,  # as `AlignmentHead.intra_loss`
+    ) -> torch.Tensor:  # scalar
+        "Contrast within each report, with padding as negatives if selected"
         if not self.padding_as_negatives:
             return super().intra_loss(region_embeds, aligned, sentence_embeds, sentence_mask, *args)
         return intra_report_loss_with_padding(
@@ -334,8 +362,13 @@ class ReleasedAlignmentHead(AlignmentHead):
         )
 
     def loss(
-        self, aligned, sentence_embeds, sentence_mask, false_negative_threshold: float = 0.95
-    ) -> torch.Tensor:
+        self,
+        aligned: AlignmentOutput,  # of `forward`
+        sentence_embeds: torch.Tensor,  # (B,S,C')
+        sentence_mask: torch.Tensor,  # (B,S) bool
+        false_negative_threshold: float = 0.95,
+    ) -> torch.Tensor:  # scalar
+        "Weighted mean of both contrasts, or only that within reports if selected"
         args = sentence_embeds, sentence_mask, false_negative_threshold
         if self.intra_report_only:
             return self.mean_intra_loss(aligned, *args)

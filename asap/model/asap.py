@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from .align import AlignmentHead, AlignmentOutput, ReleasedAlignmentHead, info_nce
@@ -51,7 +51,11 @@ class ModelConfig(BaseConfig):
     mlm_num_heads: PositiveInt
     mlm_mlp_ratio: PositiveFloat
 
-    def check(self, params: BaseConfig) -> None:
+    def check(
+        self,
+        params: BaseModel,  # the loaded sections
+    ) -> None:
+        "Check that each number of heads divides its width"
         for dim, heads in (
             ("embed_dim", "num_heads"),
             ("decoder_embed_dim", "decoder_num_heads"),
@@ -71,7 +75,7 @@ ReleasedBug = Literal[
 
 
 class ArmConfig(BaseConfig):
-    "A pre-training variant: loss weights, components, and bugs of the released code that it keeps"
+    "A pre-training variant: loss weights, components, and released bugs that it reproduces"
 
     recon_weight: NonNegativeFloat
     organ_weight: NonNegativeFloat
@@ -90,9 +94,16 @@ ArmsConfig = dict[str, ArmConfig]
 
 # %% ../../nbs/5_model/54_asap.ipynb #96bceec9
 class Decoder(nn.Module):
-    "Image decoder: organ fractions after two blocks, voxels of hidden patches at the end"
+    "Image decoder: organ fractions after two blocks, voxels of hidden patches after the last"
 
-    def __init__(self, vit: ViT3D, dim: int, depth: int, num_heads: int, num_organs: int):
+    def __init__(
+        self,
+        vit: ViT3D,  # encoder, for its width, grid and patch size
+        dim: int,  # channels
+        depth: int,  # blocks
+        num_heads: int,
+        num_organs: int,  # organ groups, background excluded
+    ):
         super().__init__()
         self.embed = nn.Linear(vit.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -113,7 +124,7 @@ class Decoder(nn.Module):
         ids_pred: torch.Tensor | None = None,  # (B,W) patches whose voxels are predicted
         organs: bool = True,  # predict organ fractions
     ) -> tuple:  # (B,N,n+1) or None, (B,W,voxels) or None
-        "Organ shares of all patches, and the voxels of those in `ids_pred`"
+        "Organ logits of all patches, and the voxels of those in `ids_pred`"
         x = self.embed(latent)
         full = (
             self.mask_token.to(x.dtype)
@@ -139,13 +150,12 @@ class Decoder(nn.Module):
 def reconstruction_loss(
     guess: torch.Tensor,  # (B,W,voxels) of the hidden patches
     target: torch.Tensor,  # (B,W,voxels)
-    norm: bool = False,  # each target patch to mean 0, variance 1
+    norm: bool = False,  # standardize each target patch to mean 0, variance 1
 ) -> torch.Tensor:  # scalar
-    "Mean squared error"
+    "Mean squared error of the predicted voxels"
     if norm:
-        target = (target - target.mean(-1, keepdim=True)) / (
-            target.var(-1, keepdim=True) + 1e-6
-        ) ** 0.5
+        mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6) ** 0.5
     return global_mean(F.mse_loss(guess.float(), target, reduction="sum"), target.numel())
 
 # %% ../../nbs/5_model/54_asap.ipynb #0c98a0db
@@ -157,30 +167,61 @@ class Batch(TypedDict, total=False):
     organ_fractions: torch.Tensor  # (B,N,1+groups), known rows sum to 1
     organ_valid: torch.Tensor  # (B,N) bool
     patch_order: torch.Tensor  # (B,N), each row a permutation
-    finding_outside_crop: torch.Tensor  # (B,) 1 where the report names something that was cropped
+    finding_outside_crop: torch.Tensor  # (B,) 1 if the report names a finding outside the crop
     input_ids: torch.Tensor  # (B,L)
-    masked_input_ids: torch.Tensor  # (B,L), hidden words replaced by [MASK]
-    mlm_labels: torch.Tensor  # (B,L), -100 where nothing is hidden
-    token_to_sentence: torch.Tensor  # (B,L), -1 for words of no sentence
+    masked_input_ids: torch.Tensor  # (B,L), masked words replaced by [MASK]
+    mlm_labels: torch.Tensor  # (B,L), -100 where nothing is masked
+    token_to_sentence: torch.Tensor  # (B,L), -1 for tokens of no sentence
     padding_mask: torch.Tensor  # (B,L) bool
     sentence_mask: torch.Tensor  # (B,S) bool, False for padding
     sentence_embeds: torch.Tensor  # (B,S,C'), of the frozen text encoder
-    token_embeds: torch.Tensor  # (B,L,C'), of the frozen text encoder; where words are guessed
+    token_embeds: torch.Tensor  # (B,L,C'), of the frozen text encoder; if the arm predicts words
 
 
 @dataclass
 class EncoderOutput:
-    "A batch of images after the encoder: V of N patches are seen"
+    "A batch of images after the encoder: V of N patches are visible"
 
     patches: torch.Tensor  # (B,N,voxels)
-    ids_keep: torch.Tensor  # (B,V) seen
-    ids_mask: torch.Tensor  # (B,N-V) hidden
+    ids_keep: torch.Tensor  # (B,V) visible patches
+    ids_mask: torch.Tensor  # (B,N-V) hidden patches
     embedded: torch.Tensor  # (B,1+V,C) before attention, class token first
     latent: torch.Tensor  # (B,1+V,C) after all blocks
 
+# %% ../../nbs/5_model/54_asap.ipynb #asap5401
+def _alignment_args(config: dict) -> tuple:  # of `AlignmentHead`
+    m, p = config["model"], config["pretrain"]
+    return (
+        m["embed_dim"],
+        config["text_dim"],
+        m["proj_dim"],
+        p["max_k_ratio"],
+        p["temperature"],
+        config["arm"]["region_size"],
+        p["intra_report_weight"],
+        p["init_k_ratio"],
+        m["align_before_attention"],
+    )
+
+
+def _fusion_args(config: dict) -> tuple:  # of `FusionEncoder`
+    m, arm = config["model"], config["arm"]
+    return (
+        m["embed_dim"],
+        config["text_dim"],
+        m["proj_dim"],
+        m["mlm_depth"],
+        m["mlm_num_heads"],
+        config["vocab_size"],
+        m["mlm_mlp_ratio"],
+        arm["similarity_bias"],
+        arm["region_prefix"],
+        arm["global_feature"],
+    )
+
 # %% ../../nbs/5_model/54_asap.ipynb #2260fdd8
 class ASAP(nn.Module):
-    "Encoder, decoder, alignment and fusion; `build_config` makes its config"
+    "Encoder, decoder, alignment and fusion; `build_config` makes the config"
 
     def __init__(
         self,
@@ -207,48 +248,35 @@ class ASAP(nn.Module):
             m["decoder_num_heads"],
             config["num_organs"],
         )
-        self.alignment = self.build_alignment(
-            m["embed_dim"],
-            config["text_dim"],
-            m["proj_dim"],
-            p["max_k_ratio"],
-            p["temperature"],
-            self.arm["region_size"],
-            p["intra_report_weight"],
-            p["init_k_ratio"],
-            m["align_before_attention"],
-        )
-        self.fusion = self.build_fusion(
-            m["embed_dim"],
-            config["text_dim"],
-            m["proj_dim"],
-            m["mlm_depth"],
-            m["mlm_num_heads"],
-            config["vocab_size"],
-            m["mlm_mlp_ratio"],
-            self.arm["similarity_bias"],
-            self.arm["region_prefix"],
-            self.arm["global_feature"],
-        )
+        self.alignment = self.build_alignment(*_alignment_args(config))
+        self.fusion = self.build_fusion(*_fusion_args(config))
         self.freeze_unused()
 
-    def build_alignment(self, *args) -> AlignmentHead:
+    def build_alignment(
+        self,
+        *args,  # as `AlignmentHead`
+    ) -> AlignmentHead:
+        "Make the alignment head; a subclass can make another"
         return AlignmentHead(*args)
 
-    def build_fusion(self, *args) -> FusionEncoder:
+    def build_fusion(
+        self,
+        *args,  # as `FusionEncoder`
+    ) -> FusionEncoder:
+        "Make the fusion encoder; a subclass can make another"
         return FusionEncoder(*args)
 
     def muon_params(self) -> list:
         "Weight matrices between hidden layers: those that Muon optimizes, if selected"
-        ends = ("fusion.mlm_head", "alignment.k_head", "decoder.pred")
+        ends: tuple[str, ...] = ("fusion.mlm_head", "alignment.k_head", "decoder.pred")
         if isinstance(self.vit.patch_embed, PatchEmbed):
             ends = (*ends, "vit.patch_embed")
         return [
             q for name, q in self.named_parameters() if q.ndim == 2 and not name.startswith(ends)
         ]
 
-    def freeze_unused(self):
-        "No gradient for what the arm does not use"
+    def freeze_unused(self) -> None:
+        "Freeze the parameters that the arm does not use"
         a = self.arm
         recon, organ, align, mlm = (a[f"{k}_weight"] for k in ("recon", "organ", "align", "mlm"))
         region = align and a["contrast_level"] == "region" or mlm and a["region_prefix"]
@@ -284,14 +312,14 @@ class ASAP(nn.Module):
                 sentence_embeds=batch["sentence_embeds"],
                 sentence_mask=batch["sentence_mask"],
             )
-        if arm["mlm_weight"]:
-            fused = self.forward_fusion(
-                encoded=encoded,
-                aligned=aligned,
-                token_embeds=batch["token_embeds"],
-                padding_mask=batch["padding_mask"],
-                token_to_sentence=batch["token_to_sentence"],
-            )
+            if arm["mlm_weight"]:
+                fused = self.forward_fusion(
+                    encoded=encoded,
+                    aligned=aligned,
+                    token_embeds=batch["token_embeds"],
+                    padding_mask=batch["padding_mask"],
+                    token_to_sentence=batch["token_to_sentence"],
+                )
         return self.forward_loss(
             batch=batch,
             encoded=encoded,
@@ -305,9 +333,9 @@ class ASAP(nn.Module):
         self,
         image: torch.Tensor,  # (B,1,H,W,D) in [-1,1]
         patch_order: torch.Tensor,  # (B,N), each row a permutation
-        mask_ratio: float | None = None,  # the model's own when None
+        mask_ratio: float | None = None,  # None: the ratio of pre-training
     ) -> EncoderOutput:
-        "The patches that are seen, before and after the encoder's blocks"
+        "Tokens of the visible patches, before and after the encoder's blocks"
         patches = patchify(image, self.vit.patch_size)
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, ids_mask = random_masking(patch_order, ratio)
@@ -332,7 +360,7 @@ class ASAP(nn.Module):
         sentence_mask: torch.Tensor,  # (B,S) bool, False for padding
         hard: bool = False,  # as `AlignmentHead.forward`
     ) -> AlignmentOutput:
-        "Patch-sentence similarity, and each sentence's region"
+        "Patch-sentence similarity and the region of each sentence"
         return self.alignment(
             encoded.latent[:, 1:],
             sentence_embeds,
@@ -361,13 +389,14 @@ class ASAP(nn.Module):
         aligned: AlignmentOutput | None = None,
         fused: torch.Tensor | None = None,  # (B,L,C')
     ) -> tuple:  # scalar, dict of the parts
-        "The weighted sum of the arm's losses, and the values that are logged"
+        "The weighted sum of the arm's losses, and the values to log"
         arm, losses, extra = self.arm, {}, {}
         if arm["recon_weight"]:
             losses["recon"] = self.recon_loss(pred, encoded)
         if arm["organ_weight"]:
             losses["organ"] = self.organ_loss(organ_logits, batch)
         if arm["align_weight"]:
+            assert aligned is not None, "an arm with `align_weight` needs `aligned`"
             losses["align"] = self.alignment_loss(aligned, batch)
         if aligned is not None:
             k = aligned.k[batch["sentence_mask"]].mean()
@@ -379,23 +408,40 @@ class ASAP(nn.Module):
         total = sum(arm[f"{k}_weight"] * v for k, v in losses.items())
         return total, {k: v.detach() for k, v in (losses | extra).items()}
 
-    def recon_loss(self, pred: torch.Tensor, encoded: EncoderOutput) -> torch.Tensor:
+    def recon_loss(
+        self,
+        pred: torch.Tensor,  # (B,N-V,voxels)
+        encoded: EncoderOutput,
+    ) -> torch.Tensor:  # scalar
+        "Mean squared error over the hidden patches"
         target = gather_patches(encoded.patches, encoded.ids_mask)
         return reconstruction_loss(pred, target, self.norm_pix_loss)
 
-    def organ_loss(self, organ_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def organ_loss(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+        batch: Batch,
+    ) -> torch.Tensor:  # scalar
+        "Cross-entropy of the organ fractions over the known patches"
         return soft_cross_entropy(organ_logits, batch["organ_fractions"], batch["organ_valid"])
 
-    def predict_organ_fractions(self, organ_logits: torch.Tensor) -> torch.Tensor:  # (B,N,1+groups)
+    def predict_organ_fractions(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+    ) -> torch.Tensor:  # (B,N,1+groups), rows sum to 1
+        "Organ fractions from logits"
         return organ_logits.float().softmax(-1)
 
     def mlm_loss(
-        self, fused: torch.Tensor, batch: Batch
-    ) -> tuple:  # scalar, share of hidden words found
+        self,
+        fused: torch.Tensor,  # (B,L,C')
+        batch: Batch,
+    ) -> tuple:  # scalar loss, accuracy at the masked words
+        "Cross-entropy at the masked words"
         return mlm_loss(self.fusion, fused, batch["mlm_labels"])
 
     def alignment_loss(self, aligned: AlignmentOutput, batch: Batch) -> torch.Tensor:
-        "Contrast of regions and sentences, or of whole images and reports (`contrast_level`)"
+        "Contrast of regions and sentences, or of images and reports (`contrast_level`)"
         if self.arm["contrast_level"] == "region":
             return self.alignment.loss(
                 aligned,
@@ -411,45 +457,76 @@ class ASAP(nn.Module):
                 (aligned.text_embeds * real).sum(1, keepdim=True),
             )
         )
-        every = torch.ones(len(image), len(image), dtype=torch.bool, device=image.device)
+        allowed = torch.ones(len(image), len(image), dtype=torch.bool, device=image.device)
         logits = image[:, 0] @ text[:, 0].T * self.alignment.similarity_scale
-        return info_nce(logits, every, every[0])
+        return info_nce(logits, allowed, allowed[0])
 
 # %% ../../nbs/5_model/54_asap.ipynb #371de825
 class ReleasedASAP(ASAP):
     "`ASAP` with departures of the released code, selected by `released_bugs`"
 
-    def has_bug(self, name: str) -> bool:
+    def has_bug(
+        self,
+        name: str,  # of `ReleasedBug`
+    ) -> bool:
+        "Whether the arm reproduces a bug of the released code"
         return name in self.arm["released_bugs"]
 
-    def build_alignment(self, *args) -> AlignmentHead:
+    def build_alignment(
+        self,
+        *args,  # as `AlignmentHead`
+    ) -> AlignmentHead:
+        "The released head, with the bugs of the arm"
         return ReleasedAlignmentHead(
             *args,
             padding_as_negatives=self.has_bug("padding_as_negatives"),
             intra_report_only=self.has_bug("intra_report_only"),
         )
 
-    def build_fusion(self, *args) -> FusionEncoder:
+    def build_fusion(
+        self,
+        *args,  # as `FusionEncoder`
+    ) -> FusionEncoder:
+        "The fusion encoder, with the released prefix if selected"
         released = self.has_bug("padding_as_negatives")
         return (ReleasedFusionEncoder if released else FusionEncoder)(*args)
 
-    def recon_loss(self, pred: torch.Tensor, encoded: EncoderOutput) -> torch.Tensor:
+    def recon_loss(
+        self,
+        pred: torch.Tensor,  # (B,N-V,voxels)
+        encoded: EncoderOutput,
+    ) -> torch.Tensor:  # scalar
+        "The voxel loss, divided by the number of all voxels if selected"
         hidden = 1
         if self.has_bug("recon_mean_all_patches"):
             hidden = encoded.ids_mask.shape[1] / encoded.patches.shape[1]
         return super().recon_loss(pred, encoded) * hidden
 
-    def organ_loss(self, organ_logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def organ_loss(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+        batch: Batch,
+    ) -> torch.Tensor:  # scalar
+        "The organ loss, as binary cross-entropies if selected"
         if not self.has_bug("per_organ_bce"):
             return super().organ_loss(organ_logits, batch)
         return per_organ_bce(organ_logits, batch["organ_fractions"], batch["organ_valid"])
 
-    def predict_organ_fractions(self, organ_logits: torch.Tensor) -> torch.Tensor:
+    def predict_organ_fractions(
+        self,
+        organ_logits: torch.Tensor,  # (B,N,1+groups)
+    ) -> torch.Tensor:  # (B,N,1+groups)
+        "Organ fractions from logits, by sigmoids if selected"
         if not self.has_bug("per_organ_bce"):
             return super().predict_organ_fractions(organ_logits)
         return organ_logits.float().sigmoid()
 
-    def mlm_loss(self, fused: torch.Tensor, batch: Batch) -> tuple:
+    def mlm_loss(
+        self,
+        fused: torch.Tensor,  # (B,L,C')
+        batch: Batch,
+    ) -> tuple:  # scalar loss, accuracy
+        "The loss of masked language modeling, at all positions if selected"
         if not self.has_bug("mlm_all_tokens"):
             return super().mlm_loss(fused, batch)
         return mlm_loss(self.fusion, fused, batch["input_ids"])
@@ -472,10 +549,10 @@ def build_asap(
 def build_config(
     p,  # params with sections volumes, model, pretrain, anatomy
     arm,  # an arm's row, dict or params model
-    text_dim: int,  # width of the text encoder
+    text_dim: int,  # channels of the text encoder
     vocab_size: int,  # of its tokenizer
 ) -> dict:  # plain JSON
-    "The config that a model of this study and arm is built from"
+    "The config from which `build_asap` builds the model of an arm"
 
     def dump(x):
         return x if isinstance(x, dict) else x.model_dump()

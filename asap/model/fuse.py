@@ -25,14 +25,14 @@ def similarity_bias(
 
 # %% ../../nbs/5_model/53_fuse.ipynb #473ec43a
 class FusionEncoder(nn.Module):
-    "One fusion layer and a BERT over the report's tokens"
+    "One fusion layer and a BERT over the tokens of the report"
 
     def __init__(
         self,
-        embed_dim: int,
-        text_dim: int,
-        proj_dim: int,
-        depth: int,
+        embed_dim: int,  # channels of image tokens
+        text_dim: int,  # channels of word tokens
+        proj_dim: int,  # channels of regions
+        depth: int,  # blocks after the fusion layer
         num_heads: int,
         vocab_size: int,
         mlp_ratio: float = 4,
@@ -62,8 +62,13 @@ class FusionEncoder(nn.Module):
             b.zero_init_residual()
 
     def pool_regions(self, aligned: AlignmentOutput) -> torch.Tensor:  # (B,1,proj_dim)
-        "Mean of the grounded regions of the sentences that are there"
+        "Mean of the regions of the real sentences"
         region = aligned.region_embeds
+        if aligned.sentence_mask is None:
+            raise ValueError(
+                "`aligned.sentence_mask` is None, expected (B,S) bool: "
+                "pass `sentence_mask` to `AlignmentHead.forward`"
+            )
         real = aligned.sentence_mask[..., None].to(region.dtype)
         return (region * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
 
@@ -109,18 +114,19 @@ class FusionEncoder(nn.Module):
 
 # %% ../../nbs/5_model/53_fuse.ipynb #4010cb7c
 class ReleasedFusionEncoder(FusionEncoder):
-    "The prefix of the released code: a fifth of the mean region, those of padding sentences too"
+    "The prefix of the released code: a fifth of the mean region, padding sentences included"
 
     def pool_regions(self, aligned: AlignmentOutput) -> torch.Tensor:  # (B,1,proj_dim)
+        "A fifth of the mean of all regions, padding included"
         return 0.2 * aligned.region_embeds.mean(1, keepdim=True)
 
 
 def mlm_loss(
     fusion: FusionEncoder,
     x: torch.Tensor,  # (B,L,Ct) of `FusionEncoder`
-    mlm_labels: torch.Tensor,  # (B,L), -100 where no word is hidden
-) -> tuple:  # scalar loss, accuracy at the hidden words
-    "Cross-entropy at the hidden words only"
+    mlm_labels: torch.Tensor,  # (B,L), -100 where no word is masked
+) -> tuple:  # scalar loss, accuracy at the masked words
+    "Cross-entropy at the masked words only"
     hidden = mlm_labels >= 0
     logits, labels = fusion.mlm_head(x[hidden]).float(), mlm_labels[hidden]
     loss = global_mean(F.cross_entropy(logits, labels, reduction="sum"), hidden.sum())

@@ -33,7 +33,7 @@ def patchify(
     x: torch.Tensor,  # (B,1,H,W,D)
     patch: Sequence[int],  # voxels (p,q,r) of a patch
 ) -> torch.Tensor:  # (B,N,p*q*r)
-    "Split volumes into rows of voxels, one row a patch"
+    "Split volumes into patches, one row of voxels per patch"
     return rearrange(
         x, "b 1 (h p) (w q) (d r) -> b (h w d) (p q r)", p=patch[0], q=patch[1], r=patch[2]
     )
@@ -77,7 +77,7 @@ def _attention_weights(q, k):  # (G,N,c), (G,M,c) -> (G,N,M)
 
 # %% ../../nbs/5_model/50_vit.ipynb #08831191
 class _ChunkedAttention(torch.autograd.Function):
-    "Attention a few heads at a time; weights are made again in the backward pass"
+    "Attention a few heads at a time; weights are recomputed in the backward pass"
 
     @staticmethod
     def forward(ctx, q, k, v, step):  # (G,N,c), (G,M,c), (G,M,c), heads at a time
@@ -103,7 +103,7 @@ class _ChunkedAttention(torch.autograd.Function):
         return *map(torch.cat, zip(*out)), None
 
 # %% ../../nbs/5_model/50_vit.ipynb #7800865b
-MAX_ATTENTION_SCORES = 2**22  # at most so many at a time, 8 MB in bf16
+MAX_ATTENTION_SCORES = 2**22  # computed at a time, 8 MB in bf16
 
 
 def dot_product_attention(
@@ -204,7 +204,7 @@ def init_weights(m: nn.Module) -> None:
 
 # %% ../../nbs/5_model/50_vit.ipynb #4608a713
 def _sum_first_axis(x) -> torch.Tensor:  # (P,C,n) -> (C,n)
-    "Sum as a product: bf16 is not copied to fp32 for it"
+    "Sum by a matrix product, which does not copy bf16 to fp32"
     return (x.new_ones(1, len(x)) @ x.flatten(1)).view(x.shape[1:])
 
 
@@ -226,15 +226,15 @@ class _MeanMaxPool(torch.autograd.Function):
 
 # %% ../../nbs/5_model/50_vit.ipynb #1babf568
 class ConvStem(nn.Module):
-    "Small templates slid over each patch by itself; their mean and maximum make its token"
+    "Convolutional stem: mean and maximum over the windows of each patch form its token"
 
     def __init__(
         self,
         patch_size: Sequence[int],  # voxels (p,q,r) of a patch
         embed_dim: int,
-        kernel_size: Sequence[int],  # voxels of a template
+        kernel_size: Sequence[int],  # voxels of a window
         stride: Sequence[int],  # voxels between two windows
-        channels: Sequence[int],  # number of templates, and of features made of them
+        channels: Sequence[int],  # of the two layers
     ):
         super().__init__()
         if any(k > p for k, p in zip(kernel_size, patch_size)):
@@ -253,7 +253,7 @@ class ConvStem(nn.Module):
         index = torch.arange(prod(patch_size)).view(self.patch_size)
         for axis, (k, s) in enumerate(zip(kernel_size, stride)):
             index = index.unfold(axis, k, s)
-        # (places, voxels of a template): voxel indices within a patch
+        # (windows, voxels of a window): voxel indices within a patch
         self.register_buffer("window_index", index.flatten(3).flatten(0, 2), persistent=False)
 
     @torch.no_grad()
@@ -262,14 +262,14 @@ class ConvStem(nn.Module):
         patches: torch.Tensor,  # (B,N,voxels)
         ridge: float = 0.01,  # share of the mean variance that is added to every variance
     ) -> None:
-        "Fit the matrix that decorrelates the windows of patches"
+        "Fit the whitening matrix to the windows of patches"
         x = patches[..., self.window_index].flatten(0, 2).double()
         value, vector = torch.linalg.eigh(torch.cov(x.T))
         self.window_mean.copy_(x.mean(0))
         self.whitening.copy_(vector / (value + ridge * value.mean()) ** 0.5 @ vector.T)
 
-    def unwhitened_kernels(self) -> tuple:  # (templates, voxels of a template), (templates,)
-        "Weights and biases for windows as they are, not decorrelated"
+    def unwhitened_kernels(self) -> tuple:  # weights (kernels, voxels of a window), biases
+        "Weights and biases of the first layer for windows that are not whitened"
         with torch.autocast(self.whitening.device.type, enabled=False):
             w = self.fc1.weight @ self.whitening
         return w, self.fc1.bias - w @ self.window_mean
@@ -280,9 +280,9 @@ class ConvStem(nn.Module):
     ) -> torch.Tensor:  # (B,N,C)
         kind = patches.device.type
         if torch.is_autocast_enabled(kind):
-            # cast before windows repeat the voxels
+            # cast before indexing, which repeats voxels
             patches = patches.to(torch.get_autocast_dtype(kind))
-        # (places, voxels of a template, B*N): whole rows are copied
+        # (windows, voxels of a window, B*N): indexing copies whole rows
         x = patches.flatten(0, 1).T.contiguous()[self.window_index]
         for w, b in (self.unwhitened_kernels(), (self.fc2.weight, self.fc2.bias)):
             x = F.gelu(

@@ -38,8 +38,8 @@ ORGAN_IDS = dict(
 def sample_traits(
     seed: Any,  # key of a patient for `asap.core.rng`, such as (1, "train", 7)
     contrast: float = 0.5,  # share of scans with contrast medium
-) -> dict:  # what this body is and how it lies
-    "Draw a patient: build, pose, densities, contrast"
+) -> dict:
+    "Sample the traits of a patient: build, pose, densities, contrast"
     r = rng("body", seed)
     u = r.uniform
     contrast = r.random() < contrast
@@ -72,7 +72,7 @@ def sample_traits(
 # %% ../../nbs/1_phantom/10_body.ipynb #5c9d8af5
 @dataclass
 class BodyFrame:
-    "Body coordinates of a grid's voxels, in millimeters of a body of standard size"
+    "Body coordinates of the voxels of a grid, in millimeters of a body of standard size"
 
     x: np.ndarray  # (W,H,1)
     y: np.ndarray  # (W,H,1)
@@ -85,7 +85,7 @@ def make_body_frame(
     size: Sequence[int],  # voxels
     spacing: Sequence[float],  # mm
 ) -> BodyFrame:
-    "The grid seen from inside the body"
+    "Body coordinates of a grid"
     X, Y, Z = ((np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(size, spacing))
     X, Y, Z = (a - d for a, d in zip((X, Y, Z), t["shift"]))
     c, s = np.cos(np.deg2rad(t["turn"])), np.sin(np.deg2rad(t["turn"]))
@@ -131,7 +131,7 @@ def capsule_distance_sq(
 
 # %% ../../nbs/1_phantom/10_body.ipynb #52db35b2
 def lobe_masks(f: BodyFrame, t: dict) -> dict:  # masks by TotalSegmentator's names
-    "Five lobes"
+    "Masks of the five lobes"
     out: dict[str, np.ndarray] = {}
     for side, sign, dome in (("right", 1, t["dome"][0] + 12), ("left", -1, t["dome"][1])):
         r2 = ((f.x - sign * 68) / 54) ** 2 + ((f.y + 4) / 84) ** 2
@@ -167,7 +167,7 @@ def heart_radii(
 
 
 def aorta_mask(f: BodyFrame, t: dict) -> np.ndarray:  # bool
-    "Ascending part, arch and descending part"
+    "Mask of the aorta: ascending part, arch and descending part"
     k = t["aorta"]
     up, arch, down = (
         capsule_distance_sq(f, (9, 18, -22), (9, 12, 34), 14 * k),
@@ -183,7 +183,7 @@ CARINA = (0, -12, 26)
 def airway_distance_sq(
     f: BodyFrame,
 ) -> np.ndarray:  # squared distance in units of the lumen's radius; < 1 is air
-    "Trachea and main bronchi"
+    "Distance from the trachea and the main bronchi"
     left, right = (
         capsule_distance_sq(f, CARINA, (-42, -16, -4), 6.5),
         capsule_distance_sq(f, CARINA, (38, -16, -6), 7),
@@ -192,12 +192,12 @@ def airway_distance_sq(
 
 
 def esophagus_mask(f: BodyFrame) -> np.ndarray:  # bool
-    "From the neck to the diaphragm"
+    "Mask of the esophagus, from the neck to the diaphragm"
     return capsule_distance_sq(f, (-4, -30, 170), (-6, -34, -110), 8) < 1
 
 # %% ../../nbs/1_phantom/10_body.ipynb #639dc257
 def bone_density(f: BodyFrame) -> np.ndarray:  # relative density 0..1.3
-    "Ribs on the chest wall, spine with discs, sternum"
+    "Density of ribs, spine with discs, and sternum"
     shell = (f.x / 132) ** 2 + ((f.y + 2) / 100) ** 2
     slant = f.z - 0.45 * f.y + 0.1 * np.abs(f.x)
     rib = (
@@ -217,7 +217,7 @@ def bone_density(f: BodyFrame) -> np.ndarray:  # relative density 0..1.3
 # %% ../../nbs/1_phantom/10_body.ipynb #404ed3d3
 @dataclass
 class Body:
-    "A drawn chest, before abnormalities and before the scanner"
+    "A painted chest, before abnormalities and before the scanner"
 
     hu: np.ndarray  # float32 (W,H,D), RAS
     labels: np.ndarray  # uint8, TotalSegmentator's `total` ids
@@ -226,8 +226,8 @@ class Body:
     affine: np.ndarray
     lung: np.ndarray = field(repr=False)  # bool
     side: dict = field(repr=False)  # "left", "right" -> bool
-    seed: object  # that names the patient
-    factor: float  # size of the heart against this patient's normal one
+    seed: object  # key of the patient
+    factor: float  # size of the heart relative to the normal size of this patient
 
 
 def smooth_noise(
@@ -244,8 +244,9 @@ def smooth_noise(
 
 
 def soft_tissue_hu(
-    f: BodyFrame, t: dict
-) -> tuple:  # HU of air, fat, muscle, mediastinum; chest cavity
+    f: BodyFrame,
+    t: dict,  # traits
+) -> tuple:  # HU of air, fat, muscle, mediastinum; mask of the chest cavity
     "Body outline with skin and fat, chest wall, fat between the lungs"
     outline = (np.abs(f.x) / (150 + t["fat"])) ** 2.4 + (np.abs(f.y) / (112 + t["fat"])) ** 2.4
     inner = (np.abs(f.x) / 148) ** 2.4 + (np.abs(f.y + 2) / 110) ** 2.4
@@ -312,7 +313,7 @@ def synthesize_body(
     heart_factor: float = 1.0,  # 1.3 for an enlarged heart
     contrast: float = 0.5,  # share of scans with contrast medium
 ) -> Body:
-    "Draw a chest"
+    "Paint a chest"
     t = sample_traits(seed, contrast)
     f = make_body_frame(t, size, spacing)
     hu, cavity = soft_tissue_hu(f, t)

@@ -10,6 +10,7 @@ __all__ = ['DISORDER_KIND', 'LANGUAGE_MODEL_DIR', 'LORA_TARGET_MODULES', 'TinyLM
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0003
 import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,21 +28,21 @@ from ..train import fit, limit_threads
 class TinyLMConfig(BaseConfig):
     "The study's own language model, a Llama"
 
-    vocab_size: Annotated[int, Field(ge=300)]  # pieces of words, at most
+    vocab_size: Annotated[int, Field(ge=300)]  # maximum number of tokens
     embed_dim: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
     steps: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
-    muon_lr: PositiveFloat  # of Muon
+    muon_lr: PositiveFloat  # learning rate of Muon
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0006
 def train_bpe_tokenizer(
-    texts,  # of the train split
-    vocab: int,  # pieces, at most; 258 are taken by bytes, the end and the padding
-):  # tokenizer
-    "Byte-pair encoding, numbers apart; the same texts give the same pieces"
+    texts: Iterable[str],  # of the train split
+    vocab: int,  # maximum number of tokens; bytes, end of text and padding take 258
+):  # PreTrainedTokenizerFast
+    "Train a byte-pair tokenizer; numbers are separate; the same texts give the same tokens"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,13 +65,19 @@ def train_bpe_tokenizer(
     )
 
 
-def tokenize(tokenizer, texts) -> list:  # of lists
-    "Token ids, nothing added"
+def tokenize(
+    tokenizer,  # of transformers
+    texts: Sequence[str],
+) -> list:  # of lists of ids
+    "Token ids without special tokens"
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0009
-def encode_questions(tokenizer, questions) -> list:  # of lists of ids
-    "Questions as the model wants them, up to where its answer begins"
+def encode_questions(
+    tokenizer,  # of transformers
+    questions: Sequence[str],
+) -> list:  # of lists of ids
+    "Token ids of prompts: each question up to the position where its answer begins"
     if not getattr(tokenizer, "chat_template", None):
         return tokenize(tokenizer, [f"{q}\n" for q in questions])
     return tokenize(
@@ -84,13 +91,21 @@ def encode_questions(tokenizer, questions) -> list:  # of lists of ids
     )
 
 
-def encode_answers(tokenizer, answers) -> list:  # of lists of ids
-    "Answers with their end"
+def encode_answers(
+    tokenizer,  # of transformers
+    answers: Sequence[str],
+) -> list:  # of lists of ids
+    "Token ids of answers, each followed by the end-of-text token"
     return [[*a, tokenizer.eos_token_id] for a in tokenize(tokenizer, answers)]
 
 
-def check_lengths(before, after, names, limit: int):
-    "Error that names the first question that is too long; nothing is cut"
+def check_lengths(
+    before: list,  # of `encode_questions`
+    after: list,  # of `encode_answers`
+    names: Sequence[str],  # of the pairs, for the message
+    limit: int,  # tokens of question and answer together
+) -> None:
+    "Raise an error that names the first pair that is too long; nothing is truncated"
     for b, a, name in zip(before, after, names):
         if len(b) + len(a) > limit:
             raise ValueError(
@@ -100,10 +115,10 @@ def check_lengths(before, after, names, limit: int):
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0012
 def collate_pairs(
-    rows,  # of (before, after), lists of ids
+    rows: Sequence[tuple],  # of (before, after), lists of ids
     pad_id: int,
-) -> dict:  # input_ids, labels (-100 where nothing is asked), attention_mask: (B,L) int64
-    "Rows of different length side by side"
+) -> dict:  # input_ids, labels (-100 outside the answer), attention_mask: (B,L) int64
+    "Pad rows of different length to one batch"
     n = max(len(b) + len(a) for b, a in rows)
     out = dict(
         input_ids=np.full((len(rows), n), pad_id),
@@ -119,16 +134,16 @@ def collate_pairs(
 
 
 def _unwrap_peft(model):
-    "The model without the wrapper of peft"
+    "The model without its peft wrapper"
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def answer_losses(
     model,  # causal language model
-    b,  # of `collate_pairs`
-    seen=None,  # (B,Q,E) embeddings that come before the text
+    b: dict,  # of `collate_pairs`
+    seen: torch.Tensor | None = None,  # (B,Q,E) embeddings that precede the text
 ) -> torch.Tensor:  # (B,) mean cross-entropy of each row's answer
-    "Cross-entropy of each answer given what precedes it"
+    "Cross-entropy of each answer given the text and embeddings that precede it"
     x, mask = model.get_input_embeddings()(b["input_ids"]), b["attention_mask"]
     if seen is not None:
         x = torch.cat([seen.to(x.dtype), x], 1)
@@ -145,47 +160,52 @@ def answer_losses(
     return total / labeled.sum(1)
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0014
-DISORDER_KIND = "disorder"  # the kind whose answer says what a scan shows
+DISORDER_KIND = "disorder"  # the kind of question whose answer lists the findings of a scan
 
 
-def reading_examples(questions) -> pd.DataFrame:  # case, kind, question, answer, context
+def reading_examples(
+    questions: pd.DataFrame,  # case, kind, question, answer
+) -> pd.DataFrame:  # case, kind, question, answer, context
     "Each question with the case's answer of kind `disorder` as context; other cases are left out"
-    shown = (
-        questions[questions.kind == DISORDER_KIND].drop_duplicates("case").set_index("case").answer
-    )
-    rest = questions[questions.case.isin(shown.index)]
-    return rest.assign(context=rest.case.map(shown)).reset_index(drop=True)
+    is_disorder = questions.kind == DISORDER_KIND
+    context = questions[is_disorder].drop_duplicates("case").set_index("case").answer
+    rest = questions[questions.case.isin(context.index)]
+    return rest.assign(context=rest.case.map(context)).reset_index(drop=True)
 
 
 class ReadingDataset:
-    "For `asap.train.fit`: a case, one of its questions, presence as often as all others together"
+    "Cases for `asap.train.fit`: a question of a case, of kind presence in half of the samples"
 
-    def __init__(self, table, tokenizer, seed):
-        before = [
-            c + q
-            for c, q in zip(
-                tokenize(tokenizer, table.context + "\n"),
-                encode_questions(tokenizer, table.question),
-            )
-        ]
-        self.rows, self.seed = list(zip(before, encode_answers(tokenizer, table.answer))), seed
+    def __init__(
+        self,
+        table: pd.DataFrame,  # of `reading_examples`
+        tokenizer,  # of transformers
+        seed: int,
+    ):
+        contexts = tokenize(tokenizer, table.context + "\n")
+        before = [c + q for c, q in zip(contexts, encode_questions(tokenizer, table.question))]
+        self.rows = list(zip(before, encode_answers(tokenizer, table.answer)))
+        self.seed = seed
         groups = table.reset_index(drop=True).groupby("case", sort=False)
-        self.of = [
+        by_presence = [
             [g.index[(g.kind == "presence") == yes].to_numpy() for yes in (True, False)]
             for _, g in groups
         ]
-        self.of = [[k for k in kinds if len(k)] for kinds in self.of]
+        self.of = [[k for k in kinds if len(k)] for kinds in by_presence]
 
     def __len__(self):
         return len(self.of)
 
-    def __getitem__(self, at):
+    def __getitem__(self, at):  # (epoch, index)
         r = rng("lesson", self.seed, *at)
         kinds = self.of[at[1]]
         return self.rows[int(r.choice(kinds[r.integers(len(kinds))]))]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0015
-def build_tiny_lm(tokenizer, p):  # `p`: params `vqa.tiny_lm`
+def build_tiny_lm(
+    tokenizer,  # of transformers
+    p: TinyLMConfig,  # params `vqa.tiny_lm`
+):  # LlamaForCausalLM
     "A Llama of the study's size, untrained"
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -205,29 +225,30 @@ def build_tiny_lm(tokenizer, p):  # `p`: params `vqa.tiny_lm`
         )
     )
 
-
+# %% ../../nbs/4_text/45_language.ipynb #lang15b1
 def train_language_model(
-    train,  # of `reading_examples`, of the train split
-    p,  # params `vqa.tiny_lm`
-    seed,
-    folder=None,
-    fp=None,  # for resume
-) -> tuple:  # model in eval mode, tokenizer
-    "Pieces and a model from the train split's questions and answers"
+    train: pd.DataFrame,  # of `reading_examples`, of the train split
+    p: TinyLMConfig,  # params `vqa.tiny_lm`
+    seed: int,
+    folder: str | Path | None = None,  # of the resume state
+    fp: dict | None = None,  # fingerprint of the run, for resume
+) -> tuple:  # model in evaluation mode, tokenizer
+    "Train a tokenizer and a model on the questions and answers of the train split"
     tokenizer = train_bpe_tokenizer([*train.context, *train.question, *train.answer], p.vocab_size)
     torch.manual_seed(derive_seed("language", seed))
     model = build_tiny_lm(tokenizer, p)
-    turned = [q for name, q in model.named_parameters() if q.ndim == 2 and "embed" not in name]
-    held = torch.nn.ModuleList([model])  # what is handed to `fit` keeps its precision for good
+    matrices = [q for name, q in model.named_parameters() if q.ndim == 2 and "embed" not in name]
+    # `fit` sets the precision of its module's `forward` permanently; the wrapper protects `model`
+    wrapped = torch.nn.ModuleList([model])
     with limit_threads(model):
         fit(
-            held,
+            wrapped,
             lambda m, b, step: (answer_losses(m[0], b).mean(), {}),
             ReadingDataset(train, tokenizer, seed),
             steps=p.steps,
             batch=p.batch_size,
             lr=p.lr,
-            matrices=turned,
+            matrices=matrices,
             matrix_lr=p.muon_lr,
             warmup=p.steps // 20,
             weight_decay=0.01,
@@ -240,37 +261,39 @@ def train_language_model(
     return model.eval(), tokenizer
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0017
-def _pad_left(rows, pad_id) -> tuple:  # ids and mask (B,L), padded on the left
+def _pad_left(
+    rows: list,  # of lists of ids
+    pad_id: int,
+) -> tuple:  # ids and mask (B,L), padded on the left
     n = max(map(len, rows))
-    return torch.tensor([[pad_id] * (n - len(r)) + list(r) for r in rows]), torch.tensor(
-        [[0] * (n - len(r)) + [1] * len(r) for r in rows]
-    )
+    ids = torch.tensor([[pad_id] * (n - len(r)) + list(r) for r in rows])
+    mask = torch.tensor([[0] * (n - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask
 
 
 @torch.no_grad()
 def generate_from_prompts(
-    model,
-    tokenizer,
-    before,  # n lists of ids
-    most: int,  # tokens of an answer
+    model,  # causal language model
+    tokenizer,  # of transformers
+    before: list,  # n lists of ids, of `encode_questions`
+    most: int,  # maximum number of tokens of an answer
     beams: int = 1,
-    seen=None,  # list of places -> (B,Q,E) embeddings that come before the text
-    many: int = 64,  # rows at a time
+    seen: Callable | None = None,  # list of row indices -> (B,Q,E) embeddings before the text
+    many: int = 64,  # rows per batch
 ) -> list:  # n strings
-    "What the model says to each"
+    "Generate the model's answer to each prompt"
     order = sorted(range(len(before)), key=lambda i: (len(before[i]), i))
     out = [""] * len(before)
-    where = next(model.parameters()).device
+    device = next(model.parameters()).device
     for part in (order[i : i + many] for i in range(0, len(order), many)):
-        x, mask = (
-            v.to(where) for v in _pad_left([before[i] for i in part], tokenizer.pad_token_id)
-        )
-        x = model.get_input_embeddings()(x)
+        ids, mask = _pad_left([before[i] for i in part], tokenizer.pad_token_id)
+        ids, mask = ids.to(device), mask.to(device)
+        x = model.get_input_embeddings()(ids)
         if seen is not None:
             prefix = seen(part).to(x)
             x = torch.cat([prefix, x], 1)
             mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
-        said = model.generate(
+        generated = model.generate(
             inputs_embeds=x,
             attention_mask=mask,
             max_new_tokens=most,
@@ -279,44 +302,65 @@ def generate_from_prompts(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        for i, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True)):
+        for i, text in zip(part, tokenizer.batch_decode(generated, skip_special_tokens=True)):
             out[i] = text.strip()
     return out
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0021
 def reading_accuracy(
-    model, tokenizer, table, most: int = 6
-) -> dict:  # shares of presence questions answered rightly
-    "Can it read? With the line that answers, and without"
+    model,  # causal language model
+    tokenizer,  # of transformers
+    table: pd.DataFrame,  # of `reading_examples`
+    most: int = 6,  # maximum number of tokens of an answer
+) -> dict:  # with_the_line, without; empty if there are no presence questions
+    "Accuracy on presence questions, with the context line and without it"
     t = table[table.kind == "presence"]
     if not len(t):
         return {}
-    asked = encode_questions(tokenizer, t.question)
-    lines = tokenize(tokenizer, t.context + "\n")
+    questions = encode_questions(tokenizer, t.question)
+    contexts = tokenize(tokenizer, t.context + "\n")
 
     def accuracy(before):
         answers = generate_from_prompts(model, tokenizer, before, most)
         return round(float(np.mean([s == a for s, a in zip(answers, t.answer)])), 4)
 
     return dict(
-        with_the_line=accuracy([c + q for c, q in zip(lines, asked)]), without=accuracy(asked)
+        with_the_line=accuracy([c + q for c, q in zip(contexts, questions)]),
+        without=accuracy(questions),
     )
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0024
 LANGUAGE_MODEL_DIR = "build/language"  # the folder of the study's own model
 
 
-def build_language_model(
+def _train_and_save(
     p,  # params `vqa`
-    questions,  # case, kind, question, answer
-    split: dict,  # case -> train, val, test
-    seed,
-    out,  # folder of the model
-    folder=None,  # where it can resume from
-) -> dict:  # its scores; only its name when it is not the study's own
-    "Train the study's own language model, or note that another one is used"
+    train: pd.DataFrame,  # of `reading_examples`
+    seed: int,
+    out: str | Path,  # folder of the model
+    folder: str | Path | None,  # of the resume state
+) -> tuple:  # model, tokenizer
     from transformers.utils import logging
 
+    lessons = derive_seed(*train[["context", "question", "answer"]].to_numpy().ravel())
+    fp = fingerprint(tiny_lm=p.tiny_lm, seed=seed, lessons=lessons)
+    model, tokenizer = train_language_model(train, p.tiny_lm, seed, folder, fp)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return model, tokenizer
+
+# %% ../../nbs/4_text/45_language.ipynb #lang24b1
+def build_language_model(
+    p,  # params `vqa`
+    questions: pd.DataFrame,  # case, kind, question, answer
+    split: dict,  # case -> train, val, test
+    seed: int,
+    out: str | Path,  # folder of the model
+    folder: str | Path | None = None,  # of the resume state
+) -> dict:  # its scores; the name only, for an external model
+    "Train the study's own language model, or record that another one is used"
     if p.language_model != LANGUAGE_MODEL_DIR:
         write_json(dict(language=p.language_model), Path(out) / "elsewhere.json")
         return dict(language=p.language_model)
@@ -330,16 +374,7 @@ def build_language_model(
             f"no case of the train split has an answer of kind `{DISORDER_KIND}` and another "
             "question: set `vqa.language_model` to an existing model"
         )
-    fp = fingerprint(
-        tiny_lm=p.tiny_lm,
-        seed=seed,
-        lessons=derive_seed(*train[["context", "question", "answer"]].to_numpy().ravel()),
-    )
-    model, tokenizer = train_language_model(train, p.tiny_lm, seed, folder, fp)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model, tokenizer = _train_and_save(p, train, seed, out, folder)
     return dict(
         language=p.language_model,
         parameters=sum(q.numel() for q in model.parameters()),
@@ -349,9 +384,9 @@ def build_language_model(
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0025
 def load(
-    name,  # folder, or a Hugging Face id
-) -> tuple:  # model, frozen, in eval mode; tokenizer
-    "A causal language model from a folder or a hub; never runs code that came with it"
+    name: str | Path,  # a folder or a Hugging Face id
+) -> tuple:  # model, frozen and in evaluation mode; tokenizer
+    "Load a causal language model from a folder or a hub; code in a repository is never run"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -362,25 +397,28 @@ def load(
         )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, how = AutoModelForCausalLM.from_pretrained(local or name, output_loading_info=True)
-    if lost := sorted(how["missing_keys"]):
+    model, info = AutoModelForCausalLM.from_pretrained(local or name, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"vqa.language_model {name}: {len(lost)} weights are not there, such as {lost[0]}, "
-            "and would be random: is it another kind of model?"
+            f"vqa.language_model {name}: {len(missing)} weights are not there, such as "
+            f"{missing[0]}, and would be random: is it another kind of model?"
         )
     tokenizer = AutoTokenizer.from_pretrained(local or name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"vqa.language_model {name}: its tokenizer has no end of text (eos_token), "
-            "so no answer would ever end: set one in its tokenizer_config.json"
+            "so answers would never end: set one in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer
 
 
-def model_hash(model, tokenizer) -> str:
-    "Hash of the weights and the pieces"
+def model_hash(
+    model: torch.nn.Module,
+    tokenizer,  # of transformers
+) -> str:
+    "Hash of the weights and the vocabulary"
     h = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     for name, v in model.state_dict().items():
         h.update(name.encode())
@@ -411,7 +449,7 @@ def add_lora(
     rank: int,
     alpha: float,
     dropout: float,
-):  # the model, with low-rank matrices that learn; nothing else does
+):  # the model with low-rank matrices, which alone are trainable
     "Add LoRA to the attention and feed-forward matrices; the output is unchanged until training"
     from peft import LoraConfig, get_peft_model
 
@@ -426,13 +464,13 @@ def add_lora(
         raise ValueError(
             f"{type(model).__name__} has no layer that is named like "
             f"{', '.join(LORA_TARGET_MODULES[:7])}: "
-            "add its names to asap.text.language.LORA_TARGET_MODULES"
+            "add the names of its layers to asap.text.language.LORA_TARGET_MODULES"
         )
     return get_peft_model(
         model,
         LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
             lora_dropout=dropout,
             target_modules=found,
             fan_in_fan_out=any(n.startswith("c_") for n in found),

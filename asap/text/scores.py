@@ -10,6 +10,7 @@ __all__ = ['BLEU_COLUMNS', 'METRIC_NAMES', 'split_words', 'bleu_counts', 'bleu',
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,14 +30,19 @@ def split_words(text: str) -> list:
     return _WORD.findall(clean_text(text).lower())
 
 
-def _check_pairs(said, true) -> tuple:  # strings of words with a blank between, twice
+def _check_pairs(
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+) -> tuple:  # both as lists of strings, words separated by one space
     if len(said) != len(true):
-        raise ValueError(f"{len(said)} texts for {len(true)} references: hand over one for each")
+        raise ValueError(
+            f"{len(said)} texts for {len(true)} references, expected one reference per text"
+        )
     for i, (s, t) in enumerate(zip(said, true)):
         if not isinstance(s, str) or not isinstance(t, str):
             raise ValueError(
                 f"text {i} is {s!r}, its reference {t!r}, expected two strings; "
-                "a model that says nothing says ''"
+                "use '' for an empty prediction"
             )
         if not split_words(t):
             raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
@@ -47,10 +53,10 @@ BLEU_COLUMNS = ["said", "true", *(f"{k}{n}" for n in range(1, 5) for k in ("gram
 
 
 def bleu_counts(
-    said,  # n texts
-    true,  # their references
-) -> pd.DataFrame:  # a row a case: words said and true; n-grams said and right, n = 1..4
-    "What BLEU adds up"
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+) -> pd.DataFrame:  # one row per case, BLEU_COLUMNS: lengths in words; n-grams and matching n-grams
+    "Per-case counts whose sums determine BLEU"
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     rows = []
@@ -65,12 +71,12 @@ def bleu_counts(
         )
     return pd.DataFrame(rows, columns=BLEU_COLUMNS, dtype=float)
 
-
+# %% ../../nbs/4_text/44_scores.ipynb #scor10b1
 def bleu(
-    c,  # of `bleu_counts`
-    weight=None,  # (n,) how often each case counts, or (draws,n); once each when None
+    c: pd.DataFrame,  # of `bleu_counts`
+    weight=None,  # weight of each case (n,), or of each replicate (draws,n); None: 1 each
 ) -> np.ndarray:  # (4,) or (draws,4): BLEU-1 .. BLEU-4
-    "BLEU of a corpus from its sums, smoothed as pycocoevalcap does"
+    "BLEU of a corpus from its per-case counts, smoothed as pycocoevalcap does"
     w = np.ones(len(c)) if weight is None else np.asarray(weight, float)
     total = dict(zip(BLEU_COLUMNS, np.moveaxis(w @ c[BLEU_COLUMNS].to_numpy(float), -1, 0)))
     precise = np.stack(
@@ -80,17 +86,23 @@ def bleu(
     return np.cumprod(precise, -1) ** (1 / np.arange(1, 5)) * np.exp(1 - 1 / ratio)[..., None]
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0017
-def rouge_l(said, true) -> np.ndarray:  # (n,) 0..1
+def rouge_l(
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+) -> np.ndarray:  # (n,) in [0, 1]
     "ROUGE-L of each case"
     from pycocoevalcap.rouge.rouge import Rouge
 
-    one, pairs = Rouge().calc_score, list(zip(*_check_pairs(said, true)))
-    known = {pair: one([pair[0]], [pair[1]]) for pair in dict.fromkeys(pairs)}
-    return np.array([known[pair] for pair in pairs], float)
+    score, pairs = Rouge().calc_score, list(zip(*_check_pairs(said, true)))
+    scores = {pair: score([pair[0]], [pair[1]]) for pair in dict.fromkeys(pairs)}
+    return np.array([scores[pair] for pair in pairs], float)
 
 
-def cider(said, true) -> np.ndarray:  # (n,) 0..10
-    "CIDEr of each case, rarities from these references"
+def cider(
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+) -> np.ndarray:  # (n,) in [0, 10]
+    "CIDEr of each case, with document frequencies from these references"
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     if not len(said):
@@ -101,20 +113,23 @@ def cider(said, true) -> np.ndarray:  # (n,) 0..10
     return np.asarray(scorer.compute_score()[1], float)
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0021
-def _java_problem() -> str:  # "" or why there is none
+def _java_problem() -> str:  # why METEOR cannot be computed, or ""
     if not shutil.which("java"):
         return "METEOR is left out: it needs Java, and there is no `java` on PATH"
     done = subprocess.run(["java", "-version"], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return ""
     return (
-        ""
-        if done.returncode == 0
-        else f"METEOR is left out: `java -version` ends with {done.returncode}: "
+        f"METEOR is left out: `java -version` ends with {done.returncode}: "
         f"{done.stderr.strip()[:200]}"
     )
 
 
-def meteor(said, true) -> tuple:  # (n,) 0..1, ""; or None, the reason
-    "METEOR of each case, where Java is found"
+def meteor(
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+) -> tuple:  # scores (n,) in [0, 1] and ""; or None and the reason
+    "METEOR of each case, where Java is installed"
     said, true = _check_pairs(said, true)
     if why := _java_problem():
         return None, why
@@ -122,70 +137,51 @@ def meteor(said, true) -> tuple:  # (n,) 0..1, ""; or None, the reason
         return np.zeros(0), ""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    names, program = range(len(said)), Meteor()
+    references = {i: [t] for i, t in enumerate(true)}
+    candidates = {i: [s] for i, s in enumerate(said)}
+    program = Meteor()
     try:
-        return np.array(
-            program.compute_score({i: [true[i]] for i in names}, {i: [said[i]] for i in names})[1],
-            float,
-        ), ""
+        return np.array(program.compute_score(references, candidates)[1], float), ""
     except (ValueError, OSError) as e:
-        return None, f"METEOR is left out: its Java program answered nothing that can be read ({e})"
+        return None, f"METEOR is left out: the output of its Java program cannot be read ({e})"
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0026
 def _windows(text: str, encoder) -> list:  # of tuples of ids
-    most, out = encoder.max_length - 2, []
-    for ids in encoder.tokenizer(split_sentences(text) or [text], add_special_tokens=False)[
-        "input_ids"
-    ]:
+    "Token ids of a text in windows that the encoder can process"
+    most = encoder.max_length - 2
+    one_by_one = getattr(encoder, "by_sentence", False)
+    out: list[tuple] = []
+    sentences = split_sentences(text) or [text]
+    for ids in encoder.tokenizer(sentences, add_special_tokens=False)["input_ids"]:
         for i in range(0, len(ids), most):
             part = tuple(ids[i : i + most])
-            if (
-                out
-                and not getattr(encoder, "by_sentence", False)
-                and len(out[-1]) + len(part) <= most
-            ):
+            if out and not one_by_one and len(out[-1]) + len(part) <= most:
                 out[-1] += part
             else:
                 out.append(part)
     return out
 
-
+# %% ../../nbs/4_text/44_scores.ipynb #scor26b1
 @torch.no_grad()
 def _embed_windows(
-    windows, encoder, batch: int = 64
-) -> dict:  # window -> (L,C), rows of unit length
-    t, out = encoder.tokenizer, {}
+    windows: Iterable[tuple],  # of token ids
+    encoder,  # as `bert_score`
+    batch: int = 64,  # windows
+) -> dict:  # window -> (L,C), rows of unit norm
+    t = encoder.tokenizer
+    out: dict = {}
     todo = sorted(set(windows), key=lambda w: (len(w), w))
     for i in range(0, len(todo), batch):
         part = todo[i : i + batch]
-        ids, of = (
-            torch.as_tensor(pad_rows([[a, *(w if a != -1 else [0] * len(w)), b] for w in part], v))
-            for a, b, v in ((t.cls_token_id, t.sep_token_id, t.pad_token_id), (-1, -1, -1))
-        )
-        f = F.normalize(
-            encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu(), dim=-1
-        ).numpy()
+        rows = [[t.cls_token_id, *w, t.sep_token_id] for w in part]
+        ids = torch.as_tensor(pad_rows(rows, t.pad_token_id))
+        of = torch.as_tensor(pad_rows([[-1, *[0] * len(w), -1] for w in part], -1))
+        f = encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu()
+        f = F.normalize(f, dim=-1).numpy()
         out |= {w: row[1 : 1 + len(w)] for w, row in zip(part, f)}
     return out
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0027
-def bert_score(
-    said,
-    true,  # n texts each
-    encoder,  # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
-) -> np.ndarray:  # (n,3) precision, recall, F1; 0 where nothing was said
-    "BERTScore by a given encoder"
-    _check_pairs(said, true)
-    cut = {text: _windows(text, encoder) for text in {*said, *true}}
-    with limit_threads(encoder):
-        f = _embed_windows([w for ws in cut.values() for w in ws], encoder)
-    whole = {text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in cut.items()}
-    found = {
-        pair: _precision_recall_f1(*(whole[text] for text in pair)) for pair in set(zip(said, true))
-    }
-    return np.array([found[pair] for pair in zip(said, true)], float).reshape(-1, 3)
-
-
 def _precision_recall_f1(a, b) -> tuple:  # (L,C), (M,C) -> precision, recall, F1
     if a is None:
         return 0.0, 0.0, 0.0
@@ -193,11 +189,31 @@ def _precision_recall_f1(a, b) -> tuple:  # (L,C), (M,C) -> precision, recall, F
     p, r = float(cosine.max(1).mean()), float(cosine.max(0).mean())
     return p, r, 2 * p * r / (p + r) if p + r > 0 else 0.0
 
+
+def bert_score(
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+    encoder,  # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
+) -> np.ndarray:  # (n,3) precision, recall, F1; 0 for an empty text
+    "BERTScore of each case with a given encoder"
+    _check_pairs(said, true)
+    windows = {text: _windows(text, encoder) for text in {*said, *true}}
+    with limit_threads(encoder):
+        f = _embed_windows([w for ws in windows.values() for w in ws], encoder)
+    features = {
+        text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in windows.items()
+    }
+    scores = {(s, t): _precision_recall_f1(features[s], features[t]) for s, t in zip(said, true)}
+    return np.array([scores[pair] for pair in zip(said, true)], float).reshape(-1, 3)
+
 # %% ../../nbs/4_text/44_scores.ipynb #scor0033
+METRIC_NAMES = dict(rouge="ROUGE-L", cider="CIDEr", meteor="METEOR", bert="BERTScore")
+
+
 def score_texts(
-    said,  # n texts
-    true,  # their references
-    encoder=None,  # for BERTScore; left out when None
+    said: Sequence[str],  # n texts
+    true: Sequence[str],  # their references
+    encoder=None,  # for BERTScore, which is left out when None
 ) -> pd.DataFrame:  # one row per case: BLEU counts, rouge, cider, and bert with an encoder
     "Per-case values of all corpus metrics except METEOR, which `meteor` computes for all texts"
     t = bleu_counts(said, true).assign(rouge=rouge_l(said, true), cider=cider(said, true))
@@ -206,14 +222,11 @@ def score_texts(
     return t
 
 
-METRIC_NAMES = dict(rouge="ROUGE-L", cider="CIDEr", meteor="METEOR", bert="BERTScore")
-
-
 def corpus_scores(
-    t,  # of `score_texts`
+    t: pd.DataFrame,  # of `score_texts`
     weight=None,  # as `bleu`
 ) -> dict:  # metric -> float, or (draws,)
-    "Figures of a set of cases"
+    "Metrics of a set of cases"
     w = np.ones(len(t)) if weight is None else np.asarray(weight, float)
     out = {f"BLEU-{n}": v for n, v in enumerate(np.moveaxis(bleu(t, w), -1, 0), 1)}
     return out | {

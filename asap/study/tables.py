@@ -24,7 +24,7 @@ from ..core import write_csv, write_text
 from ..params import BaseConfig
 from ..pretrain.pretrain import compare_to_baseline
 from ..registry import Task, all_tasks, cohorts_of, family_of, get_task, task_families
-from ..tasks import classify
+from ..tasks import classify, probe
 from asap.tasks.metrics import (
     bootstrap,
     bootstrap_weights,
@@ -476,7 +476,7 @@ def _pointing_claims(
 # %% ../../nbs/9_study/90_tables.ipynb #tablabs2
 def _label_intervals(g: pd.DataFrame, task: str, n: int, level: float) -> dict[str, dict]:
     "AUC of each label with its interval, of one arm on one task"
-    scored = classify.average_by_scan(g).assign(score=lambda d: d.probability)
+    scored = probe.average_by_scan(g).assign(score=lambda d: d.probability)
     truth, probability, patients, names = to_matrix(scored)
     w = bootstrap_weights(patients, n, task)
     values = per_label_auc(truth, probability, names)
@@ -490,13 +490,13 @@ def per_label_table(
     predictions: pd.DataFrame,  # of the classification tasks
     n: int,  # bootstrap replicates
     level: float,
-) -> pd.DataFrame:  # task, arm, columns of `classify.per_label`, lo, hi
+) -> pd.DataFrame:  # task, arm, columns of `probe.per_label`, lo, hi
     "Every label of every classification task, 100 % of labels"
     rows = []
     full = predictions[predictions.fraction == 1]
     for (task, arm), g in full.groupby(["task", "arm"], sort=False):
         intervals = _label_intervals(g, task, n, level)
-        for r in classify.per_label(g).to_dict("records"):
+        for r in probe.per_label(g).to_dict("records"):
             ci = intervals.get(r["label"], {})
             rows.append(dict(task=task, arm=arm, **r, lo=ci.get("lo"), hi=ci.get("hi")))
     return pd.DataFrame(rows)

@@ -28,8 +28,8 @@ from asap.html import (
     select_rows,
 )
 from ..registry import StudyResults, Task, TaskFamily, register_family
-from . import classify
-from .classify import C_GRID, iter_label_subsets, layer_norm, standardize_features
+from . import probe
+from .features import iter_label_subsets, layer_norm, standardize_features
 from asap.tasks.metrics import (
     auc,
     bootstrap_weights,
@@ -39,6 +39,7 @@ from asap.tasks.metrics import (
     survival_array,
     to_matrix,
 )
+from .probe import C_GRID
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #963df591
 HORIZON_DAYS = {
@@ -230,7 +231,7 @@ def c_index(
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #3f52d20d
-COLUMNS = [*classify.COLUMNS, "time", "event", "risk", "ipcw"]
+COLUMNS = [*probe.COLUMNS, "time", "event", "risk", "ipcw"]
 
 
 def fit_predict(
@@ -296,11 +297,9 @@ def predict_mortality(
 
 def predict_severity(table, embedded: dict, shares, seeds) -> pd.DataFrame:
     "Severe COVID-19 a month later"
-    p = classify.run(
-        "stoic", table, embedded, shares, seeds, task="prognosis_stoic", columns=["label:severe"]
-    )
+    p = probe.run("prognosis_stoic", "stoic", table, embedded, shares, seeds, ["label:severe"])
     return (
-        p.assign(**dict.fromkeys(COLUMNS[len(classify.COLUMNS) :], np.nan))
+        p.assign(**dict.fromkeys(COLUMNS[len(probe.COLUMNS) :], np.nan))
         if len(p)
         else empty_predictions(COLUMNS)
     )
@@ -356,7 +355,7 @@ def metrics(
 ) -> dict:  # predictions of one arm, fraction and draw -> {metric: (value, (n,))}
     "What the task is judged by, each with its bootstrap draws"
     if not set(d.label) <= set(HORIZON_DAYS):
-        return classify.metrics(d, n, seed)
+        return probe.metrics(d, n, seed)
     truth, probability, patients, labels = to_matrix(
         d.assign(score=d.probability).sort_values(
             "label", key=lambda s: s.map(HORIZON_DAYS), kind="stable"
@@ -409,7 +408,7 @@ def per_label(
     """One arm, fraction and draw, horizon by horizon, without intervals; of severity, as in
     classification"""
     if not set(d.label) <= set(HORIZON_DAYS):
-        return classify.per_label(d)
+        return probe.per_label(d)
     rows = []
     for name, g in d.groupby("label", sort=False):
         row = dict(

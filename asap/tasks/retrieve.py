@@ -29,11 +29,21 @@ from asap.html import (
 )
 from ..params import BaseConfig
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from .classify import check_features, layer_norm, standardize_features
-from .metrics import bootstrap_weights, empty_predictions, recall_at_k, retrieval_ranks
-from .vocabulary import ProjectionHeads, mismatched_cases
+from asap.tasks.features import (
+    check_features,
+    layer_norm,
+    mismatched_cases,
+    standardize_features,
+)
+from asap.tasks.metrics import (
+    RUN_KEYS,
+    bootstrap_weights,
+    empty_predictions,
+    recall_at_k,
+    retrieval_ranks,
+)
+from .projection import ProjectionHeads, train_heads
 from ..text.sentences import join_report, split_sentences
-from ..train import IndexDataset, fit
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #8f810494
 class RetrieveConfig(BaseConfig):
@@ -108,11 +118,8 @@ def train_retrieval(
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
     model = ProjectionHeads(x.shape[1], t.shape[1], p.embed_dim)
-    x, t, number = (
-        torch.as_tensor(x, dtype=torch.float32),
-        torch.as_tensor(t, dtype=torch.float32),
-        torch.as_tensor(number),
-    )
+    pairs = tuple(torch.as_tensor(a, dtype=torch.float32) for a in (x, t))
+    data = (*pairs, torch.as_tensor(number))
 
     def loss(m, b, step):
         u, v = m.project(b[0], b[1])
@@ -120,30 +127,11 @@ def train_retrieval(
 
     def score(m):
         s, right = similarity_matrix(m, xv, tv), numberv[:, None] == numberv
-        return dict(
-            score=float(
-                (np.mean(1 / retrieval_ranks(s, right)) + np.mean(1 / retrieval_ranks(s.T, right)))
-                / 2
-            )
-        )
+        both = (np.mean(1 / retrieval_ranks(a, r)) for a, r in ((s, right), (s.T, right)))
+        return dict(score=float(sum(both) / 2))
 
-    fit(
-        model,
-        loss,
-        IndexDataset(len(x)),
-        steps=p.steps,
-        batch=min(p.batch_size, len(x)),
-        lr=p.lr,
-        warmup=p.steps // 10,
-        weight_decay=p.weight_decay,
-        seed=seed,
-        precision_="no",
-        collate=lambda i: (x[i], t[i], number[i]),
-        validate=score if len(set(numberv)) > 1 else None,
-        validate_every=max(1, p.steps // 20),
-        label=label,
-    )
-    return model.eval()
+    validate = score if len(set(numberv)) > 1 else None
+    return train_heads(model, loss, data, p, p.batch_size, p.weight_decay, seed, validate, label)
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #25859f0a
 DIRECTIONS = ["image to report", "report to image"]
@@ -218,10 +206,7 @@ COLUMNS = [
     "rank",
     "num_relevant",
     "pool_size",
-    "task",
-    "arm",
-    "fraction",
-    "seed",
+    *RUN_KEYS,
 ]
 
 

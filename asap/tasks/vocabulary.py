@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PromptTemplate', 'BATCH_SIZE', 'COLUMNS', 'TASKS', 'ZERO_SHOT_TASKS', 'metrics', 'per_label', 'VocabularyConfig',
-           'fill_template', 'build_prompts', 'embed_prompts', 'ProjectionHeads', 'prompt_proba', 'masked_bce',
-           'train_classifier', 'fit_predict', 'run_all', 'text_only_features', 'mismatched_cases', 'swap_predictions',
-           'add_mismatched_control', 'contrast_level', 'image_text_similarity', 'prompt_similarity', 'zero_shot_proba',
-           'zero_shot_similarity', 'run_all_zero_shot', 'Vocabulary', 'ZeroShot']
+           'fill_template', 'build_prompts', 'embed_prompts', 'prompt_proba', 'masked_bce', 'train_classifier',
+           'fit_predict', 'run_all', 'text_only_features', 'swap_predictions', 'add_mismatched_control',
+           'contrast_level', 'image_text_similarity', 'prompt_similarity', 'zero_shot_proba', 'zero_shot_similarity',
+           'run_all_zero_shot', 'Vocabulary', 'ZeroShot']
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #77403872
 from typing import Annotated, Any
@@ -33,10 +33,11 @@ from ..model.vit import patchify
 from ..params import BaseConfig
 from ..pretrain.embed import ImageDataset
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from . import classify
-from .classify import check_features, layer_norm, standardize_features
-from .metrics import best_f1_threshold, empty_predictions, macro_auc
-from ..train import IndexDataset, fit, get_device, resolve_precision
+from . import probe
+from .features import check_features, layer_norm, mismatched_cases, standardize_features
+from .metrics import RUN_KEYS, best_f1_threshold, empty_predictions, macro_auc
+from .projection import ProjectionHeads, train_heads
+from ..train import get_device, resolve_precision
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #b4e19ceb
 PromptTemplate = Annotated[str, Field(pattern=r"\{label\}")]
@@ -102,29 +103,6 @@ def embed_prompts(
     return torch.stack([torch.stack([mean(s) for s in pair]) for pair in said])
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #d5468209
-class ProjectionHeads(torch.nn.Module):
-    "An image and a pair of sentences meet in one space"
-
-    def __init__(self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07):
-        super().__init__()
-        self.image_proj, self.text_proj = (
-            torch.nn.Linear(image_dim, dim),
-            torch.nn.Linear(text_dim, dim),
-        )
-        self.logit_scale = torch.nn.Parameter(torch.tensor(1 / temperature).log())
-
-    @property
-    def similarity_scale(self):
-        return self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in CLIP
-
-    def project(self, x, words) -> tuple:  # (...,C), (...,C') -> (...,dim) each, unit norm
-        return tuple(F.normalize(y, dim=-1) for y in (self.image_proj(x), self.text_proj(words)))
-
-    def forward(self, x, words) -> torch.Tensor:  # (n,C), (L,2,C') -> (n,L) logit of present
-        u, t = self.project(x, words)
-        return self.similarity_scale * (u @ (t[:, 0] - t[:, 1]).T)
-
-
 @torch.no_grad()
 def prompt_proba(
     model: ProjectionHeads,
@@ -163,38 +141,21 @@ def train_classifier(
 ) -> ProjectionHeads:
     "Train the projections, and nothing else"
     torch.manual_seed(seed)
-    model, names = ProjectionHeads(x.shape[1], words.shape[-1], p.embed_dim), range(y.shape[1])
-    x, y = (torch.as_tensor(a, dtype=torch.float32) for a in (x, y))
+    model = ProjectionHeads(x.shape[1], words.shape[-1], p.embed_dim)
+    names = [str(k) for k in range(y.shape[1])]
+    data = tuple(torch.as_tensor(a, dtype=torch.float32) for a in (x, y))
 
     def loss(m, b, step):
         return masked_bce(m(b[0], words.to(b[0].device)), b[1]), {}
 
     def score(m):
         probability = prompt_proba(m, xv, words)
-        return dict(
-            score=macro_auc(yv, probability, names)
-            - 1e-6
-            * float(masked_bce(torch.from_numpy(probability).logit(1e-6), torch.as_tensor(yv)))
-        )
+        logit = torch.from_numpy(probability).logit(1e-6)
+        error = float(masked_bce(logit, torch.as_tensor(yv)))
+        return dict(score=macro_auc(yv, probability, names) - 1e-6 * error)
 
-    chooses = not np.isnan(macro_auc(yv, np.zeros_like(yv), names))
-    fit(
-        model,
-        loss,
-        IndexDataset(len(x)),
-        steps=p.steps,
-        batch=min(BATCH_SIZE, len(x)),
-        lr=p.lr,
-        warmup=p.steps // 10,
-        weight_decay=1e-4,
-        seed=seed,
-        precision_="no",
-        collate=lambda i: (x[i], y[i]),
-        validate=score if chooses else None,
-        validate_every=max(1, p.steps // 20),
-        label=label,
-    )
-    return model.eval()
+    validate = None if np.isnan(macro_auc(yv, np.zeros_like(yv), names)) else score
+    return train_heads(model, loss, data, p, BATCH_SIZE, 1e-4, seed, validate, label)
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #70c9f46b
 def fit_predict(
@@ -234,10 +195,7 @@ COLUMNS = [
     "probability",
     "threshold",
     "positive_similarity",
-    "task",
-    "arm",
-    "fraction",
-    "seed",
+    *RUN_KEYS,
 ]
 
 
@@ -300,36 +258,13 @@ def run_all(
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 
-metrics, per_label = (
-    classify.metrics,
-    classify.per_label,
-)  # by scan: macro AUC, macro F1 at validation's threshold; label by label
+metrics = probe.metrics  # by scan: macro AUC, macro F1 at the validation threshold
+per_label = probe.per_label
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #10438a02
 def text_only_features(table) -> tuple:  # (features, index), an arm of `embedded`
     "Features of somebody who does not look"
     return np.zeros((len(table), 1), np.float32), table[["case", "scan", "patient", "split"]]
-
-
-def mismatched_cases(
-    index,  # patient of each case, of one split
-    seed,
-) -> np.ndarray:  # (n,) row of another patient's case
-    "One ring through all patients in a random order: whose image each case gets"
-    names = rng("strangers", seed).permutation(sorted(set(index.patient)))
-    if len(names) < 2:
-        raise ValueError(
-            f"strangers: there is one patient alone, {names[0]}, who has nobody to borrow a scan "
-            f"from: leave this baseline out"
-            if len(names)
-            else "strangers: no case is there"
-        )
-    other, rows = (
-        dict(zip(names, np.roll(names, 1))),
-        index.reset_index(drop=True).groupby("patient").indices,
-    )
-    nth = index.groupby("patient").cumcount()
-    return np.array([rows[other[q]][k % len(rows[other[q]])] for q, k in zip(index.patient, nth)])
 
 
 def swap_predictions(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import derive_seed, log_message, progress_bar, rng
+from ..core import derive_seed, log_message, progress_bar
 from ..data.table import label_columns
 from asap.html import (
     NOT_EVALUATED,

@@ -85,7 +85,7 @@ def run(
         external,
     )
 
-
+# %% ../../nbs/7_tasks/71_classify.ipynb #213a6101
 def run_all(
     tasks: Iterable[str],  # names, as in `study.tasks`
     tables: dict[str, pd.DataFrame],  # cohort -> table, of the available cohorts
@@ -107,12 +107,14 @@ def run_all(
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #b440fdf7
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
+    predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
     seed: Any,  # of the bootstrap
 ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
     "Metrics of the task with their bootstrap replicates"
-    return probe.metrics(d, n, seed, multiclass=d.task.iloc[0] in MULTICLASS_TASKS)
+    return probe.metrics(
+        predictions, n, seed, multiclass=predictions.task.iloc[0] in MULTICLASS_TASKS
+    )
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #c82f87b0
 SUBGROUP_COLUMNS = [
@@ -167,7 +169,7 @@ def acquisition_subgroups(
     }
     return {name: set(t.case[m]) for name, m in out.items() if m.any() and not m.all()}
 
-
+# %% ../../nbs/7_tasks/71_classify.ipynb #c82f8701
 def subgroup_auc(
     predictions: pd.DataFrame,  # of one task: all its arms, label fractions and seeds
     acquired: pd.DataFrame,  # of its cohort
@@ -322,18 +324,8 @@ class Classification(TaskFamily):
     needs = ("build/cohorts", "runs/embed")
     outputs = ("runs/classify/leaks.parquet",)
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 1 to 6, and RSPECT as external validation"

@@ -94,12 +94,12 @@ def permute_labels(
     first = table.drop_duplicates("patient").set_index("patient")[
         [*label_columns(table), *(c for c in ("time_days", "event") if c in table)]
     ]
-    dealt = pd.DataFrame(
+    permuted = pd.DataFrame(
         first.to_numpy()[rng("shuffled labels", seed).permutation(len(first))],
         index=first.index,
         columns=first.columns,
     )
-    return table.assign(**{c: table.patient.map(dealt[c]) for c in first})
+    return table.assign(**{c: table.patient.map(permuted[c]) for c in first})
 
 # %% ../../nbs/7_tasks/70a_features.ipynb #feat0017
 def mismatched_cases(

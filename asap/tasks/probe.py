@@ -64,7 +64,7 @@ def fit_linear_probe(
     best = int(np.nanargmax(scores)) if not np.all(np.isnan(scores)) else 1
     return fits[best], C_GRID[best]
 
-
+# %% ../../nbs/7_tasks/70b_probe.ipynb #prob0026
 def predict_proba(
     model: Any,  # of `fit_linear_probe`, or None
     x: np.ndarray,  # (n,C)
@@ -221,24 +221,24 @@ def average_by_scan(
 # %% ../../nbs/7_tasks/70b_probe.ipynb #prob0023
 def macro_f1(
     truth: np.ndarray,  # (n,L) 0, 1 or NaN
-    said: np.ndarray,  # (n,L) bool, predicted positive
+    positive: np.ndarray,  # (n,L) bool, predicted positive
     weight: np.ndarray,  # (n,) or (replicates,n)
 ) -> Any:  # float, or (replicates,)
     "Macro F1, all replicates at once"
     known = ~np.isnan(truth)
     t = np.where(known, truth, 0)
-    both, called = weight @ (said * t), weight @ (said * known)
+    both, called = weight @ (positive * t), weight @ (positive * known)
     return (2 * both / np.maximum(called + weight @ t, 1e-9)).mean(-1)
 
-
+# %% ../../nbs/7_tasks/70b_probe.ipynb #prob0027
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
+    predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
     seed: Any,  # of the bootstrap
     multiclass: bool = False,  # the labels are mutually exclusive: also accuracy
 ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
     "Metrics of a probe with their bootstrap replicates"
-    s = average_by_scan(d)
+    s = average_by_scan(predictions)
     truth, probability, patients, labels = to_matrix(s.assign(score=s.probability))
     w, once = bootstrap_weights(patients, n, seed), np.ones(len(truth))
     out = dict(

@@ -157,7 +157,7 @@ def predict_hazards(
         1,
     )
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #d8838501
 def cumulative_incidence(
     h: np.ndarray,  # (n,3) hazards
 ) -> np.ndarray:  # (n,3)
@@ -302,7 +302,7 @@ def predict_mortality(
     out = [fit_predict(f, table, chosen).assign(**keys) for f, chosen, keys in subsets]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #progru01
 def predict_severity(
     table: pd.DataFrame,  # cohort table
     embedded: dict[str, tuple],  # arm -> (features, index of cases)
@@ -411,20 +411,20 @@ def _concordance_metrics(
 
 
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
+    predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
     seed: Any,  # of the bootstrap
 ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
     "Metrics of the task with their bootstrap replicates"
-    if not set(d.label) <= set(HORIZON_DAYS):
-        return probe.metrics(d, n, seed)
-    by_horizon = d.assign(score=d.probability).sort_values(
+    if not set(predictions.label) <= set(HORIZON_DAYS):
+        return probe.metrics(predictions, n, seed)
+    by_horizon = predictions.assign(score=predictions.probability).sort_values(
         "label", key=lambda s: s.map(HORIZON_DAYS), kind="stable"
     )
     truth, probability, patients, labels = to_matrix(by_horizon)
     w = bootstrap_weights(patients, n, seed)
     out = _auc_metrics(truth, probability, labels, w)
-    out |= _concordance_metrics(truth, probability, _survival_columns(d, labels), w)
+    out |= _concordance_metrics(truth, probability, _survival_columns(predictions, labels), w)
     return {k: (v, np.broadcast_to(b, n)) for k, (v, b) in out.items()}
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #7b0d555c
@@ -445,7 +445,7 @@ def weighted_calibration(
         ece=float((part.truth - part.probability).abs().sum() / d.w.sum()),
     )
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #7b0d5501
 def _horizon_row(
     g: pd.DataFrame,  # predictions at one horizon
 ) -> dict[str, float]:  # metrics that are defined
@@ -528,7 +528,7 @@ def kaplan_meier_by_risk(
         out += _survival_curve(g, RISK_GROUPS[k])
     return pd.DataFrame(out, columns=["risk_group", "day", "survival", "at_risk", "events"])
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #8465bd01
 def log_rank_test(
     d: pd.DataFrame,  # predictions of one arm, label fraction and seed
 ) -> float:  # p value; NaN with fewer than two groups, or no event
@@ -574,18 +574,8 @@ class Prognosis(TaskFamily):
     )
     needs = ("build/cohorts", "runs/embed")
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 14 and 15"

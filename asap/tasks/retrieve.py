@@ -108,7 +108,7 @@ def similarity_matrix(
     )
     return (u @ v.T).double().cpu().numpy()
 
-
+# %% ../../nbs/7_tasks/78_retrieve.ipynb #326e8301
 def train_retrieval(
     x: np.ndarray,  # (n,C) train images
     t: np.ndarray,  # (n,C') their reports
@@ -169,7 +169,7 @@ def rank_candidates(
     ]
     return pd.concat(out, ignore_index=True)
 
-
+# %% ../../nbs/7_tasks/78_retrieve.ipynb #25859f01
 def fit_predict(
     f: ArrayLike,  # (n,C) image features, in the order of the table's cases
     t: np.ndarray,  # (n,C') report features
@@ -306,13 +306,13 @@ def _direction_metrics(
 
 
 def metrics(
-    d: pd.DataFrame,  # predictions of one arm and seed
+    predictions: pd.DataFrame,  # of one arm and seed
     n: int,  # bootstrap replicates
     seed: Any,  # of the bootstrap
 ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
     "Metrics of both directions with their bootstrap replicates"
     out: dict[str, tuple] = {}
-    for direction, g in d.groupby("direction", sort=False):
+    for direction, g in predictions.groupby("direction", sort=False):
         w = bootstrap_weights(g.patient.to_numpy(), n, seed)
         values = _direction_metrics(g, np.ones((1, len(g))))
         replicates = _direction_metrics(g, w)
@@ -353,18 +353,8 @@ class Retrieval(TaskFamily):
     )
     needs = ("build/cohorts", "build/text", "runs/embed")
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 20 and 21"

@@ -65,7 +65,7 @@ def fill_template(
     within = label[:1].lower() + label[1:] if first[1:].islower() else label
     return wording.replace("{label}", start if wording.startswith("{label}") else within)
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #0f388001
 def _check_templates(
     key: str,  # of params `vocabulary`, for messages
     templates: Sequence[str],
@@ -98,7 +98,7 @@ def build_prompts(
         for label in labels
     ]
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #0f388002
 def embed_prompts(
     text: Any,  # frozen text encoder: `sentences(texts)` returns (len(texts),C')
     said: list,  # of `build_prompts`
@@ -136,7 +136,7 @@ def masked_bce(
     each = F.binary_cross_entropy_with_logits(logit, truth.nan_to_num(), reduction="none")
     return (each * known).sum() / known.sum().clamp(min=1)
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #98e76501
 def train_classifier(
     x: np.ndarray,  # (n,C) train features
     y: np.ndarray,  # (n,L) train labels: 0, 1 or NaN
@@ -292,7 +292,7 @@ def swap_predictions(
         )
     return pd.concat(out, ignore_index=True)
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #10438a01
 def add_mismatched_control(
     predictions: pd.DataFrame,  # of all arms
     arm: str,  # whose predictions are exchanged
@@ -323,7 +323,7 @@ def contrast_level(
         )
     return row["contrast_level"]
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #93fb2201
 @torch.no_grad()
 def image_text_similarity(
     model: Any,  # asap.model.asap.ASAP in eval mode
@@ -369,7 +369,7 @@ def prompt_similarity(
         .numpy()
     )
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #3695df01
 def zero_shot_proba(
     model: Any,  # asap.model.asap.ASAP
     said: np.ndarray,  # (...,2) of `prompt_similarity`
@@ -459,18 +459,8 @@ class Vocabulary(TaskFamily):
     )
     needs = ("build/cohorts", "build/text", "runs/embed")
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 18 and 19, and zero-shot"
@@ -511,18 +501,8 @@ class ZeroShot(TaskFamily):
     )
     needs = ("build/cohorts", "build/text", "build/volumes", "runs/pretrain")
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all_zero_shot`"
-        return run_all_zero_shot(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all_zero_shot)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:
         "Empty: `Vocabulary` renders both families in one table"

@@ -138,7 +138,7 @@ def _median_split(
     upto = mm.value_counts().sort_index().cumsum()
     return float((upto[:-1] - mm.count() / 2).abs().idxmin()) if len(upto) > 1 else float("nan")
 
-
+# %% ../../nbs/7_tasks/71_classify.ipynb #c82f8702
 def acquisition_subgroups(
     acquired: pd.DataFrame,  # of the cohort: case, slice_mm, pixel_mm, kernel, contrast
     tested: pd.DataFrame,  # case and scan of the test cases
@@ -261,7 +261,7 @@ def _render_baseline_comparison(
         f"all labels given: {'; '.join(parts) or 'ahead in every task'}.</p>"
     )
 
-
+# %% ../../nbs/7_tasks/71_classify.ipynb #clsfam04
 def _render_control(name: str, g: pd.DataFrame) -> str:  # rows of one negative control
     mean = g[g.task == CLASSIFICATION_MEAN].iloc[0]
     probes = g[g.task != CLASSIFICATION_MEAN]

@@ -99,7 +99,7 @@ def _standardize_with_test(
     )
     return whole[: len(x)], whole[len(x) :][test]
 
-
+# %% ../../nbs/7_tasks/70b_probe.ipynb #prob0028
 def _validation_threshold(
     truth: pd.Series,  # of the validation cases, NaN where unknown
     probability: np.ndarray,  # of the validation cases

@@ -66,7 +66,7 @@ def _times_and_events(
         )
     return time, event
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #963df501
 def _flags(
     table: pd.DataFrame,  # cohort table
 ) -> tuple[np.ndarray, np.ndarray]:  # dead, alive: bool (n,3)
@@ -89,7 +89,7 @@ def _flags(
         )
     return dead, alive
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #963df502
 def horizon_labels(
     table: pd.DataFrame,  # cohort table
 ) -> np.ndarray:  # (n,3) 1 died by the horizon, 0 alive past it, NaN lost before
@@ -385,7 +385,7 @@ def _auc_metrics(
     by_horizon = {k.replace("mortality", "auc"): (v, replicates[k]) for k, v in value.items()}
     return dict(auc=mean) | by_horizon
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #progme01
 def _concordance_metrics(
     truth: np.ndarray,  # (n,3)
     probability: np.ndarray,  # (n,3)
@@ -409,7 +409,7 @@ def _concordance_metrics(
         c_index_ipcw=pair(lambda k: c_index(days, died, risk[ok], k[..., ok], weight)),
     )
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #progme02
 def metrics(
     predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
@@ -497,7 +497,7 @@ def _assign_risk_groups(
     rank = g.risk.rank(method="first").to_numpy() - 1
     return g.assign(time=time, event=event, risk_group=(rank * 3 // max(len(g), 1)).astype(int))
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #8465bd02
 def _survival_curve(
     g: pd.DataFrame,  # one risk group
     name: str,
@@ -518,7 +518,7 @@ def _survival_curve(
     start = dict(risk_group=name, day=0.0, survival=1.0, at_risk=len(g), events=0)
     return [start, *rows] if day[0] > 0 else rows
 
-
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #8465bd03
 def kaplan_meier_by_risk(
     d: pd.DataFrame,  # predictions of one arm, label fraction and seed
 ) -> pd.DataFrame:  # risk_group, day, survival, at_risk, events; empty where there are no times

@@ -283,7 +283,7 @@ def _weighted_median(
     upto = w[:, order].cumsum(1)
     return rank[order][(upto * 2 >= upto[:, -1:]).argmax(1)]
 
-
+# %% ../../nbs/7_tasks/78_retrieve.ipynb #6c15ab01
 def _direction_metrics(
     g: pd.DataFrame,  # predictions of one direction
     w: np.ndarray,  # (replicates,n) weights of the queries
@@ -304,7 +304,7 @@ def _direction_metrics(
     out["median rank, share of the pool"] = _weighted_median(rank, w) / pool
     return out
 
-
+# %% ../../nbs/7_tasks/78_retrieve.ipynb #6c15ab02
 def metrics(
     predictions: pd.DataFrame,  # of one arm and seed
     n: int,  # bootstrap replicates

@@ -413,7 +413,7 @@ def _zero_shot_predictions(
         for k, name in enumerate(labels)
     ]
 
-
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #vocrun03
 def run_all_zero_shot(
     tasks: Iterable[str],  # names, as in `study.tasks`
     tables: dict[str, pd.DataFrame],  # cohort -> table with absolute paths, of available cohorts

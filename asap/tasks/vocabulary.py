@@ -471,9 +471,9 @@ class Vocabulary(TaskFamily):
         return "".join(
             [
                 SHORT_DATA_NOTE,
-                "<p>Is an abnormality present? Each label is asked with pairs of sentences that "
-                "affirm and deny it, in several wordings. <code>vocabulary_</code>: two linear "
-                "maps and a temperature are trained on frozen features of image and text. "
+                "<p>Is an abnormality present? Each label has pairs of sentences that affirm and "
+                "deny it, from several templates. <code>vocabulary_</code>: two linear maps and a "
+                "temperature are trained on frozen features of image and text. "
                 "<code>zero_shot_</code>: nothing is trained; only arms with a joint space of "
                 "sentences and images. Macro AUC by scan:</p>",
                 render_table(pivot_metrics(g[g.metric == "auc"], "task")),

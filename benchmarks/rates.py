@@ -19,8 +19,9 @@ from asap.params import load_params
 from asap.pretrain import embed
 from asap.pretrain.batches import ImageReportDataset
 from asap.pretrain.pretrain import build_model, fit_stem, train
-from asap.tasks import classify
+from asap.tasks.classify import task_label_columns
 from asap.tasks.metrics import auc, nan_mean
+from asap.tasks.probe import average_by_scan, fit_predict
 from asap.text import encoder
 
 
@@ -28,9 +29,8 @@ def probe(model, table, p) -> float:  # macro AUC
     f = embed.extract_features(
         model.vit.eval(), table.image, p.volumes.roi_size, p.volumes.hu_range
     )
-    found = classify.average_by_scan(
-        classify.fit_predict(f, table, table.split == "train", "ct_rate")
-    )
+    columns = task_label_columns(table, "ct_rate")
+    found = average_by_scan(fit_predict(f, table, table.split == "train", columns))
     return nan_mean(
         [auc(g.truth, g.probability) for _, g in found.dropna(subset="truth").groupby("label")]
     )

@@ -57,17 +57,15 @@ def test_only_synthesize_depends_on_the_phantom():
             assert not [n.module for n in top if "phantom" in (n.module or "")], f
 
 
-IMPORTED = {"asap/tasks/classify.py", "asap/tasks/vocabulary.py"}  # by other families
 SUPPORT = {"report": {"report_blind"}, "vqa": {"language"}}  # baseline, language model
 
 
 @pytest.mark.parametrize("name", task_families())
 def test_an_edit_of_a_family_reruns_that_family_and_the_results(name):
-    page = type(task_families()[name]).__module__.replace(".", "/") + ".py"
-    if page in IMPORTED:
-        assert {name, *RESULTS} <= stages_with(page)
-    else:
-        assert {name, *RESULTS} <= stages_with(page) <= {name, *RESULTS, *SUPPORT.get(name, ())}
+    module = type(task_families()[name]).__module__
+    page = f"{module.replace('.', '/')}.py"
+    together = {n for n, f in task_families().items() if type(f).__module__ == module}
+    assert {name, *RESULTS} <= stages_with(page) <= {*together, *RESULTS, *SUPPORT.get(name, ())}
 
 
 def test_every_stage_has_its_notebook():

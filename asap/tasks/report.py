@@ -38,7 +38,7 @@ from ..params import BaseConfig, Shape3D, check_arms, reference_arm
 from ..pretrain import checkpoint
 from ..pretrain.embed import check_same_cases
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from .classify import layer_norm
+from .features import layer_norm
 from .metrics import bootstrap_weights, empty_predictions
 from ..text import labels as labeller, scores
 from ..text.sentences import clean_text, split_sentences

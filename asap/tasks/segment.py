@@ -56,7 +56,6 @@ from asap.html import (
 from ..params import BaseConfig, Fraction, Shape3D, check_arms
 from ..pretrain import checkpoint
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from .classify import RUN_KEYS
 from asap.tasks.masks import (
     check_same_grid,
     dice_score,
@@ -66,7 +65,7 @@ from asap.tasks.masks import (
     to_class_indices,
     to_label_values,
 )
-from .metrics import bootstrap_weights, empty_predictions, nan_mean
+from .metrics import RUN_KEYS, bootstrap_weights, empty_predictions, nan_mean
 from .unetr import Unetr, build_from_config, encoder_config, load_encoder
 from ..train import fit, get_device, resolve_precision, retain_freed_memory
 

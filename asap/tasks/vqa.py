@@ -45,8 +45,8 @@ from ..params import BaseConfig, check_arms
 from ..pretrain import checkpoint, embed
 from ..pretrain.embed import check_same_cases, threaded_map
 from ..registry import StudyResults, Task, TaskFamily, register_family
+from .features import mismatched_cases
 from .metrics import bootstrap_weights, empty_predictions
-from .vocabulary import mismatched_cases
 from ..text import language, scores
 from asap.text.language import (
     TinyLMConfig,

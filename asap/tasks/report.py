@@ -663,19 +663,21 @@ def clinical_efficacy(
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep76b03
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm and seed
+    predictions: pd.DataFrame,  # of one task, arm and seed
     n: int,  # bootstrap replicates
     seed: Any,  # anything `asap.core.rng` takes
 ) -> dict[str, tuple[float, np.ndarray]]:  # metric -> value, (n,) replicates
     "Text metrics and clinical efficacy with their bootstrap replicates"
-    weights = bootstrap_weights(d.patient.to_numpy(), n, seed)
-    d = d[[c for c in d if not (c in scores.METRIC_NAMES and d[c].isna().all())]]
-    labels = parse_labels(d.truth), parse_labels(d.predicted)
+    weights = bootstrap_weights(predictions.patient.to_numpy(), n, seed)
+    predictions = predictions[
+        [c for c in predictions if not (c in scores.METRIC_NAMES and predictions[c].isna().all())]
+    ]
+    labels = parse_labels(predictions.truth), parse_labels(predictions.predicted)
 
     def weighted(w: np.ndarray) -> dict[str, Any]:
-        return scores.corpus_scores(d, w) | clinical_efficacy(*labels, w)
+        return scores.corpus_scores(predictions, w) | clinical_efficacy(*labels, w)
 
-    values, replicates = weighted(np.ones(len(d))), weighted(weights.astype(float))
+    values, replicates = weighted(np.ones(len(predictions))), weighted(weights.astype(float))
     return {m: (float(v), np.asarray(replicates[m])) for m, v in values.items()}
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00027
@@ -927,18 +929,8 @@ class ReportGeneration(TaskFamily):
     )
     needs = ("build/cohorts", "build/text", "build/tokens/${item}")
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 16 and 17"

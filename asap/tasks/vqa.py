@@ -893,20 +893,21 @@ def _kind_metrics(
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0015
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm and seed
+    predictions: pd.DataFrame,  # of one task, arm and seed
     n: int,  # bootstrap replicates
     seed: Any,  # anything `asap.core.rng` takes
 ) -> dict[str, tuple[float, np.ndarray]]:  # "metric, kind" -> value, (n,) replicates
     "Metrics of each kind with their bootstrap replicates"
-    w = bootstrap_weights(d.patient.to_numpy(), n, seed)
+    w = bootstrap_weights(predictions.patient.to_numpy(), n, seed)
     out: dict[str, tuple[float, np.ndarray]] = {}
-    counts = (d.kind != "size") | d.abs_error.notna()  # without sizes whose truth has no number
+    # without sizes whose truth has no number
+    counts = (predictions.kind != "size") | predictions.abs_error.notna()
     for kind in QUESTION_KINDS:
-        at = ((d.kind == kind) & counts).to_numpy()
+        at = ((predictions.kind == kind) & counts).to_numpy()
         if not at.any():
             continue
-        value = _kind_metrics(kind, d[at], np.ones((1, at.sum())))
-        replicates = _kind_metrics(kind, d[at], w[:, at])
+        value = _kind_metrics(kind, predictions[at], np.ones((1, at.sum())))
+        replicates = _kind_metrics(kind, predictions[at], w[:, at])
         out |= {f"{name}, {kind}": (float(v[0]), replicates[name]) for name, v in value.items()}
     return out
 
@@ -928,18 +929,8 @@ class VisualQuestionAnswering(TaskFamily):
     needs = ("build/cohorts", "build/language", "build/text", "build/tokens")
     outputs = ("runs/vqa/${item}/checkpoint",)
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Task 22"

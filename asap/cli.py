@@ -122,7 +122,7 @@ def _record_cost(
 # %% ../nbs/98_cli.ipynb #clistg02
 def execute_stage(
     name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
-    given: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
+    parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
@@ -133,7 +133,7 @@ def execute_stage(
     target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     _set_environment()
-    values = dict(given or {}, stage=name)
+    values = dict(parameters or {}, stage=name)
     options = dict(kernel_name="python3", progress_bar=False, cwd=project_root())
     start = time.monotonic()
     with _relay_output():
@@ -449,14 +449,14 @@ def _refuse_overwrite(
 def _map_scans(
     a: argparse.Namespace,
     label: str,  # of the progress bar
-    one: Callable[[str, Path], Any],  # takes name and path of a scan
+    function: Callable[[str, Path], Any],  # takes name and path of a scan
 ) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `one`) of each scan
     "Process scans one by one; refused ones are logged and skipped"
     scans, n = _iterate_scans(a, label)
     done, bad = [], Quarantine()
     for name, path in scans:
         try:
-            done.append((name, one(name, path)))
+            done.append((name, function(name, path)))
         except (ValueError, OSError) as e:
             bad.add(name, e)
             log_message(f"refused {name}: {e}")

@@ -360,7 +360,7 @@ def parallel_backend(
 
 
 def parallel_map(
-    one: Callable,  # can be pickled
+    function: Callable,  # can be pickled
     todo: Iterable[tuple],  # arguments of each call
     jobs: int = 1,  # processes
     label: str = "",  # of the progress bar
@@ -374,17 +374,17 @@ def parallel_map(
     out: list = []
     if cost:
         order = sorted(range(len(todo)), key=lambda i: -cost[i])
-        ordered = parallel_map(one, [todo[i] for i in order], jobs, label, soon)
+        ordered = parallel_map(function, [todo[i] for i in order], jobs, label, soon)
         results = dict(zip(order, ordered))
         return [results[i] for i in range(len(todo))]
     with progress_bar(total=len(todo), label=label) as bar:
         while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end):
-            out.append(one(*todo[len(out)]))
+            out.append(function(*todo[len(out)]))
             bar.update()
         if len(out) == len(todo):
             return out
         for made in joblib.Parallel(jobs, return_as="generator")(
-            joblib.delayed(one)(*args) for args in todo[len(out) :]
+            joblib.delayed(function)(*args) for args in todo[len(out) :]
         ):
             out.append(made)
             bar.update()

@@ -108,12 +108,12 @@ def forward_flops(
     return {k: v / 1e9 for k, v in out.items()}
 
 
-def _mlm_flops(m: Any, t: Any, seen: int, report: int, tokens: int, hidden: float) -> float:
+def _mlm_flops(m: Any, t: Any, num_visible: int, report: int, tokens: int, hidden: float) -> float:
     "Layer with self- and cross-attention, `mlm_depth` blocks, vocabulary projection"
     attention = (
         2 * tokens * (7 * t.embed_dim**2)
-        + 2 * seen * 2 * m.embed_dim * t.embed_dim
-        + 4 * tokens * t.embed_dim * (tokens + seen)
+        + 2 * num_visible * 2 * m.embed_dim * t.embed_dim
+        + 4 * tokens * t.embed_dim * (tokens + num_visible)
     )
     return (
         attention

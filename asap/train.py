@@ -88,8 +88,8 @@ class IndexDataset:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, at):
-        return at[1]
+    def __getitem__(self, index):
+        return index[1]
 
 # %% ../nbs/03_train.ipynb #6a2d65a6
 def world_size() -> int:  # processes of this run

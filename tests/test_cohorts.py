@@ -459,7 +459,7 @@ def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
     t = toy(tmp_path, 3)
 
     def go(table):
-        return prepare_cases(table, tmp_path / "v", tmp_path / "o", HOW, kept=tmp_path / "kept")
+        return prepare_cases(table, tmp_path / "v", tmp_path / "o", HOW, cache=tmp_path / "kept")
 
     go(t)
     first = {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()}

@@ -68,18 +68,18 @@ def center_crop(
 # %% ../../nbs/2_data/23_crops.ipynb #crp23a02
 def apply_crop(
     data: np.ndarray,  # volume or organ map; a memory map is read only where needed
-    how: dict,  # of `random_crop` or `center_crop`
+    crop: dict,  # of `random_crop` or `center_crop`
     size: Sequence[int],  # of the crop, voxels
     fill: float,  # value outside the volume
     order: int = 1,  # 1 linear, 0 nearest
 ) -> np.ndarray:  # shape `size`, the data's type
     "Read the box and resample it to the model's input size"
-    box = crop_or_pad(data, how["start"], how["side"], fill)
-    if tuple(how["side"]) == tuple(size):
+    box = crop_or_pad(data, crop["start"], crop["side"], fill)
+    if tuple(crop["side"]) == tuple(size):
         return box
     from scipy.ndimage import affine_transform
 
-    k = np.array(how["side"]) / np.array(size)
+    k = np.array(crop["side"]) / np.array(size)
     return affine_transform(
         box, k, (k - 1) / 2, tuple(size), order=order, mode="nearest", output=box.dtype
     )

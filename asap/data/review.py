@@ -89,10 +89,10 @@ def classify_reason(
 
 # %% ../../nbs/2_data/28_review.ipynb #336808f6
 def refusal_from_issues(
-    found: list,  # issues of `check_volume`
+    issues: list,  # issues of `check_volume`
 ) -> tuple | None:  # kind, reason, what to do; None without error
     "The refusal that follows from the issues of the checks"
-    bad = [f for f in found if f.level == "error"]
+    bad = [f for f in issues if f.level == "error"]
     if not bad:
         return None
     reasons = dict.fromkeys(f"{f.found}, expected {f.expected}" for f in bad)
@@ -275,13 +275,13 @@ def _object_frame(rows, columns) -> pd.DataFrame:
 def review_cohort(
     root: str | Path,  # folder in the owners' layout; nothing is written to it
     name: str = "own",  # of the cohort
-    told: dict | None = None,  # options of its `read`
+    options: dict | None = None,  # options of its `read`
     jobs: int = 2,  # processes
     pictures: int = 24,  # at most
 ) -> CohortReview:
     "Read the table, review every case and separate usable from refused ones"
     root = Path(root).absolute()
-    table, bad = _read_table(name, root, told or {})
+    table, bad = _read_table(name, root, options or {})
     n_pictured = min(len(table), 2 * pictures)  # some of them may be refused
     chosen = set(np.linspace(0, len(table) - 1, n_pictured).astype(int).tolist())
     cases = table[["case", "image", "organ_map", "target_map"]].to_dict("records")

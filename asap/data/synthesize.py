@@ -82,7 +82,7 @@ def _companion_options(
     name: str,
     out: Path,
     beside: dict | None,
-    drawn: dict,
+    companions: dict,
 ) -> dict:  # `also` for a parent with companions, `drawn` for a companion
     if beside:
         return dict(
@@ -93,7 +93,7 @@ def _companion_options(
                 for n, p in beside.items()
             ]
         )
-    return dict(drawn=drawn[name]) if name in drawn else {}
+    return dict(companions=companions[name]) if name in companions else {}
 
 # %% ../../nbs/2_data/29_synthesize.ipynb #177487f2
 def synthesize_cohort(
@@ -103,29 +103,29 @@ def synthesize_cohort(
     n_patients: dict,  # train, test
     seed: int,  # of the study
     jobs: int,  # processes
-    how: dict,  # size, spacing, second_recon_prob
+    geometry: dict,  # size, spacing, second_recon_prob
     beside: dict | None = None,  # companions: name -> n_patients
-    drawn: dict | None = None,  # name -> rows written alongside its parent; updated in place
+    companions: dict | None = None,  # name -> rows written alongside its parent; updated in place
 ) -> bool:  # True if it was written
     "Synthesize one data set unless it exists unchanged"
     adapter = get_cohort(name)
     record = records / f"{name}.json"
-    fp = fingerprint(seed=seed, patients=n_patients, how=how, code=_generator_hash(adapter))
+    fp = fingerprint(seed=seed, patients=n_patients, how=geometry, code=_generator_hash(adapter))
     old = read_json(record) if record.exists() else {}
     if old.get("fingerprint") == fp and old["contents"] == hash_contents(out / name):
         return False
     if old:
         why = first_difference(old["fingerprint"], fp) or "its files have changed"
         log_message(f"{name}: synthesized again, because {why}")
-    drawn = {} if drawn is None else drawn
-    for n in {name, *(beside or {})} - {*drawn}:
+    companions = {} if companions is None else companions
+    for n in {name, *(beside or {})} - {*companions}:
         (records / f"{n}.json").unlink(missing_ok=True)
         shutil.rmtree(out / n, ignore_errors=True)
-    more = _companion_options(name, out, beside, drawn)
+    more = _companion_options(name, out, beside, companions)
     written = adapter.write(
-        out / name, seed, n_patients["train"], n_patients["test"], jobs=jobs, **how, **more
+        out / name, seed, n_patients["train"], n_patients["test"], jobs=jobs, **geometry, **more
     )
-    drawn |= {
+    companions |= {
         n: {split: [row[k] for row in rows] for split, rows in written.items()}
         for k, n in enumerate(beside or {})
     }
@@ -147,7 +147,7 @@ def run(
     records: Path,  # folder of the record of each
     seed: int,  # of the study
     jobs: int,  # processes
-    how: dict,  # size, spacing, second_recon_prob
+    geometry: dict,  # size, spacing, second_recon_prob
 ) -> list:  # names of the data sets that were written
     "Synthesize all requested data sets and remove others"
     requested = dict(n_patients)
@@ -169,7 +169,9 @@ def run(
     made = [
         n
         for n in names
-        if synthesize_cohort(n, out, records, requested[n], seed, jobs, how, beside.get(n), drawn)
+        if synthesize_cohort(
+            n, out, records, requested[n], seed, jobs, geometry, beside.get(n), drawn
+        )
     ]
     write_text(PHANTOM_README, out / PHANTOM_MARKER)
     return made

@@ -75,7 +75,7 @@ class Volume:
 
     def show(
         self,
-        at: Sequence[int] | None = None,  # voxel (RAS) on all three planes; None: the center
+        voxel: Sequence[int] | None = None,  # voxel (RAS) on all three planes; None: the center
         lo: float = -1000,  # HU shown as black
         hi: float = 400,  # HU shown as white
     ):  # matplotlib figure
@@ -84,7 +84,7 @@ class Volume:
 
         fig, axes = plt.subplots(1, 3, figsize=(9, 3))
         v = self.ras()
-        for ax, (img, aspect) in zip(axes, orthogonal_planes(np.asarray(v.hu), v.spacing, at)):
+        for ax, (img, aspect) in zip(axes, orthogonal_planes(np.asarray(v.hu), v.spacing, voxel)):
             ax.imshow(img, cmap="gray", vmin=lo, vmax=hi, aspect=aspect)
             ax.axis("off")
         return fig
@@ -93,13 +93,13 @@ class Volume:
 def orthogonal_planes(
     volume: np.ndarray,  # (W,H,D), RAS
     spacing: Sequence[float],  # mm along each axis
-    at: Sequence[int] | None = None,  # voxel; None: the center
+    voxel: Sequence[int] | None = None,  # voxel; None: the center
 ) -> list:  # coronal, sagittal, axial: (picture, aspect ratio of its pixels)
     "Three planes through voxel `at`, with the patient's right on the left of the picture"
-    at = at or [n // 2 for n in volume.shape]
-    coronal = volume[::-1, at[1], :].T[::-1]
-    sagittal = volume[at[0], ::-1, :].T[::-1]
-    axial = volume[::-1, :, at[2]].T[::-1]
+    voxel = voxel or [n // 2 for n in volume.shape]
+    coronal = volume[::-1, voxel[1], :].T[::-1]
+    sagittal = volume[voxel[0], ::-1, :].T[::-1]
+    axial = volume[::-1, :, voxel[2]].T[::-1]
     return [
         (coronal, spacing[2] / spacing[0]),
         (sagittal, spacing[2] / spacing[1]),
@@ -336,11 +336,11 @@ def _series_name(slices) -> str:
 
 
 def choose_series(
-    found: dict,  # of `read_dicom_headers`
+    headers: dict,  # of `read_dicom_headers`
     folder: str | Path,  # for messages
 ) -> list:  # (file, header) of one series
     "Choose one series by the rule; log the choice if there are several"
-    groups = sorted(found.values(), key=_series_priority)
+    groups = sorted(headers.values(), key=_series_priority)
     if not groups:
         raise ValueError(f"{folder}: no DICOM image in it")
     if len(groups) > 1:

@@ -135,7 +135,7 @@ def _mean_position(
 def ground_sentences(
     model: ASAP,  # of `load_model_and_text`
     text: TextEncoder,  # of `load_model_and_text`
-    seen: LoadedScan,
+    scan: LoadedScan,
     sentences: list[str],
 ) -> GroundingResult:
     "Localize sentences in a scan"
@@ -144,10 +144,10 @@ def ground_sentences(
             f"sentence {blank[0]!r} is empty: "
             "give what to look for, such as `There is pleural effusion.`"
         )
-    a = align_sentences(model, seen.image, text.sentences(sentences).to(seen.image.device))
+    a = align_sentences(model, scan.image, text.sentences(sentences).to(scan.image.device))
     grid = model.vit.grid_size
-    affine, patch = seen.affine.copy(), np.array(model.vit.patch_size)
-    affine[:3, 3] = (seen.affine @ [*(patch - 1) / 2, 1])[:3]
+    affine, patch = scan.affine.copy(), np.array(model.vit.patch_size)
+    affine[:3, 3] = (scan.affine @ [*(patch - 1) / 2, 1])[:3]
     affine[:3, :3] *= patch
 
     def of(x: torch.Tensor) -> np.ndarray:

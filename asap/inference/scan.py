@@ -31,13 +31,13 @@ TEXT_ENCODER_DIRS = ("weights/text", "build/text")  # in the project's folder
 
 
 def resolve_folder(
-    given: Path | str | None,  # by the user, or None
+    folder: Path | str | None,  # by the user, or None
     known: tuple[str, ...],  # folders of the project; the first that exists is taken
     option: str,  # command-line option that names a folder, for the message
 ) -> Path:
     "The folder given, or one of the project's"
-    if given:
-        return Path(given)
+    if folder:
+        return Path(folder)
     found = [resource_path(f) for f in known if resource_path(f).is_dir()]
     if not found:
         raise FileNotFoundError(
@@ -68,13 +68,13 @@ def _load_text(name: Path | str) -> TextEncoder:
 def load_text_encoder(
     model: ASAP,
     folder: Path | str,  # of its checkpoint
-    given: Path | str | None = None,  # folder or Hugging Face id; None: the project's that fits
+    source: Path | str | None = None,  # folder or Hugging Face id; None: the project's that fits
 ) -> TextEncoder:  # frozen encoder
     "The text encoder that a model was trained with"
     want = _recipe_text_hash(Path(folder))
     names: list = [resource_path(f) for f in TEXT_ENCODER_DIRS if resource_path(f).is_dir()]
-    if given:
-        names = [given]
+    if source:
+        names = [source]
     elif not names:
         names = [resolve_folder(None, TEXT_ENCODER_DIRS, "--text")]
     for name in names:

@@ -272,18 +272,18 @@ def encode_scan(
 
 
 def render_viewer(
-    found: dict[str, Any],  # of `write_viewer_data`
+    viewer_data: dict[str, Any],  # of `write_viewer_data`
     root: Path | str,  # folder that its paths are relative to
     title: str,
 ) -> str:  # HTML
     "The viewer as one file"
-    scans = dict(scans=[encode_scan(s, root) for s in found["scans"]])
+    scans = dict(scans=[encode_scan(s, root) for s in viewer_data["scans"]])
     data = json.dumps(scans, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("</", "<\\/")  # it would end the page's script
     return TEMPLATES.get_template("viewer.html.j2").render(
         title=title,
-        arm=found["arm"],
-        patch_mm=found["patch_mm"],
+        arm=viewer_data["arm"],
+        patch_mm=viewer_data["patch_mm"],
         niivue=NIIVUE_VERSION,
         data=data,
         niivue_script=load_niivue(),

@@ -19,7 +19,7 @@ from ..text.encoder import TextEncoder
 def classify_zero_shot(
     model: ASAP,  # of `load_model_and_text`
     text: TextEncoder,  # of `load_model_and_text`
-    seen: LoadedScan,
+    scan: LoadedScan,
     labels: list[str],  # names
     p: Any,  # params `vocabulary`: positive_templates, negative_templates
 ) -> pd.DataFrame:  # label, score, probability, positive_similarity, negative_similarity
@@ -27,7 +27,7 @@ def classify_zero_shot(
     if blank := [n for n in labels if not str(n).strip()]:
         raise ValueError(f"label {blank[0]!r} is empty: give a name, such as `Pleural effusion`")
     prompts = build_prompts(labels, p.positive_templates, p.negative_templates)
-    similarity = prompt_similarity(model, text, [seen.image], prompts)[0]
+    similarity = prompt_similarity(model, text, [scan.image], prompts)[0]
     positive, negative = similarity[:, 0], similarity[:, 1]
     return pd.DataFrame(
         dict(

@@ -103,14 +103,14 @@ def make_body_frame(
 
 def ellipsoid_distance_sq(
     f: BodyFrame,
-    at: np.ndarray | Sequence[float],  # center, mm
+    center: np.ndarray | Sequence[float],  # center, mm
     radii: np.ndarray | Sequence[float],  # mm
 ) -> np.ndarray:  # < 1 inside
     "Squared distance from `at` in units of `radii`"
     return (
-        ((f.x - at[0]) / radii[0]) ** 2
-        + ((f.y - at[1]) / radii[1]) ** 2
-        + ((f.z - at[2]) / radii[2]) ** 2
+        ((f.x - center[0]) / radii[0]) ** 2
+        + ((f.y - center[1]) / radii[1]) ** 2
+        + ((f.z - center[2]) / radii[2]) ** 2
     )
 
 

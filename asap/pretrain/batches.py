@@ -160,8 +160,8 @@ class ImageReportDataset:
         self.intensity_shift.set_random_state(derive_seed("shift", self.seed, draw, i))
         return np.asarray(self.intensity_shift(x), np.float32)
 
-    def __getitem__(self, at) -> dict:
-        draw, i = at
+    def __getitem__(self, index) -> dict:
+        draw, i = index
         row, size = self.rows[i], self.params.volumes.roi_size
         volume = np.asanyarray(nib.load(row["image"], mmap="r").dataobj)
         organs = self.load_organ_map(row)

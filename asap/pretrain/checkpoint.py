@@ -110,20 +110,20 @@ def _tensor_error(v, want) -> str | None:
 
 
 def _check_tensors(
-    found: dict,  # name -> tensor
+    tensors: dict,  # name -> tensor
     want: dict,  # name -> tensor of the expected shape and dtype
     what: Path | str,  # file or folder
     todo: str,  # for the error: what to do
 ) -> None:
     "`ValueError` unless names, shapes and dtypes are as expected and all values are finite"
-    missing, unexpected = sorted(set(want) - set(found)), sorted(set(found) - set(want))
+    missing, unexpected = sorted(set(want) - set(tensors)), sorted(set(tensors) - set(want))
     if missing or unexpected:
         raise ValueError(
-            f"{what} holds {len(found)} tensors, expected {len(want)}: missing {missing[:3]}, "
+            f"{what} holds {len(tensors)} tensors, expected {len(want)}: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}: {todo}"
         )
     for k, w in want.items():
-        if error := _tensor_error(found[k], w):
+        if error := _tensor_error(tensors[k], w):
             raise ValueError(f"{what}: `{k}` {error}: {todo}")
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #576f1a13
@@ -175,14 +175,14 @@ class ASAPHubModel(ASAP, ModelHubMixin):
     def from_pretrained(  # type: ignore[override]
         cls,
         name: Path | str,  # folder, or id on the Hugging Face hub
-        **where: Any,  # revision, token, ...: of `huggingface_hub.snapshot_download`
+        **hub_options: Any,  # revision, token, ...: of `huggingface_hub.snapshot_download`
     ) -> "ASAPHubModel":  # in eval mode
         "The whole model; no code of the folder is run"
         if Path(name).is_dir():
             return load_model(name)
         try:
             return load_model(
-                snapshot_download(str(name), allow_patterns=CHECKPOINT_FILES, **where)
+                snapshot_download(str(name), allow_patterns=CHECKPOINT_FILES, **hub_options)
             )
         except HFValidationError:
             raise FileNotFoundError(
@@ -197,14 +197,14 @@ class ASAPHubModel(ASAP, ModelHubMixin):
         repo_id: str | None = None,  # the name of the folder when None
         config: Any = None,  # of the mixin; ignored: the model has its own config
         model_card_kwargs: Any = None,  # of the mixin; ignored: the model has its own card
-        **where: Any,  # arguments of `push_to_hub`
+        **hub_options: Any,  # arguments of `push_to_hub`
     ) -> str | None:  # URL of the commit, if pushed
         "Write a checkpoint folder, and push it with `push_to_hub`"
         self.card = card or self.card
         save(self, folder, self.card)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or Path(folder).name, **where)
+        return self.push_to_hub(repo_id or Path(folder).name, **hub_options)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #a677dfeb
 class ReleasedASAPHubModel(ASAPHubModel, ReleasedASAP):
@@ -362,23 +362,23 @@ def _expected_encoder_tensors(
     return tensors | _expected_block_tensors(dim, depth)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #0dd397a2
-def _infer_dimensions(found: dict) -> tuple:  # dim, depth, patch, number of patches
+def _infer_dimensions(tensors: dict) -> tuple:  # dim, depth, patch, number of patches
     "Sizes from the shapes; the paper's where a shape is invalid, so that the check reports it"
 
     def shape(k, n):
-        return s if len(s := tuple(getattr(found.get(k), "shape", ()))) == n else None
+        return s if len(s := tuple(getattr(tensors.get(k), "shape", ()))) == n else None
 
-    biases = [v for k, v in found.items() if k.endswith(".bias")]
+    biases = [v for k, v in tensors.items() if k.endswith(".bias")]
     dim = mode([v.numel() for v in biases if isinstance(v, torch.Tensor)] or [768])
-    depth = len({k.split(".")[1] for k in found if k.startswith("blocks.")}) or 12
+    depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}) or 12
     patch = (shape("patch_embed.proj.weight", 5) or (0, 0, 16, 16, 8))[2:]
     return dim, depth, patch, (shape("pos_embed", 3) or (0, 2745))[1] - 1
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #8824ec29
-def _convert_shapes(found: dict) -> dict:  # as `ViT3D` holds them
+def _convert_shapes(tensors: dict) -> dict:  # as `ViT3D` holds them
     "Split fused tensors, flatten the patch kernel, and drop the class token's position"
     out = {}
-    for k, v in found.items():
+    for k, v in tensors.items():
         if "attn.qkv" in k:
             q, kv = k.replace("attn.qkv", "attn.q"), k.replace("attn.qkv", "attn.kv")
             out[q], out[kv] = v.tensor_split([len(v) // 3])

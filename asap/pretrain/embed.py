@@ -98,13 +98,13 @@ def encode_tokens(
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #a1b91eee
 def threaded_map(
-    one: Callable,  # batch -> anything
+    function: Callable,  # batch -> anything
     batches: Iterable,
     threads: int = 1,  # each computes on one core
 ) -> Iterator:  # in the order of the batches
     "Map with one batch per core: on a CPU, several small batches in parallel are faster"
     if threads == 1:
-        yield from map(one, batches)
+        yield from map(function, batches)
         return
     n = torch.get_num_threads()
     # the calling thread too: idle OpenMP threads that wait for work occupy cores
@@ -113,7 +113,7 @@ def threaded_map(
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             waiting: deque[Future] = deque()
             for x in batches:
-                waiting.append(pool.submit(one, x))
+                waiting.append(pool.submit(function, x))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -286,7 +286,7 @@ def embed_cohort(
     fp: dict,  # fingerprint of encoder, cases, size and window
     resume: Path | str,  # folder of unfinished arrays
     whole: Path | str | None = None,  # folder of all tokens, as float16; None: not stored
-    every: int = 64,  # cases between two flushes, at least
+    report_every: int = 64,  # cases between two flushes, at least
     **kw: Any,  # of `iter_tokens`
 ) -> None:
     "Store the features of one cohort, and optionally all its tokens; resumable"
@@ -300,7 +300,7 @@ def embed_cohort(
         out["half"][at:end] = mean_pool(t)
         if whole:
             out["whole"][at:end] = t.clamp(-65504, 65504)
-        if end - flushed >= every or end == len(table):
+        if end - flushed >= report_every or end == len(table):
             for array in out.values():
                 array.flush()
             write_json(dict(rows=end), half / "rows.json")

@@ -69,12 +69,12 @@ class GroundingConfig(BaseConfig):
 
 # %% ../../nbs/9_study/92_grounding.ipynb #2c5077cb
 def build_atlas(
-    at: np.ndarray,  # (n,N) bool, patches that count for each train mask
+    positions: np.ndarray,  # (n,N) bool, patches that count for each train mask
     labels: Iterable[str],  # (n,)
 ) -> dict[str, np.ndarray]:  # label -> (N,) counts
     "How often each patch counted for the masks of an abnormality"
     labels = np.asarray(labels)
-    return {k: at[labels == k].sum(0) for k in dict.fromkeys(labels) if k}
+    return {k: positions[labels == k].sum(0) for k in dict.fromkeys(labels) if k}
 
 
 def shuffle_patients(
@@ -131,7 +131,7 @@ def _align_queries(
 def predict_regions(
     model: ASAP,  # in eval mode
     text: TextEncoder,  # frozen encoder
-    asked: pd.DataFrame,  # of `build_sentence_queries`
+    queries: pd.DataFrame,  # of `build_sentence_queries`
     images: dict[str, Any],  # case -> path of its standard volume
     size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
     hu: tuple[float, float] | list[float],  # window of the model's input
@@ -140,12 +140,12 @@ def predict_regions(
 ) -> dict[str, np.ndarray]:  # point (n,) patch, region (n,N) bool, k (n,)
     "Most similar patch and region of each query"
     device, vit = get_device(), model.vit
-    queries, cases = asked.groupby("case").indices, list(dict.fromkeys(asked.case))
+    rows, cases = queries.groupby("case").indices, list(dict.fromkeys(queries.case))
     model.to(device)
     out = dict(
-        point=np.zeros(len(asked), int),
-        region=np.zeros((len(asked), int(np.prod(vit.grid_size))), bool),
-        k=np.zeros(len(asked)),
+        point=np.zeros(len(queries), int),
+        region=np.zeros((len(queries), int(np.prod(vit.grid_size))), bool),
+        k=np.zeros(len(queries)),
     )
     for i in progress_bar(range(0, len(cases), batch), label=label):
         some = cases[i : i + batch]
@@ -153,10 +153,10 @@ def predict_regions(
         first = vit.embed_patches(patchify(x, vit.patch_size))
         tokens = vit.forward_blocks(first)
         for j, c in enumerate(some):
-            sentences = asked.sentence.iloc[queries[c]].tolist()
+            sentences = queries.sentence.iloc[rows[c]].tolist()
             one = _align_queries(model, text, sentences, tokens[j : j + 1], first[j : j + 1])
             for key, v in one.items():
-                out[key][queries[c]] = v
+                out[key][rows[c]] = v
     return out
 
 # %% ../../nbs/9_study/92_grounding.ipynb #26e3258f
@@ -188,13 +188,13 @@ def _body_mean(
 
 def _score_atlas(
     counts: np.ndarray | None,  # (N,), of `build_atlas`
-    at: np.ndarray,  # (N,) bool, patches that count as a hit
+    positions: np.ndarray,  # (N,) bool, patches that count as a hit
     share: np.ndarray,  # (N,)
     k: int,  # patches of the region
 ) -> tuple[float, float]:  # hit, Dice; NaN for a label without train masks
     if counts is None:
         return float("nan"), float("nan")
-    return float(at[counts.argmax()]), float(patch_dice(topk_patches(counts, k), share))
+    return float(positions[counts.argmax()]), float(patch_dice(topk_patches(counts, k), share))
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndscor1
 def score_pointing(
@@ -202,20 +202,20 @@ def score_pointing(
     share: np.ndarray,  # (n,N), of `patch_coverage`
     body: np.ndarray,  # (n,N) bool
     maps: dict[str, np.ndarray],  # of `build_atlas`
-    asked: pd.DataFrame,  # of `build_sentence_queries`
+    queries: pd.DataFrame,  # of `build_sentence_queries`
     got: dict[str, np.ndarray],  # of `predict_regions`
 ) -> pd.DataFrame:  # t with hits (1, 0, a fraction, or NaN), peak_patch, k, extent, and Dice
     "Hits and Dice of every sentence and of the baselines"
     at, extent = hit_patches(share), share.sum(1)
-    own, _ = _query_rows(asked, "own")
+    own, _ = _query_rows(queries, "own")
     k = got["region"][own].sum(1)
 
     def hit(kind: str) -> np.ndarray:
-        index, rows = _query_rows(asked, kind)
+        index, rows = _query_rows(queries, kind)
         return _by_sentence(at[rows, got["point"][index]], rows, len(t))
 
     def dice(kind: str) -> np.ndarray:
-        index, rows = _query_rows(asked, kind)
+        index, rows = _query_rows(queries, kind)
         return _by_sentence(patch_dice(got["region"][index], share[rows]), rows, len(t))
 
     by_atlas = [
@@ -371,7 +371,7 @@ EXTENT_COLUMNS = [
 def predict_untrained_k(
     config: dict,  # of a model
     frozen: torch.Tensor,  # (n,C') sentence features
-    seen: int,  # number of visible patches
+    num_visible: int,  # number of visible patches
     seed: Any,  # anything `asap.core.derive_seed` takes
 ) -> np.ndarray:  # (NUM_UNTRAINED_HEADS,n)
     "k of untrained heads"
@@ -387,7 +387,7 @@ def predict_untrained_k(
             init_k_ratio=p["init_k_ratio"],
         )
         with torch.no_grad():
-            out.append(head.predict_k(frozen[None].cpu(), seen)[0].numpy())
+            out.append(head.predict_k(frozen[None].cpu(), num_visible)[0].numpy())
     return np.stack(out)
 
 
@@ -448,7 +448,7 @@ def load_lesion_coverage(
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndload1
 def load_lesion_targets(
-    said: pd.DataFrame,  # of `ReXGroundingCT.read`
+    findings: pd.DataFrame,  # of `ReXGroundingCT.read`
     cohort: pd.DataFrame,  # table of CT-RATE
     size: tuple[int, int, int] | list[int],  # of the model's crop, voxels
     patch: tuple[int, ...],  # voxels
@@ -461,7 +461,7 @@ def load_lesion_targets(
     patches (n,N) bool; and the number of lesions outside the crop.
     """
     columns = cohort[["case", "patient", "split", "image"]].rename(columns=dict(image="volume"))
-    t = said.merge(columns, on="case")
+    t = findings.merge(columns, on="case")
     cases = t[t.split.isin(["train", "test"])].groupby("case", sort=False)
     parts, share, body, num_outside = [], [], [], 0
     for case, g in progress_bar(cases, label="lesion masks"):
@@ -557,19 +557,19 @@ def _describe_targets(
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndeval1
 def evaluate_grounding(
-    found: dict[str, ASAP],  # arms with alignment, of `checkpoint.load_aligned_models`
+    models: dict[str, ASAP],  # arms with alignment, of `checkpoint.load_aligned_models`
     text: TextEncoder,  # frozen encoder
     p: Any,  # params: study.cohorts, study.seed, volumes, tables
     root: Path,  # the project's folder
     out: Path,  # runs/grounding
 ) -> dict[str, Any]:  # content of status.json
     "Score every sentence with every arm; write hits.parquet, its tables and its figure"
-    if not found:
+    if not models:
         return _write_unavailable(out, "no arm of this study was trained with an alignment")
     said, bad = load_lesion_sentences(p.study.cohorts, root)
     if said is None:
         return _write_unavailable(out, bad)
-    name, last = ReXGroundingCT.companion_of, list(found.values())[-1]
+    name, last = ReXGroundingCT.companion_of, list(models.values())[-1]
     cohort = load_table(root / f"build/cohorts/{name}/{name}.parquet", root)
     size, hu = p.volumes.roi_size, p.volumes.hu_range
     t, share, body, num_outside = load_lesion_targets(
@@ -583,12 +583,12 @@ def evaluate_grounding(
         return _write_unavailable(out, why)
     maps = build_atlas(hit_patches(share[train]), t.label[train])
     held = t[test].reset_index(drop=True)
-    arms = {**found, "untrained": reinitialize(last, p.study.seed)}
+    arms = {**models, "untrained": reinitialize(last, p.study.seed)}
     hits = evaluate_arms(arms, text, held, share[test], body[test], maps, p)
     status = _describe_patches(last, share, body[test], p)
     status |= _describe_targets(t, share, train, test)
-    status |= dict(outside_crop=num_outside, excluded=len(bad), arms=list(found))
-    write_grounding(hits, found, text, status, p, out)
+    status |= dict(outside_crop=num_outside, excluded=len(bad), arms=list(models))
+    write_grounding(hits, models, text, status, p, out)
     return status
 
 # %% ../../nbs/9_study/92_grounding.ipynb #08bb0bc0
@@ -615,7 +615,7 @@ def evaluate_arms(
 
 def write_grounding(
     hits: pd.DataFrame,  # of `evaluate_arms`
-    found: dict[str, ASAP],  # arms with alignment
+    models: dict[str, ASAP],  # arms with alignment
     text: TextEncoder,  # frozen encoder
     status: dict[str, Any],  # of `evaluate_grounding`
     p: Any,  # params: study.seed, tables
@@ -625,12 +625,12 @@ def write_grounding(
     n = p.tables.n_bootstrap
     level = p.tables.confidence_level
     out = Path(out)
-    arm = reference_arm(found)
+    arm = reference_arm(models)
     write_parquet(hits, out / "hits.parquet")
     t = hit_rate_table(hits, status["large_lesions"], status["patch_mm"], n, level)
     write_csv(t.round(5), out / "hits.csv")
     write_csv(hit_difference_table(hits, arm, n, level).round(5), out / "differences.csv")
-    adaptive = [(a, m, g) for a, m in found.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
+    adaptive = [(a, m, g) for a, m in models.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
 
     def heads(m: ASAP, g: pd.DataFrame) -> np.ndarray:
         features = text.sentences(g.sentence.tolist())

@@ -151,15 +151,15 @@ def render_run(
 # %% ../../nbs/9_study/93_page.ipynb #pagecei1
 def render_ceiling(
     csv: pd.DataFrame | None,  # benchmarks/ceiling.csv
-    how: dict | None,  # benchmarks/ceiling.json
+    settings: dict | None,  # benchmarks/ceiling.json
 ) -> str:  # HTML
     "Upper bound on this data: a supervised CNN"
-    if csv is None or how is None:
+    if csv is None or settings is None:
         return _render("ceiling", measured=False)
     return _render(
         "ceiling",
         measured=True,
-        how=how,
+        how=settings,
         mean=csv.cnn_auc.mean(),
         lowest=csv.label[csv.cnn_auc.idxmin()],
         lowest_auc=csv.cnn_auc.min(),

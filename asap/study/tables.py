@@ -122,7 +122,7 @@ def _means_by_fraction() -> list[str]:
 
 
 def shared_tasks(
-    found: Scores,
+    scores: Scores,
     family: str,  # one with tables by label
     fraction: float,  # of the labels
     *arms: str,
@@ -131,39 +131,39 @@ def shared_tasks(
     names = internal_tasks(family)
     return [
         (t, f, m)
-        for t, a, f, m in found
+        for t, a, f, m in scores
         if t in names
         and (a, f, m) == (arms[0], fraction, "auc")
-        and all((t, b, f, m) in found for b in arms)
-        and not np.isnan(found[t, a, f, m][0])
+        and all((t, b, f, m) in scores for b in arms)
+        and not np.isnan(scores[t, a, f, m][0])
     ]
 
 
-def _label_fractions(found: Scores, family: str) -> list[float]:
+def _label_fractions(scores: Scores, family: str) -> list[float]:
     names = internal_tasks(family)
-    return sorted({f for t, _, f, _ in found if t in names})
+    return sorted({f for t, _, f, _ in scores if t in names})
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabmean05
 def mean_auc_table(
-    found: Scores,
+    scores: Scores,
     arms: list[str],
     level: float,
 ) -> pd.DataFrame:  # columns of `metrics.to_table`
     "Mean over a family's tasks of each arm at each label fraction"
     keys = [
-        (n, f, a) for n in _means_by_fraction() for f in _label_fractions(found, n) for a in arms
+        (n, f, a) for n in _means_by_fraction() for f in _label_fractions(scores, n) for a in arms
     ]
     rows = []
     for family, f, a in keys:
-        if wanted := shared_tasks(found, family, f, a):
-            value, replicates = mean_over_tasks(found, wanted, a)
+        if wanted := shared_tasks(scores, family, f, a):
+            value, replicates = mean_over_tasks(scores, wanted, a)
             row = dict(task=mean_name(family), arm=a, fraction=f, metric="auc")
             rows.append(row | with_ci(value, replicates, level))
     return pd.DataFrame(rows, columns=["task", "arm", "fraction", "metric", "value", "lo", "hi"])
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabdiff02
 def _mean_differences(
-    found: Scores,
+    scores: Scores,
     arm: str,
     others: list[str],
     fractions: list[float],
@@ -173,15 +173,15 @@ def _mean_differences(
     keys = [(n, f, b) for n in _means_by_fraction() for f in fractions for b in others]
     rows = []
     for family, f, b in keys:
-        if wanted := shared_tasks(found, family, f, arm, b):
-            own, other = (mean_over_tasks(found, wanted, a) for a in (arm, b))
+        if wanted := shared_tasks(scores, family, f, arm, b):
+            own, other = (mean_over_tasks(scores, wanted, a) for a in (arm, b))
             row = dict(task=mean_name(family), arm=arm, comparator=b, fraction=f, metric="auc")
             rows.append(row | dict(tasks=len(wanted)) | paired_difference(own, other, level))
     return rows
 
 
 def difference_table(
-    found: Scores,
+    scores: Scores,
     arm: str,
     others: list[str],
     level: float,
@@ -192,8 +192,8 @@ def difference_table(
     allows.
     """
     others = [b for b in others if b != arm]
-    t = compare_arms(found, arm, others, level)
-    rows = _mean_differences(found, arm, others, sorted(set(t.fraction)), level)
+    t = compare_arms(scores, arm, others, level)
+    rows = _mean_differences(scores, arm, others, sorted(set(t.fraction)), level)
     by_task = t[t.metric.isin(compared_metrics())].assign(tasks=1)
     means = pd.DataFrame(rows, columns=[*t.columns, "tasks"])
     return pd.concat([by_task, means], ignore_index=True)
@@ -208,14 +208,14 @@ def paper_tasks() -> list[Task]:  # in the paper's order
 
 
 def headline_metric(
-    found: Scores,
+    scores: Scores,
     task: Task,
     arms: list[str],
 ) -> tuple[str, float | None, dict[str, tuple]]:  # metric, fraction, arm -> value, (n,)
     "Headline metric of a task at its largest label fraction"
     have = {
         (f, a): v
-        for (t, a, f, m), v in found.items()
+        for (t, a, f, m), v in scores.items()
         if (t, m) == (task.name, task.metric) and a in arms and not np.isnan(v[0])
     }
     most = max((f for f, _ in have), default=None)
@@ -229,14 +229,14 @@ def _is_best(arm: str, have: dict[str, tuple], level: float) -> bool:
 
 
 def ranking_table(
-    found: Scores,
+    scores: Scores,
     arms: list[str],
     level: float,
 ) -> pd.DataFrame:  # RANKING_COLUMNS
     "Headline metric and rank of every arm in every task of the paper"
     rows = []
     for task in paper_tasks():
-        metric, most, have = headline_metric(found, task, arms)
+        metric, most, have = headline_metric(scores, task, arms)
         order = sorted(have, key=lambda a: -have[a][0])
         for a, (value, replicates) in have.items():
             row = dict(number=task.number, task=task.name, metric=metric, fraction=most, arm=a)
@@ -272,32 +272,32 @@ def external_tasks() -> dict[str, str]:  # external task -> task whose model is 
 
 
 def external_pairs(
-    found: Scores,
+    scores: Scores,
     *arms: str,
 ) -> list[tuple]:  # (external task, internal task, metric, fraction)
     "External validations and their internal tasks that all arms have"
     out = []
     for away, home in external_tasks().items():
         metric = get_task(home).metric
-        fractions = {f for t, a, f, m in found if t == away and a == arms[0]}
+        fractions = {f for t, a, f, m in scores if t == away and a == arms[0]}
         if not fractions:
             continue
         most = max(fractions)
-        if all((t, a, most, metric) in found for t in (away, home) for a in arms):
+        if all((t, a, most, metric) in scores for t in (away, home) for a in arms):
             out.append((away, home, metric, most))
     return out
 
 
 def external_drop_table(
-    found: Scores,
+    scores: Scores,
     arms: list[str],
     level: float,
 ) -> pd.DataFrame:  # EXTERNAL_COLUMNS
     "Internal minus external performance"
     rows = []
     for a in arms:
-        for away, home, metric, f in external_pairs(found, a):
-            i, o = found[home, a, f, metric], found[away, a, f, metric]
+        for away, home, metric, f in external_pairs(scores, a):
+            i, o = scores[home, a, f, metric], scores[away, a, f, metric]
             drop = paired_difference(i, o, level)
             row = dict(task=away, internal_task=home, metric=metric, fraction=f, arm=a)
             row |= dict(internal=i[0], external=o[0], external_drop=drop["difference"])
@@ -318,10 +318,10 @@ def ablation_tasks() -> list[str]:
 
 def ablated_arms(
     arms: list[str],  # of the study
-    chief: str,  # the reference arm
+    reference_arm: str,  # the reference arm
 ) -> list[str]:
     "Arms that lack one component of the reference arm, and the released code's behavior"
-    return [a for a in arms if a.startswith(f"{chief}_") or a == "released"]
+    return [a for a in arms if a.startswith(f"{reference_arm}_") or a == "released"]
 
 
 def _difference_columns(d: dict) -> dict:
@@ -330,7 +330,9 @@ def _difference_columns(d: dict) -> dict:
     return {names[k]: d[k] for k in names}
 
 
-def _pointing_ablation(pointed: dict, chief: str, arm: str) -> list[dict]:  # one row, or none
+def _pointing_ablation(
+    pointed: dict, reference_arm: str, arm: str
+) -> list[dict]:  # one row, or none
     if "hits" not in pointed:
         return []
     h = _first_label_rows(pointed["hits"]).query("arm == @arm")
@@ -343,27 +345,27 @@ def _pointing_ablation(pointed: dict, chief: str, arm: str) -> list[dict]:  # on
 
 
 def ablation_table(
-    found: Scores,
+    scores: Scores,
     pointed: dict[str, pd.DataFrame],  # hits and differences of the pointing game
-    chief: str,  # the reference arm
+    reference_arm: str,  # the reference arm
     arms: list[str],
     level: float,
 ) -> pd.DataFrame:  # ABLATION_COLUMNS
     "The reference arm and its ablations: CT-RATE by label fraction, zero-shot, retrieval, pointing"
     headline = {(t, get_task(t).metric) for t in ablation_tasks()}
-    wanted = [(t, f, m) for t, a, f, m in found if a == chief and (t, m) in headline]
+    wanted = [(t, f, m) for t, a, f, m in scores if a == reference_arm and (t, m) in headline]
     rows = []
-    for a in [chief, *ablated_arms(arms, chief)]:
+    for a in [reference_arm, *ablated_arms(arms, reference_arm)]:
         for t, f, m in wanted:
-            if (t, a, f, m) not in found:
+            if (t, a, f, m) not in scores:
                 continue
             name = f"{t}, {f:.0%} of the labels" if family_of(t).by_label else t
-            row = dict(evaluation=name, metric=m, arm=a) | with_ci(*found[t, a, f, m], level)
-            if a != chief:
-                d = paired_difference(found[t, chief, f, m], found[t, a, f, m], level)
+            row = dict(evaluation=name, metric=m, arm=a) | with_ci(*scores[t, a, f, m], level)
+            if a != reference_arm:
+                d = paired_difference(scores[t, reference_arm, f, m], scores[t, a, f, m], level)
                 row |= _difference_columns(d)
             rows.append(row)
-        rows += _pointing_ablation(pointed, chief, a)
+        rows += _pointing_ablation(pointed, reference_arm, a)
     return pd.DataFrame(rows, columns=ABLATION_COLUMNS)
 
 
@@ -386,127 +388,131 @@ def _minus(x: tuple, y: tuple) -> tuple:  # value, (n,)
     return x[0] - y[0], x[1] - y[1]
 
 
-def _mean_difference(found: Scores, wanted: list, a: str, b: str) -> tuple:  # value, (n,)
-    return _minus(mean_over_tasks(found, wanted, a), mean_over_tasks(found, wanted, b))
+def _mean_difference(scores: Scores, wanted: list, a: str, b: str) -> tuple:  # value, (n,)
+    return _minus(mean_over_tasks(scores, wanted, a), mean_over_tasks(scores, wanted, b))
 
 
-def _shared_headline_tasks(found: Scores, a: str, b: str) -> list:  # (task, fraction, metric)
+def _shared_headline_tasks(scores: Scores, a: str, b: str) -> list:  # (task, fraction, metric)
     "Tasks of the paper that two arms have at their largest label fraction"
-    of = {t.name: headline_metric(found, t, [a, b]) for t in paper_tasks()}
+    of = {t.name: headline_metric(scores, t, [a, b]) for t in paper_tasks()}
     return [(t, f, m) for t, (m, f, have) in of.items() if len(have) == 2]
 
 
 def _low_label_lead(
-    found: Scores,
+    scores: Scores,
     family: str,
     a: str,
     b: str,
 ) -> list:  # (fraction, difference, tasks)
     "Lead with few labels minus lead with all, on the tasks that allow so few"
-    fractions = _label_fractions(found, family)
+    fractions = _label_fractions(scores, family)
     out = []
     for f in fractions[:-1]:
-        few = shared_tasks(found, family, f, a, b)
+        few = shared_tasks(scores, family, f, a, b)
         full = [
             (t, fractions[-1], m)
             for t, _, m in few
-            if all((t, x, fractions[-1], m) in found for x in (a, b))
+            if all((t, x, fractions[-1], m) in scores for x in (a, b))
         ]
         if few and len(few) == len(full):
-            lead = _mean_difference(found, few, a, b), _mean_difference(found, full, a, b)
+            lead = _mean_difference(scores, few, a, b), _mean_difference(scores, full, a, b)
             out.append((f, _minus(*lead), len(few)))
     return out
 
 
-def _external_lead(found: Scores, a: str, b: str) -> tuple | None:  # difference, pairs
+def _external_lead(scores: Scores, a: str, b: str) -> tuple | None:  # difference, pairs
     "External lead minus internal lead"
-    away = external_pairs(found, a, b)
+    away = external_pairs(scores, a, b)
     if not away:
         return None
-    external = _mean_difference(found, [(o, f, m) for o, _, m, f in away], a, b)
-    internal = _mean_difference(found, [(h, f, m) for _, h, m, f in away], a, b)
+    external = _mean_difference(scores, [(o, f, m) for o, _, m, f in away], a, b)
+    internal = _mean_difference(scores, [(h, f, m) for _, h, m, f in away], a, b)
     return _minus(external, internal), len(away)
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabclai3
 CLAIM_COLUMNS = "claim outcome arm comparator difference lo hi tasks verdict".split()
 
 
-def _transfer_means(found: Scores, chief: str, b: str) -> list:  # (outcome, its tasks)
+def _transfer_means(scores: Scores, reference_arm: str, b: str) -> list:  # (outcome, its tasks)
     "Means of the families that have one, and of all tasks"
-    both = _shared_headline_tasks(found, chief, b)
+    both = _shared_headline_tasks(scores, reference_arm, b)
     means: list = []
     for f in task_families().values():
         if f.in_mean and f.by_label:
-            means.append((mean_name(f.name), shared_tasks(found, f.name, 1.0, chief, b)))
+            means.append((mean_name(f.name), shared_tasks(scores, f.name, 1.0, reference_arm, b)))
         elif f.in_mean:
             names = internal_tasks(f.name)
             means.append((mean_name(f.name), [x for x in both if x[0] in names]))
     return [*means, ("mean of all tasks that both have", both)]
 
 
-def _peer_claims(found: Scores, chief: str, b: str) -> list:  # (claim, outcome, difference, tasks)
-    means = _transfer_means(found, chief, b)
+def _peer_claims(
+    scores: Scores, reference_arm: str, b: str
+) -> list:  # (claim, outcome, difference, tasks)
+    means = _transfer_means(scores, reference_arm, b)
     rows: list = [
-        ("transfer", name, _mean_difference(found, w, chief, b), len(w)) for name, w in means if w
+        ("transfer", name, _mean_difference(scores, w, reference_arm, b), len(w))
+        for name, w in means
+        if w
     ]
-    leads = [x for n in _means_by_fraction() for x in _low_label_lead(found, n, chief, b)]
+    leads = [x for n in _means_by_fraction() for x in _low_label_lead(scores, n, reference_arm, b)]
     for f, v, n in leads:
         rows.append(("label_efficiency", f"lead at {f:.0%} of the labels minus lead at all", v, n))
-    if lead := _external_lead(found, chief, b):
+    if lead := _external_lead(scores, reference_arm, b):
         rows.append(("domain_shift", "lead elsewhere minus lead at home", *lead))
     return rows
 
 
-def _ablation_claims(found: Scores, chief: str, b: str) -> list:  # as `_peer_claims`
+def _ablation_claims(scores: Scores, reference_arm: str, b: str) -> list:  # as `_peer_claims`
     kind = "bug_fixes" if b == "released" else "ablation"
     rows: list = []
     for name in _means_by_fraction():
-        if wanted := shared_tasks(found, name, 1.0, chief, b):
-            v = _mean_difference(found, wanted, chief, b)
+        if wanted := shared_tasks(scores, name, 1.0, reference_arm, b):
+            v = _mean_difference(scores, wanted, reference_arm, b)
             rows.append((kind, mean_name(name), v, len(wanted)))
     for task in [f.main_task for f in _families_by_label() if f.main_task]:
-        if all((task, x, 1.0, "auc") in found for x in (chief, b)):
-            v = _mean_difference(found, [(task, 1.0, "auc")], chief, b)
+        if all((task, x, 1.0, "auc") in scores for x in (reference_arm, b)):
+            v = _mean_difference(scores, [(task, 1.0, "auc")], reference_arm, b)
             rows.append((kind, task, v, 1))
     return rows
 
 
 def claim_table(
-    found: Scores,
+    scores: Scores,
     pointed: dict[str, pd.DataFrame],  # hits and differences of the pointing game
-    chief: str,  # the reference arm
+    reference_arm: str,  # the reference arm
     arms: list[str],
     level: float,
 ) -> pd.DataFrame:  # CLAIM_COLUMNS
     "Each claim against each arm that it is about"
-    ablated = ablated_arms(arms, chief)
-    peers = [a for a in arms if a != chief and a not in ablated]
-    claims = [(b, row) for b in peers for row in _peer_claims(found, chief, b)]
-    claims += [(b, row) for b in ablated for row in _ablation_claims(found, chief, b)]
+    ablated = ablated_arms(arms, reference_arm)
+    peers = [a for a in arms if a != reference_arm and a not in ablated]
+    claims = [(b, row) for b in peers for row in _peer_claims(scores, reference_arm, b)]
+    claims += [(b, row) for b in ablated for row in _ablation_claims(scores, reference_arm, b)]
     rows = []
     for b, (claim, outcome, (value, replicates), n) in claims:
         d = with_ci(value, replicates, level)
-        row = dict(claim=claim, outcome=outcome, arm=chief, comparator=b)
+        row = dict(claim=claim, outcome=outcome, arm=reference_arm, comparator=b)
         rows.append(row | dict(difference=d["value"], lo=d["lo"], hi=d["hi"], tasks=n))
-    out = pd.DataFrame(rows + _pointing_claims(pointed, chief, arms), columns=CLAIM_COLUMNS)
+    out = pd.DataFrame(rows + _pointing_claims(pointed, reference_arm, arms), columns=CLAIM_COLUMNS)
     return out.assign(verdict=[claim_verdict(lo, hi) for lo, hi in zip(out.lo, out.hi)])
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabclai5
 def _pointing_row(
     claim: str,
-    chief: str,
+    reference_arm: str,
     other: str,
     difference: float,
     lo: float,
     hi: float,
 ) -> dict[str, Any]:
-    row = dict(claim=claim, outcome="pointing game", arm=chief, comparator=other)
+    row = dict(claim=claim, outcome="pointing game", arm=reference_arm, comparator=other)
     return row | dict(difference=difference, lo=lo, hi=hi, tasks=1)
 
 
 def _pointing_claims(
     pointed: dict[str, pd.DataFrame],
-    chief: str,
+    reference_arm: str,
     arms: list[str],
 ) -> list[dict]:  # rows of `claim_table` without their verdict
     "Claims that the pointing game tests"
@@ -522,16 +528,16 @@ def _pointing_claims(
     for k, name in baselines.items():
         if len(h) and h[f"diff_{k}"].notna().all():
             d = h[[f"diff_{k}", f"diff_{k}_lo", f"diff_{k}_hi"]].iloc[0]
-            rows.append(_pointing_row("grounding", chief, name, *d))
-    kinds = {b: "ablation" for b in ablated_arms(arms, chief)}
+            rows.append(_pointing_row("grounding", reference_arm, name, *d))
+    kinds = {b: "ablation" for b in ablated_arms(arms, reference_arm)}
     if "released" in kinds:
         kinds["released"] = "bug_fixes"
     a = _first_label_rows(pointed["differences"])
-    for r in a[a.arm == chief].to_dict("records"):
+    for r in a[a.arm == reference_arm].to_dict("records"):
         b = r["comparator"]
         if b in arms:
             claim = kinds.get(b, "grounding")
-            rows.append(_pointing_row(claim, chief, b, r["difference"], r["lo"], r["hi"]))
+            rows.append(_pointing_row(claim, reference_arm, b, r["difference"], r["lo"], r["hi"]))
     return rows
 
 # %% ../../nbs/9_study/90_tables.ipynb #tablabs2
@@ -563,14 +569,14 @@ def per_label_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/9_study/90_tables.ipynb #tablabs3
-def _control_means(found: Scores, family: TaskFamily) -> Scores:
+def _control_means(scores: Scores, family: TaskFamily) -> Scores:
     "Mean over a family's tasks of each negative control"
     names = internal_tasks(family.name)
     means: Scores = {}
     for c in family.controls:
-        if any(a == c for _, a, _, _ in found):
-            wanted = [(t, f, m) for t, a, f, m in found if a == c and t in names]
-            means[mean_name(family.name), c, 1.0, "auc"] = mean_over_tasks(found, wanted, c)
+        if any(a == c for _, a, _, _ in scores):
+            wanted = [(t, f, m) for t, a, f, m in scores if a == c and t in names]
+            means[mean_name(family.name), c, 1.0, "auc"] = mean_over_tasks(scores, wanted, c)
     return means
 
 
@@ -708,27 +714,27 @@ def label_efficiency_table(
 
 # %% ../../nbs/9_study/90_tables.ipynb #21859856
 def _score_tables(
-    found: Scores,
+    scores: Scores,
     pointed: dict[str, pd.DataFrame],
-    chief: str,
+    reference_arm: str,
     trained: list[str],
     level: float,
 ) -> dict[str, pd.DataFrame]:  # name -> table
     "Tables of all tasks"
-    arms = list(dict.fromkeys(a for _, a, _, _ in found))  # with encoders and baselines
+    arms = list(dict.fromkeys(a for _, a, _, _ in scores))  # with encoders and baselines
     ours = [a for a in trained or arms if a in arms]
     beside = [a for a in arms if a in BASELINES and a not in ours]
     tables = dict(
-        tasks=ranking_table(found, [*ours, *beside], level),
-        external_drop=external_drop_table(found, arms, level),
-        claims=claim_table(found, pointed, chief, ours, level),
+        tasks=ranking_table(scores, [*ours, *beside], level),
+        external_drop=external_drop_table(scores, arms, level),
+        claims=claim_table(scores, pointed, reference_arm, ours, level),
     )
-    ablation = ablation_table(found, pointed, chief, ours, level)
+    ablation = ablation_table(scores, pointed, reference_arm, ours, level)
     if len(ablation):
         tables["ablation"] = ablation
-    metrics = [to_table(found, level), mean_auc_table(found, arms, level)]
+    metrics = [to_table(scores, level), mean_auc_table(scores, arms, level)]
     tables["metrics"] = pd.concat(metrics, ignore_index=True)
-    tables["differences"] = difference_table(found, chief, arms, level)
+    tables["differences"] = difference_table(scores, reference_arm, arms, level)
     return tables
 
 
@@ -768,7 +774,7 @@ def write_tables(
     controls: dict[str, pd.DataFrame],  # family -> predictions of its negative controls
     acquired: dict[str, pd.DataFrame],  # cohort -> acquisition of its cases
     organ_rows: dict[str, pd.DataFrame],  # arm -> errors by case, of arms that learn organs
-    chief: str,  # the reference arm
+    reference_arm: str,  # the reference arm
     statuses: list[dict],  # of the cohorts
     n: int,  # bootstrap replicates
     level: float,  # confidence level
@@ -780,7 +786,7 @@ def write_tables(
     tables = dict(cohorts=cohort_table(statuses))
     found = evaluate_predictions(predictions, n)
     if found:
-        tables |= _score_tables(found, pointed or {}, chief, trained or [], level)
+        tables |= _score_tables(found, pointed or {}, reference_arm, trained or [], level)
         tables |= _label_tables(predictions, controls, acquired, tables["metrics"], n, level)
     if organ_rows:
         tables["organ_error"] = organ_error_table(organ_rows, n)

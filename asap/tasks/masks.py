@@ -68,12 +68,12 @@ def resample_to_native(
     chance: np.ndarray,  # (1+K,H,W,D) probabilities on the standard grid
     affine: np.ndarray,  # (4,4) of the standard grid
     shape: Sequence[int],  # of the native grid
-    to: np.ndarray,  # (4,4) affine of the native grid
+    target_affine: np.ndarray,  # (4,4) affine of the native grid
 ) -> np.ndarray:  # (shape) uint8, 0..K
     "The most probable class at each voxel of the native grid"
     best, out = None, np.zeros(shape, np.uint8)
     for k, c in enumerate(chance):
-        v = resample(np.asarray(c, np.float32), affine, shape, to, fill=float(k == 0))
+        v = resample(np.asarray(c, np.float32), affine, shape, target_affine, fill=float(k == 0))
         if best is None:
             best = v
         else:
@@ -108,19 +108,19 @@ def resampling_ceiling(
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #72518a0c
 def dice_score(
-    found: np.ndarray,  # predicted class indices
+    predicted: np.ndarray,  # predicted class indices
     truth: np.ndarray,  # true class indices, same shape
     n: int,  # classes, background included
 ) -> np.ndarray:  # (n-1,) NaN for a class that is not in the true mask
     "Dice of each class except the background"
-    t, f = np.bincount(truth.ravel(), minlength=n), np.bincount(found.ravel(), minlength=n)
-    both = np.bincount(truth.ravel()[truth.ravel() == found.ravel()], minlength=n)
+    t, f = np.bincount(truth.ravel(), minlength=n), np.bincount(predicted.ravel(), minlength=n)
+    both = np.bincount(truth.ravel()[truth.ravel() == predicted.ravel()], minlength=n)
     with np.errstate(invalid="ignore"):
         return np.where(t > 0, 2 * both / np.maximum(t + f, 1), np.nan)[1:]
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #seg00040
 def _hausdorff95(
-    found: torch.Tensor,  # (1,1,W,H,D) binary
+    predicted: torch.Tensor,  # (1,1,W,H,D) binary
     truth: torch.Tensor,  # (1,1,W,H,D) binary
     spacing: np.ndarray,  # (3,) mm
 ) -> float:  # mm; NaN where `truth` is empty, the image's diagonal where only `found` is
@@ -129,16 +129,16 @@ def _hausdorff95(
 
     if not truth.any():
         return float("nan")
-    if not found.any():
+    if not predicted.any():
         return float(np.linalg.norm(spacing * np.array(truth.shape[2:])))
     distance = compute_hausdorff_distance(
-        found, truth, include_background=True, percentile=95, spacing=spacing.tolist()
+        predicted, truth, include_background=True, percentile=95, spacing=spacing.tolist()
     )
     return float(distance[0, 0])
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #segs040a
 def score_mask(
-    found: np.ndarray,  # (W,H,D) predicted class indices
+    predicted: np.ndarray,  # (W,H,D) predicted class indices
     truth: np.ndarray,  # (W,H,D) true class indices
     affine: np.ndarray,  # (4,4)
     names: Iterable[str],  # classes without background
@@ -148,7 +148,7 @@ def score_mask(
 
     names = list(names)
     n, mm = 1 + len(names), np.sqrt((affine[:3, :3] ** 2).sum(0))
-    f, t = (torch.from_numpy(one_hot(m, n))[None] for m in (found, truth))
+    f, t = (torch.from_numpy(one_hot(m, n))[None] for m in (predicted, truth))
     d = compute_dice(f, t, include_background=False, ignore_empty=True)[0].numpy()
     ml = np.abs(np.linalg.det(affine[:3, :3])) / 1000
     out = []

@@ -302,11 +302,11 @@ def ci(
 
 def with_ci(
     value: float,
-    drawn: np.ndarray,  # (replicates,)
+    replicates: np.ndarray,  # (replicates,)
     level: float = 0.95,  # confidence level
 ) -> dict[str, float]:  # value, lo, hi
     "A metric with its confidence interval"
-    lo, hi = ci(drawn, level)
+    lo, hi = ci(replicates, level)
     return dict(value=float(value), lo=lo, hi=hi)
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #e527591b
@@ -333,14 +333,14 @@ def bootstrap(
 
 
 def to_table(
-    found: dict[tuple, tuple],  # of `bootstrap`
+    results: dict[tuple, tuple],  # of `bootstrap`
     level: float,  # confidence level
 ) -> pd.DataFrame:  # task, arm, fraction, metric, value, lo, hi
     "All metrics as a table"
     return pd.DataFrame(
         [
             dict(zip([*GROUP_KEYS, "metric"], key), **with_ci(value, replicates, level))
-            for key, (value, replicates) in found.items()
+            for key, (value, replicates) in results.items()
         ],
         columns=[*GROUP_KEYS, "metric", "value", "lo", "hi"],
     )
@@ -370,7 +370,7 @@ def paired_difference(
 
 
 def compare_arms(
-    found: dict[tuple, tuple],  # of `bootstrap`
+    results: dict[tuple, tuple],  # of `bootstrap`
     a: str,  # arm
     others: Sequence[str],  # arms to compare it with
     level: float,  # confidence level
@@ -383,12 +383,12 @@ def compare_arms(
             comparator=b,
             fraction=f,
             metric=m,
-            **paired_difference(v, found[t, b, f, m], level),
+            **paired_difference(v, results[t, b, f, m], level),
         )
-        for (t, arm, f, m), v in found.items()
+        for (t, arm, f, m), v in results.items()
         if arm == a
         for b in others
-        if (t, b, f, m) in found
+        if (t, b, f, m) in results
     ]
     return pd.DataFrame(
         rows, columns=["task", "arm", "comparator", "fraction", "metric", "difference", "lo", "hi"]
@@ -396,10 +396,10 @@ def compare_arms(
 
 
 def mean_over_tasks(
-    found: dict[tuple, tuple],  # of `bootstrap`
+    results: dict[tuple, tuple],  # of `bootstrap`
     wanted: list[tuple],  # (task, fraction, metric)
     arm: str,
 ) -> tuple:  # value, (replicates,)
     "Mean of an arm's metrics over tasks"
-    parts = [found[t, arm, f, m] for t, f, m in wanted]
+    parts = [results[t, arm, f, m] for t, f, m in wanted]
     return float(np.mean([v for v, _ in parts])), np.mean([d for _, d in parts], 0)

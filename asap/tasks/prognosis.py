@@ -168,17 +168,17 @@ def cumulative_incidence(
 
 def log_likelihood(
     h: np.ndarray,  # (n,3) hazards
-    seen: np.ndarray,  # (n,3) of `interval_exposure`
+    observed: np.ndarray,  # (n,3) of `interval_exposure`
     died: np.ndarray,  # (n,3) bool
 ) -> float:  # mean over the rows; NaN where there is none
     "Log-likelihood of the outcomes of the intervals"
     p = np.clip(np.where(died, h, 1 - h), 1e-12, 1)
-    return float(np.average(np.log(p), weights=seen)) if seen.any() else float("nan")
+    return float(np.average(np.log(p), weights=observed)) if observed.any() else float("nan")
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #proghaz1
 def fit_hazards(
     x: np.ndarray,  # (n,C) train features
-    seen: np.ndarray,  # (n,3) of `interval_exposure`
+    observed: np.ndarray,  # (n,3) of `interval_exposure`
     died: np.ndarray,  # (n,3) bool
     xv: np.ndarray,  # (m,C) validation features, to choose the penalty
     seenv: np.ndarray,  # (m,3)
@@ -187,7 +187,7 @@ def fit_hazards(
     "Person-period logistic regression with the penalty of the best validation likelihood"
     from sklearn.linear_model import LogisticRegression
 
-    i, j = np.nonzero(seen)
+    i, j = np.nonzero(observed)
     if len(set(died[i, j])) < 2:
         raise ValueError(
             f"{int(died[i, j].sum())} deaths in {len(i)} intervals of {len(x)} train cases: "
@@ -195,7 +195,7 @@ def fit_hazards(
         )
     fits = [
         LogisticRegression(C=c, solver="newton-cholesky", max_iter=300).fit(
-            _interval_features(x[i], j), died[i, j], seen[i, j]
+            _interval_features(x[i], j), died[i, j], observed[i, j]
         )
         for c in C_GRID
     ]

@@ -355,12 +355,12 @@ def _label_matrix(texts: Iterable[str]) -> np.ndarray:  # (n,18) bool
 
 def _best_threshold(
     probability: np.ndarray,  # (n,18)
-    there: np.ndarray,  # (n,18) bool
+    present: np.ndarray,  # (n,18) bool
 ) -> float:
     "One threshold for all labels, with the best micro F1"
     thresholds = np.linspace(0.05, 0.95, 37)
     f1 = [
-        2 * (there & (probability >= c)).sum() / max(there.sum() + (probability >= c).sum(), 1)
+        2 * (present & (probability >= c)).sum() / max(present.sum() + (probability >= c).sum(), 1)
         for c in thresholds
     ]
     return float(thresholds[int(np.argmax(f1))])
@@ -583,9 +583,9 @@ COLUMNS = [
 
 
 def _join_labels(
-    there: np.ndarray,  # (n,18) bool
+    present: np.ndarray,  # (n,18) bool
 ) -> list[str]:  # such as "Atelectasis;Lung nodule"
-    return [";".join(np.array(list(ABNORMALITIES))[row]) for row in there]
+    return [";".join(np.array(list(ABNORMALITIES))[row]) for row in present]
 
 
 def _reference_labels(
@@ -599,12 +599,12 @@ def _reference_labels(
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep76b01
 def score_reports(
-    said: Iterable[str],  # a generated report for each test case
+    generated: Iterable[str],  # a generated report for each test case
     table: pd.DataFrame,  # the test cases
     text: Any = None,  # frozen text encoder, for BERTScore
 ) -> pd.DataFrame:  # COLUMNS up to the metrics, without METEOR
     "Texts, labels and text metrics of each test case"
-    generated, reference = list(said), list(table.findings)
+    generated, reference = list(generated), list(table.findings)
     found = scores.score_texts(generated, reference, text)
     rows = (
         table[["case", "scan", "patient"]]
@@ -701,11 +701,11 @@ def _train_or_load(
     p: ReportConfig,
     seed: int,
     resume: Path | str | None,  # folder
-    made: dict,  # what the tokens were made from
+    provenance: dict,  # what the tokens were made from
 ) -> ReportDecoder:
     "Train a decoder, or reuse the one that was trained from the same inputs"
     cases = f"{derive_seed(*table.case, *table.findings, *table.split):x}"
-    inputs = dict(tokens=made, words=text.fingerprint(), cases=cases)
+    inputs = dict(tokens=provenance, words=text.fingerprint(), cases=cases)
     fp = fingerprint(task=task, arm=arm, seed=seed, report=p, **inputs)
     folder = Path(resume) / task if resume else None
     if folder and reuse_or_set_aside(folder / "model", fp):
@@ -783,7 +783,7 @@ def run(
     p: ReportConfig,
     seed: int,
     resume: Path | str | None = None,  # folder
-    made: dict | None = None,  # what the tokens were made from
+    provenance: dict | None = None,  # what the tokens were made from
 ) -> pd.DataFrame:  # COLUMNS
     "Reports of one arm for one task, with its baseline"
     if index is not None:
@@ -794,7 +794,7 @@ def run(
         return empty_predictions(COLUMNS)
     x = _decoder_input(tokens, grid, has, p)
     table, tested = table[has].reset_index(drop=True), table[has & (table.split == "test")]
-    model = _train_or_load(x, table, arm, task, text, p, seed, resume, made or {})
+    model = _train_or_load(x, table, arm, task, text, p, seed, resume, provenance or {})
     reports = _with_baseline(model, x, table, arm, text.tokenizer, p, tokens is None)
     scored = [
         score_reports(said, tested, text).assign(task=task, arm=name, fraction=1.0, seed=seed)
@@ -813,7 +813,7 @@ def run_all(
     p: ReportConfig,
     seed: int,
     resume: Path | str | None = None,  # folder
-    made: Mapping[str, dict] | None = None,  # cohort -> what its tokens were made from
+    provenance: Mapping[str, dict] | None = None,  # cohort -> what its tokens were made from
 ) -> pd.DataFrame:  # COLUMNS
     "All report tasks of one arm"
     out = []
@@ -821,7 +821,7 @@ def run_all(
         if t.cohort not in tables:
             continue
         x, index = tokens.get(t.cohort, (None, None))
-        source = (made or {}).get(t.cohort)
+        source = (provenance or {}).get(t.cohort)
         table = tables[t.cohort]
         found = run(t.name, t.cohort, table, x, index, arm, grid, text, p, seed, resume, source)
         if len(found):

@@ -333,8 +333,8 @@ class AugmentedCases(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.cases)
 
-    def __getitem__(self, at):  # epoch, index of the case
-        epoch, i = at
+    def __getitem__(self, index):  # epoch, index of the case
+        epoch, i = index
         c = self.cases[i]
         self.transform.set_random_state(derive_seed("augment", self.seed, epoch, i))
         d = self.transform(dict(image=c.image, label=c.label))
@@ -563,7 +563,7 @@ def _other_mask_paths(row: Any) -> list[str]:  # further masks of the same image
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042a
 def score_case(
     c: SegmentationCase,
-    found: np.ndarray,  # (W,H,D) predicted class indices on the native grid
+    predicted: np.ndarray,  # (W,H,D) predicted class indices on the native grid
     q: SegmentationTask,
     name: str,  # of the reference mask
 ) -> list[dict]:  # one row per class
@@ -577,7 +577,7 @@ def score_case(
     )
     return [
         dict(case=c.case, patient=c.patient, reference=name, ceiling=float(top[k]), **r)
-        for k, r in enumerate(score_mask(found, c.reference_mask, c.mask_affine, q.class_names))
+        for k, r in enumerate(score_mask(predicted, c.reference_mask, c.mask_affine, q.class_names))
     ]
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042b
@@ -861,15 +861,15 @@ def _mean_with_bootstrap(
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs052a
 def metrics(
-    d: pd.DataFrame,  # predictions of one task, arm, label fraction and seed
+    predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
     n: int,  # bootstrap replicates
     seed: Any,  # of the bootstrap
 ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
     "Metrics of the task with their bootstrap replicates"
     out = {}
     for name, g in (
-        ("", d[d.reference == "target"]),
-        (" other outlines", d[d.reference != "target"]),
+        ("", predictions[predictions.reference == "target"]),
+        (" other outlines", predictions[predictions.reference != "target"]),
     ):
         if not len(g):
             continue
@@ -1016,18 +1016,8 @@ class Segmentation(TaskFamily):
         {"build/segment/${item}": {"cache": False, "persist": True}},
     )
 
-    def run(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        "Predictions of the family's tasks; arguments as `run_all`"
-        return run_all(*args, **kwargs)
-
-    def metrics(
-        self,
-        predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
-        n: int,  # bootstrap replicates
-        seed: Any,
-    ) -> dict[str, tuple]:  # metric -> value, (n,) replicates
-        "Metrics with their bootstrap replicates"
-        return metrics(predictions, n, seed)
+    run = staticmethod(run_all)
+    metrics = staticmethod(metrics)
 
     def render(self, results: StudyResults) -> str:  # HTML
         "Tasks 7 to 13, and two data sets as external validation"

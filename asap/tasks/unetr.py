@@ -44,18 +44,22 @@ def decoder_strides(
 # %% ../../nbs/7_tasks/72_unetr.ipynb #segs015a
 def pixel_unshuffle(
     x: torch.Tensor,  # (B,C,H,W,D)
-    by: Sequence[int],  # factors p, q, r
+    factors: Sequence[int],  # factors p, q, r
 ) -> torch.Tensor:  # (B,C*p*q*r,H/p,W/q,D/r)
     "Voxels to channels"
-    return rearrange(x, "b c (h p) (w q) (d r) -> b (c p q r) h w d", p=by[0], q=by[1], r=by[2])
+    return rearrange(
+        x, "b c (h p) (w q) (d r) -> b (c p q r) h w d", p=factors[0], q=factors[1], r=factors[2]
+    )
 
 
 def pixel_shuffle(
     x: torch.Tensor,  # (B,C*p*q*r,H,W,D)
-    by: Sequence[int],  # factors p, q, r
+    factors: Sequence[int],  # factors p, q, r
 ) -> torch.Tensor:  # (B,C,H*p,W*q,D*r)
     "Channels to voxels"
-    return rearrange(x, "b (c p q r) h w d -> b c (h p) (w q) (d r)", p=by[0], q=by[1], r=by[2])
+    return rearrange(
+        x, "b (c p q r) h w d -> b c (h p) (w q) (d r)", p=factors[0], q=factors[1], r=factors[2]
+    )
 
 # %% ../../nbs/7_tasks/72_unetr.ipynb #segs015b
 def normalize_tokens(
@@ -69,20 +73,20 @@ def normalize_tokens(
 def apply_stem(
     stem: ConvStem,
     x: torch.Tensor,  # (B,1,H,W,D) in [-1, 1]
-    by: Sequence[int],  # stride in voxels, at most the kernel size
+    stride: Sequence[int],  # stride in voxels, at most the kernel size
 ) -> torch.Tensor:  # (B,channels,H/p,W/q,D/r)
     "Responses of a stem's kernels at all positions of a volume, at a given stride"
     x = F.pad(
         x,
         [
             side
-            for k, b in reversed([*zip(stem.kernel_size, by)])
+            for k, b in reversed([*zip(stem.kernel_size, stride)])
             for side in ((k - b) // 2, (k - b + 1) // 2)
         ],
         mode="replicate",
     )
     w, b = stem.unwhitened_kernels()
-    return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel_size), b, by))
+    return F.gelu(F.conv3d(x, w.view(-1, 1, *stem.kernel_size), b, stride))
 
 # %% ../../nbs/7_tasks/72_unetr.ipynb #seg00017
 _BLOCK: dict[str, Any] = dict(spatial_dims=3, kernel_size=3, norm_name="instance")

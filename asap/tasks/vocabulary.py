@@ -101,14 +101,14 @@ def build_prompts(
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #0f388002
 def embed_prompts(
     text: Any,  # frozen text encoder: `sentences(texts)` returns (len(texts),C')
-    said: list,  # of `build_prompts`
+    prompts: list,  # of `build_prompts`
 ) -> torch.Tensor:  # (L,2,C') unit norm: present, absent
     "Mean of the text features over the templates"
 
     def mean(s):
         return F.normalize(text.sentences(s).float().mean(0), dim=0)
 
-    return torch.stack([torch.stack([mean(s) for s in pair]) for pair in said])
+    return torch.stack([torch.stack([mean(s) for s in pair]) for pair in prompts])
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #d5468209
 @torch.no_grad()
@@ -372,11 +372,11 @@ def prompt_similarity(
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #3695df01
 def zero_shot_proba(
     model: Any,  # asap.model.asap.ASAP
-    said: np.ndarray,  # (...,2) of `prompt_similarity`
+    similarities: np.ndarray,  # (...,2) of `prompt_similarity`
 ) -> np.ndarray:  # (...) in (0,1)
     "Softmax over the positive and the negative prompts, with the arm's temperature"
     scale = model.alignment.similarity_scale.item()
-    return 1 / (1 + np.exp(-scale * (said[..., 0] - said[..., 1])))
+    return 1 / (1 + np.exp(-scale * (similarities[..., 0] - similarities[..., 1])))
 
 
 def zero_shot_similarity(

@@ -186,11 +186,11 @@ def median_size(
 
 
 def _size_errors(
-    said: str,
+    predicted: str,
     true: str,
     usual: float,  # mm, for numbers that are missing
 ) -> tuple[float, float, float]:  # mean error, mean squared error, 1 if there is a number
-    s, t = parse_millimeters(said), parse_millimeters(true)
+    s, t = parse_millimeters(predicted), parse_millimeters(true)
     if not t:
         return np.nan, np.nan, np.nan
     off = np.array([(s[i] if i < len(s) else usual) - v for i, v in enumerate(t)])
@@ -198,13 +198,13 @@ def _size_errors(
 
 
 def _entity_scores(
-    said: str,
+    predicted: str,
     true: str,
 ) -> tuple[float, float]:  # F1, hit score
-    s, t = split_entities(said), split_entities(true)
+    s, t = split_entities(predicted), split_entities(true)
     both = len(s & t)
     f1 = 2 * both / max(len(s) + len(t), 1)
-    if normalize_answer(said) == normalize_answer(true):
+    if normalize_answer(predicted) == normalize_answer(true):
         return f1, 1.0
     return f1, both / max(len(s), len(t), 1)
 
@@ -374,14 +374,14 @@ class VQAModel(nn.Module):
     def sample_losses(
         self,
         b: Mapping[str, torch.Tensor],  # batch of `make_collate`, B questions
-        seen: torch.Tensor,  # (B,Q,E) image embeddings of each question
+        visual_embeds: torch.Tensor,  # (B,Q,E) image embeddings of each question
     ) -> torch.Tensor:  # (B,)
         "Loss of each question; the shorter half is computed apart, with less padding"
         length = b["attention_mask"].sum(1)
         halves = length.argsort(stable=True).chunk(2)
         keys = ("input_ids", "labels", "attention_mask")
         short = [{k: b[k][i, : int(length[i].max())] for k in keys} for i in halves]
-        losses = [answer_losses(self.lm, s, seen[i]) for s, i in zip(short, halves)]
+        losses = [answer_losses(self.lm, s, visual_embeds[i]) for s, i in zip(short, halves)]
         return torch.cat(losses)[torch.cat(halves).argsort()]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0003
@@ -461,10 +461,10 @@ class VQADataset:
 
     def __getitem__(
         self,
-        at: tuple[int, int],  # draw, volume
+        index: tuple[int, int],  # draw, volume
     ) -> dict[str, Any]:
-        case, row, by_kind, weights = self.volumes[at[1]]
-        r = rng("vqa", self.seed, *at)
+        case, row, by_kind, weights = self.volumes[index[1]]
+        r = rng("vqa", self.seed, *index)
         kinds = r.choice(len(by_kind), self.questions_per_volume, p=weights / weights.sum())
         picks = [int(r.choice(by_kind[k])) for k in kinds]
         tokens = np.zeros((1, 1), np.float32)

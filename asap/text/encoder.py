@@ -62,8 +62,8 @@ class TextDataset:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, at):  # (epoch, index)
-        return self.rows[at[1]]
+    def __getitem__(self, index):  # (epoch, index)
+        return self.rows[index[1]]
 
 
 def _make_collate(pad_id: int) -> Callable:  # rows -> ids (B,L), sentence of each token (B,L)
@@ -78,13 +78,13 @@ def _make_collate(pad_id: int) -> Callable:  # rows -> ids (B,L), sentence of ea
 def _masked_logits(
     model,  # BertForMaskedLM
     ids: torch.Tensor,  # (B,L)
-    of: torch.Tensor,  # (B,L) sentence of each token, -1 for special tokens and padding
+    token_to_sentence: torch.Tensor,  # (B,L) sentence of each token, -1: special or padding
     share: float,  # of words masked
     tokenizer,
     seed: int,
 ) -> tuple:  # logits (n,V) and labels (n,) at the masked words
     g = torch.Generator().manual_seed(seed)
-    masked, labels = mask_tokens(ids, of, share, tokenizer.mask_token_id, g)
+    masked, labels = mask_tokens(ids, token_to_sentence, share, tokenizer.mask_token_id, g)
     attention_mask = (ids != tokenizer.pad_token_id).long()
     hidden = model.bert(masked, attention_mask=attention_mask).last_hidden_state
     is_masked = labels >= 0
@@ -220,13 +220,16 @@ class TextEncoder(torch.nn.Module):
     def tokens(
         self,
         ids: torch.Tensor,  # (B,L)
-        of: torch.Tensor | None = None,  # (B,L) sentence of each token, -1 for special tokens
+        token_to_sentence: torch.Tensor
+        | None = None,  # (B,L) sentence of each token, -1 for special tokens
     ) -> torch.Tensor:  # (B,L,C)
         "Token features, sentence by sentence if the encoder was trained so; padding is masked"
-        if of is None or not self.by_sentence:
+        if token_to_sentence is None or not self.by_sentence:
             return self._read(ids)
-        b, t = (of >= 0).nonzero(as_tuple=True)
-        _, row = (b * (of.max() + 1) + of[b, t]).unique(return_inverse=True)
+        b, t = (token_to_sentence >= 0).nonzero(as_tuple=True)
+        _, row = (b * (token_to_sentence.max() + 1) + token_to_sentence[b, t]).unique(
+            return_inverse=True
+        )
         n = row.max() + 1
         first = torch.full((n,), ids.shape[1], device=ids.device).scatter_reduce(0, row, t, "amin")
         position = t - first[row] + 1
@@ -266,13 +269,15 @@ class TextEncoder(torch.nn.Module):
     def means(
         self,
         ids: torch.Tensor,  # (B,L)
-        of: torch.Tensor,  # (B,L) sentence of each token, -1 for special tokens and padding
+        token_to_sentence: torch.Tensor,  # (B,L) sentence of each token, -1: special or padding
         n: int,  # sentences
     ) -> torch.Tensor:  # (B,n,C), unit norm
         "Mean token features of each sentence of a report"
-        x = self.tokens(ids, of)
+        x = self.tokens(ids, token_to_sentence)
         out = torch.zeros(len(ids), n, self.dim, device=x.device).scatter_add(
-            1, of.clamp(min=0)[..., None].expand_as(x), x * (of >= 0)[..., None]
+            1,
+            token_to_sentence.clamp(min=0)[..., None].expand_as(x),
+            x * (token_to_sentence >= 0)[..., None],
         )
         return F.normalize(out, dim=-1)
 

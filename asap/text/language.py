@@ -141,17 +141,19 @@ def _unwrap_peft(model):
 def answer_losses(
     model,  # causal language model
     b: dict,  # of `collate_pairs`
-    seen: torch.Tensor | None = None,  # (B,Q,E) embeddings that precede the text
+    prefix_embeds: torch.Tensor | None = None,  # (B,Q,E) embeddings that precede the text
 ) -> torch.Tensor:  # (B,) mean cross-entropy of each row's answer
     "Cross-entropy of each answer given the text and embeddings that precede it"
     x, mask = model.get_input_embeddings()(b["input_ids"]), b["attention_mask"]
-    if seen is not None:
-        x = torch.cat([seen.to(x.dtype), x], 1)
-        mask = torch.cat([mask.new_ones(seen.shape[:2]), mask], 1)
+    if prefix_embeds is not None:
+        x = torch.cat([prefix_embeds.to(x.dtype), x], 1)
+        mask = torch.cat([mask.new_ones(prefix_embeds.shape[:2]), mask], 1)
     decoder = _unwrap_peft(model).get_decoder()
     h = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     h = h[:, -b["input_ids"].shape[1] - 1 :]
-    h = h[:, :-1] if seen is not None else F.pad(h[:, :-1], (0, 0, 1, 0))  # state before each token
+    h = (
+        h[:, :-1] if prefix_embeds is not None else F.pad(h[:, :-1], (0, 0, 1, 0))
+    )  # state before each token
     labeled = b["labels"] != -100
     logits = model.get_output_embeddings()(h[labeled]).float()
     token_loss = F.cross_entropy(logits, b["labels"][labeled], reduction="none")
@@ -196,9 +198,9 @@ class ReadingDataset:
     def __len__(self):
         return len(self.of)
 
-    def __getitem__(self, at):  # (epoch, index)
-        r = rng("lesson", self.seed, *at)
-        kinds = self.of[at[1]]
+    def __getitem__(self, index):  # (epoch, index)
+        r = rng("lesson", self.seed, *index)
+        kinds = self.of[index[1]]
         return self.rows[int(r.choice(kinds[r.integers(len(kinds))]))]
 
 # %% ../../nbs/4_text/45_language.ipynb #lang0015
@@ -278,7 +280,8 @@ def generate_from_prompts(
     before: list,  # n lists of ids, of `encode_questions`
     most: int,  # maximum number of tokens of an answer
     beams: int = 1,
-    seen: Callable | None = None,  # list of row indices -> (B,Q,E) embeddings before the text
+    prefix_embeds: Callable
+    | None = None,  # list of row indices -> (B,Q,E) embeddings before the text
     many: int = 64,  # rows per batch
 ) -> list:  # n strings
     "Generate the model's answer to each prompt"
@@ -289,8 +292,8 @@ def generate_from_prompts(
         ids, mask = _pad_left([before[i] for i in part], tokenizer.pad_token_id)
         ids, mask = ids.to(device), mask.to(device)
         x = model.get_input_embeddings()(ids)
-        if seen is not None:
-            prefix = seen(part).to(x)
+        if prefix_embeds is not None:
+            prefix = prefix_embeds(part).to(x)
             x = torch.cat([prefix, x], 1)
             mask = torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
         generated = model.generate(

@@ -31,14 +31,15 @@ def split_words(text: str) -> list:
 
 
 def _check_pairs(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
 ) -> tuple:  # both as lists of strings, words separated by one space
-    if len(said) != len(true):
+    if len(hypotheses) != len(references):
         raise ValueError(
-            f"{len(said)} texts for {len(true)} references, expected one reference per text"
+            f"{len(hypotheses)} texts for {len(references)} references, "
+            "expected one reference per text"
         )
-    for i, (s, t) in enumerate(zip(said, true)):
+    for i, (s, t) in enumerate(zip(hypotheses, references)):
         if not isinstance(s, str) or not isinstance(t, str):
             raise ValueError(
                 f"text {i} is {s!r}, its reference {t!r}, expected two strings; "
@@ -46,21 +47,23 @@ def _check_pairs(
             )
         if not split_words(t):
             raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
-    return [" ".join(split_words(s)) for s in said], [" ".join(split_words(t)) for t in true]
+    return [" ".join(split_words(s)) for s in hypotheses], [
+        " ".join(split_words(t)) for t in references
+    ]
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0010
 BLEU_COLUMNS = ["said", "true", *(f"{k}{n}" for n in range(1, 5) for k in ("grams", "right"))]
 
 
 def bleu_counts(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
 ) -> pd.DataFrame:  # one row per case, BLEU_COLUMNS: lengths in words; n-grams and matching n-grams
     "Per-case counts whose sums determine BLEU"
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     rows = []
-    for s, t in zip(*_check_pairs(said, true)):
+    for s, t in zip(*_check_pairs(hypotheses, references)):
         c = cook_test(s, cook_refs([t], "average"))
         rows.append(
             [
@@ -87,28 +90,28 @@ def bleu(
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0017
 def rouge_l(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
 ) -> np.ndarray:  # (n,) in [0, 1]
     "ROUGE-L of each case"
     from pycocoevalcap.rouge.rouge import Rouge
 
-    score, pairs = Rouge().calc_score, list(zip(*_check_pairs(said, true)))
+    score, pairs = Rouge().calc_score, list(zip(*_check_pairs(hypotheses, references)))
     scores = {pair: score([pair[0]], [pair[1]]) for pair in dict.fromkeys(pairs)}
     return np.array([scores[pair] for pair in pairs], float)
 
 
 def cider(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
 ) -> np.ndarray:  # (n,) in [0, 10]
     "CIDEr of each case, with document frequencies from these references"
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-    if not len(said):
+    if not len(hypotheses):
         return np.zeros(0)
     scorer = CiderScorer()
-    for s, t in zip(*_check_pairs(said, true)):
+    for s, t in zip(*_check_pairs(hypotheses, references)):
         scorer += (s, [t])
     return np.asarray(scorer.compute_score()[1], float)
 
@@ -126,22 +129,22 @@ def _java_problem() -> str:  # why METEOR cannot be computed, or ""
 
 
 def meteor(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
 ) -> tuple:  # scores (n,) in [0, 1] and ""; or None and the reason
     "METEOR of each case, where Java is installed"
-    said, true = _check_pairs(said, true)
+    hypotheses, references = _check_pairs(hypotheses, references)
     if why := _java_problem():
         return None, why
-    if not said:
+    if not hypotheses:
         return np.zeros(0), ""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    references = {i: [t] for i, t in enumerate(true)}
-    candidates = {i: [s] for i, s in enumerate(said)}
+    targets = {i: [t] for i, t in enumerate(references)}
+    candidates = {i: [s] for i, s in enumerate(hypotheses)}
     program = Meteor()
     try:
-        return np.array(program.compute_score(references, candidates)[1], float), ""
+        return np.array(program.compute_score(targets, candidates)[1], float), ""
     except (ValueError, OSError) as e:
         return None, f"METEOR is left out: the output of its Java program cannot be read ({e})"
 
@@ -191,34 +194,39 @@ def _precision_recall_f1(a, b) -> tuple:  # (L,C), (M,C) -> precision, recall, F
 
 
 def bert_score(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
     encoder,  # frozen, with `tokens`, `tokenizer`, `max_length`: asap.text.encoder
 ) -> np.ndarray:  # (n,3) precision, recall, F1; 0 for an empty text
     "BERTScore of each case with a given encoder"
-    _check_pairs(said, true)
-    windows = {text: _windows(text, encoder) for text in {*said, *true}}
+    _check_pairs(hypotheses, references)
+    windows = {text: _windows(text, encoder) for text in {*hypotheses, *references}}
     with limit_threads(encoder):
         f = _embed_windows([w for ws in windows.values() for w in ws], encoder)
     features = {
         text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in windows.items()
     }
-    scores = {(s, t): _precision_recall_f1(features[s], features[t]) for s, t in zip(said, true)}
-    return np.array([scores[pair] for pair in zip(said, true)], float).reshape(-1, 3)
+    scores = {
+        (s, t): _precision_recall_f1(features[s], features[t])
+        for s, t in zip(hypotheses, references)
+    }
+    return np.array([scores[pair] for pair in zip(hypotheses, references)], float).reshape(-1, 3)
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0033
 METRIC_NAMES = dict(rouge="ROUGE-L", cider="CIDEr", meteor="METEOR", bert="BERTScore")
 
 
 def score_texts(
-    said: Sequence[str],  # n texts
-    true: Sequence[str],  # their references
+    hypotheses: Sequence[str],  # n texts
+    references: Sequence[str],  # their references
     encoder=None,  # for BERTScore, which is left out when None
 ) -> pd.DataFrame:  # one row per case: BLEU counts, rouge, cider, and bert with an encoder
     "Per-case values of all corpus metrics except METEOR, which `meteor` computes for all texts"
-    t = bleu_counts(said, true).assign(rouge=rouge_l(said, true), cider=cider(said, true))
+    t = bleu_counts(hypotheses, references).assign(
+        rouge=rouge_l(hypotheses, references), cider=cider(hypotheses, references)
+    )
     if encoder is not None:
-        t[["bert_precision", "bert_recall", "bert"]] = bert_score(said, true, encoder)
+        t[["bert_precision", "bert_recall", "bert"]] = bert_score(hypotheses, references, encoder)
     return t
 
 

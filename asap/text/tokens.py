@@ -67,8 +67,8 @@ def encode_report(
     return _append_sep(ids, of, tokenizer, 0)
 
 
-def _append_sep(ids, of, tokenizer, lost):
-    return np.array([*ids, tokenizer.sep_token_id]), np.array([*of, -1]), lost
+def _append_sep(ids, token_to_sentence, tokenizer, lost):
+    return np.array([*ids, tokenizer.sep_token_id]), np.array([*token_to_sentence, -1]), lost
 
 
 def pad_rows(rows: list, value: int) -> np.ndarray:  # (B, L of the longest)

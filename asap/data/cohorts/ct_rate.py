@@ -105,10 +105,10 @@ INTERCEPTS = (-1024, -8192)  # of stored values in the first release, alternatin
 
 
 def _to_first_release(
-    k, array, said
+    k, array, report
 ) -> tuple:  # stored values, an affine without spacing and position
-    said["RescaleIntercept"] = INTERCEPTS[int(k.name.split("_")[1]) % 2]
-    return array - np.int16(said["RescaleIntercept"]), np.diag([-1.0, -1, 1, 1])
+    report["RescaleIntercept"] = INTERCEPTS[int(k.name.split("_")[1]) % 2]
+    return array - np.int16(report["RescaleIntercept"]), np.diag([-1.0, -1, 1, 1])
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #13ea6e5b
 def write_case(
@@ -419,7 +419,7 @@ def _read_metadata(
     return t.assign(ConvolutionKernel="")
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #fe8659fa
-def _row(f, mask, said, has, split, how, kernel) -> dict:
+def _row(f, mask, report, has, split, metadata, kernel) -> dict:
     name = f.name.removesuffix(".nii.gz")
     s, p, scan, _ = name.split("_")
     return dict(
@@ -429,15 +429,15 @@ def _row(f, mask, said, has, split, how, kernel) -> dict:
         image=str(f),
         organ_map=str(mask) if mask.exists() else "",
         target_map="",
-        findings=_text(said.Findings_EN),
-        impression=_text(said.Impressions_EN),
+        findings=_text(report.Findings_EN),
+        impression=_text(report.Impressions_EN),
         split=split,
         time_days=None,
         event=None,
         **has.to_dict(),
-        **how,
+        **metadata,
         kernel=_text(kernel),
-        contrast=parse_contrast(_text(said.get("Technique_EN"))),
+        contrast=parse_contrast(_text(report.get("Technique_EN"))),
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #57ecd7e7

@@ -188,7 +188,7 @@ def write(
     jobs: int = 1,  # processes
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
-    drawn: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
+    companions: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
     **kw: Any,  # second_recon_prob
 ) -> None:
     "Write the tables of a miniature RadGenome-ChestCT of phantoms"
@@ -204,8 +204,8 @@ def write(
             .Findings_EN
         )
         all_rows = (
-            drawn[ours][:n]
-            if drawn
+            companions[ours][:n]
+            if companions
             else parallel_map(
                 _patient_rows,
                 [(said, seed, ours, i, size, spacing) for i in range(1, n + 1)],
@@ -222,10 +222,10 @@ def write(
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #236ba38f
 def _find_ct_rate(
     root,
-    given,
+    folder,
 ) -> Path:  # of CT-RATE
-    if given is not None:
-        return Path(given)
+    if folder is not None:
+        return Path(folder)
     try:
         return find_raw_dir("ct_rate", Path(root).absolute().parent)
     except FileNotFoundError as e:

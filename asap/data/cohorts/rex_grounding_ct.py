@@ -115,15 +115,15 @@ def _label_components(
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #a3695808
 def _finding_sentences(
-    c, key, told: str
+    c, key, report: str
 ) -> list:  # (finding, its sentence) of what is in lungs and pleura
     "Sentence of the report for each finding"
     from asap.phantom.words import finding_sentence, synthesize_report
 
     r = rng("report", key)  # as `asap.phantom.words.synthesize_report` draws
     pairs = [(f, finding_sentence(f, r)) for f in c.findings]
-    lost = [s for _, s in pairs if s not in told]
-    if lost or synthesize_report(c, key).findings != told:
+    lost = [s for _, s in pairs if s not in report]
+    if lost or synthesize_report(c, key).findings != report:
         raise ValueError(
             f"the CT-RATE tree beside tells another report of {key[1]}_{key[2]}: it was "
             "written with another seed or size"
@@ -132,13 +132,13 @@ def _finding_sentences(
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #7a472450
 def _write_entry(
-    c, key, image, told, root
+    c, key, image, report, root
 ) -> dict | None:  # of dataset.json; its masks are written
     shape = open_nifti(image).shape
     affine = _read_affine(image)
     found = [
         (f, s, _label_components(f.mask, c.affine, shape, affine))
-        for f, s in _finding_sentences(c, key, told)
+        for f, s in _finding_sentences(c, key, report)
     ]
     found = [x for x in found if x[2].any()]
     if not found:
@@ -156,11 +156,11 @@ def _write_entry(
     )
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #91dc6cd4
-def _write_patient(split, i, root, image, told, seed, size, spacing):
+def _write_patient(split, i, root, image, report, seed, size, spacing):
     from asap.phantom.abnormalities import synthesize_chest
 
     return _write_entry(
-        synthesize_chest((seed, split, i), size, spacing), (seed, split, i), image, told, root
+        synthesize_chest((seed, split, i), size, spacing), (seed, split, i), image, report, root
     )
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #375a2dd5
@@ -202,7 +202,7 @@ def write(
     jobs: int = 1,  # processes
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
-    drawn: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
+    companions: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
     **kw: Any,  # second_recon_prob
 ) -> None:
     "Write masks and list of a miniature ReXGroundingCT of phantoms"
@@ -226,7 +226,9 @@ def write(
         entries[to] = [
             e
             for e in (
-                drawn[split] if drawn else parallel_map(_write_patient, todo, jobs, "lesion masks")
+                companions[split]
+                if companions
+                else parallel_map(_write_patient, todo, jobs, "lesion masks")
             )
             if e
         ]

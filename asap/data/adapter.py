@@ -67,7 +67,7 @@ class CohortAdapter:
         n_test: int,  # patients
         jobs: int = 1,  # processes
         **phantom,  # size, spacing, second_recon_prob
-    ) -> Any:  # `drawn` of its companions, or None
+    ) -> Any:  # `companions` of its companions, or None
         "Write a miniature of phantoms in the owners' layout"
         raise NotImplementedError(f"cohort {self.name} has no `write`")
 

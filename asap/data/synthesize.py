@@ -83,7 +83,7 @@ def _companion_options(
     out: Path,
     beside: dict | None,
     companions: dict,
-) -> dict:  # `also` for a parent with companions, `drawn` for a companion
+) -> dict:  # `also` for a parent with companions, `companions` for a companion
     if beside:
         return dict(
             also=[
@@ -162,7 +162,7 @@ def run(
             shutil.rmtree(d)
             (records / f"{d.name}.json").unlink(missing_ok=True)
     names = sorted(requested, key=lambda n: n in parents)  # parents first
-    drawn: dict = {}
+    companions: dict = {}
     beside = {
         p: {n: requested[n] for n in requested if parents.get(n) == p} for p in parents.values()
     }
@@ -170,7 +170,7 @@ def run(
         n
         for n in names
         if synthesize_cohort(
-            n, out, records, requested[n], seed, jobs, geometry, beside.get(n), drawn
+            n, out, records, requested[n], seed, jobs, geometry, beside.get(n), companions
         )
     ]
     write_text(PHANTOM_README, out / PHANTOM_MARKER)

@@ -82,7 +82,7 @@ def _companion_options(
     name: str,
     out: Path,
     beside: dict | None,
-    companions: dict,
+    alongside: dict,
 ) -> dict:  # `also` for a parent with companions, `companions` for a companion
     if beside:
         return dict(
@@ -93,7 +93,7 @@ def _companion_options(
                 for n, p in beside.items()
             ]
         )
-    return dict(companions=companions[name]) if name in companions else {}
+    return dict(companions=alongside[name]) if name in alongside else {}
 
 # %% ../../nbs/2_data/29_synthesize.ipynb #177487f2
 def synthesize_cohort(
@@ -105,7 +105,7 @@ def synthesize_cohort(
     jobs: int,  # processes
     geometry: dict,  # size, spacing, second_recon_prob
     beside: dict | None = None,  # companions: name -> n_patients
-    companions: dict | None = None,  # name -> rows written alongside its parent; updated in place
+    alongside: dict | None = None,  # name -> rows written alongside its parent; updated in place
 ) -> bool:  # True if it was written
     "Synthesize one data set unless it exists unchanged"
     adapter = get_cohort(name)
@@ -117,15 +117,15 @@ def synthesize_cohort(
     if old:
         why = first_difference(old["fingerprint"], fp) or "its files have changed"
         log_message(f"{name}: synthesized again, because {why}")
-    companions = {} if companions is None else companions
-    for n in {name, *(beside or {})} - {*companions}:
+    alongside = {} if alongside is None else alongside
+    for n in {name, *(beside or {})} - {*alongside}:
         (records / f"{n}.json").unlink(missing_ok=True)
         shutil.rmtree(out / n, ignore_errors=True)
-    more = _companion_options(name, out, beside, companions)
+    more = _companion_options(name, out, beside, alongside)
     written = adapter.write(
         out / name, seed, n_patients["train"], n_patients["test"], jobs=jobs, **geometry, **more
     )
-    companions |= {
+    alongside |= {
         n: {split: [row[k] for row in rows] for split, rows in written.items()}
         for k, n in enumerate(beside or {})
     }
@@ -162,7 +162,7 @@ def run(
             shutil.rmtree(d)
             (records / f"{d.name}.json").unlink(missing_ok=True)
     names = sorted(requested, key=lambda n: n in parents)  # parents first
-    companions: dict = {}
+    alongside: dict = {}
     beside = {
         p: {n: requested[n] for n in requested if parents.get(n) == p} for p in parents.values()
     }
@@ -170,7 +170,7 @@ def run(
         n
         for n in names
         if synthesize_cohort(
-            n, out, records, requested[n], seed, jobs, geometry, beside.get(n), companions
+            n, out, records, requested[n], seed, jobs, geometry, beside.get(n), alongside
         )
     ]
     write_text(PHANTOM_README, out / PHANTOM_MARKER)

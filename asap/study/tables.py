@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scores', 'BASELINES', 'RANKING_COLUMNS', 'EXTERNAL_COLUMNS', 'ABLATION_COLUMNS', 'CLAIM_COLUMNS', 'LATEX_TABLES',
-           'SUBGROUP_COLUMNS', 'TablesConfig', 'family_arms', 'load_predictions', 'load_controls',
+           'SUBGROUP_TABLE_COLUMNS', 'TablesConfig', 'family_arms', 'load_predictions', 'load_controls',
            'evaluate_predictions', 'internal_tasks', 'compared_metrics', 'mean_name', 'shared_tasks', 'mean_auc_table',
            'difference_table', 'paper_tasks', 'headline_metric', 'ranking_table', 'format_ranking', 'external_tasks',
            'external_pairs', 'external_drop_table', 'ablation_tasks', 'ablated_arms', 'ablation_table', 'claim_verdict',
@@ -673,7 +673,7 @@ def to_latex(
     return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)  # bold of `format_ranking`
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabgrps2
-SUBGROUP_COLUMNS = "task arm fraction group scans labels positives value lo hi".split()
+SUBGROUP_TABLE_COLUMNS = "task arm fraction group scans labels positives value lo hi".split()
 
 
 def subgroup_table(
@@ -681,7 +681,7 @@ def subgroup_table(
     acquired: dict[str, pd.DataFrame],  # cohort -> acquisition of its cases
     n: int,  # bootstrap replicates
     level: float,
-) -> pd.DataFrame:  # SUBGROUP_COLUMNS
+) -> pd.DataFrame:  # SUBGROUP_TABLE_COLUMNS
     "Every task by spacing, kernel and contrast, 100 % of labels"
     full = predictions[predictions.fraction == 1]
     parts = []
@@ -689,7 +689,7 @@ def subgroup_table(
         cases = acquired[cohorts_of([t])[0]]
         parts.append(family_of(t).subgroups(full[full.task == t], cases, n, level))
     if not parts:
-        return pd.DataFrame(columns=SUBGROUP_COLUMNS)
+        return pd.DataFrame(columns=SUBGROUP_TABLE_COLUMNS)
     return pd.concat(parts, ignore_index=True)
 
 

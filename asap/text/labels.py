@@ -32,7 +32,9 @@ _AORTA = (
 _ENLARGED = r"(?<!non.)enlarg\w*"
 _HEART = r"(?<!normal\s)(?:heart|cardiac|cardiothoracic)"
 _BRONCHI = r"bronchi|bronchus|bronchial|airways?"
-_ABOVE_HALF = r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)\s?%)"
+_ABOVE_HALF = (
+    r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)(?=\s?%)|>\s?(?:0?[.,]50?|50(?=\s?%)))"
+)
 _NOT_ZERO = r"\D{0,15}[1-9]\d*"
 FINDING_PATTERNS = {
     "Medical material": (
@@ -52,7 +54,7 @@ FINDING_PATTERNS = {
         rf"cardiomegal\w+|{_HEART}~(?:{_ENLARGED}|increased|larger)(?!\s+(?:thyroid|liver|spleen"
         r"|lymph|nodes?|mediast|hilar|axill|kidney|pulmonary|azygos|aort))"
         rf"|(?:{_ENLARGED}|increased)~(?:heart|cardiac \w+)"
-        r"|large heart|(?:heart|silhouette)(?: is| appears| looks| \w+ly)* large(?!\s+vessel)"
+        r"|(?:large|big) heart|(?:heart|silhouette)(?: is| appears| looks| \w+ly)* large(?!\s+vessel)"
         rf"|(?:ctr|cardio\s?thoracic (?:ratio|index)|ct ratio){_ABOVE_HALF}"
     ),
     "Pericardial effusion": (
@@ -85,7 +87,7 @@ FINDING_PATTERNS = {
     "Atelectasis": r"(?:fibro)?atelecta\w+|dystelecta\w+|collapsed?",
     "Lung nodule": (
         r"(?:micro)?nodules?|nodular (?:lesions?|densit\w+|opacit\w+|formations?|pattern)"
-        r"|(?:micro)?nodularity|micronodular \w+|granulomas?|spns?|ggns?|ssns?"
+        r"|(?:micro)?nodularity|micronodular \w+|granuloma(?:s|ta)?|spns?|ggns?|ssns?"
     ),
     "Lung opacity": (
         r"ground glass|frosted glass|ggos?|ggns?|infiltrat(?:es?|ions?)|opacit\w+|opacification"
@@ -101,7 +103,8 @@ FINDING_PATTERNS = {
     ),
     "Mosaic attenuation pattern": r"mosaic(?:ism)?",
     "Peribronchial thickening": (
-        rf"peri?bronch\w+~(?:thicken\w+|cuff\w+)|(?:{_BRONCHI})~(?:thicken\w+|thick walled)"
+        rf"peri?bronch\w+~(?:thicken\w+|cuff\w+)|(?:{_BRONCHI})~thicken\w+"
+        rf"|(?:{_BRONCHI})~~thick walled"
         rf"|(?:thicken\w+|thick walled)~(?:{_BRONCHI})|bwt"
     ),
     "Consolidation": r"consolidat\w+",
@@ -171,25 +174,28 @@ _VESSEL = (
 )
 _NOT_BRONCHIAL = (
     r"(?:gallbladder|gastric|stomach|o?esophag\w+|bowel|colon\w*|bladder|skin|pleura\w*"
-    r"|fissur\w*|adrenal|pericardi\w*|sept(?:a|al|um)|aort\w+|endometri\w*|valv\w+)"
+    r"|fissur\w*|adrenal|pericardi\w*|aort\w+|endometri\w*|valv\w+)"
 )
 LOOKALIKE_PATTERNS = {
     "Medical material": (
-        r"(?:bronchial|eustachian|fallopian) tubes?|tube (?:voltage|current|potential)"
+        r"(?:bronchial|eustachian|fallopian|x ray) tubes?|tube (?:voltage|current|potential)"
         r"|(?:reconstruction|sharp|smooth|edge) filter|\w+ drains?(?: \w+)? (?:in)?to|drains into"
         r"|leads? (?:to|point|time)|(?:tumou?r|pleural|peritoneal) implants?|port sites?"
         r"|veins? drains?|plates? like"
     ),
     "Hiatal hernia": (
-        r"hernia (?:repair|plast\w+|surgery|operation)|repair of (?:an? |the )?(?:\w+ )*hernia\w*"
-        r"|hernior\w+"
+        r"hernia (?:(?:was |has been |is )?repair(?:ed)?|plast\w+|surgery|operation)|repair of (?:an? |the )?(?:\w+ )*hernia\w*"
+        r"|hernior\w+|repaired (?:\w+ )?hernia"
     ),
     "Emphysema": (
         r"(?:(?:sub)?cutaneous|surgical|soft tissue|orbital) emphysema"
         r"|emphysematous (?:chole\w+|pyelo\w+|cystitis|gastritis|gallbladder|osteo\w+)"
     ),
+    "Lung nodule": (
+        r"pseudo nodules?|nodules? like|false nodules?|nodules? (?:resection|removal|excision)"
+    ),
     "Lung opacity": (
-        rf"opacif\w+ (?:\w+ )?(?:of|in) (?:the )?(?:\w+ ){{0,3}}?{_VESSEL}"
+        rf"(?:lens|corneal) opac\w+|opacif\w+ (?:\w+ )?(?:of|in) (?:the )?(?:\w+ ){{0,3}}?{_VESSEL}"
         rf"|{_VESSEL} (?:\w+ )?opacif\w+|(?:contrast|vascular|arterial|venous|luminal) opacif\w+"
         r"|opacif\w+ (?:by|with) (?:\w+ )?contrast|fatty infiltrat\w+"
         r"|infiltrat\w+ (?:of|in|into) (?:the )?(?:\w+ )?(?:fat|chest wall|muscles?|bones?|skin"
@@ -205,12 +211,10 @@ LOOKALIKE_PATTERNS = {
         rf"|thicken\w+ (?:of|in) (?:the )?{_NOT_BRONCHIAL}|thickened {_NOT_BRONCHIAL}"
     ),
     "Consolidation": (
-        r"fractures? consolidat\w+|consolidat\w+ (?:of|in) (?:the )?(?:\w+ ){0,2}?(?:fractures?|bone"
+        r"fractures? (?:with )?consolidat\w+|consolidat\w+ (?:of|in) (?:the )?(?:\w+ ){0,2}?(?:fractures?|bone"
         r"|osteotomy)|consolidat\w+ (?:chemo\w+|radio\w+|therapy)|consolidat\w+ fractures?"
     ),
-    "Bronchiectasis": (
-        rf"dilat\w+ (?:of (?:the )?)?(?:\w+ )?(?:{_VESSEL}|ducts?|renal|calyc\w+)"
-    ),
+    "Bronchiectasis": (rf"dilat\w+ (?:of (?:the )?)?(?:\w+ )?(?:{_VESSEL}|ducts?|renal|calyc\w+)"),
 }
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0009
@@ -249,14 +253,14 @@ _QUANTIFIER = (
     r"|tiny|large|known|diffuse|residual|both|these|definite|otherwise|calcified|calcific"
     r"|enlarged|dilated|thickened|increased)"
 )
-_NONE = r"(?:none|nil|no|absent|neg(?:ative)?|0)(?=\W*$|\s*[,;]|\.\s)"
-_GONE = r"(?:resolved|cleared|disappeared|vanished|subsided|drained|gone|regressed completely)"
+_NONE = r"(?:none|nil|no|absent|neg(?:ative)?|0)(?=\W*$|\s*;|[,.]\s|\s(?:seen|noted|visible|found))"
+_GONE = r"(?:resolved|removed|resected|excised|explanted|cleared|disappeared|vanished|subsided|drained|gone|regressed completely)"
 _NEARLY = r"(?:nearly|almost|mostly|largely|partial\w*|partly|incomplete\w*|not)"
 _EXCLUDED = r"(?:excluded|ruled out)"
 _UNKNOWN = rf"(?:{_EXCLUDED}|confirmed or excluded|assessed|evaluated|determined|judged)"
 CUES = {
     ("present", "before"): [
-        r"\W{1,3}(?:yes|positive|\+)(?=\W*$|\s*[.,;])",
+        r"\W{1,3}(?:yes|positive|\+(?:ve)?)(?=\W*$|\s*[.,;])",
         r"[(\[](?:\+|x|yes|positive|present)[)\]]",
         rf"(?:has|have|had|{_IS}) {_NEARLY} (?:\w+ )?{_GONE}",
         rf"{_IS} not (?:\w+ )?{_GONE}",
@@ -268,6 +272,10 @@ CUES = {
         r"w/(?!o)",
         r"including",
         r"no doubt",
+        r"none of the(?= (?:\w+ )?(?:nodul\w+|granulom\w+|lesions|opacities|effusions|nodes)\b)",
+        r"(?:(?<=,\s)|and )presence of",
+        r"patient (?:is |was )?not \w+",
+        rf"{_NEARLY} (?:\w+ )?{_GONE}",
         r"and development of",
         (
             r"(?:no|without) (?:(?:significant|relevant|interval|substantial|further|major"
@@ -291,8 +299,9 @@ CUES = {
     ("uncertain", "before"): [
         r"(?<=\w)\?",
         r"(?<=\w\s)\?(?!\s?\w)",
-        rf"(?:can(?:not| not|'t)|could not)(?: \w+)? be (?:\w+ )?{_UNKNOWN}",
-        rf"(?:{_IS} )?not (?:\w+ )?{_EXCLUDED}",
+        rf"(?:can(?:not| not|'t)|could(?: not|n't))(?: \w+)? be (?:\w+ )?{_UNKNOWN}",
+        r"(?:possible|probable|likely|questionable|suspected|uncertain|doubtful)(?=\W*$|\s*[.,;])",
+        rf"(?:{_IS} )?not (?:\w+ )?{_EXCLUDED}(?!:)",
         rf"{_IS} (?:difficult|hard|impossible) to (?:exclude|rule out|assess)",
         (
             rf"(?:{_IS}|remains?|seems?) (?:\w+ )?(?:suspected|possible|questionable|equivocal"
@@ -308,14 +317,15 @@ CUES = {
         r"[(\[]\?[)\]]",
     ],
     ("asked", "after"): [
-        r"r/[oi]",
+        r"r/?[oi]",
         (
             r"(?:indication|question|information|technique|comparison|history|examination|request"
-            r"|reason for \w+)s?:"
+            r"|reason for \w+|pmh|hx)s?:"
         ),
         r"(?:evaluate|assess|screening|look|watch|monitor|surveillance|correlate) for",
-        r"history of",
+        r"(?:history|hx) of",
         r"h/o",
+        r"(?:\w+ectomy|resection|surgery|operation|thoracotomy|treated|treatment) for",
         r"(?:father|mother|family|siblings?)",
         r"recommended to",
         r"to (?:exclude|rule out)",
@@ -329,10 +339,13 @@ CUES = {
         r"\?(?=\s?\w)",
         r"possibl[ey]",
         r"possibility of",
+        rf"not {_EXCLUDED}:",
+        r"doubtful",
+        r"dubious",
         r"probabl[ey]",
         r"perhaps",
         r"maybe",
-        r"(?:more |most |less )?likely",
+        r"(?:most |less )?likely(?! than)",
         r"presum\w+",
         r"suspected",
         r"suspicio\w+ (?:for|of)",
@@ -369,7 +382,7 @@ CUES = {
             rf"{_IS} (?:all |both |now |entirely |completely )?(?:absent|excluded|ruled out|removed"
             rf"|negative(?! for)|{_GONE})"
         ),
-        rf"(?:{_IS} )?(?:very |highly )?(?:unlikely|improbable)",
+        rf"(?:{_IS} )?(?:very |highly )?(?<!^)(?<!,\s)(?:unlikely|improbable)",
         rf"(?:{_IS} )?not (?:\w+ )?{_SEEN}",
         rf"(?:is|are|was|were)n't {_SEEN}",
         r"is not a feature",
@@ -381,6 +394,8 @@ CUES = {
         rf"(?:completely |fully |entirely |now |since )*{_GONE}(?=\W*$|\s*[.,;]| since)",
         rf"\W*[:=–—-]\W*{_NONE}",
         rf"\s{_NONE}",
+        r"\W{0,2}-ve(?=\W*$|\s*[.,;])",
+        rf",\s(?:now\s)?{_GONE}(?=\W*$|\s*[.,;])",
         r"[(\[](?:[-–−]|neg(?:ative)?|absent|no|none|\s?)[)\]]",
     ],
     ("absent", "after"): [
@@ -408,6 +423,7 @@ CUES = {
         r"(?:mimic|simulat)\w*",
         r"(?:mistaken|misinterpreted) (?:for|as)",
         r"unlikely",
+        r"(?:status post|s/p|complete) (?:drainage|evacuation|resection|repair) of",
         r"(?:complete |interval |full )*(?:resolution|clearing|clearance|removal|disappearance) of",
     ],
 }
@@ -443,13 +459,17 @@ _STATEMENT = re.compile(  # a mention that is a statement by itself: heart enlar
 )
 _NORMAL_AFTER = re.compile(  # a mention that ends in an organ, and the organ is normal
     r"\s+(?:(?:is|are|was|were|appears?|remains?)\s+)?(?:spared|normal\w*|unremarkable|clear"
-    r"|patent|intact|regular|unaffected|closed|dry)\b"
+    r"|patent|intact|regular|unaffected|closed|dry|free|without calcif\w+|(?:not|un)\s?calcif\w+)\b"
 )
 _QUESTION = re.compile(r"\W*(?:is|are|was|were|does|do|did|has|have|could|can|might|any)\b.*\?\W*$")
 _SIDE = r"(?:left|right|other|opposite|contralateral)"
 _OTHER_SIDE = re.compile(
     r"(?:[,;]|(?P<but>\bbut))\s*(?:(?:and|while|whereas|only|(?P<also>but))\s+)*"
     rf"(?:(?:on|in|at)\s+the\s+|the\s+)?{_SIDE}\b(?P<said>[^,;.]*)"
+)
+_MORE_ON_OTHER_SIDE = re.compile(
+    rf"[,;]\s*(?:but |and )?(?:{_QUANTIFIER}|\d+(?:[.,]\d+)?\s?(?:mm|cm))(?:\s+one)?\s+"
+    rf"(?:on|in|at)\s+the\s+{_SIDE}\b\s*(?:side|lung|base)?\W*(?:$|[,;.])"
 )
 _PLACE_ONLY = re.compile(
     r"(?:\s+(?:sided?|one|lung|base|hemithorax|upper|middle|lower|lobe|zone))*\W*"
@@ -526,6 +546,9 @@ def _reaches_forward(
         rest = part[separator.end() :].split(",")[0]
         if re.search(r"\b(?:or|nor)\b", rest):
             continue
+        sides = [set(re.findall(r"\b(?:left|right)\b", t)) for t in (part[cue_end : separator.start()], rest)]
+        if all(sides) and sides[0].isdisjoint(sides[1]):
+            return False
         predicate = _PREDICATE if separator[0] == "," else _QUANTIFIED_PREDICATE
         if statement or _STARTS_QUANTIFIED.match(rest) or predicate.search(rest):
             return False
@@ -632,13 +655,28 @@ def _is_on_other_side(
 ) -> bool:
     "Whether a finding that is negated for one side is stated for the other"
     at = max(m.stop, *m.cue) if m.cue else m.stop
-    other = _OTHER_SIDE.search(low, at)
+    more = _MORE_ON_OTHER_SIDE.search(low, at, at + 200)
+    other = more or _OTHER_SIDE.search(low, at, at + 200)
     if not other or any(at <= o.start < other.end() for o in mentions):
         return False
     if not re.search(rf"\b{_SIDE}\b", low[: other.start()]):
         return False
+    if more:
+        return True
     placed = (other["but"] or other["also"]) and _PLACE_ONLY.fullmatch(other["said"])
     return bool(placed or _POSITIVE_ONLY.fullmatch(other["said"]))
+
+
+def _is_alternative(
+    m: Mention,
+    low: str,  # sentence in lower case
+    mentions: list,  # all of the sentence
+) -> bool:
+    "Whether the sentence leaves open which of two findings is meant: consolidation or atelectasis"
+    others = [o for o in mentions if o.label != m.label]
+    between = [low[m.stop : o.start] for o in others if m.stop < o.start]
+    between += [low[o.stop : m.start] for o in others if o.stop < m.start]
+    return any(re.fullmatch(r"\s+or\s+(?:\w+\s+)?", text) for text in between)
 
 
 @lru_cache(100_000)
@@ -653,6 +691,8 @@ def find_mentions(
     for n, m in enumerate(out):
         if asks:
             out[n] = replace(m, state="asked")
+        elif m.state == "present" and _is_alternative(m, low, out):
+            out[n] = replace(m, state="uncertain")
         elif m.state == "absent" and _is_on_other_side(m, low, out):
             out[n] = replace(m, state="present")
     out = [_to_original(m, origin) for m in out]

@@ -95,7 +95,7 @@ FINDING_PATTERNS = {
     ),
     "Pulmonary fibrotic sequela": (
         r"fibro(?:sis|tic|nodular|atelecta\w+)|fibrous (?:bands?|strands?|tissue|changes?)"
-        r"|scar(?:s|ring|red)?|sequel(?:ae?|s)|honeycomb\w*"
+        r"|scar(?:s|ring|red)?|sequel(?:ae?|s|ar)|honeycomb\w*"
     ),
     "Pleural effusion": (
         r"pleura\w*(?:~| (?:and|or|nor|and/or) pericardial )(?:effusions?|fluid|collections?)"
@@ -113,7 +113,7 @@ FINDING_PATTERNS = {
         rf"|(?:{_BRONCHI})~(?:dilat\w+|ectatic|ectasia)"
     ),
     "Interlobular septal thickening": (
-        r"(?:septa|septal|septum)~thicken\w+|thicken\w+~(?:septa|septum)|septal lines"
+        r"(?:septa|septal|septum)~thicken\w+|interlobular thicken\w+|thicken\w+~(?:septa|septum)|septal lines"
         r"|kerley(?: b)?(?: lines)?"
     ),
 }
@@ -134,7 +134,7 @@ OTHER_ORGAN_PATTERNS = {
         r"|sternotomy|thoracotomy|retroperitone\w+|mediastinal|surgical"
     ),
     "Pleural effusion": (
-        r"joints?|shoulder|knee|hip|elbow|ankle|ear|subdural|pericardi\w*|abdom\w+|scrot\w+"
+        r"joints?|shoulder|knee|hip|elbow|ankle|ear|mastoid|subdural|pericardi\w*|abdom\w+|scrot\w+"
     ),
     "Emphysema": (
         r"(?:sub)?cutaneous|surgical|soft tissues?|mediastinal|orbital|gallbladder|chest wall|neck"
@@ -177,6 +177,7 @@ _NOT_BRONCHIAL = (
     r"|fissur\w*|adrenal|pericardi\w*|aort\w+|endometri\w*|valv\w+)"
 )
 LOOKALIKE_PATTERNS = {
+    "Interlobular septal thickening": r"sept(?:um|a) of the (?:heart|nose|kidney)",
     "Medical material": (
         r"(?:bronchial|eustachian|fallopian|x ray) tubes?|tube (?:voltage|current|potential)"
         r"|(?:reconstruction|sharp|smooth|edge) filter|\w+ drains?(?: \w+)? (?:in)?to|drains into"
@@ -192,7 +193,7 @@ LOOKALIKE_PATTERNS = {
         r"|emphysematous (?:chole\w+|pyelo\w+|cystitis|gastritis|gallbladder|osteo\w+)"
     ),
     "Lung nodule": (
-        r"pseudo nodules?|nodules? like|false nodules?|nodules? (?:resection|removal|excision)"
+        r"pseudo nodules?|nodules? like|false nodules?|nodules? (?:detection|screening|protocol)|nodules? (?:resection|removal|excision)"
     ),
     "Lung opacity": (
         rf"(?:lens|corneal) opac\w+|opacif\w+ (?:\w+ )?(?:of|in) (?:the )?(?:\w+ ){{0,3}}?{_VESSEL}"
@@ -245,7 +246,7 @@ _IS = r"(?:is|are|was|were|has been|have been|had been)"
 _SEEN = (
     r"(?:seen|noted|present|observed|detected|found|identified|visuali[sz]ed|visible"
     r"|evident|shown|demonstra(?:ted|ble)|appreciated|noticed|encountered|delineated|recogni[sz]ed"
-    r"|confirmed|apparent|discernible|depicted|detectable|made out)"
+    r"|confirmed|apparent|discernible|depicted|detectable|made out|reproduc(?:ed|ible))"
 )
 _QUANTIFIER = (
     r"(?:an?|there|mild\w*|minimal|small|trace|moderate\w*|severe|marked|extensive"
@@ -319,7 +320,7 @@ CUES = {
     ("asked", "after"): [
         r"r/?[oi]",
         (
-            r"(?:indication|question|information|technique|comparison|history|examination|request"
+            r"(?:indication|question|concern|information|technique|comparison|history|examination|request"
             r"|reason for \w+|pmh|hx)s?:"
         ),
         r"(?:evaluate|assess|screening|look|watch|monitor|surveillance|correlate) for",
@@ -327,6 +328,10 @@ CUES = {
         r"h/o",
         r"(?:\w+ectomy|resection|surgery|operation|thoracotomy|treated|treatment) for",
         r"(?:father|mother|family|siblings?)",
+        r"(?:evaluation|assessment)(?: of the \w+)? for",
+        r"limit\w* (?:the )?(?:evaluation|assessment) of",
+        r"patient had",
+        r"former(?! smoker)",
         r"recommended to",
         r"to (?:exclude|rule out)",
         r"rule (?:in or )?out",
@@ -385,7 +390,7 @@ CUES = {
         rf"(?:{_IS} )?(?:very |highly )?(?<!^)(?<!,\s)(?:unlikely|improbable)",
         rf"(?:{_IS} )?not (?:\w+ )?{_SEEN}",
         rf"(?:is|are|was|were)n't {_SEEN}",
-        r"is not a feature",
+        r"is not a (?:feature|finding)",
         rf"(?:cannot|can not|can't|could not|can no longer) be (?:\w+ )?{_SEEN}",
         rf"{_IS} no longer \w+",
         r"(?<!,\s)(?<!with\s)(?<!and\s)(?<!^)absent",
@@ -394,8 +399,9 @@ CUES = {
         rf"(?:completely |fully |entirely |now |since )*{_GONE}(?=\W*$|\s*[.,;]| since)",
         rf"\W*[:=–—-]\W*{_NONE}",
         rf"\s{_NONE}",
+        r"\W{1,3}[-–−](?=\s*(?:$|[,;]|\.\s))",
         r"\W{0,2}-ve(?=\W*$|\s*[.,;])",
-        rf",\s(?:now\s)?{_GONE}(?=\W*$|\s*[.,;])",
+        rf"[,;]\s(?:now\s)?{_GONE}(?=\W*$|\s*[.,;])",
         r"[(\[](?:[-–−]|neg(?:ative)?|absent|no|none|\s?)[)\]]",
     ],
     ("absent", "after"): [
@@ -442,7 +448,7 @@ _CUE_REGEX, _CUE_KINDS = _compile_cues(CUES)
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0014
 _CLAUSE_BREAK = re.compile(
-    r";|, (?:yet|only|instead|just)\b|\b(?:but|however|although|though|whereas|while|apart from"
+    r";(?! (?:now )?(?:resolved|gone))|, (?:yet|only|instead|just)\b|\b(?:but|however|although|though|whereas|while|apart from"
     r"|aside from|besides|save for|with the exception of|except(?:ing)?|excluding|other than"
     r"|leaving|nevertheless|which)\b"
 )

@@ -261,7 +261,7 @@ _EXCLUDED = r"(?:excluded|ruled out)"
 _UNKNOWN = rf"(?:{_EXCLUDED}|confirmed or excluded|assessed|evaluated|determined|judged)"
 CUES = {
     ("present", "before"): [
-        r"\W{1,3}(?:yes|positive|\+(?:ve)?)(?=\W*$|\s*[.,;])",
+        r"\W{1,3}(?:yes|positive|\+(?:ve)?)(?=\W*$|\s*[.,;/])",
         r"[(\[](?:\+|x|yes|positive|present)[)\]]",
         rf"(?:has|have|had|{_IS}) {_NEARLY} (?:\w+ )?{_GONE}",
         rf"{_IS} not (?:\w+ )?{_GONE}",

@@ -32,9 +32,7 @@ _AORTA = (
 _ENLARGED = r"(?<!non.)enlarg\w*"
 _HEART = r"(?<!normal\s)(?:heart|cardiac|cardiothoracic)"
 _BRONCHI = r"bronchi|bronchus|bronchial|airways?"
-_ABOVE_HALF = (
-    r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)(?=\s?%)|>\s?(?:0?[.,]50?|50(?=\s?%)))"
-)
+_ABOVE_HALF = r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)(?=\s?%)|>\s?(?:0?[.,]50?|50(?=\s?%)))"
 _NOT_ZERO = r"\D{0,15}[1-9]\d*"
 FINDING_PATTERNS = {
     "Medical material": (
@@ -552,7 +550,10 @@ def _reaches_forward(
         rest = part[separator.end() :].split(",")[0]
         if re.search(r"\b(?:or|nor)\b", rest):
             continue
-        sides = [set(re.findall(r"\b(?:left|right)\b", t)) for t in (part[cue_end : separator.start()], rest)]
+        sides = [
+            set(re.findall(r"\b(?:left|right)\b", t))
+            for t in (part[cue_end : separator.start()], rest)
+        ]
         if all(sides) and sides[0].isdisjoint(sides[1]):
             return False
         predicate = _PREDICATE if separator[0] == "," else _QUANTIFIED_PREDICATE

@@ -10,6 +10,7 @@ __all__ = ['SPELLING_VARIANTS', 'warn_unverified', 'read_csv_table', 'read_decat
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -31,57 +32,154 @@ def warn_unverified(
     if text:
         log_message(f"{name}: {text}")
 
+# %% ../../nbs/2_data/25_layouts.ipynb #a3c20001
+_ENCODINGS = ("cp1252", "cp1254", "cp1250")  # of Latin scripts, Windows
+_OTHER_ENCODINGS = ("cp1251", "cp1253")  # Cyrillic, Greek
+
+
+def _decode_bytes(
+    path: Path,
+    data: bytes,
+    encoding: str,  # "" to find it
+) -> str:
+    "Text of a table; an error names the encodings that are possible"
+    if data[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
+        raise ValueError(f"{path} is a workbook of Excel, expected text: save it as CSV UTF-8")
+    marks = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    found = encoding or marks.get(data[:2], "utf-8-sig")
+    zeros = [data[:2000][k::2].count(0) * 4 > len(data[:2000]) for k in (0, 1)]
+    if found == "utf-8-sig" and any(zeros):
+        found = "utf-16-be" if zeros[0] else "utf-16-le"
+    try:
+        return data.decode(found)
+    except LookupError:
+        raise ValueError(f"{path}: no encoding `{encoding}`; expected one such as cp1252") from None
+    except UnicodeDecodeError as e:
+        if found == "utf-8-sig" and 0 not in data:
+            return _decode_latin(path, data)
+        raise ValueError(f"{path} is not in {found} ({e.reason} at byte {e.start})") from None
+
+# %% ../../nbs/2_data/25_layouts.ipynb #a3c20002
+def _decode_latin(path: Path, data: bytes) -> str:
+    "Text in a one-byte encoding, if all that are possible agree"
+    texts = {}
+    for name in _ENCODINGS:
+        try:
+            texts[name] = data.decode(name)
+        except UnicodeDecodeError:
+            continue
+    text = next(iter(texts.values()), "")
+    words = re.findall(r"[^\W\d_]+", text)
+    odd = [w for w in words if sum(not c.isascii() for c in w) > max(1, len(w) / 2)]
+    if texts and len(set(texts.values())) == 1 and not odd:
+        log_message(f"{path} is not in UTF-8: read as {next(iter(texts))}")
+        return text
+    at = next(k for k, b in enumerate(data) if b > 127)
+    for k in range(len(data)):  # the first byte about which they do not agree
+        if data[k] > 127 and len({bytes(data[k : k + 1]).decode(n, "replace") for n in texts}) > 1:
+            at = k
+            break
+    around = data[max(0, at - 12) : at + 12].splitlines()
+    part = max(around, key=lambda b: sum(c > 127 for c in b))
+    names = [*(texts or _ENCODINGS), *(_OTHER_ENCODINGS if odd else ())]
+    shown = ", ".join(f"{n} reads {part.decode(n, 'replace')!r}" for n in names)
+    raise ValueError(
+        f"{path} is not in UTF-8, and its encoding is not certain: {shown}. Save it as UTF-8, or "
+        "name the encoding in `encoding` (of your own cohort, params.yaml: cohorts.own.encoding)"
+    )
+
+# %% ../../nbs/2_data/25_layouts.ipynb #a3c20003
+def _parse_rows(
+    text: str,
+    separator: str,
+) -> tuple:  # header, rows that hold anything (number in the file, fields), whether all fit
+    "Parse a CSV; empty rows, and empty fields beyond the heading, are left out"
+    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
+    head = [h.strip() for h in rows[0]] if rows else []
+    if not any(head):
+        raise ValueError("no heading")
+    while not head[-1] and not any(len(r) >= len(head) and r[len(head) - 1] for r in rows[1:]):
+        head.pop()
+    width = len(head)
+    filled = [(n, r) for n, r in enumerate(rows[1:], 2) if any(x.strip() for x in r)]
+    filled = [(n, r if any(r[width:]) else r[:width]) for n, r in filled]
+    return head, filled, width > 1 and all(len(r) == width for _, r in filled)
+
+
+def _find_separator(
+    path: Path,
+    text: str,
+) -> str:
+    "The separator that gives each row as many fields as the heading; a comma where none does"
+    fits = []
+    for s in ",;\t|":
+        try:
+            head, _, whole = _parse_rows(text, s)
+        except (csv.Error, ValueError):
+            continue
+        if whole and s == ",":
+            return s
+        if whole:
+            fits.append((len(head), s))
+    if len(fits) > 1:
+        raise ValueError(
+            f"{path}: the columns could be separated by any of {[s for _, s in fits]}: name the "
+            "separator in `separator` (of your own cohort, params.yaml: cohorts.own.separator)"
+        )
+    return fits[0][1] if fits else ","
+
 # %% ../../nbs/2_data/25_layouts.ipynb #25a0000c
 def read_csv_table(
     path: str | Path,
     need: Iterable[str] = (),  # columns that must exist
     what: str = "the cohort's table",  # what the file is, for messages
-) -> pd.DataFrame:  # all text, "" where empty
+    encoding: str = "",  # "" to find it
+    separator: str = "",  # one character; "" to find it
+) -> pd.DataFrame:  # all text, "" where empty; index: row of the file, from 0 below the heading
     "Read a CSV; errors name a missing, broken or truncated file"
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected {what} there; put it there")
+    text = _decode_bytes(path, path.read_bytes(), encoding)
+    if told := re.match(r"sep=(.)\r?\n", text):  # as Excel writes and reads it
+        separator, text = separator or told[1], text[told.end() :]
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            text = f.read()
-        head, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        head, rows, _ = _parse_rows(text, separator or _find_separator(path, text))
     except (csv.Error, ValueError) as e:
+        if str(path) in str(e):
+            raise
         raise ValueError(
-            f"{path} is broken or no CSV in UTF-8 ({type(e).__name__}: {e}): "
-            "fetch or export it again"
+            f"{path} is broken or no CSV ({type(e).__name__}: {e}): fetch or export it again"
         ) from None
     _check_header(path, head, need, what)
     _check_rows(path, head, rows)
     if not text.endswith(("\n", "\r")):
-        raise ValueError(
-            f"{path} ends in the middle of a line: the file is cut off; "
-            "if it is whole, end its last line"
-        )
-    return pd.DataFrame([[x.strip() for x in r] for r in rows if r], columns=head)
+        log_message(f"{path}: the last line does not end; if the file was cut off, fetch it again")
+    t = pd.DataFrame([[x.strip() for x in r] for _, r in rows], columns=head)
+    numbers = [n - 2 for n, _ in rows]
+    if numbers != list(range(len(t))):
+        t.index = numbers
+    return t
 
 
-def _check_header(path, head, need, what) -> None:  # separated by commas, with all columns
-    other = next((s for s in ";\t|" if len(head) == 1 and s in head[0]), None)
-    if other:
-        message = (
-            f"{path}: {other!r} stands between the columns, expected commas: "
-            "export it again with commas"
-        )
-        raise ValueError(message.replace("'", "`"))
+def _check_header(path, head, need, what) -> None:  # with all columns, each once
     lost = [c for c in need if c not in head]
     if lost:
         raise ValueError(
             f"{path}: no column `{lost[0]}`; there are {[h[:40] for h in head[:12]]}, "
             f"expected {what}"
         )
+    twice = [c for c in need if head.count(c) > 1]
+    if twice:
+        raise ValueError(f"{path}: two columns are named `{twice[0]}`: rename or remove one")
 
 
 def _check_rows(path, head, rows) -> None:  # as many fields as the header
-    for n, r in enumerate(rows, 2):
-        if len(r) not in (0, len(head)):
+    for n, r in rows:
+        if len(r) != len(head):
             raise ValueError(
                 f"{path}: row {n} has {len(r)} fields, expected {len(head)}: "
-                "the file is cut off or a comma stands unquoted"
+                "the file is cut off or a separator stands unquoted"
             )
 
 # %% ../../nbs/2_data/25_layouts.ipynb #25a00011

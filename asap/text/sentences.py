@@ -12,14 +12,19 @@ import unicodedata
 
 # %% ../../nbs/4_text/40_sentences.ipynb #a3c40001
 _ENTITY = re.compile(r"&(?:#\d{1,6}|#x[\da-f]{1,5}|[a-z]{2,8});", re.I)
-_BREAK_TAG = re.compile(r"(?<![ \t])[ \t]*</?(?:br|p|div|li|ul|ol|tr|table|h[1-6])\b[^<>]*>(?:[ \t]*\r?\n)?", re.I)
+_BREAK_TAG = re.compile(
+    r"(?<![ \t])[ \t]*</?(?:br|p|div|li|ul|ol|tr|table|h[1-6])\b[^<>]*>(?:[ \t]*\r?\n)?", re.I
+)
 _INLINE_TAG = re.compile(r"</?(?:b|i|u|em|strong|span|font|sub|sup|body|html|td|th)\b[^<>]*>", re.I)
-_HL7_BREAK = re.compile(r"(?<![ \t])[ \t]*\\\.(?:br|sp|in|ti|fi|nf|ce)[+-]?\d*\\(?:[ \t]*\r?\n)?", re.I)
+_HL7_BREAK = re.compile(
+    r"(?<![ \t])[ \t]*\\\.(?:br|sp|in|ti|fi|nf|ce)[+-]?\d*\\(?:[ \t]*\r?\n)?", re.I
+)
 _HL7_SIGNS = dict(F="|", S="^", T="&", R="~", E="\\")
 _SPELLED_BREAK = re.compile(r"(?:\\r)?\\n(?!odul|ode|ecro|egat|ormal)|\\r(?![a-z])")
 _EXCEL_BREAK = re.compile(r"(?:_x000[da]_)+(?:\r?\n)?", re.I)
 _LIGATURES = str.maketrans(
-    {c: unicodedata.normalize("NFKC", c) for c in "ﬀﬁﬂﬃﬄﬅﬆ"} | {"\u00ad": "", "\u2010": "-", "\u2011": "-"}
+    {c: unicodedata.normalize("NFKC", c) for c in "ﬀﬁﬂﬃﬄﬅﬆ"}
+    | {"\u00ad": "", "\u2010": "-", "\u2011": "-"}
 )
 
 
@@ -276,7 +281,9 @@ ORGAN_WORDS = (  # that introduce a part of the findings
     r"|kidneys|pancreas|gallbladder|devices|lines and tubes|tubes and lines|findings?|impressions?"
     r"|lunge|herz|knochen|oberbauch|befund|beurteilung)"
 )
-_ORGAN_HEADING = re.compile(rf"(?:^| ){ORGAN_WORDS}(?:(?:/|,? and | & |, ){ORGAN_WORDS})*:\s", re.I | re.M)
+_ORGAN_HEADING = re.compile(
+    rf"(?:^| ){ORGAN_WORDS}(?:(?:/|,? and | & |, ){ORGAN_WORDS})*:\s", re.I | re.M
+)
 _CAPITAL_HEADING = re.compile(
     r"(?<=[a-zß-ÿ\d)%.]) (?=[^\W\d_a-zß-ÿ]{4,}(?:(?: |/|, | & )[^\W\d_a-zß-ÿ]{3,}){0,3}:\s)"
 )

@@ -239,21 +239,22 @@ HEADINGS = dict(  # without accents; `?` after a letter that may be missing
         "|clinical (?:information|data|details|question|context|background|notes?)|information"
         "|techniques?|protocol|procedure|comparisons?(?: studies)?|examination|exam|study|contrast"
         "|indikation|rechtfertigende indikation|klinische (?:angaben|fragestellung|information)"
-        "|klinik (?:bilgi|bilgiler|on tani)|klinik|anamnese|fragestellung|technik|methodik|untersuchung(?:stechnik)?|vergleich"
-        "|voraufnahmen|endikasyon|on tani|teknik"
+        "|klinik (?:bilgi|bilgiler|on tani)|klinik|anamnese|fragestellung|technik"
+        "|methodik|untersuchung(?:stechnik)?|vergleich|voraufnahmen|endikasyon|on tani|teknik"
         "|inceleme teknigi|yontem|karsilastirma|renseignements cliniques|comparaison|motif"
-        "|indicacion(?:es)?|tecnica|comparacion|datos clinicos|motivo(?: de \w+)?|antecedentes|indicacao"
-        "|comparacao|dados clinicos|indicazioni?|quesito(?: clinico| diagnostico)?|confronto"
-        "|indicatie|klinische gegevens|vraagstelling|techniek|vergelijking|показания|методика"
+        "|indicacion(?:es)?|tecnica|comparacion|datos clinicos|motivo(?: de \\w+)?|antecedentes"
+        "|indicacao|comparacao|dados clinicos|indicazioni?"
+        "|quesito(?: clinico| diagnostico)?|confronto|indicatie|klinische gegevens"
+        "|vraagstelling|techniek|vergelijking|показания|методика"
     ),
 )
 _BEFORE_HEADING = (
     r"(?:(?:ct|hrct|chest|thorax|lung|radiolog\w+|radiographic|imaging|diagnostic|final|overall"
-    r"|preliminary|brief|main|key|pertinent|general|additional|significant|clinical)\s){0,2}?"
+    r"|preliminary|brief|main|key|pertinent|general|additional|significant|clinical)[^\S\n]){0,2}?"
 )
 _AFTER_HEADING = (
-    r"(?:\s?(?:/|&|,|\+|\b(?:and|und|ve|et|y|e|en)\b)\s?[^\W\d_]+(?:\s[^\W\d_]+)?)?"
-    r"(?:\s?\([^()\n]{0,40}\))?"
+    r"(?: ?(?:/|&|,|\+|\b(?:and|und|ve|et|y|e|en)\b) ?[^\W\d_]+(?: [^\W\d_]+)?)?"
+    r"(?: ?\([^()\n]{0,40}\))?"
 )
 
 
@@ -269,7 +270,10 @@ def _plain_letters(text: str) -> str:  # as long as `text`
 def _heading_regex(more: tuple = ()) -> re.Pattern:  # more: pairs of kind and heading
     "Start of line or sentence, the heading by its kind, and what closes it"
     kinds = "|".join(
-        f"(?P<{kind}>{'|'.join([*(re.escape(_plain_letters(h)) for k, h in more if k == kind), words])})"
+        "|".join(
+            [f"(?P<{kind}>{words}", *(re.escape(_plain_letters(h)) for k, h in more if k == kind)]
+        )
+        + ")"
         for kind, words in HEADINGS.items()
     )
     return re.compile(

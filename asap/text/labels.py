@@ -258,7 +258,7 @@ _QUANTIFIER = (
     r"|tiny|large|known|diffuse|residual|both|these|definite|otherwise|calcified|calcific"
     r"|enlarged|dilated|thickened|increased)"
 )
-_NONE = r"(?:none|nil|no|absent|neg(?:ative)?|0)(?=\W*$|\s*;|[,.]\s|\s(?:seen|noted|visible|found))"
+_NONE = r"(?:none|nil|no|absent|negative|neg|0)(?=\W*$|\s*;|[,.]\s|\s(?:seen|noted|visible|found))"
 _GONE = (
     r"(?:resolved|removed|resected|excised|explanted|cleared|disappeared|vanished|subsided"
     r"|drained|gone|regressed completely)"
@@ -410,7 +410,7 @@ CUES = {
         r"\W{1,3}[-–−](?=\s*(?:$|[,;]|\.\s))",
         r"\W{0,2}-ve(?=\W*$|\s*[.,;])",
         rf"[,;]\s(?:now\s)?{_GONE}(?=\W*$|\s*[.,;])",
-        r"[(\[](?:[-–−]|neg(?:ative)?|absent|no|none|\s?)[)\]]",
+        r"[(\[](?:[-–−]|negative|neg|absent|no|none|\s?)[)\]]",
     ],
     ("absent", "after"): [
         r"no longer \w+ (?:is|are)",
@@ -458,7 +458,8 @@ _CUE_REGEX, _CUE_KINDS = _compile_cues(CUES)
 _CLAUSE_BREAK = re.compile(
     r";(?! (?:now )?(?:resolved|gone))|, (?:yet|only|instead|just)\b"
     r"|\b(?:but|however|although|though|whereas|while|apart from|aside from"
-    r"|besides|save for|with the exception of|except(?:ing)?|excluding|other than|leaving|nevertheless|which)\b"
+    r"|besides|save for|with the exception of|except(?:ing)?|excluding|other than|leaving"
+    r"|nevertheless|which)\b"
 )
 _LIST_BREAK = re.compile(r",|\band\b")
 _STARTS_QUANTIFIED = re.compile(rf"[\s,]*(?:and )?{_QUANTIFIER}\b")

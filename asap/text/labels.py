@@ -328,8 +328,8 @@ CUES = {
     ("asked", "after"): [
         r"r/?[oi]",
         (
-            r"(?:indication|question|concern|information|technique|comparison|history|examination|request"
-            r"|reason for \w+|pmh|hx)s?:"
+            r"(?:indication|question|concern|information|technique|comparison|history|examination"
+            r"|request|reason for \w+|pmh|hx)s?:"
         ),
         r"(?:evaluate|assess|screening|look|watch|monitor|surveillance|correlate) for",
         r"(?:history|hx) of",

@@ -47,9 +47,9 @@ _NUMBERED_NOUNS = (
 )
 _BEFORE_SIDE = set("im in am der die das dem den des vom zum beim und u bzw. u. an".split())
 _SIDED = re.compile(
-    r"(?:(?:Ober|Unter|Mittel)(?:lappen|feld|bauch|geschoss)|[OUM]L\b|Lunge|Hil|Pleura|Niere|Nebennier"
-    r"|Schild|Mamma|Axill|Thorax|Hemithorax|Zwerchfell|Segment|Haupt|Vorhof|Ventrik|Herz\w|S\d|Seite"
-    r"|Lobus|Lingula|Bronch|Rippe|Schulter|Leberl|Arterie|Vene|A\.|V\.)"
+    r"(?:(?:Ober|Unter|Mittel)(?:lappen|feld|bauch|geschoss)|[OUM]L\b|Lunge|Hil|Pleura|Niere"
+    r"|Nebennier|Schild|Mamma|Axill|Thorax|Hemithorax|Zwerchfell|Segment|Haupt|Vorhof|Ventrik"
+    r"|Herz\w|S\d|Seite|Lobus|Lingula|Bronch|Rippe|Schulter|Leberl|Arterie|Vene|A\.|V\.)"
 )
 
 _ORDINAL = re.compile(

@@ -382,15 +382,11 @@ BAD = {
     "unknown cohort": (["--cohort", "hospital"], {}, "no cohort `hospital`: there are acdc, btcv"),
     "not UTF-8": (
         [],
-        {"cases.csv": "case,image,patient,report\na,b,c,Gr\u00f6\u00dfe\n".encode("latin-1")},
-        "cases.csv is broken or no CSV in UTF-8",
+        {"cases.csv": "case,image,patient,report\na,b,c,\u015e\u00fcphe\n".encode("cp1254")},
+        "cp1254 reads 'a,b,c,\u015e\u00fcphe'",
     ),
     "cut off": ([], {"cases.csv": b"case,image,patient,report\na,b,c"}, "the file is cut off"),
-    "semicolons": (
-        [],
-        {"cases.csv": b"case;image;patient;report\na;b;c;d\n"},
-        "`;` separates the columns, expected commas",
-    ),
+    "workbook": ([], {"cases.csv": b"PK\3\4"}, "is a workbook of Excel, expected text"),
     "nothing in it": ([], {"cases.csv": b""}, "cases.csv is broken or no CSV"),
     "no row": ([], {"cases.csv": b"case,image,patient,report\n"}, "none of 0 cases is whole"),
     "page in the data": (

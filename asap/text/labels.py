@@ -32,7 +32,10 @@ _AORTA = (
 _ENLARGED = r"(?<!non.)enlarg\w*"
 _HEART = r"(?<!normal\s)(?:heart|cardiac|cardiothoracic)"
 _BRONCHI = r"bronchi|bronchus|bronchial|airways?"
-_ABOVE_HALF = r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)(?=\s?%)|>\s?(?:0?[.,]50?|50(?=\s?%)))"
+_ABOVE_HALF = (
+    r"\D{0,20}(?:0[.,]\s?(?:5[1-9]|[6-9]\d?)|(?:5[1-9]|[6-9]\d)(?=\s?%)"
+    r"|>\s?(?:0?[.,]50?|50(?=\s?%)))"
+)
 _NOT_ZERO = r"\D{0,15}[1-9]\d*"
 FINDING_PATTERNS = {
     "Medical material": (
@@ -52,7 +55,8 @@ FINDING_PATTERNS = {
         rf"cardiomegal\w+|{_HEART}~(?:{_ENLARGED}|increased|larger)(?!\s+(?:thyroid|liver|spleen"
         r"|lymph|nodes?|mediast|hilar|axill|kidney|pulmonary|azygos|aort))"
         rf"|(?:{_ENLARGED}|increased)~(?:heart|cardiac \w+)"
-        r"|(?:large|big) heart|(?:heart|silhouette)(?: is| appears| looks| \w+ly)* large(?!\s+vessel)"
+        r"|(?:large|big) heart"
+        r"|(?:heart|silhouette)(?: is| appears| looks| \w+ly)* large(?!\s+vessel)"
         rf"|(?:ctr|cardio\s?thoracic (?:ratio|index)|ct ratio){_ABOVE_HALF}"
     ),
     "Pericardial effusion": (
@@ -111,8 +115,8 @@ FINDING_PATTERNS = {
         rf"|(?:{_BRONCHI})~(?:dilat\w+|ectatic|ectasia)"
     ),
     "Interlobular septal thickening": (
-        r"(?:septa|septal|septum)~thicken\w+|interlobular thicken\w+|thicken\w+~(?:septa|septum)|septal lines"
-        r"|kerley(?: b)?(?: lines)?"
+        r"(?:septa|septal|septum)~thicken\w+|interlobular thicken\w+"
+        r"|thicken\w+~(?:septa|septum)|septal lines|kerley(?: b)?(?: lines)?"
     ),
 }
 
@@ -183,15 +187,16 @@ LOOKALIKE_PATTERNS = {
         r"|veins? drains?|plates? like"
     ),
     "Hiatal hernia": (
-        r"hernia (?:(?:was |has been |is )?repair(?:ed)?|plast\w+|surgery|operation)|repair of (?:an? |the )?(?:\w+ )*hernia\w*"
-        r"|hernior\w+|repaired (?:\w+ )?hernia"
+        r"hernia (?:(?:was |has been |is )?repair(?:ed)?|plast\w+|surgery|operation)"
+        r"|repair of (?:an? |the )?(?:\w+ )*hernia\w*|hernior\w+|repaired (?:\w+ )?hernia"
     ),
     "Emphysema": (
         r"(?:(?:sub)?cutaneous|surgical|soft tissue|orbital) emphysema"
         r"|emphysematous (?:chole\w+|pyelo\w+|cystitis|gastritis|gallbladder|osteo\w+)"
     ),
     "Lung nodule": (
-        r"pseudo nodules?|nodules? like|false nodules?|nodules? (?:detection|screening|protocol)|nodules? (?:resection|removal|excision)"
+        r"pseudo nodules?|nodules? like|false nodules?|nodules? (?:detection|screening|protocol"
+        r"|resection|removal|excision)"
     ),
     "Lung opacity": (
         rf"(?:lens|corneal) opac\w+|opacif\w+ (?:\w+ )?(?:of|in) (?:the )?(?:\w+ ){{0,3}}?{_VESSEL}"
@@ -210,8 +215,9 @@ LOOKALIKE_PATTERNS = {
         rf"|thicken\w+ (?:of|in) (?:the )?{_NOT_BRONCHIAL}|thickened {_NOT_BRONCHIAL}"
     ),
     "Consolidation": (
-        r"fractures? (?:with )?consolidat\w+|consolidat\w+ (?:of|in) (?:the )?(?:\w+ ){0,2}?(?:fractures?|bone"
-        r"|osteotomy)|consolidat\w+ (?:chemo\w+|radio\w+|therapy)|consolidat\w+ fractures?"
+        r"fractures? (?:with )?consolidat\w+|consolidat\w+ (?:of|in) (?:the )?(?:\w+ ){0,2}?"
+        r"(?:fractures?|bone|osteotomy)|consolidat\w+ (?:chemo\w+|radio\w+|therapy)"
+        r"|consolidat\w+ fractures?"
     ),
     "Bronchiectasis": (rf"dilat\w+ (?:of (?:the )?)?(?:\w+ )?(?:{_VESSEL}|ducts?|renal|calyc\w+)"),
 }
@@ -252,8 +258,11 @@ _QUANTIFIER = (
     r"|tiny|large|known|diffuse|residual|both|these|definite|otherwise|calcified|calcific"
     r"|enlarged|dilated|thickened|increased)"
 )
-_NONE = r"(?:none|nil|no|absent|neg(?:ative)?|0)(?=\W*$|\s*;|[,.]\s|\s(?:seen|noted|visible|found))"
-_GONE = r"(?:resolved|removed|resected|excised|explanted|cleared|disappeared|vanished|subsided|drained|gone|regressed completely)"
+_NONE = r"(?:none|nil|no|absent|negative|neg|0)(?=\W*$|\s*;|[,.]\s|\s(?:seen|noted|visible|found))"
+_GONE = (
+    r"(?:resolved|removed|resected|excised|explanted|cleared|disappeared|vanished|subsided"
+    r"|drained|gone|regressed completely)"
+)
 _NEARLY = r"(?:nearly|almost|mostly|largely|partial\w*|partly|incomplete\w*|not)"
 _EXCLUDED = r"(?:excluded|ruled out)"
 _UNKNOWN = rf"(?:{_EXCLUDED}|confirmed or excluded|assessed|evaluated|determined|judged)"
@@ -261,6 +270,7 @@ CUES = {
     ("present", "before"): [
         r"\W{1,3}(?:yes|positive|\+(?:ve)?)(?=\W*$|\s*[.,;/])",
         r"[(\[](?:\+|x|yes|positive|present)[)\]]",
+        r"\W*[:=]\W*present(?=\W*$|\s*[.,;/])",
         rf"(?:has|have|had|{_IS}) {_NEARLY} (?:\w+ )?{_GONE}",
         rf"{_IS} not (?:\w+ )?{_GONE}",
     ],
@@ -318,8 +328,8 @@ CUES = {
     ("asked", "after"): [
         r"r/?[oi]",
         (
-            r"(?:indication|question|concern|information|technique|comparison|history|examination|request"
-            r"|reason for \w+|pmh|hx)s?:"
+            r"(?:indication|question|concern|information|technique|comparison|history|examination"
+            r"|request|reason for \w+|pmh|hx)s?:"
         ),
         r"(?:evaluate|assess|screening|look|watch|monitor|surveillance|correlate) for",
         r"(?:history|hx) of",
@@ -400,7 +410,7 @@ CUES = {
         r"\W{1,3}[-–−](?=\s*(?:$|[,;]|\.\s))",
         r"\W{0,2}-ve(?=\W*$|\s*[.,;])",
         rf"[,;]\s(?:now\s)?{_GONE}(?=\W*$|\s*[.,;])",
-        r"[(\[](?:[-–−]|neg(?:ative)?|absent|no|none|\s?)[)\]]",
+        r"[(\[](?:[-–−]|negative|neg|absent|no|none|\s?)[)\]]",
     ],
     ("absent", "after"): [
         r"no longer \w+ (?:is|are)",
@@ -446,9 +456,10 @@ _CUE_REGEX, _CUE_KINDS = _compile_cues(CUES)
 
 # %% ../../nbs/4_text/43_labels.ipynb #labl0014
 _CLAUSE_BREAK = re.compile(
-    r";(?! (?:now )?(?:resolved|gone))|, (?:yet|only|instead|just)\b|\b(?:but|however|although|though|whereas|while|apart from"
-    r"|aside from|besides|save for|with the exception of|except(?:ing)?|excluding|other than"
-    r"|leaving|nevertheless|which)\b"
+    r";(?! (?:now )?(?:resolved|gone))|, (?:yet|only|instead|just)\b"
+    r"|\b(?:but|however|although|though|whereas|while|apart from|aside from"
+    r"|besides|save for|with the exception of|except(?:ing)?|excluding|other than|leaving"
+    r"|nevertheless|which)\b"
 )
 _LIST_BREAK = re.compile(r",|\band\b")
 _STARTS_QUANTIFIED = re.compile(rf"[\s,]*(?:and )?{_QUANTIFIER}\b")

@@ -21,8 +21,10 @@ from fastcore.basics import patch
 
 from ...abnormalities import ABNORMALITIES, DomainShift
 from asap.core import (
+    MISSING_WORDS,
     Quarantine,
     atomic_write,
+    decode_escapes,
     derive_seed,
     log_message,
     parallel_map,
@@ -33,7 +35,6 @@ from ..layouts import read_csv_table
 from ..splits import hold_out
 from ..table import check_table
 from ..volumes import RAS_TO_LPS, Source, write as write_volume
-from ...text.sentences import ORGAN_WORDS, clean_text, decode_escapes
 
 if TYPE_CHECKING:
     from asap.phantom.words import PhantomCase
@@ -239,21 +240,22 @@ HEADINGS = dict(  # without accents; `?` after a letter that may be missing
         "|clinical (?:information|data|details|question|context|background|notes?)|information"
         "|techniques?|protocol|procedure|comparisons?(?: studies)?|examination|exam|study|contrast"
         "|indikation|rechtfertigende indikation|klinische (?:angaben|fragestellung|information)"
-        "|klinik (?:bilgi|bilgiler|on tani)|klinik|anamnese|fragestellung|technik|methodik|untersuchung(?:stechnik)?|vergleich"
-        "|voraufnahmen|endikasyon|on tani|teknik"
+        "|klinik (?:bilgi|bilgiler|on tani)|klinik|anamnese|fragestellung|technik"
+        "|methodik|untersuchung(?:stechnik)?|vergleich|voraufnahmen|endikasyon|on tani|teknik"
         "|inceleme teknigi|yontem|karsilastirma|renseignements cliniques|comparaison|motif"
-        "|indicacion(?:es)?|tecnica|comparacion|datos clinicos|motivo(?: de \w+)?|antecedentes|indicacao"
-        "|comparacao|dados clinicos|indicazioni?|quesito(?: clinico| diagnostico)?|confronto"
-        "|indicatie|klinische gegevens|vraagstelling|techniek|vergelijking|показания|методика"
+        "|indicacion(?:es)?|tecnica|comparacion|datos clinicos|motivo(?: de \\w+)?|antecedentes"
+        "|indicacao|comparacao|dados clinicos|indicazioni?"
+        "|quesito(?: clinico| diagnostico)?|confronto|indicatie|klinische gegevens"
+        "|vraagstelling|techniek|vergelijking|показания|методика"
     ),
 )
 _BEFORE_HEADING = (
     r"(?:(?:ct|hrct|chest|thorax|lung|radiolog\w+|radiographic|imaging|diagnostic|final|overall"
-    r"|preliminary|brief|main|key|pertinent|general|additional|significant|clinical)\s){0,2}?"
+    r"|preliminary|brief|main|key|pertinent|general|additional|significant|clinical)[^\S\n]){0,2}?"
 )
 _AFTER_HEADING = (
-    r"(?:\s?(?:/|&|,|\+|\b(?:and|und|ve|et|y|e|en)\b)\s?[^\W\d_]+(?:\s[^\W\d_]+)?)?"
-    r"(?:\s?\([^()\n]{0,40}\))?"
+    r"(?: ?(?:/|&|,|\+|\b(?:and|und|ve|et|y|e|en)\b) ?[^\W\d_]+(?: [^\W\d_]+)?)?"
+    r"(?: ?\([^()\n]{0,40}\))?"
 )
 
 
@@ -269,7 +271,10 @@ def _plain_letters(text: str) -> str:  # as long as `text`
 def _heading_regex(more: tuple = ()) -> re.Pattern:  # more: pairs of kind and heading
     "Start of line or sentence, the heading by its kind, and what closes it"
     kinds = "|".join(
-        f"(?P<{kind}>{'|'.join([*(re.escape(_plain_letters(h)) for k, h in more if k == kind), words])})"
+        "|".join(
+            [f"(?P<{kind}>{words}", *(re.escape(_plain_letters(h)) for k, h in more if k == kind)]
+        )
+        + ")"
         for kind, words in HEADINGS.items()
     )
     return re.compile(
@@ -318,6 +323,12 @@ def _settle_kinds(text: str, found: list) -> list:
     return out
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #a3c22001
+_ORGAN_NAME = re.compile(  # introduces a part of the findings
+    r"(?:lungs?|airways?|trachea|pleura|heart|cardi|pericard|mediastin|hila|aorta|vessels|great"
+    r"|coronar|lymph|nodes|o?esophagus|thyroid|neck|chest|soft tissue|bones?|spine|skelet|diaphragm"
+    r"|(?:upper )?abdomen|liver|spleen|adrenal|kidney|pancreas|gallbladder|lunge|herz|knochen)",
+    re.I,
+)
 _named: set = set()  # headings that were named in this process
 
 
@@ -344,7 +355,7 @@ def unknown_headings(
         if not (name.isupper() or m[2]) or len(name.split()) > 4:
             continue
         inside = any(start < m.end() and m.start() < end for start, end in known)
-        if not inside and not re.match(rf"{ORGAN_WORDS}\b", name, re.I):
+        if not inside and not _ORGAN_NAME.match(name):
             out.append(name)
     return out
 
@@ -390,7 +401,7 @@ def resolve_inside(
 def _drop_missing(
     field: str,
 ) -> str:  # "" where a spreadsheet or a program wrote that nothing is there
-    return field if clean_text(field) else ""
+    return "" if field.strip().lower() in MISSING_WORDS else field
 
 
 def _parse_number(

@@ -9,6 +9,7 @@ __all__ = ['execute_stage', 'find_scans', 'run_check', 'run_standardize', 'run_o
 # %% ../nbs/98_cli.ipynb #ada30da1
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -132,9 +133,7 @@ def execute_stage(
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(paths: list) -> list:  # (name, path), names unique
     "Files and folders that are a scan, searched recursively"
-    from asap.data.volumes import READERS, file_suffix
-
-    out, loose = [], (".dcm", ".ima")
+    out: list[Path] = []
 
     def walk(p):
         if not p.exists():
@@ -142,12 +141,7 @@ def find_scans(paths: list) -> list:  # (name, path), names unique
         if p.is_file():
             return out.append(p)
         files = list_files(p)
-        volumes = [
-            f
-            for f in files
-            if f.is_file() and file_suffix(f) in READERS and file_suffix(f) not in loose
-        ]
-        out.extend(volumes or ([p] if any(f.is_file() and _is_slice(f) for f in files) else []))
+        out.extend(_scans_in(p, [f for f in files if f.is_file()]))
         for f in files:
             if f.is_dir():
                 walk(f)
@@ -158,15 +152,29 @@ def find_scans(paths: list) -> list:  # (name, path), names unique
     return list(zip(_unique_names(out), out))
 
 
-def _is_slice(f) -> bool:  # one slice of a series or of a folder of pictures
-    from asap.data.volumes import PICTURE_SUFFIXES
+def _scans_in(folder: Path, files: list[Path]) -> list[Path]:
+    "The folder itself where its files are slices, else the volumes in it; the rest is named"
+    from asap.data.series import DICOM_SUFFIXES, is_slice
+    from asap.data.volumes import PICTURE_SUFFIXES, READERS, file_suffix
 
-    if f.suffix.lower() in (".dcm", ".ima", *PICTURE_SUFFIXES):
-        return True
-    if f.suffix and not f.suffix[1:].isdigit():
-        return False
-    with open(f, "rb") as h:
-        return h.read(132)[128:] == b"DICM"
+    suffixes = set(READERS) - set(DICOM_SUFFIXES)
+    volumes = [f for f in files if file_suffix(f) in suffixes]
+    pictures = [f for f in files if f.suffix.lower() in PICTURE_SUFFIXES]
+    slices = (f for f in files if f not in volumes and f not in pictures and is_slice(f))
+    least = 8 if volumes else 1  # a series; some stray slices beside volumes are none
+    if len(list(itertools.islice(slices, least))) == least:
+        _log_beside(folder, [*volumes, *pictures])
+        return [folder]
+    if volumes or len(pictures) < 4:
+        _log_beside(folder, pictures)
+        return volumes
+    return [folder]
+
+
+def _log_beside(folder: Path, files: list[Path]) -> None:
+    if files:
+        names = ", ".join(f.name for f in files[:3]) + (", ..." if len(files) > 3 else "")
+        log_message(f"{folder.name}: beside the scan, not read: {names}")
 
 
 def _unique_names(
@@ -248,7 +256,7 @@ def _review_paths(a, name) -> tuple:  # folder of the data set, file of the page
             ("--spacing", a.spacing),
             ("--window", a.window),
             ("--mr", a.mr),
-            ("--axes", a.axes != "LPS"),
+            ("--axes", a.axes),
         )
         if given
     ]
@@ -310,11 +318,11 @@ def _check_scans(a) -> int:
     for name, path in scans:
         try:
             v = read(path, _source_from_args(a))
+            found = checks.check_volume(v)
         except (ValueError, OSError) as e:
             refused += 1
             print(f"REFUSED  {name}: {e}", flush=True)
             continue
-        found = checks.check_volume(v)
         errors = [f for f in found if f.level == "error"]
         refused += bool(errors)
         shape = "x".join(map(str, v.hu.shape))
@@ -650,8 +658,7 @@ def _add_source_options(p):  # options that declare what files do not say
     )
     g.add_argument(
         "--axes",
-        default="LPS",
-        help="where each array axis points, for npz and pictures (default LPS)",
+        help="where each array axis points, where the file does not say (assumed: LPS)",
     )
     g.add_argument(
         "--window",

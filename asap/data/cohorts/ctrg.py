@@ -44,7 +44,9 @@ class CTRG(CohortAdapter):
     "1,804 chest CT scans with one report each, published as 8-bit images"
 
     name = "ctrg"
-    source = Source(intensity=("window", *WINDOW), spacing=(0.7, 0.7, 1.0))  # all of it assumed
+    source = Source(
+        intensity=("window", *WINDOW), spacing=(0.7, 0.7, 1.0), axes="LPS"
+    )  # all of it assumed
     has_organ_maps = True
     unverified = (
         "layout, display window (-1000 to 1000 HU), spacing (0.7 x 0.7 x 1.0 mm) and order of "

@@ -11,6 +11,7 @@ __all__ = ['DICOM_TAGS', 'DICOM_SUFFIXES', 'AIR', 'SliceHeader', 'DicomFolder', 
 import hashlib
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,6 @@ DICOM_TAGS = [
     "SeriesInstanceUID",
     "SeriesNumber",
     "SeriesDescription",
-    "AcquisitionNumber",
     "Modality",
     "ImageType",
     "PhotometricInterpretation",
@@ -51,25 +51,24 @@ class SliceHeader:
     "What one slice says about itself"
 
     file: Path
-    series: str  # UID
-    study: tuple[str, str]  # UID, hash of the patient's number: compared, never shown
-    number: int  # of the series; 0: not given
-    description: str
-    modality: str
-    sop_class: str
-    image_type: tuple[str, ...]
     rows: int
     columns: int
-    frames: int
-    samples: int  # values a pixel
-    color: str  # PhotometricInterpretation
-    acquisition: int | None
-    position: np.ndarray | None  # mm, LPS, of the first pixel
-    orientation: np.ndarray | None  # (2,3), of rows and columns
-    spacing: tuple | None  # mm between rows, between columns
-    slope: float | None
-    intercept: float | None
-    padding: tuple | None  # lowest and highest stored value that stands for "no pixel"
+    series: str = ""  # UID
+    study: tuple[str, str] = ("", "")  # UID, hash of the patient's number: compared, never shown
+    number: int = 0  # of the series; 0: not given
+    description: str = ""
+    modality: str = "CT"
+    sop_class: str = ""
+    image_type: tuple[str, ...] = ()
+    frames: int = 1
+    samples: int = 1  # values a pixel
+    color: str = "MONOCHROME2"  # PhotometricInterpretation
+    position: np.ndarray | None = None  # mm, LPS, of the first pixel
+    orientation: np.ndarray | None = None  # (2,3), of rows and columns
+    spacing: tuple | None = None  # mm between rows, between columns
+    slope: float | None = None
+    intercept: float | None = None
+    padding: tuple | None = None  # lowest and highest stored value that stands for "no pixel"
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0007
 def _numbers(h, tag: str, n: int) -> tuple | None:
@@ -142,7 +141,6 @@ def _parse_header(f: Path, h) -> SliceHeader:
         frames=_integer(h, "NumberOfFrames", 1),
         samples=_integer(h, "SamplesPerPixel", 1),
         color=str(h.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper(),
-        acquisition=_integer(h, "AcquisitionNumber"),
         position=None if position is None else np.array(position),
         orientation=_orientation(h),
         spacing=_spacing(h),
@@ -526,7 +524,9 @@ def _decode_pixels(h: SliceHeader) -> np.ndarray:  # (columns, rows), HU
     import pydicom
 
     try:
-        raw = pydicom.dcmread(h.file).pixel_array
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "End of file reached")  # a truncated file
+            raw = pydicom.dcmread(h.file).pixel_array
         if raw.shape != (h.rows, h.columns):
             raise ValueError(f"shape {raw.shape}, expected {(h.rows, h.columns)}")
     except Exception as e:  # every decoder has errors of its own

@@ -95,19 +95,33 @@ def _scale_error(
     x: np.ndarray,  # sampled values
     hu: np.ndarray,  # all values
 ) -> tuple | None:  # found, expected, advice; None: air is at about -1000
-    return _low_error(x) or _window_error(x, hu) or _high_error(x)
+    return _low_error(x) or _window_error(x, hu) or _high_error(x) or _tissue_error(x)
 
 
 _AIR = "air at about -1000 HU"
 
 
 def _low_error(x: np.ndarray) -> tuple | None:
-    low = np.percentile(x, 0.5)
-    soft = float(((x > -200) & (x < 300)).mean())  # padding and its edges leave soft tissue alone
-    if low >= -1150 or (soft > 0.05 and float((x < -1150).mean()) < 0.5):
+    "Values below air that are more than padding and what resampling made of its edge"
+
+    def share(lo, hi):
+        return float(((x >= lo) & (x < hi)).mean())
+
+    low, air = np.percentile(x, 0.5), share(-1100, -700)
+    padding = min(share(-200, 300), air) > 0.05 and share(-1400, -1100) < 0.5 * air
+    if low >= -1150 or padding:
         return None
     advice = "slope and intercept were applied twice: read the file without rescaling it again"
     return f"the darkest half per cent is below {low:.0f}", _AIR, advice
+
+
+def _tissue_error(x: np.ndarray) -> tuple | None:
+    soft = x[(x > -400) & (x < 600)]
+    middle = float(np.median(soft)) if len(soft) > 0.05 * len(x) else 0.0
+    if abs(middle) <= 150:
+        return None
+    advice = "the values are shifted or scaled: give the scan as the scanner wrote it"
+    return f"soft tissue is at about {middle:.0f}", "fat and muscle, -150 to 150 HU", advice
 
 
 def _window_error(x: np.ndarray, hu: np.ndarray) -> tuple | None:
@@ -141,7 +155,7 @@ def _high_error(x: np.ndarray) -> tuple | None:
     if bright > 0.15 and low < -100:
         advice = "the values are negated or shifted: give the scan as the scanner wrote it"
         return f"{bright:.0%} of the values are above 600", _AIR, advice
-    if low > -500:
+    if low > -700:
         return f"nothing is darker than {low:.0f}", _AIR, _advice_without_air(x)
     metal = float((x > 4000).mean())
     if metal > 0.002:

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +144,8 @@ def _parse_header(f: Path, h) -> SliceHeader:
         position=None if position is None else np.array(position),
         orientation=_orientation(h),
         spacing=_spacing(h),
-        slope=slope and slope[0],
-        intercept=intercept and intercept[0],
+        slope=slope[0] if slope else None,
+        intercept=intercept[0] if intercept else None,
         padding=_padding(h),
     )
     if min(out.rows, out.columns) < 1:
@@ -401,27 +401,27 @@ def _find_overlap(steps: np.ndarray, usual: float) -> np.ndarray:  # indices of 
 
 
 def measure_steps(
-    positions: Sequence[float],  # mm along the normal, sorted
+    positions: Sequence[float] | np.ndarray,  # mm along the normal, sorted
 ) -> Steps:
     "Gaps, repeated positions and unevenness of a series"
     z = np.asarray(positions, float)
     steps = np.diff(z)
     usual = float(np.median(steps))
-    facts = dict(usual=usual, lowest=float(steps.min()), highest=float(steps.max()))
+    found = Steps(usual, float(steps.min()), float(steps.max()))
     twice = int((steps < 0.1 * max(usual, 0.1)).sum())
     if twice:
-        return Steps(**facts, twice=twice)
+        return replace(found, twice=twice)
     local = _local_steps(steps)
     gaps = (steps > 1.5 * local) & (_run_lengths(steps) < 4)
     if gaps.any():
         missing = int((np.rint(steps[gaps] / local[gaps]) - 1).sum())
         first = float(z[gaps.argmax()])
-        return Steps(**facts, missing=missing, gaps=int(gaps.sum()), first_gap=first)
+        return replace(found, missing=missing, gaps=int(gaps.sum()), first_gap=first)
     crossed = _find_overlap(steps, float(np.percentile(steps, 90)))
     if len(crossed):
-        return Steps(**facts, overlap=(float(z[crossed[0]]), float(z[crossed[-1] + 2])))
+        return replace(found, overlap=(float(z[crossed[0]]), float(z[crossed[-1] + 2])))
     off = np.abs(z - np.linspace(z[0], z[-1], len(z))).max()
-    return Steps(**facts, off=float(off))
+    return replace(found, off=float(off))
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0022
 @dataclass

@@ -465,7 +465,8 @@ _SEPARATOR = {"nrrd": b":", "meta": b"="}
 
 def _header_fields(path: Path, kind: str) -> tuple:  # fields in lower case, bytes of the header
     "Fields of an NRRD or MetaImage header"
-    fields, n = {}, 0
+    fields: dict[str, str] = {}
+    n = 0
     with open(path, "rb") as f:
         for line in f:
             n += len(line)

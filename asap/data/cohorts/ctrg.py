@@ -84,7 +84,9 @@ def write_jpg_slices(
     # between the centers of its first and last voxels, so that no slice is repeated
     mm = np.abs(affine[:3, :3]).sum(0)
     shape = tuple(np.floor((np.array(hu.shape) - 1) * mm / spacing).astype(int).tolist())
-    v = _to_grayscale(resample(hu, affine, shape, make_affine(shape, spacing, CTRG.source.axes)))
+    v = _to_grayscale(
+        resample(hu, affine, shape, make_affine(shape, spacing, CTRG.source.axes or "LPS"))
+    )
     with atomic_write(folder) as tmp:
         tmp.mkdir()
         for k in range(shape[2]):

@@ -294,5 +294,5 @@ def read_target(
     if v.facts["interpolated"]:
         raise ValueError(f"{folder}: uneven steps, expected even ones: {path} has a mask a slice")
     named = sorted(choose_series(read_dicom_headers(folder), folder), key=lambda h: h.file.name)
-    place = [float(h.position @ np.cross(*named[0].orientation)) for h in named]
+    place = [float(h.position @ np.cross(*np.asarray(named[0].orientation))) for h in named]
     return np.ascontiguousarray(mask[:, :, np.argsort(place, kind="stable")]), v.affine

@@ -192,8 +192,12 @@ def check_hounsfield(v: Volume):
     if not x.size:
         return
     error = _scale_error(x, v.hu)
+    low = float(np.percentile(x, 0.5))
     if error:
         yield Issue("error", "hounsfield", *error)
+    elif low > -850:
+        do = "look at a picture: are the values HU, and is there air around the patient?"
+        yield Issue("warning", "hounsfield", f"nothing is darker than {low:.0f}", _AIR, do)
     if not v.facts.get("rescaled", True):
         yield Issue(
             "warning",

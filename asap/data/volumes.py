@@ -210,9 +210,9 @@ class _Unpacked(io.RawIOBase):
 
 # %% ../../nbs/2_data/20_volumes.ipynb #stor0003
 def _slabs(f, s: StoredVoxels) -> Iterable[tuple]:  # first slice, slab (plane, slices)
-    "The voxels of a stream, about 4 MB at a time; then the rest of the stream"
+    "The voxels of a stream, about 1 MB at a time; then the rest of the stream"
     plane, depth = math.prod(s.shape[:-1]), s.shape[-1]
-    step = max(1, 2**22 // (plane * s.dtype.itemsize))
+    step = max(1, 2**20 // (plane * s.dtype.itemsize))
     for k in range(0, depth, step):
         n = min(step, depth - k)
         data = f.read(n * plane * s.dtype.itemsize)

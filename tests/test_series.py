@@ -232,7 +232,9 @@ def decimal_comma(f):
 
 def unknown_type(f):
     meta = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"
-    f.write_bytes(b"\0" * 128 + b"DICM" + meta + b"\x08\x00\x05\x00ZZ\x00\x00\x05\x00\x00\x00abc\0\0")
+    f.write_bytes(
+        b"\0" * 128 + b"DICM" + meta + b"\x08\x00\x05\x00ZZ\x00\x00\x05\x00\x00\x00abc\0\0"
+    )
 
 
 def no_pixels(f):

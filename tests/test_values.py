@@ -24,7 +24,7 @@ NO_HU = {  # values, words of the advice
     "fractions": (UNIT, "fractions of a display window"),
     "from -1 to 1": (UNIT * 2 - 1, "another program normalized"),
     "z-scores": ((HU - HU.mean()) / HU.std(), "another program normalized"),
-    "other byte order": (C.hu.byteswap().astype(np.float32), ""),
+    "other byte order": (C.hu.byteswap().astype(np.float32), "expected"),
     "complex": (HU + 1j, "complex"),
 }
 

@@ -521,7 +521,7 @@ def _volume_recipe(p: Any, code: str) -> dict:
         spacing=p.volumes.spacing,
         hu=p.volumes.hu_range,
         groups=p.anatomy.groups.model_dump(),
-        code=[code_hash("asap.data.volumes"), code],
+        code=[code_hash("asap.data.series", "asap.data.volumes"), code],
     )
 
 # %% ../../nbs/2_data/27_prepare.ipynb #e4642b48

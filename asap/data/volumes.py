@@ -778,6 +778,7 @@ def _place(affine, facts: dict, shape, source: Source, path: Path) -> np.ndarray
     if source.spacing is None or facts["spaced"]:
         return affine
     facts["spaced"] = True
+    facts.pop("zooms", None)
     if source.axes and not is_informative_affine(affine):
         return make_affine(shape, source.spacing, source.axes)
     told = is_informative_affine(affine) or facts["format"] in ("NPZ", "pictures")

@@ -147,7 +147,10 @@ def find_scans(paths: list) -> list:  # (name, path), names unique
                 walk(f)
 
     for p in map(Path, paths):
+        n = len(out)
         walk(p)
+        if len(out) == n and any(_is_image_file(f) for f in list_files(p)):
+            out.append(p)  # given by name, so that it is refused by name
     out = list(dict.fromkeys(out))
     return list(zip(_unique_names(out), out))
 
@@ -166,9 +169,16 @@ def _scans_in(folder: Path, files: list[Path]) -> list[Path]:
         _log_beside(folder, [*volumes, *pictures])
         return [folder]
     if volumes or len(pictures) < 4:
-        _log_beside(folder, pictures)
+        _log_beside(folder, pictures or [f for f in files if _is_image_file(f)][:4])
         return volumes
     return [folder]
+
+
+def _is_image_file(f: Path) -> bool:
+    from asap.data.series import DICOM_SUFFIXES
+    from asap.data.volumes import PICTURE_SUFFIXES
+
+    return f.is_file() and f.suffix.lower() in (*DICOM_SUFFIXES, *PICTURE_SUFFIXES)
 
 
 def _log_beside(folder: Path, files: list[Path]) -> None:

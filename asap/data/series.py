@@ -187,7 +187,7 @@ def _load_header(f: Path):  # pydicom's header; None: no DICOM
 
 
 def read_dicom_headers(
-    folder: str | Path,
+    folder: str | Path,  # its own files; folders in it are not searched
 ) -> DicomFolder:
     "The headers of a folder; what is broken or no image is listed"
     found = DicomFolder()
@@ -203,7 +203,9 @@ def read_dicom_headers(
     return found
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0011
-def is_slice(f: str | Path) -> bool:
+def is_slice(
+    f: str | Path,  # any file
+) -> bool:
     "Whether a file is a slice of a scan (or a broken one): no localizer, rendering or dose sheet"
     f = Path(f)
     if f.name.upper() == "DICOMDIR":
@@ -496,7 +498,9 @@ def _check_aligned(at, z, spacing, path: Path) -> None:
 AIR = -1024  # HU that padding becomes
 
 
-def outside_border(mask: np.ndarray) -> np.ndarray:  # bool
+def outside_border(
+    mask: np.ndarray,  # bool, of two axes
+) -> np.ndarray:  # bool
     "The parts of a two-dimensional mask that touch the border"
     from scipy.ndimage import label
 

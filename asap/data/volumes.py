@@ -134,6 +134,8 @@ def make_affine(
     axes: str = "LPS",  # direction of each array axis
 ) -> np.ndarray:  # 4x4, voxel -> mm
     "Affine of an array of known spacing and axis directions, with its center at 0"
+    if not re.fullmatch("(?=.*[RL])(?=.*[AP])(?=.*[SI])[RLAPSI]{3}", axes):
+        raise ValueError(f"axes {axes!r}, expected three letters such as LPS or RAS")
     a = np.eye(4)
     for i, (s, letter) in enumerate(zip(spacing, axes)):
         row = next(r for r, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
@@ -269,7 +271,9 @@ def _check_stored(s: StoredVoxels) -> None:
         )
 
 
-def read_stored(s: StoredVoxels) -> np.ndarray:  # int16 where nothing is lost, else float32
+def read_stored(
+    s: StoredVoxels,  # of one file
+) -> np.ndarray:  # int16 where nothing is lost, else float32
     "Read, unpack, scale and check stored voxels in one pass"
     if s.dtype.kind not in "iufb":
         raise ValueError(f"{s.file}: voxels of type {s.dtype}, expected real numbers")
@@ -931,7 +935,7 @@ def _resample_oblique(data, m, shape, order, fill, clip, dtype) -> np.ndarray:
         lo, hi = (int(c) if c == int(c) else c for c in clip)  # int16 stays int16
         data = np.clip(data, lo, hi)
     out = np.empty(tuple(shape), dtype if order else data.dtype, order="F")
-    step = max(1, 2**25 // (shape[0] * shape[1]))
+    step = max(1, 2**22 // (shape[0] * shape[1]))
     for k in range(0, shape[2], step):
         part = (*shape[:2], min(step, shape[2] - k))
         to = m[:3, 3] + m[:3, 2] * k

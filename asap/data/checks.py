@@ -91,26 +91,21 @@ def _sample_values(
     kept = part[part > part.min()] if part.size else part
     return kept if kept.size else part
 
-
-def _scale_error(
-    x: np.ndarray,  # sampled values
-    hu: np.ndarray,  # all values
-) -> tuple | None:  # found, expected, advice; None: air is at about -1000
-    return _low_error(x) or _window_error(x, hu) or _high_error(x) or _tissue_error(x)
-
-
+# %% ../../nbs/2_data/21_checks.ipynb #hu000001
 _AIR = "air at about -1000 HU"
 
 
-def _low_error(x: np.ndarray) -> tuple | None:
+def _low_error(x: np.ndarray, low: float) -> tuple | None:
     "Values below air that are more than padding and what resampling made of its edge"
 
     def share(lo, hi):
         return float(((x >= lo) & (x < hi)).mean())
 
-    low, air = np.percentile(x, 0.5), share(-1100, -700)
+    if low >= -1150:
+        return None
+    air = share(-1100, -700)
     padding = min(share(-200, 300), air) > 0.05 and share(-1400, -1100) < 0.5 * air
-    if low >= -1150 or padding:
+    if padding:
         return None
     advice = "slope and intercept were applied twice: read the file without rescaling it again"
     return f"the darkest half per cent is below {low:.0f}", _AIR, advice
@@ -124,10 +119,9 @@ def _tissue_error(x: np.ndarray) -> tuple | None:
     advice = "the values are shifted or scaled: give the scan as the scanner wrote it"
     return f"soft tissue is at about {middle:.0f}", "fat and muscle, -150 to 150 HU", advice
 
-
-def _window_error(x: np.ndarray, hu: np.ndarray) -> tuple | None:
+# %% ../../nbs/2_data/21_checks.ipynb #hu000003
+def _window_error(x: np.ndarray, hu: np.ndarray, low: float, high: float) -> tuple | None:
     "Masks and pictures of a display window"
-    low, high = np.percentile(x, [0.5, 99.9])
     if low <= -500 or x.min() < 0:
         return _fraction_error(x, low, high)
     if high > 1 and len(np.unique(x)) <= 130 or set(np.unique(x[:1000])) <= {0, 1}:
@@ -150,9 +144,9 @@ def _fraction_error(x: np.ndarray, low: float, high: float) -> tuple | None:
     advice = "another program normalized them: give the scan as it was before that"
     return f"values {x.min():g} to {x.max():g}", _AIR, advice
 
-
-def _high_error(x: np.ndarray) -> tuple | None:
-    low, bright = np.percentile(x, 0.5), float((x > 600).mean())
+# %% ../../nbs/2_data/21_checks.ipynb #hu000004
+def _high_error(x: np.ndarray, low: float) -> tuple | None:
+    bright = float((x > 600).mean())
     if bright > 0.15 and low < -100:
         advice = "the values are negated or shifted: give the scan as the scanner wrote it"
         return f"{bright:.0%} of the values are above 600", _AIR, advice
@@ -171,6 +165,20 @@ def _advice_without_air(x: np.ndarray) -> str:
     return (
         "this is no CT, or no air is in the field of view: declare the intensity "
         "(MR: Source(intensity='mr') or --mr)"
+    )
+
+# %% ../../nbs/2_data/21_checks.ipynb #hu000005
+def _scale_error(
+    x: np.ndarray,  # sampled values
+    hu: np.ndarray,  # all values
+    low: float,  # the value that half a per cent is below
+    high: float,  # the value that one in a thousand is above
+) -> tuple | None:  # found, expected, advice; None: air is at about -1000
+    return (
+        _low_error(x, low)
+        or _window_error(x, hu, low, high)
+        or _high_error(x, low)
+        or _tissue_error(x)
     )
 
 
@@ -192,8 +200,8 @@ def check_hounsfield(v: Volume):
     x = _sample_values(v.hu)
     if not x.size:
         return
-    error = _scale_error(x, v.hu)
-    low = float(np.percentile(x, 0.5))
+    low, high = (float(p) for p in np.percentile(x, [0.5, 99.9]))
+    error = _scale_error(x, v.hu, low, high)
     if error:
         yield Issue("error", "hounsfield", *error)
     elif low > -850:

@@ -174,7 +174,9 @@ def _load_header(f: Path):  # pydicom's header; None: no DICOM
     import pydicom
 
     try:
-        return pydicom.dcmread(f, stop_before_pixels=True, specific_tags=[*DICOM_TAGS])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd values in tags that are not used
+            return pydicom.dcmread(f, stop_before_pixels=True, specific_tags=[*DICOM_TAGS])
     except PermissionError:
         raise
     except pydicom.errors.InvalidDicomError:
@@ -529,6 +531,7 @@ def _decode_pixels(h: SliceHeader) -> np.ndarray:  # (columns, rows), HU
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.filterwarnings("error", "End of file reached")  # a truncated file
             raw = pydicom.dcmread(h.file).pixel_array
         if raw.shape != (h.rows, h.columns):

@@ -187,7 +187,7 @@ class StoredVoxels:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-SPARE_BYTES = 1024  # more than that behind the last voxel, and the header is not this file's
+SPARE_BYTES = 64  # more than that behind the last voxel, and the header is not this file's
 
 
 class _Unpacked(io.RawIOBase):
@@ -560,7 +560,7 @@ def _read_by_itk(reader, path: Path) -> np.ndarray:
     view = sitk.GetArrayViewFromImage(reader.Execute())
     return compact_dtype(view.transpose(range(view.ndim)[::-1]))
 
-
+# %% ../../nbs/2_data/20_volumes.ipynb #itkr0002
 def _read_itk(path, source):
     kind = "nrrd" if file_suffix(path) in (".nrrd", ".nhdr") else "meta"
     try:

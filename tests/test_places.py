@@ -76,6 +76,7 @@ def test_a_sound_qform_beside_it_is_used(value, tmp_path):
     path = forms(tmp_path / "a.nii", C.affine, C.affine)
     raw, h = bytearray(path.read_bytes()), open_nifti(path).header.copy()
     h["srow_x"] = h["srow_y"] = h["srow_z"] = value
+    h["vox_offset"] = 352
     raw[:348] = h.binaryblock
     path.write_bytes(raw)
     v, found = load_checked(path)

@@ -44,7 +44,9 @@ class CTRG(CohortAdapter):
     "1,804 chest CT scans with one report each, published as 8-bit images"
 
     name = "ctrg"
-    source = Source(intensity=("window", *WINDOW), spacing=(0.7, 0.7, 1.0))  # all of it assumed
+    source = Source(
+        intensity=("window", *WINDOW), spacing=(0.7, 0.7, 1.0), axes="LPS"
+    )  # all of it assumed
     has_organ_maps = True
     unverified = (
         "layout, display window (-1000 to 1000 HU), spacing (0.7 x 0.7 x 1.0 mm) and order of "
@@ -82,7 +84,9 @@ def write_jpg_slices(
     # between the centers of its first and last voxels, so that no slice is repeated
     mm = np.abs(affine[:3, :3]).sum(0)
     shape = tuple(np.floor((np.array(hu.shape) - 1) * mm / spacing).astype(int).tolist())
-    v = _to_grayscale(resample(hu, affine, shape, make_affine(shape, spacing, CTRG.source.axes)))
+    v = _to_grayscale(
+        resample(hu, affine, shape, make_affine(shape, spacing, CTRG.source.axes or "LPS"))
+    )
     with atomic_write(folder) as tmp:
         tmp.mkdir()
         for k in range(shape[2]):

@@ -18,14 +18,13 @@ from ...abnormalities import DomainShift
 from ...core import Quarantine, atomic_write, list_files, parallel_map, rng
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
+from ..series import choose_series, read_dicom_headers
 from ..splits import hold_out
 from ..table import check_table
 from asap.data.volumes import (
     RAS_TO_LPS,
     Source,
-    choose_series,
     read as read_volume,
-    read_dicom_headers,
 )
 
 if TYPE_CHECKING:
@@ -292,9 +291,8 @@ def read_target(
             f"{path}: {mask.shape} columns, rows, slices, but {folder} has {v.hu.shape}: "
             "is it of another scan, or are slices missing?"
         )
-    named = sorted(choose_series(read_dicom_headers(folder), folder), key=lambda s: s[0].name)
-    x, y = np.reshape([float(n) for n in named[0][1].ImageOrientationPatient], (2, 3))
-    place = [
-        float(np.dot([float(n) for n in h.ImagePositionPatient], np.cross(x, y))) for _, h in named
-    ]
+    if v.facts["interpolated"]:
+        raise ValueError(f"{folder}: uneven steps, expected even ones: {path} has a mask a slice")
+    named = sorted(choose_series(read_dicom_headers(folder), folder), key=lambda h: h.file.name)
+    place = [float(h.position @ np.cross(*np.asarray(named[0].orientation))) for h in named]
     return np.ascontiguousarray(mask[:, :, np.argsort(place, kind="stable")]), v.affine

@@ -559,7 +559,7 @@ def train_vqa(
     collate = make_collate(tokenizer.pad_token_id)
     optimizer: dict[str, Any] = dict(lr=p.lr, warmup=p.warmup_steps, weight_decay=p.weight_decay)
     if p.muon_lr:
-        optimizer |= dict(matrices=m.resampler.muon_params(), matrix_lr=p.muon_lr)
+        optimizer |= dict(matrices=m.resampler.muon_params(), muon_lr=p.muon_lr)
     with limit_threads(m):
         return fit(
             m,

@@ -450,7 +450,7 @@ def _map_scans(
     a: argparse.Namespace,
     label: str,  # of the progress bar
     function: Callable[[str, Path], Any],  # takes name and path of a scan
-) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `one`) of each scan
+) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
     "Process scans one by one; refused ones are logged and skipped"
     scans, n = _iterate_scans(a, label)
     done, bad = [], Quarantine()

@@ -231,7 +231,7 @@ def build_optimizers(
     weight_decay: float,
     betas: Sequence[float],  # of AdamW
     matrices: Iterable = (),  # two-dimensional parameters that Muon optimizes
-    matrix_lr: float | None = None,  # their learning rate, in the scale of AdamW's
+    muon_lr: float | None = None,  # their learning rate, in the scale of AdamW's
     slow: Iterable = (),  # parameters with their own rate, such as a pre-trained encoder's
     slow_lr: float | None = None,  # that rate, in AdamW
 ) -> list:  # one or two; `base` of a group is its rate at the top of the schedule
@@ -243,7 +243,7 @@ def build_optimizers(
     groups += [dict(g, lr=slow_lr) for g in param_groups(slow, weight_decay) if g["params"]]
     out = [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), fused=True)]
     if trainable := [q for q in matrices if q.requires_grad]:
-        out.append(_make_muon(trainable, matrix_lr, weight_decay))
+        out.append(_make_muon(trainable, muon_lr, weight_decay))
     for opt in out:
         for g in opt.param_groups:
             g["base"] = g["lr"]
@@ -447,8 +447,8 @@ def fit(
     warmup: int = 0,  # steps
     weight_decay: float = 0.05,
     betas: Sequence[float] = (0.9, 0.95),  # of AdamW
-    matrices: Iterable = (),  # parameters that Muon optimizes, at the rate `matrix_lr`
-    matrix_lr: float | None = None,
+    matrices: Iterable = (),  # parameters that Muon optimizes, at the rate `muon_lr`
+    muon_lr: float | None = None,
     slow: Iterable = (),  # parameters with their own rate, `slow_lr`
     slow_lr: float | None = None,
     clip: float = 1.0,  # maximum norm of the gradient
@@ -474,12 +474,12 @@ def fit(
         batch=batch,
         accumulate=accumulate,
         lr=lr,
-        matrix_lr=matrix_lr,
+        muon_lr=muon_lr,
         precision=acc.mixed_precision,
         seed=str(seed),
         **({"slow_lr": slow_lr} if slow_lr else {}),
     )
-    opts = build_optimizers(model, lr, weight_decay, betas, matrices, matrix_lr, slow, slow_lr)
+    opts = build_optimizers(model, lr, weight_decay, betas, matrices, muon_lr, slow, slow_lr)
     folder = Path(folder) if folder else None
     state = _resume(acc, folder, fp, model, opts)
     start = state.step

@@ -57,7 +57,7 @@ def one(arm, factor, steps, p, table, text) -> dict:
         arm=arm,
         factor=factor,
         lr=t.lr * factor,
-        matrix_lr=t.muon_lr * factor,
+        muon_lr=t.muon_lr * factor,
         steps=steps,
         loss=round(float(log.loss.tail(5).mean()), 4),
         auc=round(float(probe(model, table, p)), 4),

@@ -330,7 +330,7 @@ def test_P17_resuming_brings_back_the_optimiser(tmp_path):
             save_every=4,
             precision_="no",
             matrices=[m[0].weight],
-            matrix_lr=0.1,
+            muon_lr=0.1,
         )
 
     stop = None

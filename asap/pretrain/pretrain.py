@@ -165,7 +165,7 @@ def _fit_options(
         workers=t.num_workers,
         lr=t.lr * lr_scale,
         matrices=model.muon_params() if t.optimizer == "muon" else (),
-        matrix_lr=t.muon_lr * lr_scale,
+        muon_lr=t.muon_lr * lr_scale,
         warmup=t.warmup_steps,
         weight_decay=t.weight_decay,
         clip=t.max_grad_norm,

@@ -338,7 +338,9 @@ def _pointing_ablation(
     h = _first_label_rows(pointed["hits"]).query("arm == @arm")
     if not len(h):
         return []
-    d = _first_label_rows(pointed["differences"]).query("arm == @chief and comparator == @arm")
+    d = _first_label_rows(pointed["differences"]).query(
+        "arm == @reference_arm and comparator == @arm"
+    )
     value = dict(value=h.hit_rate.iloc[0], lo=h.hit_rate_lo.iloc[0], hi=h.hit_rate_hi.iloc[0])
     row = dict(evaluation="pointing game, " + h.label.iloc[0], metric="hits", arm=arm) | value
     return [row | (_difference_columns(d.iloc[0].to_dict()) if len(d) else {})]
@@ -518,7 +520,7 @@ def _pointing_claims(
     "Claims that the pointing game tests"
     if "hits" not in pointed:
         return []
-    h = _first_label_rows(pointed["hits"]).query("arm == @chief")
+    h = _first_label_rows(pointed["hits"]).query("arm == @reference_arm")
     baselines = dict(
         atlas="where such things lie",
         shuffled_scan="another patient's scan",

@@ -559,7 +559,7 @@ def train_vqa(
     collate = make_collate(tokenizer.pad_token_id)
     optimizer: dict[str, Any] = dict(lr=p.lr, warmup=p.warmup_steps, weight_decay=p.weight_decay)
     if p.muon_lr:
-        optimizer |= dict(matrices=m.resampler.muon_params(), matrix_lr=p.muon_lr)
+        optimizer |= dict(matrices=m.resampler.muon_params(), muon_lr=p.muon_lr)
     with limit_threads(m):
         return fit(
             m,
@@ -830,9 +830,11 @@ def _training_fingerprint(
     tokenizer: Any,
 ) -> dict:
     "What a trained model depends on; params of the answers are left out"
+    ignored = ("arms", "tiny_lm", "max_new_tokens", "num_beams")
+    params = p if isinstance(p, dict) else p.model_dump()
     return fingerprint(
         arm=arm,
-        vqa=p.model_dump(exclude={"arms", "tiny_lm", "max_new_tokens", "num_beams"}),
+        vqa={k: v for k, v in params.items() if k not in ignored},
         seed=seed,
         tokens=made,
         questions=derive_seed(*q[["case", "split", "question", "answer"]].to_numpy().ravel()),

@@ -251,7 +251,7 @@ def train_language_model(
             batch=p.batch_size,
             lr=p.lr,
             matrices=matrices,
-            matrix_lr=p.muon_lr,
+            muon_lr=p.muon_lr,
             warmup=p.steps // 20,
             weight_decay=0.01,
             seed=("language", seed),

@@ -9,18 +9,21 @@ __all__ = ['execute_stage', 'find_scans', 'run_check', 'run_standardize', 'run_o
 # %% ../nbs/98_cli.ipynb #ada30da1
 import argparse
 import contextlib
+import importlib.util
+import io
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from asap.core import (
     Quarantine,
     atomic_write,
+    is_system_error,
     list_files,
     log_message,
     progress_bar,
@@ -81,6 +84,26 @@ def _peak_memory_gb() -> float | None:  # GB
     )
 
 
+def _own_kernel() -> type:  # a kernel manager
+    "Kernel in this interpreter, whatever Jupyter knows under `python3`"
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    if importlib.util.find_spec("ipykernel") is None:
+        raise ValueError(
+            f"{sys.executable} has no ipykernel, the kernel that stages run in: "
+            "install it there, pip install ipykernel"
+        )
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return OwnKernel
+
+
 def execute_stage(
     name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
     given: dict | None = None,  # values for the notebook's `parameters` cell
@@ -111,6 +134,8 @@ def execute_stage(
             target,
             dict(given or {}, stage=name),
             kernel_name="python3",
+            language="python",
+            kernel_manager_class=_own_kernel(),
             progress_bar=False,
             cwd=project_root(),
         )
@@ -130,66 +155,20 @@ def execute_stage(
     return target
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
-def find_scans(paths: list) -> list:  # (name, path), names unique
+def find_scans(
+    paths: list,  # files, folders, single slices
+    ending: str = "",  # longest one that the command appends to a name
+) -> list:  # (name, path), names unique
     "Files and folders that are a scan, searched recursively"
-    from asap.data.volumes import READERS, file_suffix
+    from asap.data.scans import search_scans
 
-    out, loose = [], (".dcm", ".ima")
-
-    def walk(p):
-        if not p.exists():
-            raise FileNotFoundError(f"{p} is missing")
-        if p.is_file():
-            return out.append(p)
-        files = list_files(p)
-        volumes = [
-            f
-            for f in files
-            if f.is_file() and file_suffix(f) in READERS and file_suffix(f) not in loose
-        ]
-        out.extend(volumes or ([p] if any(f.is_file() and _is_slice(f) for f in files) else []))
-        for f in files:
-            if f.is_dir():
-                walk(f)
-
-    for p in map(Path, paths):
-        walk(p)
-    out = list(dict.fromkeys(out))
-    return list(zip(_unique_names(out), out))
-
-
-def _is_slice(f) -> bool:  # one slice of a series or of a folder of pictures
-    from asap.data.volumes import PICTURE_SUFFIXES
-
-    if f.suffix.lower() in (".dcm", ".ima", *PICTURE_SUFFIXES):
-        return True
-    if f.suffix and not f.suffix[1:].isdigit():
-        return False
-    with open(f, "rb") as h:
-        return h.read(132)[128:] == b"DICM"
-
-
-def _unique_names(
-    paths,
-) -> list:  # the file's name; with as many of its folders as it takes where two have the same
-    from asap.data.volumes import file_suffix
-
-    parts = [
-        [
-            *p.resolve().parts[1:-1],
-            p.name[: -len(file_suffix(p))] if p.is_file() and file_suffix(p) else p.name,
-        ]
-        for p in paths
-    ]
-    depth = [1] * len(paths)
-    while True:
-        names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
-        count = Counter(names)
-        same = [i for i, n in enumerate(names) if count[n] > 1 and depth[i] < len(parts[i])]
-        if not same:
-            return names
-        for i in same:
-            depth[i] += 1
+    scans = search_scans(paths, ending)
+    if not scans:
+        raise ValueError(
+            f"no scan in {', '.join(map(str, paths))}: expected a volume, a DICOM folder, or a "
+            "folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+        )
+    return scans
 
 
 def _source_from_args(a):  # what the options declare
@@ -198,20 +177,94 @@ def _source_from_args(a):  # what the options declare
     intensity = "mr" if a.mr else ("window", *a.window) if a.window else "hu"
     return Source(intensity, tuple(a.spacing) if a.spacing else None, a.axes)
 
-
-def _iterate_scans(a, label):  # scans with a bar, and the quarantine
-    scans = find_scans(a.paths)
-    if not scans:
-        raise ValueError(
-            f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a "
-            "folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+# %% ../nbs/98_cli.ipynb #5debbcb7
+def _one_line(e: BaseException, path: Path) -> Exception:  # names the file
+    "A refusal in one line, whatever was raised"
+    text = " ".join(str(e).split())
+    if isinstance(e, MemoryError):
+        return ValueError(f"{path}: not enough memory to read it ({text or 'MemoryError'})")
+    if not isinstance(e, (ValueError, OSError)) or isinstance(e, UnicodeError):
+        return ValueError(
+            f"{path} cannot be used ({type(e).__name__}: {text}): fetch or export it again"
         )
-    return (progress_bar(scans, label=label) if len(scans) > 1 else scans), len(scans)
+    if path.name not in text:
+        return (
+            type(e)(f"{path}: {text}") if type(e) is ValueError else ValueError(f"{path}: {text}")
+        )
+    return type(e)(text) if type(e) in (ValueError, FileNotFoundError, PermissionError) else e
 
 
-def _save_quarantine(bad, n) -> int:  # exit code
-    bad.save()
-    if len(bad):
+def _log_refused(name: str, e: Exception) -> None:
+    log_message(f"refused {name}: {e}")
+
+
+class _Saver:
+    "Writes results while they come, at most a twentieth of the time"
+
+    def __init__(self, write: Callable | None):
+        self.write = write
+        self.next = 0.0
+
+    def __call__(self, done: list) -> None:
+        if self.write is None or time.monotonic() < self.next:
+            return
+        start = time.monotonic()
+        self.write(done)
+        self.next = time.monotonic() + 20 * (time.monotonic() - start)
+
+
+def _map_scans(
+    scans: list,  # of `find_scans`
+    label: str,  # of the progress bar
+    one: Callable,  # (name, path) -> result
+    write: Callable | None = None,  # results so far -> file
+    refuse: Callable = _log_refused,  # (name, exception)
+    close: Callable | None = None,  # (results, Quarantine), at the end, also of a stopped batch
+) -> tuple:  # [(name, result)], Quarantine
+    "Process scans one by one, each in its own guard; refused ones are named and left out"
+    done: list = []
+    bad, saver = Quarantine(), _Saver(write)
+    try:
+        for name, path in progress_bar(scans, label=label) if len(scans) > 1 else scans:
+            try:
+                done.append((name, one(name, path)))
+            except Exception as e:
+                if is_system_error(e) and not isinstance(e, MemoryError):
+                    raise
+                why = _one_line(e, path)
+                bad.add(name, why)
+                refuse(name, why)
+                continue
+            saver(done)
+    finally:
+        if write and done:
+            write(done)
+        if close:
+            close(done, bad)
+    return done, bad
+
+
+def _refuse_overwrite(out, scans):
+    "Refuse to write over a scan or a folder"
+    if Path(out).is_dir():
+        raise ValueError(f"-o {out} is a folder, expected a file")
+    if os.path.realpath(out) in [os.path.realpath(p) for _, p in scans]:
+        raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
+
+
+def _list_refused(listed: Path, always: bool = False) -> Callable:  # `close` of `_map_scans`
+    "List refused scans beside the output; nothing where there is no output"
+
+    def close(done: list, bad: Quarantine) -> None:
+        bad.path = listed
+        if always or (done and (len(bad) or listed.exists())):
+            bad.save()
+
+    return close
+
+
+def _exit_code(bad: Quarantine, n: int) -> int:
+    if len(bad) and n > 1:
         log_message(f"{len(bad)} of {n} refused")
     return 1 if len(bad) else 0
 
@@ -302,31 +355,33 @@ def run_check(a: argparse.Namespace) -> int:
 
 
 def _check_scans(a) -> int:
+    scans = find_scans(a.paths, ".png")
+
+    def refuse(name: str, e: Exception) -> None:
+        print(f"REFUSED  {name}: {e}", flush=True)
+
+    done, bad = _map_scans(scans, "check", lambda n, p: _check_one(a, n, p), refuse=refuse)
+    refused = len(bad) + sum(wrong for _, wrong in done)
+    if len(scans) > 1:
+        log_message(f"{len(scans)} scans, {refused} refused")
+    return 1 if refused else 0
+
+
+def _check_one(a, name, path) -> bool:  # whether it is refused
     from asap.data import checks
     from asap.data.volumes import read
 
-    scans, n = _iterate_scans(a, "check")
-    refused = 0
-    for name, path in scans:
-        try:
-            v = read(path, _source_from_args(a))
-        except (ValueError, OSError) as e:
-            refused += 1
-            print(f"REFUSED  {name}: {e}", flush=True)
-            continue
-        found = checks.check_volume(v)
-        errors = [f for f in found if f.level == "error"]
-        refused += bool(errors)
-        shape = "x".join(map(str, v.hu.shape))
-        mm = "x".join(f"{s:.3g}" for s in v.spacing)
-        verdict = "REFUSED " if errors else "warning " if found else "ok      "
-        facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
-        print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
-        if a.pictures:
-            _save_picture(v, name, a.pictures)
-    if n > 1:
-        log_message(f"{n} scans, {refused} refused")
-    return 1 if refused else 0
+    v = read(path, _source_from_args(a))
+    found = checks.check_volume(v)
+    refused = any(f.level == "error" for f in found)
+    shape = "x".join(map(str, v.hu.shape))
+    mm = "x".join(f"{s:.3g}" for s in v.spacing)
+    verdict = "REFUSED " if refused else "warning " if found else "ok      "
+    facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
+    print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
+    if a.pictures:
+        _save_picture(v, name, a.pictures)
+    return refused
 
 
 def _save_picture(v, name, folder):
@@ -336,7 +391,7 @@ def _save_picture(v, name, folder):
     import matplotlib.pyplot as plt
 
     fig = v.show()
-    fig.suptitle(name, fontsize=9)
+    fig.suptitle(name, fontsize=9, parse_math=False)
     with atomic_write(Path(folder) / f"{name}.png") as tmp:
         fig.savefig(tmp, format="png", dpi=110)
     plt.close(fig)
@@ -351,89 +406,57 @@ def run_standardize(a: argparse.Namespace) -> int:
     "`asap standardize`"
     from asap.data.prepare import CaseStore, prepare_case
 
-    scans, n = _iterate_scans(a, "standardize")
-    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
+    scans, out = find_scans(a.paths, ".json"), Path(a.out)
+    for name, _ in scans:
+        _refuse_overwrite(out / f"{name}.nii", scans)
     out.mkdir(parents=True, exist_ok=True)
-    for name, path in scans:
-        made = prepare_case(
-            dict(case=name, image=str(path), organ_map=""),
-            CaseStore(out, out),
-            _standard_options(a),
-            None,
-            _source_from_args(a),
-        )
+    store = CaseStore(out, out, hashes=out / ".hashes")
+
+    def one(name: str, path: Path) -> None:
+        row = dict(case=name, image=str(path), organ_map="")
+        made = prepare_case(row, store, _standard_options(a), None, _source_from_args(a))
         if made.error:
-            bad.add(name, made.error)
-            log_message(f"refused {name}: {made.error}")
-        else:
-            print(out / f"{name}.nii", flush=True)
-    return _save_quarantine(bad, n)
+            raise ValueError(made.error)
+        if made.why:
+            log_message(f"{name}: made anew, because {made.why}")
+        print(out / f"{name}.nii", flush=True)
+
+    close = _list_refused(out / "quarantine.csv", always=True)
+    return _exit_code(_map_scans(scans, "standardize", one, close=close)[1], len(scans))
 
 
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
     from asap.anatomy import segment
+
+    p: Any = load_params(sections=["anatomy"])
+    segment.ensure_weights(not a.full, a.download)
+    scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
+    for name, _ in scans:
+        _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
+
+    def one(name: str, path: Path) -> None:
+        _organs_one(a, path, out / f"{name}_organs.nii.gz", p.anatomy.groups)
+
+    close = _list_refused(out / "quarantine.csv", always=True)
+    return _exit_code(_map_scans(scans, "organs", one, close=close)[1], len(scans))
+
+
+def _organs_one(a, path, out, groups) -> None:
+    from asap.anatomy import segment
     from asap.anatomy.organs import map_to_groups
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
-    p: Any = load_params(sections=["anatomy"])
-    groups = p.anatomy.groups
-    how = _standard_options(a)
-    segment.ensure_weights(not a.full, a.download)
-    scans, n = _iterate_scans(a, "organs")
-    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
-    for name, path in scans:
-        try:
-            v, _ = checks.load_checked(path, _source_from_args(a))
-            found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
-        except (ValueError, OSError) as e:
-            bad.add(name, e)
-            log_message(f"refused {name}: {e}")
-            continue
-        shape, affine = standard_grid(v.hu.shape, v.affine, how["spacing"])
-        write(
-            resample(found, v.affine, shape, affine, order=0, fill=0),
-            affine,
-            out / f"{name}_organs.nii.gz",
-        )
-        print(out / f"{name}_organs.nii.gz", flush=True)
-    return _save_quarantine(bad, n)
+    v, _ = checks.load_checked(path, _source_from_args(a))
+    found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
+    shape, affine = standard_grid(v.hu.shape, v.affine, _standard_options(a)["spacing"])
+    write(resample(found, v.affine, shape, affine, order=0, fill=0), affine, out)
+    print(out, flush=True)
 
 # %% ../nbs/98_cli.ipynb #c1100001
 def _roi_size_from_args(a):
     return tuple(a.size) if a.size else None
-
-
-def _refuse_overwrite(out, scans):
-    "Refuse to write over a scan or a folder"
-    if Path(out).is_dir():
-        raise ValueError(f"-o {out} is a folder, expected a file")
-    if Path(out).resolve() in [p.resolve() for _, p in scans]:
-        raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
-
-
-def _map_scans(a, label, one) -> tuple:  # [(name, what `one` gave)], Quarantine
-    "Process scans one by one; refused ones are logged and skipped"
-    scans, n = _iterate_scans(a, label)
-    done, bad = [], Quarantine()
-    for name, path in scans:
-        try:
-            done.append((name, one(name, path)))
-        except (ValueError, OSError) as e:
-            bad.add(name, e)
-            log_message(f"refused {name}: {e}")
-    if bad.rows and n > 1:
-        log_message(f"{len(bad)} of {n} refused")
-    return done, bad
-
-
-def _save_refused(done, bad, listed) -> int:  # exit code
-    "List refused scans beside the output; nothing where there is no output"
-    bad.path = Path(listed)
-    if done and (len(bad) or bad.path.exists()):
-        bad.save()
-    return 1 if len(bad) else 0
 
 # %% ../nbs/98_cli.ipynb #9540f56d
 def _embed_one(path, source, encoder):
@@ -450,29 +473,37 @@ def _embed_one(path, source, encoder):
 
 def run_embed(a: argparse.Namespace) -> int:
     "`asap embed`"
-    import numpy as np
-
     from asap.inference.scan import describe_checkpoint, load_image_encoder
 
-    _refuse_overwrite(a.out, find_scans(a.paths))
+    scans = find_scans(a.paths)
+    _refuse_overwrite(a.out, scans)
     encoder = load_image_encoder(a.checkpoint, _roi_size_from_args(a))
     log_message(describe_checkpoint(a.checkpoint))
     done, bad = _map_scans(
-        a, "embed", lambda name, path: _embed_one(path, _source_from_args(a), encoder)
+        scans,
+        "embed",
+        lambda name, path: _embed_one(path, _source_from_args(a), encoder),
+        lambda done: _write_features(done, a.out, encoder.grid_size if a.tokens else None),
+        close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
     if done:
-        tokens = [t for _, t in done]
-        more = dict(tokens=np.stack(tokens), grid=np.array(encoder.grid_size)) if a.tokens else {}
-        with atomic_write(a.out) as tmp:
-            with open(tmp, "wb") as f:
-                np.savez(
-                    f,
-                    features=np.stack([t[1:].mean(0) for t in tokens]),
-                    cases=np.array([n for n, _ in done]),
-                    **more,  # type: ignore[arg-type] # typed as a flag by numpy
-                )
         print(a.out)
-    return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
+    return _exit_code(bad, len(scans))
+
+
+def _write_features(done, out, grid) -> None:  # `grid`: of the tokens; None: without tokens
+    import numpy as np
+
+    tokens = [t for _, t in done]
+    more = {} if grid is None else dict(tokens=np.stack(tokens), grid=np.array(grid))
+    with atomic_write(out) as tmp:
+        with open(tmp, "wb") as f:
+            np.savez(
+                f,
+                features=np.stack([t[1:].mean(0) for t in tokens]),
+                cases=np.array([n for n, _ in done]),
+                **more,  # type: ignore[arg-type] # typed as a flag by numpy
+            )
 
 # %% ../nbs/98_cli.ipynb #c1100003
 def _load_ct(a, path, model):
@@ -510,15 +541,28 @@ def _load_model_and_text(a, sentences) -> tuple:  # model and text encoder
 
 def run_zero_shot(a: argparse.Namespace) -> int:
     "`asap zero-shot`"
-    import pandas as pd
-
     from asap.abnormalities import ABNORMALITIES
-    from asap.core import write_csv
-    from asap.inference.zero_shot import classify_zero_shot
 
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
-    if Path(a.out).suffix.lower() != ".csv":
-        raise ValueError(f"-o {a.out}: expected a file that ends in .csv")
+    _check_labels(labels, a.out)
+    _refuse_overwrite(a.out, scans)
+    model, text = _load_model_and_text(a, labels)
+    params: Any = load_params(sections=["vocabulary"])
+    done, bad = _map_scans(
+        scans,
+        "zero-shot",
+        lambda name, path: _zero_shot_one(a, name, path, model, text, labels, params.vocabulary),
+        lambda done: _write_zero_shot(done, a.out),
+        close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
+    )
+    if done:
+        print(a.out)
+    return _exit_code(bad, len(scans))
+
+
+def _check_labels(labels, out) -> None:
+    if Path(out).suffix.lower() != ".csv":
+        raise ValueError(f"-o {out}: expected a file that ends in .csv")
     if blank := [n for n in labels if not n.strip()]:
         raise ValueError(f'--labels {blank[0]!r} is empty: give a name, such as "Pleural effusion"')
     if files := [n for n in labels if Path(n).is_file()]:
@@ -526,28 +570,23 @@ def run_zero_shot(a: argparse.Namespace) -> int:
             f"--labels took {files[0]}, which is a file, for a label: "
             "give the scans before the options"
         )
-    _refuse_overwrite(a.out, scans)
-    model, text = _load_model_and_text(a, labels)
-    params: Any = load_params(sections=["vocabulary"])
-    p = params.vocabulary
 
-    def one(name, path):
-        z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)
-        print(
-            f"{name}: "
-            + ", ".join(
-                f"{r.label} {r.probability:.2f}"
-                for r in z.nlargest(a.top, "probability").itertuples()
-            ),
-            flush=True,
-        )
-        return z
 
-    done, bad = _map_scans(a, "zero-shot", one)
-    if done:
-        write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), a.out)
-        print(a.out)
-    return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
+def _zero_shot_one(a, name, path, model, text, labels, p):
+    from asap.inference.zero_shot import classify_zero_shot
+
+    z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)
+    top = z.nlargest(a.top, "probability").itertuples()
+    print(f"{name}: " + ", ".join(f"{r.label} {r.probability:.2f}" for r in top), flush=True)
+    return z
+
+
+def _write_zero_shot(done, out) -> None:
+    import pandas as pd
+
+    from asap.core import write_csv
+
+    write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), out)
 
 # %% ../nbs/98_cli.ipynb #c1100005
 def _ground_one(a, name, path, model, text, note) -> int:  # how many files
@@ -595,20 +634,20 @@ def run_ground(a: argparse.Namespace) -> int:
             f"--sentence {blank[0]!r} is empty: say what to look for, "
             'such as "There is pleural effusion."'
         )
-    scans = find_scans(a.paths)
+    scans = find_scans(a.paths, f"_{len(a.sentence)}_region.nii.gz")
     for name, _ in scans:
         for i in range(len(a.sentence)):
             for kind in ("heat", "region"):
                 _refuse_overwrite(out / f"{name}_{i + 1}_{kind}.nii.gz", scans)
     model, text = _load_model_and_text(a, a.sentence)
-    done, bad = _map_scans(
-        a,
+    note = describe_checkpoint(a.checkpoint)
+    _, bad = _map_scans(
+        scans,
         "ground",
-        lambda name, path: _ground_one(
-            a, name, path, model, text, describe_checkpoint(a.checkpoint)
-        ),
+        lambda name, path: _ground_one(a, name, path, model, text, note),
+        close=_list_refused(out / "quarantine.csv"),
     )
-    return _save_refused(done, bad, out / "quarantine.csv")
+    return _exit_code(bad, len(scans))
 
 # %% ../nbs/98_cli.ipynb #climrg01
 def _print_merged(file: str | None, out: str | None) -> int:
@@ -912,12 +951,17 @@ def main(
     argv: list[str] | None = None,
 ) -> int:  # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage
     "The `asap` command"
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show ends no batch
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     a = _build_parser().parse_args(argv)
     try:
         return a.run(a) or 0
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("asap: stopped; the results so far are written", file=sys.stderr)
+    return 1
 
 # %% ../nbs/98_cli.ipynb #05bbd2fe
 #| eval: false

@@ -10,6 +10,7 @@ __all__ = ['RAS_TO_LPS', 'DICOM_TAGS', 'PICTURE_SUFFIXES', 'READERS', 'VolumesCo
 
 # %% ../../nbs/2_data/20_volumes.ipynb #db46559b
 import gzip
+import os
 import re
 import zipfile
 import zlib
@@ -151,13 +152,22 @@ def to_hu(
     return lo + v * np.float32((hi - lo) / 255)
 
 # %% ../../nbs/2_data/20_volumes.ipynb #b36f1f73
+def _load_nifti(path: Path) -> nib.Nifti1Image:
+    if path.name.endswith((".nii", ".nii.gz")):
+        return nib.load(path)
+    with nib.openers.ImageOpener(path) as f:  # nibabel looks for `.Nii` under `.nii`
+        size = f.read(4)  # of the header: 540 in NIfTI-2
+    kind = nib.Nifti2Image if b"\x1c\x02" in (size[:2], size[:1:-1]) else nib.Nifti1Image
+    return kind.from_file_map(dict(image=nib.FileHolder(str(path))))
+
+
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
     "Open a NIfTI file; errors name a missing, empty or broken file"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return nib.load(path)
+        return _load_nifti(path)
     except PermissionError:
         raise
     except Exception as e:
@@ -220,8 +230,11 @@ def _read_itk(path, source):
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    kind = "NrrdImageIO" if file_suffix(path) in (".nrrd", ".nhdr") else "MetaImageIO"
+    if os.fsencode(path) != str(path).encode("utf8", "replace"):
+        raise ValueError(f"{path}: SimpleITK opens names in UTF-8 alone: rename file or folder")
     try:
-        img = sitk.ReadImage(str(path))
+        img = sitk.ReadImage(str(path), imageIO=kind)  # by its ending, in any case
     except RuntimeError as e:
         raise ValueError(
             f"{path} is truncated or broken ({str(e).strip().splitlines()[-1]}): fetch it again"
@@ -299,7 +312,11 @@ def read_dicom_headers(
     import pydicom
 
     found: dict[tuple, list] = {}
-    for f in (p for p in list_files(folder) if p.is_file()):
+    files = list_files(folder)
+    lost = [f for f in files if f.is_symlink() and not f.exists()]
+    if slices := [f for f in lost if file_suffix(f) in ("", ".dcm", ".ima", ".dicom")]:
+        raise FileNotFoundError(f"{slices[0]} {_why_absent(slices[0])}")
+    for f in (p for p in files if p.is_file()):
         try:
             h = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=DICOM_TAGS)
         except pydicom.errors.InvalidDicomError:
@@ -398,7 +415,10 @@ def _decode_pixels(f, h) -> np.ndarray:  # (columns, rows), scaled
 
 def _read_dicom(path, source):
     folder = path if path.is_dir() else path.parent
-    slices = choose_series(read_dicom_headers(folder), folder)
+    found = read_dicom_headers(folder)
+    if not path.is_dir():  # a slice stands for its own series
+        found = {k: s for k, s in found.items() if path in [f for f, _ in s]} or found
+    slices = choose_series(found, folder)
     h = slices[0][1]
     if int(h.get("NumberOfFrames") or 1) > 1:
         raise ValueError(
@@ -474,6 +494,7 @@ READERS = {
     ".npz": _read_npz,
     ".dcm": _read_dicom,
     ".ima": _read_dicom,
+    ".dicom": _read_dicom,
 }
 
 
@@ -481,6 +502,12 @@ def file_suffix(path: str | Path) -> str:  # ".nii.gz", lower case
     "The suffix of a file name that determines the format"
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _why_absent(path: Path) -> str:
+    if not path.is_symlink():
+        return "is missing"
+    return f"is a link to {os.readlink(path)}, which is missing: fetch the file it stands for"
 
 
 def _find_reader(path: Path):
@@ -492,9 +519,12 @@ def _find_reader(path: Path):
             else _read_dicom
         )
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} {_why_absent(path)}")
     if file_suffix(path) in READERS:
         return READERS[file_suffix(path)]
+    with open(path, "rb") as f:
+        if f.read(132)[128:] == b"DICM":
+            return _read_dicom
     raise ValueError(
         f"{path}: `{file_suffix(path) or path.name}` is no format that is read here; "
         f"expected {', '.join(READERS)}, a DICOM folder or a folder of pictures"

@@ -333,8 +333,15 @@ def _review_cohort(a, name) -> int:
         options = read_options(p.cohorts[name].model_dump())
     except FileNotFoundError:
         options = {}  # outside of a project
-    r = review.review_cohort(folder, name, options, a.jobs, a.pictures_of if page else 0)
-    print("\n".join(review.format_review(r)), flush=True)
+    said: list[str] = []  # as the cases come, so that a stopped check has named its refusals
+
+    def refused(line: str) -> None:
+        said.append(line)
+        print(line, flush=True)
+
+    n_pictures = a.pictures_of if page else 0
+    r = review.review_cohort(folder, name, options, a.jobs, n_pictures, refused)
+    print("\n".join(x for x in review.format_review(r) if x not in said), flush=True)
     if page:
         write_text(review.render_review(r), page)
         print(f"page     {page}")

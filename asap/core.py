@@ -390,6 +390,7 @@ def parallel_map(
     label: str = "",  # of the progress bar
     soon: float = 3,  # seconds in this process before others are started; 0 for long calls
     cost: Sequence[float] | None = None,  # of each call, any unit; the longest call starts first
+    on_result: Callable | None = None,  # gets each result as soon as those before it are there
 ) -> list:  # results, in the order of `todo`
     "Call `one` for each of `todo` with a progress bar; long work is shared by several processes"
     import joblib
@@ -398,20 +399,25 @@ def parallel_map(
     out: list = []
     if cost:
         order = sorted(range(len(todo)), key=lambda i: -cost[i])
-        ordered = parallel_map(one, [todo[i] for i in order], jobs, label, soon)
+        ordered = parallel_map(one, [todo[i] for i in order], jobs, label, soon, None, on_result)
         results = dict(zip(order, ordered))
         return [results[i] for i in range(len(todo))]
     with progress_bar(total=len(todo), label=label) as bar:
-        while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end):
-            out.append(one(*todo[len(out)]))
+
+        def add(result: Any) -> None:
+            out.append(result)
             bar.update()
+            if on_result:
+                on_result(result)
+
+        while len(out) < len(todo) and (jobs == 1 or time.monotonic() < end):
+            add(one(*todo[len(out)]))
         if len(out) == len(todo):
             return out
         for made in joblib.Parallel(jobs, return_as="generator")(
             joblib.delayed(one)(*args) for args in todo[len(out) :]
         ):
-            out.append(made)
-            bar.update()
+            add(made)
     return out
 
 # %% ../nbs/00_core.ipynb #6f9547ad

@@ -328,7 +328,7 @@ def _open_terminal():
     if not name:
         yield sys.stderr
     else:
-        with open(name, "a", encoding="utf8") as f:
+        with open(name, "a", encoding="utf8", errors="backslashreplace") as f:
             yield f
 
 # %% ../nbs/00_core.ipynb #e4098e4c
@@ -341,7 +341,7 @@ def progress_bar(
     from tqdm import tqdm
 
     name = os.environ.get("ASAP_TERMINAL")
-    out = open(name, "a", encoding="utf8") if name else sys.stderr
+    out = open(name, "a", encoding="utf8", errors="backslashreplace") if name else sys.stderr
     live = os.environ.get("ASAP_TTY") == "1" if name else out.isatty()
     quiet = not name and not live and os.environ.get("ASAP_PROGRESS") != "1"
     return tqdm(

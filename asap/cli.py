@@ -423,7 +423,7 @@ def run_standardize(a: argparse.Namespace) -> int:
         row = dict(case=name, image=str(path), organ_map="")
         made = prepare_case(row, store, _standard_options(a), None, _source_from_args(a))
         if made.error:
-            raise ValueError(made.error)
+            raise ValueError(made.error.partition(": ")[2])
         if made.why:
             log_message(f"{name}: made anew, because {made.why}")
         print(out / f"{name}.nii", flush=True)

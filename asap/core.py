@@ -232,7 +232,7 @@ def write_csv(
 ) -> None:
     "Write a table to CSV, whole or not at all"
     with atomic_write(path) as tmp:
-        df.to_csv(tmp, index=False, lineterminator="\n", errors="backslashreplace")
+        df.to_csv(tmp, index=False, lineterminator="\n")
 
 # %% ../nbs/00_core.ipynb #aece8d90
 def file_hash(path: Path | str) -> str:  # 16 hexadecimal digits of SHA-256
@@ -425,6 +425,10 @@ def parallel_map(
 _SYSTEM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EIO)
 
 
+def _as_utf8(x: Any) -> str:  # bytes of a file's name may be no text
+    return str(x).encode("utf8", "backslashreplace").decode("utf8")
+
+
 def is_system_error(e: BaseException) -> bool:
     "Is it a fault of the machine (memory, a full disk), not of the file that was read?"
     return isinstance(e, MemoryError) or getattr(e, "errno", None) in _SYSTEM_ERRNOS
@@ -441,14 +445,8 @@ class Quarantine:
         "Leave a case out; an error of the machine (full disk, memory) is raised again"
         if is_system_error(reason):
             raise reason
-        self.rows.append(
-            dict(
-                case=str(case),
-                reason=f"{type(reason).__name__}: {reason}"
-                if isinstance(reason, Exception)
-                else str(reason),
-            )
-        )
+        name = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+        self.rows.append(dict(case=_as_utf8(case), reason=_as_utf8(f"{name}{reason}")))
 
     def __len__(self):
         return len(self.rows)

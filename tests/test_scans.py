@@ -62,8 +62,8 @@ def pair(folder, how):
     if how == "upper case":
         return [a, nifti(OTHER, C.affine, folder / "p1/CASE.nii.gz")]
     if how == "an accent":
-        one = nifti(C.hu, C.affine, folder / "p1/caf\u00e9.nii.gz")
-        return [one, nifti(OTHER, C.affine, folder / "p1/cafe\u0301.nii.gz")]
+        a = a.rename(a.with_name("caf\u00e9.nii.gz"))
+        return [a, nifti(OTHER, C.affine, folder / "p1/cafe\u0301.nii.gz")]
     return [a, nifti(OTHER, C.affine, folder / "p1_case/x/case.nii.gz")]
 
 
@@ -252,8 +252,9 @@ def hostile(folder):
     good(folder / "z_good.nii.gz")
     (folder / "m_npz.npz").write_bytes(b"PK\x03\x04" + bytes(50))
     (folder / "m_words.nrrd").write_text("NRRD0004\nsizes: a b c\n")
-    empty = nib.Nifti1Image(C.hu, np.full((4, 4), np.nan))
-    nib.save(empty, folder / "m_nan.nii")
+    raw = bytearray(good(folder / "m_nan.nii").read_bytes())
+    raw[280:328] = np.full(12, np.nan, np.float32).tobytes()  # the rows of the sform
+    (folder / "m_nan.nii").write_bytes(bytes(raw))
     series = dicom(C.hu, C.affine, folder / "m_series")
     f = list_files(series)[0]
     f.write_bytes(f.read_bytes().replace(b"CS", b"ZZ", 3))

@@ -226,7 +226,7 @@ def _spell(s: FoundScan) -> str:
 
 
 def _lengthen(same: list[FoundScan]) -> bool:  # whether one of them got a longer name
-    alone = len({s.folders for s in same}) == 1
+    alone = len({s.folders for s in same}) == 1 < len({_key(s.full) for s in same})
     moved = [s for s in same if (s.name != s.full if alone else s.depth < len(s.folders))]
     for s in moved:
         s.name, s.depth = (s.full, s.depth) if alone else (s.name, s.depth + 1)

@@ -19,8 +19,8 @@ from ...abnormalities import DomainShift
 from ...core import Quarantine, list_files, parallel_map, rng
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
-from ..table import check_table
 from ..scans import is_dicom_file
+from ..table import check_table
 from ..volumes import Source, read as read_volume, resample, write as write_volume
 
 if TYPE_CHECKING:

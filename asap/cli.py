@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +421,8 @@ def run_standardize(a: argparse.Namespace) -> int:
 
     def one(name: str, path: Path) -> None:
         row = dict(case=name, image=str(path), organ_map="")
-        made = prepare_case(row, store, _standard_options(a), None, _source_from_args(a))
+        no_organs: Any = None  # the row names no organ map
+        made = prepare_case(row, store, _standard_options(a), no_organs, _source_from_args(a))
         if made.error:
             raise ValueError(made.error.partition(": ")[2])
         if made.why:

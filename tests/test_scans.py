@@ -62,8 +62,8 @@ def pair(folder, how):
     if how == "upper case":
         return [a, nifti(OTHER, C.affine, folder / "p1/CASE.nii.gz")]
     if how == "an accent":
-        a = a.rename(a.with_name("caf\u00e9.nii.gz"))
-        return [a, nifti(OTHER, C.affine, folder / "p1/cafe\u0301.nii.gz")]
+        a = a.rename(a.with_name("\u00fc.nii.gz"))
+        return [a, nifti(OTHER, C.affine, folder / "p1/u\u0308.nii.gz")]
     return [a, nifti(OTHER, C.affine, folder / "p1_case/x/case.nii.gz")]
 
 

@@ -21,6 +21,7 @@ from typing import Annotated
 
 import nibabel as nib
 import numpy as np
+from nibabel.openers import ImageOpener
 from pydantic import Field
 
 from ..core import atomic_write, list_files, log_message
@@ -155,7 +156,7 @@ def to_hu(
 def _load_nifti(path: Path) -> nib.Nifti1Image:
     if path.name.endswith((".nii", ".nii.gz")):
         return nib.load(path)
-    with nib.openers.ImageOpener(path) as f:  # nibabel looks for `.Nii` under `.nii`
+    with ImageOpener(path) as f:  # nibabel looks for `.Nii` under `.nii`
         size = f.read(4)  # of the header: 540 in NIfTI-2
     kind = nib.Nifti2Image if b"\x1c\x02" in (size[:2], size[:1:-1]) else nib.Nifti1Image
     return kind.from_file_map(dict(image=nib.FileHolder(str(path))))

@@ -429,7 +429,9 @@ def _as_utf8(x: Any) -> str:  # bytes of a file's name may be no text
     return str(x).encode("utf8", "backslashreplace").decode("utf8")
 
 
-def is_system_error(e: BaseException) -> bool:
+def is_system_error(
+    e: BaseException,  # of reading or writing a file
+) -> bool:
     "Is it a fault of the machine (memory, a full disk), not of the file that was read?"
     return isinstance(e, MemoryError) or getattr(e, "errno", None) in _SYSTEM_ERRNOS
 

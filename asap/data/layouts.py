@@ -23,7 +23,7 @@ from ..core import Quarantine, list_files, log_message, write_json
 from .splits import hold_out
 from .table import check_table, cohort_row
 
-# %% ../../nbs/2_data/25_layouts.ipynb #25a00006
+# %% ../../nbs/2_data/25_layouts.ipynb #25a000a2
 _NO_TEXT = re.compile(
     r"\W*(?:not (?:given|specified|provided|available|applicable|mentioned|stated|reported)"
     r"|no (?:text|report|information|data)(?: (?:given|available|provided))?"
@@ -53,7 +53,7 @@ def find_below(
 
 
 def find_nifti(
-    folder: Path,
+    folder: Path,  # to look in
     name: str,  # without ending
 ) -> Path:  # the packed one where there is none
     "A NIfTI, packed or not; some public copies put each file in a folder of its own name"
@@ -63,7 +63,7 @@ def find_nifti(
             return inside[0]
     return folder / f"{name}.nii.gz"
 
-
+# %% ../../nbs/2_data/25_layouts.ipynb #25a00006
 @cache
 def warn_unverified(
     name: str,  # of the cohort

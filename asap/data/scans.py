@@ -23,12 +23,16 @@ DICOM_SUFFIXES = tuple(s for s, reader in READERS.items() if reader is READERS["
 _HEADER_TAGS = ["SeriesInstanceUID", "ImageOrientationPatient", "Rows", "Columns"]
 
 
-def is_volume_file(path: str | Path) -> bool:
+def is_volume_file(
+    path: str | Path,  # need not exist
+) -> bool:
     "Does the ending say that the file holds a whole volume?"
     return file_suffix(path) in READERS and file_suffix(path) not in DICOM_SUFFIXES
 
 
-def is_dicom_file(path: str | Path) -> bool:
+def is_dicom_file(
+    path: str | Path,  # need not exist
+) -> bool:
     "By its ending, or by its first bytes where the ending says nothing"
     path = Path(path)
     if file_suffix(path) in DICOM_SUFFIXES:
@@ -234,7 +238,7 @@ def _lengthen(same: list[FoundScan]) -> bool:  # whether one of them got a longe
 
 
 def unique_names(
-    scans: list[FoundScan],
+    scans: list[FoundScan],  # in any order
     ending: str = "",  # longest one that is appended to a name
 ) -> list[str]:  # in their order
     "A name for each scan; two are never the same"

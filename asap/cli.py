@@ -9,19 +9,21 @@ __all__ = ['execute_stage', 'find_scans', 'run_check', 'run_standardize', 'run_o
 # %% ../nbs/98_cli.ipynb #ada30da1
 import argparse
 import contextlib
+import importlib.util
+import io
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from asap.core import (
     Quarantine,
     atomic_write,
+    is_system_error,
     list_files,
     log_message,
     progress_bar,
@@ -119,6 +121,26 @@ def _record_cost(
     memory = f", {peak:.1f} GB at most in one process" if peak else ""
     log_message(f"{name}: {minutes:.1f} min{memory}")
 
+# %% ../nbs/98_cli.ipynb #cliknl01
+def _own_kernel() -> type:
+    "Kernel manager that starts the interpreter of this process"
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    if importlib.util.find_spec("ipykernel") is None:
+        raise ValueError(
+            f"{sys.executable} has no ipykernel, the kernel that stages run in: "
+            "install it there, pip install ipykernel"
+        )
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+    class OwnKernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    return OwnKernel
+
 # %% ../nbs/98_cli.ipynb #clistg02
 def execute_stage(
     name: str,  # stage in dvc.yaml: `pretrain@asap` runs nbs/stages/pretrain.ipynb
@@ -134,77 +156,32 @@ def execute_stage(
     target.parent.mkdir(parents=True, exist_ok=True)
     _set_environment()
     values = dict(parameters or {}, stage=name)
-    options = dict(kernel_name="python3", progress_bar=False, cwd=project_root())
+    kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
     start = time.monotonic()
     with _relay_output():
-        papermill.execute_notebook(source, target, values, **options)
+        papermill.execute_notebook(
+            source, target, values, progress_bar=False, cwd=project_root(), **kernel
+        )
     _record_cost(name, (time.monotonic() - start) / 60, _peak_memory_gb())
     return target
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
-def _is_slice(f: Path) -> bool:
-    "Is it one slice of a series, or of a folder of pictures?"
-    from asap.data.volumes import PICTURE_SUFFIXES
-
-    if f.suffix.lower() in (".dcm", ".ima", *PICTURE_SUFFIXES):
-        return True
-    if f.suffix and not f.suffix[1:].isdigit():
-        return False
-    with open(f, "rb") as h:
-        return h.read(132)[128:] == b"DICM"
-
-
-def _walk_scans(p: Path) -> Iterator[Path]:
-    "Volumes in a folder and below it; a folder without one that holds slices"
-    from asap.data.volumes import READERS, file_suffix
-
-    if not p.exists():
-        raise FileNotFoundError(f"{p} is missing")
-    if p.is_file():
-        yield p
-        return
-    readable = set(READERS) - {".dcm", ".ima"}
-    entries = list_files(p)
-    files = [f for f in entries if f.is_file()]
-    volumes = [f for f in files if file_suffix(f) in readable]
-    if volumes:
-        yield from volumes
-    elif any(_is_slice(f) for f in files):
-        yield p
-    for f in entries:
-        if f.is_dir():
-            yield from _walk_scans(f)
-
-# %% ../nbs/98_cli.ipynb #cliscan1
-def _path_parts(p: Path) -> list[str]:  # folders, and the name without its suffix
-    from asap.data.volumes import file_suffix
-
-    suffix = file_suffix(p) if p.is_file() else ""
-    return [*p.resolve().parts[1:-1], p.name[: -len(suffix)] if suffix else p.name]
-
-
-def _unique_names(paths: Sequence[Path]) -> list[str]:
-    "Names of the files, with as many of their folders as make them unique"
-    parts = [_path_parts(p) for p in paths]
-    depth = [1] * len(paths)
-    while True:
-        names = ["_".join(x[-d:]) for x, d in zip(parts, depth)]
-        count = Counter(names)
-        same = [i for i, n in enumerate(names) if count[n] > 1 and depth[i] < len(parts[i])]
-        if not same:
-            return names
-        for i in same:
-            depth[i] += 1
-
-
 def find_scans(
-    paths: Iterable[Path | str],  # files and folders
+    paths: Iterable[Path | str],  # files, folders, single slices
+    suffix: str = "",  # longest one that the command appends to a name
 ) -> list[tuple[str, Path]]:  # (name, path), names unique
     "Files and folders that are a scan, searched recursively"
-    found = list(dict.fromkeys(f for p in paths for f in _walk_scans(Path(p))))
-    return list(zip(_unique_names(found), found))
+    from asap.data.scans import search_scans
 
-# %% ../nbs/98_cli.ipynb #cliscan2
+    scans = search_scans(paths, suffix)
+    if not scans:
+        raise ValueError(
+            f"no scan in {', '.join(map(str, paths))}: expected a volume, a DICOM folder, or a "
+            "folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+        )
+    return scans
+
+
 def _source_from_args(a: argparse.Namespace) -> Any:  # Source
     "What the options declare about the files"
     from asap.data.volumes import Source
@@ -213,26 +190,105 @@ def _source_from_args(a: argparse.Namespace) -> Any:  # Source
     intensity = "mr" if a.mr else intensity
     return Source(intensity, tuple(a.spacing) if a.spacing else None, a.axes)
 
-
-def _iterate_scans(
-    a: argparse.Namespace,
-    label: str,  # of the progress bar
-) -> tuple[Iterable[tuple[str, Path]], int]:  # (name, path) with a progress bar; their number
-    scans = find_scans(a.paths)
-    if not scans:
-        raise ValueError(
-            f"no scan in {', '.join(map(str, a.paths))}: expected a volume, a DICOM folder, or a "
-            "folder with such; or a data set, whose table params.yaml names (cohorts.own.csv)"
+# %% ../nbs/98_cli.ipynb #5debbcb7
+def _one_line(
+    e: Exception,
+    path: Path,  # of the scan
+) -> Exception:
+    "The refusal of a scan, in one line that names the file"
+    text = " ".join(str(e).split())
+    if isinstance(e, MemoryError):
+        return ValueError(f"{path}: not enough memory to read it ({text or 'MemoryError'})")
+    if not isinstance(e, (ValueError, OSError)) or isinstance(e, UnicodeError):
+        return ValueError(
+            f"{path} cannot be used ({type(e).__name__}: {text}): fetch or export it again"
         )
-    return (progress_bar(scans, label=label) if len(scans) > 1 else scans), len(scans)
+    if path.name not in text:
+        text = f"{path}: {text}"
+    plain = type(e) in (ValueError, FileNotFoundError, PermissionError)
+    return type(e)(text) if plain else ValueError(text)
 
 
-def _save_quarantine(
+def _log_refused(name: str, e: Exception) -> None:
+    log_message(f"refused {name}: {e}")
+
+
+class _Saver:
+    "Writes the results during the batch, for at most a twentieth of the time"
+
+    def __init__(self, write: Callable[[list], None] | None):
+        self.write = write
+        self.next = 0.0
+
+    def __call__(self, done: list) -> None:
+        if self.write is None or time.monotonic() < self.next:
+            return
+        start = time.monotonic()
+        self.write(done)
+        self.next = time.monotonic() + 20 * (time.monotonic() - start)
+
+# %% ../nbs/98_cli.ipynb #climap01
+def _map_scans(
+    scans: list[tuple[str, Path]],  # of `find_scans`
+    label: str,  # of the progress bar
+    function: Callable[[str, Path], Any],  # takes name and path of a scan
+    write: Callable[[list], None] | None = None,  # writes the results so far
+    refuse: Callable[[str, Exception], None] = _log_refused,
+    close: Callable[[list, Quarantine], None] | None = None,  # called last, also after Ctrl-C
+) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
+    "Process scans one by one; refused ones are named and left out"
+    done: list[tuple[str, Any]] = []
+    bad, save = Quarantine(), _Saver(write)
+    try:
+        for name, path in progress_bar(scans, label=label) if len(scans) > 1 else scans:
+            try:
+                done.append((name, function(name, path)))
+            except Exception as e:
+                if is_system_error(e) and not isinstance(e, MemoryError):
+                    raise
+                reason = _one_line(e, path)
+                bad.add(name, reason)
+                refuse(name, reason)
+                continue
+            save(done)
+    finally:
+        if write and done:
+            write(done)
+        if close:
+            close(done, bad)
+    return done, bad
+
+# %% ../nbs/98_cli.ipynb #climap02
+def _refuse_overwrite(
+    out: Path | str,
+    scans: list[tuple[str, Path]],  # of `find_scans`
+) -> None:
+    "Refuse to write over a scan or a folder"
+    if Path(out).is_dir():
+        raise ValueError(f"-o {out} is a folder, expected a file")
+    if os.path.realpath(out) in [os.path.realpath(p) for _, p in scans]:
+        raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
+
+
+def _list_refused(
+    listed: Path,  # CSV
+    always: bool = False,  # also where there is no output
+) -> Callable[[list, Quarantine], None]:  # `close` of `_map_scans`
+    "List refused scans beside the output; no file where there is no output"
+
+    def close(done: list, bad: Quarantine) -> None:
+        bad.path = listed
+        if always or (done and (len(bad) or listed.exists())):
+            bad.save()
+
+    return close
+
+
+def _exit_code(
     bad: Quarantine,
     n: int,  # scans
-) -> int:  # exit code
-    bad.save()
-    if len(bad):
+) -> int:
+    if len(bad) and n > 1:
         log_message(f"{len(bad)} of {n} refused")
     return 1 if len(bad) else 0
 
@@ -271,7 +327,7 @@ def _review_paths(
             ("--spacing", a.spacing),
             ("--window", a.window),
             ("--mr", a.mr),
-            ("--axes", a.axes != "LPS"),
+            ("--axes", a.axes),
         )
         if given
     ]
@@ -304,8 +360,15 @@ def _review_cohort(a: argparse.Namespace, name: str) -> int:
         options = read_options(p.cohorts[name].model_dump())
     except FileNotFoundError:
         options = {}  # outside of a project
-    r = review.review_cohort(folder, name, options, a.jobs, a.pictures_of if page else 0)
-    print("\n".join(review.format_review(r)), flush=True)
+    printed: list[str] = []  # during the check, so that a stopped one has named its refusals
+
+    def refuse(line: str) -> None:
+        printed.append(line)
+        print(line, flush=True)
+
+    n_pictures = a.pictures_of if page else 0
+    r = review.review_cohort(folder, name, options, a.jobs, n_pictures, refuse)
+    print("\n".join(x for x in review.format_review(r) if x not in printed), flush=True)
     if page:
         write_text(review.render_review(r), page)
         print(f"page     {page}")
@@ -327,31 +390,37 @@ def run_check(a: argparse.Namespace) -> int:
 
 def _check_scans(a: argparse.Namespace) -> int:
     "`asap check` of loose scans"
+    scans = find_scans(a.paths, ".png")
+
+    def refuse(name: str, e: Exception) -> None:
+        print(f"REFUSED  {name}: {e}", flush=True)
+
+    done, bad = _map_scans(scans, "check", lambda n, p: _check_one(a, n, p), refuse=refuse)
+    refused = len(bad) + sum(not usable for _, usable in done)
+    if len(scans) > 1:
+        log_message(f"{len(scans)} scans, {refused} refused")
+    return 1 if refused else 0
+
+
+def _check_one(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+) -> bool:  # whether it can be used
     from asap.data import checks
     from asap.data.volumes import read
 
-    scans, n = _iterate_scans(a, "check")
-    refused = 0
-    for name, path in scans:
-        try:
-            v = read(path, _source_from_args(a))
-        except (ValueError, OSError) as e:
-            refused += 1
-            print(f"REFUSED  {name}: {e}", flush=True)
-            continue
-        found = checks.check_volume(v)
-        errors = [f for f in found if f.level == "error"]
-        refused += bool(errors)
-        shape = "x".join(map(str, v.hu.shape))
-        mm = "x".join(f"{s:.3g}" for s in v.spacing)
-        verdict = "REFUSED " if errors else "warning " if found else "ok      "
-        facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
-        print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
-        if a.pictures:
-            _save_picture(v, name, a.pictures)
-    if n > 1:
-        log_message(f"{n} scans, {refused} refused")
-    return 1 if refused else 0
+    v = read(path, _source_from_args(a))
+    found = checks.check_volume(v)
+    usable = all(f.level != "error" for f in found)
+    shape = "x".join(map(str, v.hu.shape))
+    mm = "x".join(f"{s:.3g}" for s in v.spacing)
+    verdict = ("warning " if found else "ok      ") if usable else "REFUSED "
+    facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
+    print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
+    if a.pictures:
+        _save_picture(v, name, a.pictures)
+    return usable
 
 
 def _save_picture(
@@ -365,7 +434,7 @@ def _save_picture(
     import matplotlib.pyplot as plt
 
     fig = v.show()
-    fig.suptitle(name, fontsize=9)
+    fig.suptitle(name, fontsize=9, parse_math=False)
     with atomic_write(Path(folder) / f"{name}.png") as tmp:
         fig.savefig(tmp, format="png", dpi=110)
     plt.close(fig)
@@ -381,100 +450,63 @@ def run_standardize(a: argparse.Namespace) -> int:
     "`asap standardize`"
     from asap.data.prepare import CaseStore, prepare_case
 
-    scans, n = _iterate_scans(a, "standardize")
-    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
+    scans, out = find_scans(a.paths, ".json"), Path(a.out)
+    for name, _ in scans:
+        _refuse_overwrite(out / f"{name}.nii", scans)
     out.mkdir(parents=True, exist_ok=True)
-    for name, path in scans:
-        made = prepare_case(
-            dict(case=name, image=str(path), organ_map=""),
-            CaseStore(out, out),
-            _standard_options(a),
-            None,  # type: ignore[arg-type] # not called: the row has no organ map
-            _source_from_args(a),
-        )
+    store = CaseStore(out, out, hashes=out / ".hashes")
+
+    def one(name: str, path: Path) -> None:
+        row = dict(case=name, image=str(path), organ_map="")
+        no_organs: Any = None  # not called: the row has no organ map
+        made = prepare_case(row, store, _standard_options(a), no_organs, _source_from_args(a))
         if made.error:
-            bad.add(name, made.error)
-            log_message(f"refused {name}: {made.error}")
-        else:
-            print(out / f"{name}.nii", flush=True)
-    return _save_quarantine(bad, n)
+            raise ValueError(made.error.partition(": ")[2])
+        if made.why:
+            log_message(f"{name}: made anew, because {made.why}")
+        print(out / f"{name}.nii", flush=True)
+
+    close = _list_refused(out / "quarantine.csv", always=True)
+    return _exit_code(_map_scans(scans, "standardize", one, close=close)[1], len(scans))
 
 
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
     from asap.anatomy import segment
+
+    p: Any = load_params(sections=["anatomy"])
+    segment.ensure_weights(not a.full, a.download)
+    scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
+    for name, _ in scans:
+        _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
+
+    def one(name: str, path: Path) -> None:
+        _organs_one(a, path, out / f"{name}_organs.nii.gz", p.anatomy.groups)
+
+    close = _list_refused(out / "quarantine.csv", always=True)
+    return _exit_code(_map_scans(scans, "organs", one, close=close)[1], len(scans))
+
+
+def _organs_one(
+    a: argparse.Namespace,
+    path: Path,  # of the scan
+    out: Path,  # the organ map
+    groups: Any,  # anatomy.groups of the params
+) -> None:
+    from asap.anatomy import segment
     from asap.anatomy.organs import map_to_groups
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
-    p: Any = load_params(sections=["anatomy"])
-    groups = p.anatomy.groups
-    how = _standard_options(a)
-    segment.ensure_weights(not a.full, a.download)
-    scans, n = _iterate_scans(a, "organs")
-    out, bad = Path(a.out), Quarantine(Path(a.out) / "quarantine.csv")
-    for name, path in scans:
-        try:
-            v, _ = checks.load_checked(path, _source_from_args(a))
-            found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
-        except (ValueError, OSError) as e:
-            bad.add(name, e)
-            log_message(f"refused {name}: {e}")
-            continue
-        shape, affine = standard_grid(v.hu.shape, v.affine, how["spacing"])
-        write(
-            resample(found, v.affine, shape, affine, order=0, fill=0),
-            affine,
-            out / f"{name}_organs.nii.gz",
-        )
-        print(out / f"{name}_organs.nii.gz", flush=True)
-    return _save_quarantine(bad, n)
+    v, _ = checks.load_checked(path, _source_from_args(a))
+    found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
+    shape, affine = standard_grid(v.hu.shape, v.affine, _standard_options(a)["spacing"])
+    write(resample(found, v.affine, shape, affine, order=0, fill=0), affine, out)
+    print(out, flush=True)
 
 # %% ../nbs/98_cli.ipynb #c1100001
 def _roi_size_from_args(a: argparse.Namespace) -> Any:  # three numbers of voxels, or None
     return tuple(a.size) if a.size else None
-
-
-def _refuse_overwrite(
-    out: Path | str,
-    scans: list[tuple[str, Path]],  # of `find_scans`
-) -> None:
-    "Refuse to write over a scan or a folder"
-    if Path(out).is_dir():
-        raise ValueError(f"-o {out} is a folder, expected a file")
-    if Path(out).resolve() in [p.resolve() for _, p in scans]:
-        raise ValueError(f"-o {out} is a scan that is read: write elsewhere")
-
-
-def _map_scans(
-    a: argparse.Namespace,
-    label: str,  # of the progress bar
-    function: Callable[[str, Path], Any],  # takes name and path of a scan
-) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
-    "Process scans one by one; refused ones are logged and skipped"
-    scans, n = _iterate_scans(a, label)
-    done, bad = [], Quarantine()
-    for name, path in scans:
-        try:
-            done.append((name, function(name, path)))
-        except (ValueError, OSError) as e:
-            bad.add(name, e)
-            log_message(f"refused {name}: {e}")
-    if bad.rows and n > 1:
-        log_message(f"{len(bad)} of {n} refused")
-    return done, bad
-
-
-def _save_refused(
-    done: list,  # of `_map_scans`
-    bad: Quarantine,
-    listed: Path,  # CSV
-) -> int:  # exit code
-    "List refused scans beside the output; no file where there is no output"
-    bad.path = Path(listed)
-    if done and (len(bad) or bad.path.exists()):
-        bad.save()
-    return 1 if len(bad) else 0
 
 # %% ../nbs/98_cli.ipynb #9540f56d
 def _embed_one(
@@ -495,29 +527,41 @@ def _embed_one(
 
 def run_embed(a: argparse.Namespace) -> int:
     "`asap embed`"
-    import numpy as np
-
     from asap.inference.scan import describe_checkpoint, load_image_encoder
 
-    _refuse_overwrite(a.out, find_scans(a.paths))
+    scans = find_scans(a.paths)
+    _refuse_overwrite(a.out, scans)
     encoder = load_image_encoder(a.checkpoint, _roi_size_from_args(a))
     log_message(describe_checkpoint(a.checkpoint))
     done, bad = _map_scans(
-        a, "embed", lambda name, path: _embed_one(path, _source_from_args(a), encoder)
+        scans,
+        "embed",
+        lambda name, path: _embed_one(path, _source_from_args(a), encoder),
+        lambda done: _write_features(done, a.out, encoder.grid_size if a.tokens else None),
+        close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
     if done:
-        tokens = [t for _, t in done]
-        more = dict(tokens=np.stack(tokens), grid=np.array(encoder.grid_size)) if a.tokens else {}
-        with atomic_write(a.out) as tmp:
-            with open(tmp, "wb") as f:
-                np.savez(
-                    f,
-                    features=np.stack([t[1:].mean(0) for t in tokens]),
-                    cases=np.array([n for n, _ in done]),
-                    **more,  # type: ignore[arg-type] # typed as a flag by numpy
-                )
         print(a.out)
-    return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
+    return _exit_code(bad, len(scans))
+
+
+def _write_features(
+    done: list[tuple[str, Any]],  # of `_map_scans`
+    out: str,  # npz
+    grid: tuple | None,  # of the tokens; None: without tokens
+) -> None:
+    import numpy as np
+
+    tokens = [t for _, t in done]
+    more = {} if grid is None else dict(tokens=np.stack(tokens), grid=np.array(grid))
+    with atomic_write(out) as tmp:
+        with open(tmp, "wb") as f:
+            np.savez(
+                f,
+                features=np.stack([t[1:].mean(0) for t in tokens]),
+                cases=np.array([n for n, _ in done]),
+                **more,  # type: ignore[arg-type] # typed as a flag by numpy
+            )
 
 # %% ../nbs/98_cli.ipynb #c1100003
 def _load_ct(
@@ -560,15 +604,30 @@ def _load_model_and_text(
 
 def run_zero_shot(a: argparse.Namespace) -> int:
     "`asap zero-shot`"
-    import pandas as pd
-
     from asap.abnormalities import ABNORMALITIES
-    from asap.core import write_csv
-    from asap.inference.zero_shot import classify_zero_shot
 
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
-    if Path(a.out).suffix.lower() != ".csv":
-        raise ValueError(f"-o {a.out}: expected a file that ends in .csv")
+    _check_labels(labels, a.out)
+    _refuse_overwrite(a.out, scans)
+    model, text = _load_model_and_text(a, labels)
+    done, bad = _map_scans(
+        scans,
+        "zero-shot",
+        lambda name, path: _zero_shot_one(a, name, path, model, text, labels),
+        lambda done: _write_zero_shot(done, a.out),
+        close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
+    )
+    if done:
+        print(a.out)
+    return _exit_code(bad, len(scans))
+
+
+def _check_labels(
+    labels: list[str],
+    out: str,  # CSV
+) -> None:
+    if Path(out).suffix.lower() != ".csv":
+        raise ValueError(f"-o {out}: expected a file that ends in .csv")
     if blank := [n for n in labels if not n.strip()]:
         raise ValueError(f'--labels {blank[0]!r} is empty: give a name, such as "Pleural effusion"')
     if files := [n for n in labels if Path(n).is_file()]:
@@ -576,23 +635,34 @@ def run_zero_shot(a: argparse.Namespace) -> int:
             f"--labels took {files[0]}, which is a file, for a label: "
             "give the scans before the options"
         )
-    _refuse_overwrite(a.out, scans)
-    model, text = _load_model_and_text(a, labels)
-    params: Any = load_params(sections=["vocabulary"])
-    p = params.vocabulary
 
-    def one(name: str, path: Path) -> pd.DataFrame:
-        z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p)
-        top = z.nlargest(a.top, "probability")
-        shown = ", ".join(f"{r.label} {r.probability:.2f}" for r in top.itertuples())
-        print(f"{name}: {shown}", flush=True)
-        return z
 
-    done, bad = _map_scans(a, "zero-shot", one)
-    if done:
-        write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), a.out)
-        print(a.out)
-    return _save_refused(done, bad, Path(a.out).with_suffix(".quarantine.csv"))
+def _zero_shot_one(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    model: Any,  # ASAP
+    text: Any,  # TextEncoder
+    labels: list[str],
+) -> Any:  # DataFrame of `classify_zero_shot`
+    from asap.inference.zero_shot import classify_zero_shot
+
+    p: Any = load_params(sections=["vocabulary"])
+    z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p.vocabulary)
+    top = z.nlargest(a.top, "probability").itertuples()
+    print(f"{name}: " + ", ".join(f"{r.label} {r.probability:.2f}" for r in top), flush=True)
+    return z
+
+
+def _write_zero_shot(
+    done: list[tuple[str, Any]],  # of `_map_scans`
+    out: str,  # CSV
+) -> None:
+    import pandas as pd
+
+    from asap.core import write_csv
+
+    write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), out)
 
 # %% ../nbs/98_cli.ipynb #c1100005
 def _ground_one(
@@ -647,19 +717,20 @@ def run_ground(a: argparse.Namespace) -> int:
             f"--sentence {blank[0]!r} is empty: say what to look for, "
             'such as "There is pleural effusion."'
         )
-    scans = find_scans(a.paths)
+    scans = find_scans(a.paths, f"_{len(a.sentence)}_region.nii.gz")
     for name, _ in scans:
         for i in range(len(a.sentence)):
             for kind in ("heat", "region"):
                 _refuse_overwrite(out / f"{name}_{i + 1}_{kind}.nii.gz", scans)
     model, text = _load_model_and_text(a, a.sentence)
     note = describe_checkpoint(a.checkpoint)
-
-    def one(name: str, path: Path) -> int:
-        return _ground_one(a, name, path, model, text, note)
-
-    done, bad = _map_scans(a, "ground", one)
-    return _save_refused(done, bad, out / "quarantine.csv")
+    _, bad = _map_scans(
+        scans,
+        "ground",
+        lambda name, path: _ground_one(a, name, path, model, text, note),
+        close=_list_refused(out / "quarantine.csv"),
+    )
+    return _exit_code(bad, len(scans))
 
 # %% ../nbs/98_cli.ipynb #climrg01
 def _print_merged(file: str | None, out: str | None) -> int:
@@ -702,8 +773,7 @@ def _add_source_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument(
         "--axes",
-        default="LPS",
-        help="where each array axis points, for npz and pictures (default LPS)",
+        help="where each array axis points, where the file does not say (assumed: LPS)",
     )
     g.add_argument(
         "--window",
@@ -971,12 +1041,17 @@ def main(
     argv: list[str] | None = None,
 ) -> int:  # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage
     "The `asap` command"
+    for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show ends no batch
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     a = _build_parser().parse_args(argv)
     try:
         return a.run(a) or 0
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("asap: stopped; the results so far are written", file=sys.stderr)
+    return 1
 
 # %% ../nbs/98_cli.ipynb #05bbd2fe
 #| eval: false

@@ -73,7 +73,12 @@ def _stage_environment(stages: int) -> dict[str, str]:
 
     threads = str(max(1, joblib.cpu_count() // stages))
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
-    return dict.fromkeys(limits, threads) | os.environ | {"ASAP_STAGES": str(stages)}
+    own = {"ASAP_STAGES": str(stages), "PATH": _own_path()}
+    return dict.fromkeys(limits, threads) | os.environ | own
+
+
+def _own_path() -> str:  # dvc.yaml calls `python`: the one that runs this
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def run_stage(

@@ -167,14 +167,14 @@ KINDS = dict(
         "dataset/multi_abnormality_labels/valid_predicted_labels.csv",
         "dataset/train_fixed/train_2/train_2_a/train_2_a_1.nii.gz",
         "dataset/ts_seg/ts_total/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz",
-        "dataset/no_chest_train.txt",
+        "dataset/metadata/no_chest_train.txt",
     ],
     first=["dataset/metadata/train_metadata.csv", "dataset/metadata/validation_metadata.csv"],
     radgenome=csvs("dataset/radgenome_files"),
     ctrg=["CTRG-Chest-548K.json", "images/101.nii.gz"],
 )
 FREE = {
-    ("ct_rate", "dataset/no_chest_train.txt"): (
+    ("ct_rate", "dataset/metadata/no_chest_train.txt"): (
         "deleted",
         "truncated",
     ),  # where it is there; empty here

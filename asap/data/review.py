@@ -15,7 +15,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -221,8 +221,9 @@ def review_case(
             v = adapter.open_volume(row["image"])
         found = checks.check_volume(v)
         out.refused = refusal_from_issues(found) or check_maps(row, adapter, v)
-    except MemoryError:
-        raise
+    except MemoryError as e:  # of this case: its header may name any size
+        out.refused = classify_reason(f"{row['image']}: not enough memory to read it ({e})")
+        return out
     except Exception as e:
         bad = Quarantine()
         bad.add(row["case"], e)  # as above
@@ -278,10 +279,18 @@ def review_cohort(
     options: dict | None = None,  # options of its `read`
     jobs: int = 2,  # processes
     pictures: int = 24,  # at most
+    on_refused: Callable | None = None,  # gets the line of each refused case as it comes
 ) -> CohortReview:
     "Read the table, review every case and separate usable from refused ones"
     root = Path(root).absolute()
     table, bad = _read_table(name, root, options or {})
+
+    def report(x: CaseReview) -> None:
+        if on_refused and x.refused:
+            on_refused(_refusal_line(x.case, *(_short(t, root) for t in x.refused)))
+
+    for r in bad.rows:
+        report(CaseReview(r["case"], classify_reason(r["reason"])))
     n_pictured = min(len(table), 2 * pictures)  # some of them may be refused
     chosen = set(np.linspace(0, len(table) - 1, n_pictured).astype(int).tolist())
     cases = table[["case", "image", "organ_map", "target_map"]].to_dict("records")
@@ -290,17 +299,24 @@ def review_cohort(
         [(r, name, i in chosen) for i, r in enumerate(cases)],
         jobs,
         "check",
+        on_result=report,
     )
     return _collect_reviews(name, root, table, bad, reviews, pictures)
 
 # %% ../../nbs/2_data/28_review.ipynb #53756933
+def _short(text: str, root: Path) -> str:  # paths relative to the folder
+    return text.replace(f"{root}/", "")
+
+
+def _refusal_line(case: str, kind: str, reason: str, do: str) -> str:
+    return f"REFUSED  {case}: {reason}: {do}"
+
+
 def _collect_reviews(
     name: str, root: Path, table: pd.DataFrame, bad: Quarantine, reviews: list, pictures: int
 ) -> CohortReview:
-    def short(
-        text: str,
-    ) -> str:  # paths relative to the folder
-        return text.replace(f"{root}/", "")
+    def short(text: str) -> str:
+        return _short(text, root)
 
     refused = [(r["case"], *map(short, classify_reason(r["reason"]))) for r in bad.rows]
     refused += [(x.case, *map(short, x.refused)) for x in reviews if x.refused]
@@ -438,7 +454,7 @@ def format_review(
     r: CohortReview,  # of `review_cohort`
 ) -> list:  # lines for a terminal
     "One line per case with a refusal or warning, then the summary"
-    out = [f"REFUSED  {x.case}: {x.reason}: {x.do}" for x in r.refused.itertuples()]
+    out = [_refusal_line(x.case, x.kind, x.reason, x.do) for x in r.refused.itertuples()]
     out += _warning_lines(r)
     out += [
         f"warning  {', '.join(x.cases)}: {x.what} ({' and '.join(x.splits)})"

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from ...abnormalities import DomainShift
 from ...core import Quarantine, list_files, log_message, parallel_map, rng, write_json, write_text
 from ..adapter import CohortAdapter, register_cohort
-from ..layouts import read_decathlon, warn_unverified
+from ..layouts import find_below, find_nifti, read_decathlon, warn_unverified
 from ..splits import hold_out
 from ..table import check_table
 from ..volumes import Source, make_affine, write as write_volume
@@ -37,8 +37,8 @@ class ACDC(CohortAdapter):
     source = Source(intensity="mr", chest=False)
     targets = {1: "RV", 2: "MLV", 3: "LVC"}
     unverified = (
-        "the layout, the names in Info.cfg and the name of the re-pack's list were not checked "
-        "against the owners' files."
+        "the name of the re-pack's list was not checked against its files, nor was the direction "
+        "of the axes in the owners' headers."
     )
     domain_shift = DomainShift(noise=1.5, blur=0.4)
 
@@ -287,7 +287,7 @@ def _patient_rows(
     rows = []
     for phase in ("ED", "ES"):
         case = f"{d.name}_frame{int(said[phase]):02d}"
-        image, mask = d / f"{case}.nii.gz", d / f"{case}_gt.nii.gz"
+        image, mask = find_nifti(d, case), find_nifti(d, f"{case}_gt")
         lost = [f for f in (image, mask) if not f.exists()]
         if lost:
             bad.add(case, f"{lost[0]} is missing: Info.cfg names frame {said[phase]} as {phase}")
@@ -341,7 +341,7 @@ def read(
     root: str | Path,  # folder that holds training/ and testing/, or dataset.json and imagesTr/
 ) -> tuple:  # cohort table with raw paths, Quarantine
     "Read every segmented frame; log which of the two layouts was found"
-    root = Path(root)
+    root = find_below(Path(root), "training", "testing", "imagesTr")
     warn_unverified(self.name, self.unverified)
     if (root / "training").is_dir() or (root / "testing").is_dir():
         log_message(f"{self.name}: the owners' layout")
@@ -351,5 +351,6 @@ def read(
         return _read_released_layout(root)
     raise FileNotFoundError(
         f"{root}: neither training/ and testing/ (the owners' layout) nor dataset*.json "
-        "with imagesTr/ (the re-pack) is there: put one of them there"
+        "with imagesTr/ (the re-pack) is there: give the folder that holds them, the owners' "
+        "archive calls it database/"
     )

@@ -6,6 +6,7 @@
 __all__ = ['ORGAN_NAMES', 'TRAIN_CASES', 'TEST_CASES', 'BTCV', 'organ_shapes', 'synthesize_abdomen']
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #73f9a960
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 from ...abnormalities import DomainShift
 from ...core import Quarantine, list_files, log_message, parallel_map, rng, write_json
 from ..adapter import CohortAdapter, register_cohort
-from ..layouts import read_decathlon, warn_unverified
+from ..layouts import find_below, read_decathlon, warn_unverified
 from ..table import check_table
 from ..volumes import Source, write as write_volume
 
@@ -54,10 +55,7 @@ class BTCV(CohortAdapter):
     name = "btcv"
     source = Source(chest=False)
     targets = dict(enumerate(ORGAN_NAMES, 1))
-    unverified = (
-        "the names of both layouts, and that the re-pack's numbers are the owners', were not "
-        "checked against the files."
-    )
+    unverified = "that the re-pack's numbers are the owners' was not checked against the files."
     domain_shift = DomainShift(
         spacing=(1.0, 1.0, 0.85), noise=0.8, contrast=1.0
     )  # portal venous phase: every scan has contrast medium
@@ -188,11 +186,14 @@ def _find_pairs(
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #9b43127f
 def _read_list(root) -> list:
-    found = [
-        (image, mask, image.name.removesuffix(".nii.gz").split("_")[-1])
-        for image, mask in read_decathlon(root)
-    ]
+    found = [(image, mask, _case_number(image)) for image, mask in read_decathlon(root)]
     return sorted(found, key=lambda e: e[2])
+
+
+def _case_number(image: Path) -> str:  # digits; the name where it has none
+    name = image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+    numbers = re.findall(r"\d+", name)
+    return numbers[-1] if numbers else name
 
 # %% ../../../nbs/2_data/cohorts/btcv.ipynb #a64f53f4
 def _row(image, mask, n, split) -> dict:
@@ -218,7 +219,7 @@ def read(
     root: str | Path,  # folder that holds RawData/, or dataset_5.json and imagesTr/
 ) -> tuple:  # cohort table with raw paths, Quarantine
     "Read every segmented scan; log which of the two layouts was found"
-    root = Path(root)
+    root = find_below(Path(root), "RawData", "imagesTr")
     rows = []
     bad = Quarantine()
     warn_unverified(self.name, self.unverified)

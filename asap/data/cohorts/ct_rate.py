@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ...abnormalities import ABNORMALITIES
 from ...core import Quarantine, list_files, log_message, parallel_map, write_csv, write_text
 from ..adapter import CohortAdapter, register_cohort
-from ..layouts import warn_unverified
+from ..layouts import as_text, warn_unverified
 from ..table import check_table
 from asap.data.volumes import (
     Source,
@@ -198,7 +198,8 @@ def _write_tables(d: Path, rows: dict[str, list]) -> None:
             ("metadata", d / "metadata" / metadata),
         ):
             write_csv(pd.DataFrame([r[key] for r in rows[split]]), path)
-    write_text("", d / "no_chest_train.txt")
+    for side in SPLIT_FILES:
+        write_text("", d / f"metadata/no_chest_{side}.txt")
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #c39ef437
 def detect_release(
@@ -264,10 +265,6 @@ def _read_labels(path) -> pd.DataFrame:
     if lost:
         raise ValueError(f"{path}: no column `{lost[0]}`; expected the 18 abnormalities of CT-RATE")
     return t.dropna(subset=ABNORMALITIES)[ABNORMALITIES].rename(columns=lambda n: f"label:{n}")
-
-
-def _text(x) -> str:
-    return "" if pd.isna(x) else str(x).strip()
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #68b670fc
 STORAGE_COLUMNS = ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
@@ -410,6 +407,11 @@ def _read_metadata(
         log_message(f"{CTRATE.name}: {there} is missing: the kernels of its volumes are not known")
         return pd.DataFrame(columns=["ConvolutionKernel"])
     t = _read_table(path, STORAGE_COLUMNS if old else ())
+    if "ZSpacing" in t and (n := int(t.ZSpacing.isna().sum())):
+        log_message(
+            f"{CTRATE.name}: {there} has no ZSpacing for {n} of {len(t)} volumes: "
+            + ("they are left out" if old else "the spacing of their headers is used")
+        )
     if "ConvolutionKernel" in t:
         return t
     log_message(
@@ -429,25 +431,34 @@ def _row(f, mask, report, has, split, metadata, kernel) -> dict:
         image=str(f),
         organ_map=str(mask) if mask.exists() else "",
         target_map="",
-        findings=_text(report.Findings_EN),
-        impression=_text(report.Impressions_EN),
+        findings=as_text(report.Findings_EN),
+        impression=as_text(report.Impressions_EN),
         split=split,
         time_days=None,
         event=None,
         **has.to_dict(),
         **metadata,
-        kernel=_text(kernel),
-        contrast=parse_contrast(_text(report.get("Technique_EN"))),
+        kernel=as_text(kernel),
+        contrast=parse_contrast(as_text(report.get("Technique_EN"))),
     )
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #57ecd7e7
+_LIST_FOLDERS = ("", "metadata", "radiology_text_reports", "multi_abnormality_labels")
+
+
 def _read_excluded(
-    path,
-) -> set:  # names without suffix
-    text = path.read_text(encoding="utf8", errors="replace") if path.exists() else ""
-    names = {m[0] for m in _VOLUME_NAME.finditer(text)}
-    if text.strip() and not names:
-        raise ValueError(f"{path}: no name of a volume in it, expected one a line: fetch it again")
+    d,
+) -> set:  # names without suffix, of volumes or of whole scans
+    names: set = set()
+    for path in (f for s in _LIST_FOLDERS for f in list_files(d / s, "no_chest*.txt")):
+        lines = path.read_text(encoding="utf8", errors="replace").replace("\\", "/").split("\n")
+        found = [re.sub(r"\.nii(\.gz)?$", "", x.strip(" \t\r,/").split("/")[-1]) for x in lines]
+        found = [n for n in found if re.fullmatch(r"(train|valid)_\d+_[a-z]+(_\d+)?", n)]
+        if any(x.strip() for x in lines) and not found:
+            raise ValueError(
+                f"{path}: no name of a volume in it, expected one a line: fetch it again"
+            )
+        names.update(found)
     return names
 
 # %% ../../../nbs/2_data/cohorts/ct_rate.ipynb #84df8c0a
@@ -480,7 +491,8 @@ def _split_rows(
     needed = [(said, f"report in {reports}"), (has, f"labels in {labels}")]
     needed += [(how, f"slope and spacing in {metadata}")] if old else []
     for f in _list_volumes(d / folder, bad):
-        if f.name.removesuffix(".nii.gz") in skip:
+        name = f.name.removesuffix(".nii.gz")
+        if name in skip or name.rpartition("_")[0] in skip:
             continue
         lost = [text for t, text in needed if f.name not in t.index]
         if lost:
@@ -521,7 +533,7 @@ def read(
         f"{self.name}: the {which} release"
         + (", whose volumes are read by open_volume" if which == "first" else "")
     )
-    skip = _read_excluded(d / "no_chest_train.txt")
+    skip = _read_excluded(d)
     rows = [r for split in SPLIT_FILES for r in _split_rows(d, split, which == "first", skip, bad)]
     if not rows:
         raise ValueError(f"{d}: no volume with report and labels was found")

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ...abnormalities import DomainShift
 from ...core import Quarantine, derive_seed, list_files, parallel_map, rng, write_text
 from ..adapter import CohortAdapter, register_cohort
-from ..layouts import warn_unverified
+from ..layouts import as_text, warn_unverified
 from ..table import check_table
 from ..volumes import Source, write as write_volume
 
@@ -54,7 +54,7 @@ class INSPECT(CohortAdapter):
     source = Source()  # HU, spacing and axes as the files say
     labels = ["PE", *FLAGS.values()]
     unverified = (
-        "names and columns of the tables, and that tte_mortality counts minutes, were not "
+        "that tte_mortality counts minutes, and which image of a study is the first, was not "
         "checked against the owners' files."
     )
     domain_shift = DomainShift(
@@ -166,6 +166,7 @@ def write(
 def read_newest_table(
     root: str | Path,  # folder of the data set
     name: str,  # key of `TABLES`
+    repeated: bool = False,  # keep every row of a study, not the first alone
 ) -> pd.DataFrame:  # text, by impression_id
     "Read the newest table of a name"
     found = list_files(root, f"{name}_*.tsv") or [Path(root) / f"{name}.tsv"]
@@ -182,9 +183,9 @@ def read_newest_table(
     lost = [c for c in ("impression_id", *TABLES[name]) if c not in t]
     if lost:
         raise ValueError(f"{path}: no column `{lost[0]}`; there are {list(t)[:6]}")
+    t = t.dropna(subset=["impression_id"])
     return (
-        t.dropna(subset=["impression_id"])
-        .drop_duplicates("impression_id")
+        (t if repeated else t.drop_duplicates("impression_id"))
         .set_index("impression_id")
         .fillna("")
     )
@@ -264,7 +265,7 @@ def _row(name, r) -> dict:
         organ_map="",
         target_map="",
         findings="",
-        impression=r["impressions"].strip(),
+        impression=as_text(r["impressions"]),
         split=SPLIT_NAMES[r["split"]],
         time_days=r["time_days"],
         event=r["event"],
@@ -274,6 +275,13 @@ def _row(name, r) -> dict:
     )  # an angiography: every scan has contrast medium
 
 # %% ../../../nbs/2_data/cohorts/inspect.ipynb #ce123143
+def _unused_reason(study: str | None, mapping: pd.DataFrame) -> str:  # why a volume is no case
+    if study is None:
+        return "no row in the table study_mapping"
+    first = mapping.image_id.loc[[study]].iloc[0]
+    return f"another image of study {study}, whose first image, {first}, is its case"
+
+
 def _find_volume(
     d,
     name,
@@ -320,9 +328,12 @@ def read(
         else:
             rows.append(_row(name, r))
     known = {r["image"] for r in studies.values()}
+    mapping = read_newest_table(root, "study_mapping", repeated=True)
+    study_of = {i.removesuffix(".nii.gz"): n for n, i in mapping.image_id.items()}
     for f in list_files(d, "*.nii.gz"):
         if str(f) not in known:
-            bad.add(f.name.removesuffix(".nii.gz"), "no row in the table study_mapping")
+            name = f.name.removesuffix(".nii.gz")
+            bad.add(name, _unused_reason(study_of.get(name), mapping))
     if not rows:
         raise ValueError(
             f"{d}: none of {len(studies)} studies could be used; the first: "

@@ -6,6 +6,7 @@
 __all__ = ['SPLIT_NAMES', 'FILES', 'WHOLE_SCAN', 'QUESTION_FORMATS', 'TABLE_COLUMNS', 'RadGenome', 'read_regions']
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #de8ed4ef
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import ABNORMALITIES
-from ...core import Quarantine, parallel_map, rng, write_csv
+from ...core import Quarantine, log_message, parallel_map, rng, write_csv
 from ..adapter import CohortAdapter, find_raw_dir, register_cohort
 from .ct_rate import CTRATE, SPLIT_FILES
-from ..layouts import read_csv_table, warn_unverified
+from ..layouts import as_text, read_csv_table, warn_unverified
 from ..table import check_table
 from ..volumes import Volume
 
@@ -42,16 +43,15 @@ class RadGenome(CohortAdapter):
     source = CTRATE.source
     has_organ_maps = True
     unverified = (
-        "names and columns of its tables are those that public code reads; they were not "
-        "checked against the owners' files."
+        "which texts stand in the columns of its tables was not checked against the owners' files."
     )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #231ef109
 QUESTION_FORMATS = dict(  # kind: (question, columns in it, column of the answer)
     abnormality=("What abnormality is seen here: {Anatomy}?", ["Anatomy"], "Abnormality"),
-    presence=("Is there {Finding}?", ["Finding"], "Presence"),
+    presence=("Is there {Finding}{where}?", ["Finding"], "Presence"),
     location=("Where is it: {Abnormality}?", ["Abnormality"], "Anatomy"),
-    size=("How large is it, in mm: {Abnormality}?", ["Abnormality"], "Size"),
+    size=("How large is it, in mm: {Abnormality}{where}?", ["Abnormality"], "Size"),
     disorder=("Which disorders does this scan show?", [], "Disorders"),
 )
 
@@ -66,14 +66,41 @@ TABLE_COLUMNS = dict(
 )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #5b9c15ce
+_LENGTH = re.compile(  # one or several numbers with one unit behind the last
+    r"\d+(?:[.,]\d+)?(?:\s*(?:mm|cm)?\s*(?:[x×*-]|by|to)\s*\d+(?:[.,]\d+)?)*\s*cm\b", re.I
+)
+_NUMBER = re.compile(r"(\d+(?:[.,]\d+)?)(?:\s*(mm|cm)\b)?", re.I)
+
+
+def _to_mm(m: re.Match) -> str:  # of a length whose last unit is cm
+    def one(n: re.Match) -> str:
+        scale = 1 if (n[2] or "cm").lower() == "mm" else 10
+        return f"{float(n[1].replace(',', '.')) * scale:g}"
+
+    return f"{_NUMBER.sub(one, m[0])} mm"
+
+
 def _normalize_answer(kind, text) -> str:
     if kind == "presence":
         return text.lower().rstrip(".")
+    if kind == "size":
+        return _LENGTH.sub(_to_mm, text)
     return (
         "/".join(p.strip() for p in text.replace("/", ",").split(","))
         if kind == "disorder"
         else text
     )
+
+
+def _merge_answers(kind: str, answers: list) -> str | None:  # None: they contradict each other
+    "One answer to a question that several rows ask"
+    if len(set(answers)) == 1:
+        return answers[0]
+    if kind == "presence":
+        return None
+    parts = list(dict.fromkeys(p.strip() for a in answers for p in a.split("/")))
+    found = [p for p in parts if p.lower().rstrip(".") != "no findings"]
+    return "/".join(found or parts[:1])
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #5315f556
 def _question_rows(
@@ -97,7 +124,7 @@ def _question_rows(
         ],
         location=[dict(Anatomy=f.place, Abnormality=f.name.lower()) for f in c.findings],
         size=[
-            dict(Anatomy=f.place, Abnormality=f.name.lower(), Size=f"{round(f.size_mm)} mm")
+            dict(Anatomy="", Abnormality=f.name.lower(), Size=f"{round(f.size_mm)} mm")
             for f in c.findings
         ],
         disorder=[dict(Disorders=", ".join(n.lower() for n in names) or "no findings")],
@@ -326,20 +353,31 @@ def read_questions(
 ) -> pd.DataFrame:  # case, kind, question, answer
     "Read the questions of five kinds; a missing volume is an error that names it"
     out = []
-    for kind, (words, needs, answer) in QUESTION_FORMATS.items():
+    for kind in QUESTION_FORMATS:
         t = _select_cases(_read_both_splits(root, kind), table, left_out, f"questions ({kind})")
-        if "Anatomy" in t:
-            t = t.assign(Anatomy=t.Anatomy.replace("", WHOLE_SCAN))
-        for r in t.to_dict("records"):
-            out.append(
-                dict(
-                    case=r["case"],
-                    kind=kind,
-                    question=words.format(**{n: r[n] for n in needs}),
-                    answer=_normalize_answer(kind, r[answer]),
-                )
-            )
+        out += _ask(kind, t)
     return pd.DataFrame(out, columns=["case", "kind", "question", "answer"])
+
+
+def _ask(kind: str, t: pd.DataFrame) -> list:  # questions of a table, each once
+    words, needs, answer = QUESTION_FORMATS[kind]
+    said: dict[tuple, list] = {}
+    for r in t.to_dict("records"):
+        region = r.get("Anatomy", "")
+        r["where"] = f" in the {region}" if region and region != WHOLE_SCAN else ""
+        if "Anatomy" in r:
+            r["Anatomy"] = region or WHOLE_SCAN
+        asked = r["case"], words.format(**{n: r[n] for n in [*needs, "where"]})
+        if as_text(r[answer]) or not r[answer]:
+            said.setdefault(asked, []).append(_normalize_answer(kind, r[answer]))
+    merged = {k: _merge_answers(kind, a) for k, a in said.items()}
+    if n := sum(a is None for a in merged.values()):
+        log_message(f"{RadGenome.name}: {n} questions ({kind}) are answered yes and no: left out")
+    return [
+        dict(case=case, kind=kind, question=question, answer=a)
+        for (case, question), a in merged.items()
+        if a is not None
+    ]
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #44e6d49e
 def read_regions(

@@ -6,6 +6,7 @@
 __all__ = ['UID_COLUMNS', 'ANSWER_COLUMNS', 'OTHER_COLUMNS', 'RSPECT', 'sample_answer', 'make_uid', 'write_series', 'read_exams']
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #80895559
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,19 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...abnormalities import DomainShift
-from ...core import Quarantine, atomic_write, list_files, parallel_map, rng, write_csv
+from asap.core import (
+    Quarantine,
+    atomic_write,
+    list_files,
+    log_message,
+    parallel_map,
+    rng,
+    write_csv,
+)
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
 from ..table import check_table
-from ..volumes import Source
+from ..volumes import Source, Volume, read as read_volume
 
 if TYPE_CHECKING:
     from asap.phantom.words import PhantomCase, Reconstruction
@@ -247,12 +256,63 @@ def _exclusion_reason(
         return (
             f"{folder}: {len(sizes)} slices, and {e['slices']} in train.csv: fetch the exam again"
         )
-    least = min(sizes, key=sizes.__getitem__)
-    if sizes[least] < 0.2 * np.median(list(sizes.values())):
+    small = [n for n, s in sizes.items() if s < 0.2 * np.median(list(sizes.values()))]
+    broken = [folder / n for n in small if not _is_readable(folder / n)]
+    if broken and not _are_at_the_edges(folder, broken):
+        name = broken[0].name
         return (
-            f"{folder / least} has {sizes[least]} bytes, far fewer than the others: fetch it again"
+            f"{folder / name} has {sizes[name]} bytes, far fewer than the others, and cannot be "
+            "read: fetch it again"
         )
     return ""
+
+
+def _is_readable(path: Path) -> bool:
+    import pydicom
+
+    try:
+        return pydicom.dcmread(path).pixel_array.size > 0
+    except Exception:  # whatever a decoder raises
+        return False
+
+
+def _are_at_the_edges(folder: Path, broken: list) -> bool:  # the other slices have no gap
+    import pydicom
+
+    whole = [f for f in list_files(folder, "*.dcm") if f not in broken]
+    tags = ["ImagePositionPatient", "ImageOrientationPatient"]
+    try:
+        heads = [pydicom.dcmread(f, specific_tags=tags, stop_before_pixels=True) for f in whole]
+        x, y = np.reshape([float(v) for v in heads[0].ImageOrientationPatient], (2, 3))
+        at = sorted(float(np.cross(x, y) @ np.array(h.ImagePositionPatient, float)) for h in heads)
+    except Exception:  # no position: nobody can say
+        return False
+    steps = np.diff(at)
+    return len(steps) > 0 and bool(steps.max() < 1.5 * np.median(steps))
+
+
+@patch
+def open_volume(
+    self: RSPECT,
+    path: str | Path,  # folder of a series
+) -> Volume:  # in HU
+    "Read a series; slices at its edges that cannot be read are left out, with a message"
+    try:
+        return read_volume(path, self.source)
+    except ValueError:
+        broken = [f for f in list_files(path, "*.dcm") if not _is_readable(f)]
+        if not broken or not _are_at_the_edges(Path(path), broken):
+            raise
+    log_message(
+        f"{Path(path).name}: left out {', '.join(f.name for f in broken)} at the edge of the "
+        "series, which cannot be read"
+    )
+    with tempfile.TemporaryDirectory() as tmp:
+        for f in list_files(path, "*.dcm"):
+            if f not in broken:
+                (Path(tmp) / f.name).symlink_to(f.absolute())
+        v = read_volume(tmp, self.source)
+    return Volume(v.hu, v.affine, dict(v.facts, path=str(path)))
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #454d635b
 def _row(name, e, folder) -> dict:

@@ -42,7 +42,7 @@ from asap.core import (
 )
 from .adapter import CohortAdapter, find_raw_dir, is_available, read_options
 from .checks import check_mask, load_checked
-from .scans import is_dicom_file
+from .series import is_dicom_file
 from .split_files import apply_splits, read_split_files
 from .splits import hold_out
 from asap.data.table import (

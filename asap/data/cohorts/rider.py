@@ -19,7 +19,7 @@ from ...abnormalities import DomainShift
 from ...core import Quarantine, list_files, parallel_map, rng
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
-from ..scans import is_dicom_file
+from ..series import is_dicom_file
 from ..table import check_table
 from ..volumes import Source, read as read_volume, resample, write as write_volume
 

@@ -192,7 +192,7 @@ class StoredVoxels:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-SPARE_BYTES = 64  # more than that behind the last voxel, and the header is not this file's
+SPARE_BYTES = 64  # more after the last voxel mean that header and file do not match
 
 
 class _Unpacked(io.RawIOBase):
@@ -230,7 +230,7 @@ def _slabs(f, s: StoredVoxels) -> Iterable[tuple]:  # first slice, slab (plane, 
     while more := len(f.read(1 << 16)):
         rest += more
         if rest > SPARE_BYTES:
-            raise ValueError(f"more than {SPARE_BYTES} bytes behind the {s.shape} voxels")
+            raise ValueError(f"more than {SPARE_BYTES} bytes after the {s.shape} voxels")
 
 
 def _scaled(slab: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -265,13 +265,13 @@ def _check_stored(s: StoredVoxels) -> None:
     "Raise `ValueError` where header and size of the file cannot both be right"
     if min(s.shape) < 1:
         raise ValueError(f"{s.file}: shape {s.shape} has no voxel")
-    there = s.file.stat().st_size
-    most = there * 1100 if s.packing else there - s.offset  # deflate packs 1032 : 1 at best
-    spare = 0 if s.packing else there - s.offset - s.n_bytes
+    size = s.file.stat().st_size
+    most = size * 1100 if s.packing else size - s.offset  # deflate packs 1032 : 1 at best
+    spare = 0 if s.packing else size - s.offset - s.n_bytes
     if s.n_bytes > most or spare > SPARE_BYTES:
         raise ValueError(
             f"{s.file}: the header says {s.shape} voxels of {s.dtype.itemsize} bytes, but the file "
-            f"has {there} bytes, {'packed' if s.packing else f'{s.offset} of them a header'}: it "
+            f"has {size} bytes, {'packed' if s.packing else f'{s.offset} of them a header'}: it "
             "is truncated or broken; fetch it again"
         )
 
@@ -306,7 +306,7 @@ def single_volume(
     shape: Sequence[int],
     path: str | Path,  # for the message
 ) -> tuple:  # three axes
-    "The shape without axes of 1 behind the third; `ValueError` if that is no volume"
+    "The shape without axes of 1 after the third; `ValueError` if that is no volume"
     kept = tuple(int(n) for n in shape)
     while len(kept) > 3 and kept[-1] == 1:
         kept = kept[:-1]
@@ -456,12 +456,12 @@ def _read_nifti(path, source):
     single_volume(img.shape, path)
     head = img.header
     affine = np.asarray(img.affine, float)
-    told = bool(head["qform_code"] or head["sform_code"])
+    oriented = bool(head["qform_code"] or head["sform_code"])
     spaced = is_informative_affine(affine)
     zooms = tuple(float(z) for z in head.get_zooms()[:3])
-    if not told and source.axes:
-        affine, told = make_affine(img.shape[:3], head.get_zooms()[:3], source.axes), True
-    facts = dict(format="NIfTI", oriented=told, spaced=spaced, zooms=zooms, notes=notes)
+    if not oriented and source.axes:
+        affine, oriented = make_affine(img.shape[:3], head.get_zooms()[:3], source.axes), True
+    facts = dict(format="NIfTI", oriented=oriented, spaced=spaced, zooms=zooms, notes=notes)
     return read_voxels(img, path), affine, facts
 
 # %% ../../nbs/2_data/20_volumes.ipynb #716d12d7
@@ -497,14 +497,14 @@ def _data_file(named: str | None, path: Path, offset: int) -> tuple | None:  # f
     return path.parent / named, 0
 
 
-def _meta_block(path: Path) -> tuple:  # place, byte order, packing, axes told; place None: for ITK
+def _meta_block(path: Path) -> tuple:  # place, byte order, packing, axes known; or None: for ITK
     h, n = _header_fields(path, "meta")
     plain = h.get("binarydata", "").lower().startswith("t") and h.get("headersize", "0") == "0"
     big = h.get("binarydatabyteordermsb", h.get("elementbyteordermsb", "f")).lower()[:1] == "t"
     packed = h.get("compresseddata", "f").lower()[:1] == "t"
     place = _data_file(h.get("elementdatafile"), path, n) if plain else None
-    told = any(k in h for k in ("transformmatrix", "rotation", "orientation"))
-    return place, "><"[not big], "block" if packed else "", told
+    oriented = any(k in h for k in ("transformmatrix", "rotation", "orientation"))
+    return place, "><"[not big], "block" if packed else "", oriented
 
 
 def _nrrd_block(path: Path) -> tuple:  # as `_meta_block`
@@ -513,9 +513,9 @@ def _nrrd_block(path: Path) -> tuple:  # as `_meta_block`
     skip = {h.get(k, "0") for k in ("byte skip", "byteskip", "line skip", "lineskip")}
     plain = encoding in ("raw", "gzip", "gz") and skip == {"0"}
     place = _data_file(h.get("data file", h.get("datafile")), path, n) if plain else None
-    told = bool(_NRRD_SPACE.fullmatch(h.get("space", ""))) and "space directions" in h
+    oriented = bool(_NRRD_SPACE.fullmatch(h.get("space", ""))) and "space directions" in h
     big = h.get("endian", "little").lower() == "big"
-    return place, "><"[not big], "" if encoding == "raw" else "block", told
+    return place, "><"[not big], "" if encoding == "raw" else "block", oriented
 
 # %% ../../nbs/2_data/20_volumes.ipynb #itkr0001
 _ITK_TYPES = {  # the names of SimpleITK's pixel types
@@ -572,7 +572,7 @@ def _read_itk(path, source):
     kind = "nrrd" if file_suffix(path) in (".nrrd", ".nhdr") else "meta"
     try:
         reader = _itk_header(path, kind)
-        place, order, packing, told = (_meta_block if kind == "meta" else _nrrd_block)(path)
+        place, order, packing, oriented = (_meta_block if kind == "meta" else _nrrd_block)(path)
         size, dtype = reader.GetSize(), _ITK_TYPES.get(_pixel_type(reader))
         shape = single_volume(size, path)
         if place is None and packing:
@@ -588,19 +588,19 @@ def _read_itk(path, source):
         ) from None
     affine = RAS_TO_LPS @ _itk_affine(reader)
     spaced, notes = is_informative_affine(affine), []
-    if not told and source.axes:
+    if not oriented and source.axes:
         affine = make_affine(shape, reader.GetSpacing()[:3], source.axes)
-    elif not told:
-        notes.append(_untold_axes())
+    elif not oriented:
+        notes.append(_assumed_axes())
     facts = dict(format=file_suffix(path)[1:].upper(), oriented=True, spaced=spaced, notes=notes)
     return data, affine, facts
 
 
-def _untold_axes(assumed: str = "LPS") -> dict:  # a warning
+def _assumed_axes(assumed: str = "LPS") -> dict:  # a warning
     return reading_note(
         "orientation",
-        f"the file does not say which way its axes run: {assumed} was assumed",
-        "a header or a declaration that does",
+        f"the file does not declare the directions of its axes: {assumed} was assumed",
+        "declared directions",
         "left and right may be swapped: declare them, Source(axes='RAS') or --axes RAS",
     )
 
@@ -617,7 +617,7 @@ def _read_members(path: Path, wanted: Sequence[str]) -> dict:  # name -> array
             with z.open(f"{n}.npy") as f:
                 found[n] = np.lib.format.read_array(f, allow_pickle=False)
                 if f.read(1):  # the end of the member, where its check sum is compared
-                    raise ValueError(f"`{n}` goes on behind its last value")
+                    raise ValueError(f"`{n}` goes on after its last value")
     return {"data": found[arrays[0]], **{w: found[w] for w in wanted if w in found}}
 
 
@@ -645,7 +645,7 @@ def _read_npz(path, source):
     data = data.reshape(single_volume(data.shape, path))
     spacing = given.get("spacing", source.spacing)
     spaced = "affine" in given or spacing is not None
-    notes = [] if "affine" in given or source.axes else [_untold_axes()]
+    notes = [] if "affine" in given or source.axes else [_assumed_axes()]
     affine = given.get("affine")
     if affine is None:
         mm = (1, 1, 1) if spacing is None else spacing
@@ -718,7 +718,7 @@ def _read_pictures(folder, source):
         )
     data = np.stack(slices, 2)
     affine = make_affine(data.shape, source.spacing or (1, 1, 1), source.axes or "LPS")
-    notes, spaced = [] if source.axes else [_untold_axes()], source.spacing is not None
+    notes, spaced = [] if source.axes else [_assumed_axes()], source.spacing is not None
     return data, affine, dict(format="pictures", oriented=True, spaced=spaced, notes=notes)
 
 # %% ../../nbs/2_data/20_volumes.ipynb #cf2fcdf3
@@ -792,9 +792,9 @@ def _place(affine, facts: dict, shape, source: Source, path: Path) -> np.ndarray
     facts.pop("zooms", None)
     if source.axes and not is_informative_affine(affine):
         return make_affine(shape, source.spacing, source.axes)
-    told = is_informative_affine(affine) or facts["format"] in ("NPZ", "pictures")
-    if not told and not any(n["rule"] == "orientation" for n in facts["notes"]):
-        facts["notes"].append(_untold_axes("".join(nib.aff2axcodes(affine))))
+    oriented = is_informative_affine(affine) or facts["format"] in ("NPZ", "pictures")
+    if not oriented and not any(n["rule"] == "orientation" for n in facts["notes"]):
+        facts["notes"].append(_assumed_axes("".join(nib.aff2axcodes(affine))))
     affine = affine.copy()
     affine[:3, :3] *= np.array(source.spacing) / np.sqrt((affine[:3, :3] ** 2).sum(0))
     return affine

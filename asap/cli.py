@@ -168,12 +168,12 @@ def execute_stage(
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(
     paths: Iterable[Path | str],  # files, folders, single slices
-    suffix: str = "",  # longest one that the command appends to a name
+    ending: str = "",  # longest one that the command appends to a name
 ) -> list[tuple[str, Path]]:  # (name, path), names unique
     "Files and folders that are a scan, searched recursively"
     from asap.data.scans import search_scans
 
-    scans = search_scans(paths, suffix)
+    scans = search_scans(paths, ending)
     if not scans:
         raise ValueError(
             f"no scan in {', '.join(map(str, paths))}: expected a volume, a DICOM folder, or a "

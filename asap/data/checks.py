@@ -274,7 +274,7 @@ def _position_issues(positions: list, interpolated: bool):  # mm along the norma
     s = measure_steps(positions)
     if s.twice:
         do = "two phases or reconstructions in one series: separate them"
-        yield _slices_error(f"{s.twice} positions are there twice", "each once", do)
+        yield _slices_error(f"{s.twice} positions occur twice", "each once", do)
     elif s.missing:
         gaps = f"{s.gaps} gap{'s' if s.gaps > 1 else ''}, the first at {s.first_gap:.1f} mm"
         found = f"{s.missing} slices are missing ({gaps})"

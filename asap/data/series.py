@@ -61,7 +61,7 @@ class SliceHeader:
     sop_class: str = ""
     image_type: tuple[str, ...] = ()
     frames: int = 1
-    samples: int = 1  # values a pixel
+    samples: int = 1  # values per pixel
     color: str = "MONOCHROME2"  # PhotometricInterpretation
     position: np.ndarray | None = None  # mm, LPS, of the first pixel
     orientation: np.ndarray | None = None  # (2,3), of rows and columns
@@ -193,7 +193,12 @@ def read_header(
 ) -> SliceHeader | None:  # None: no DICOM, or DICOM without an image
     "Header of one slice; `ValueError` where it is broken"
     h = _load_header(f)
-    return None if h is None or "Rows" not in h else _parse_header(f, h)
+    try:
+        return None if h is None or "Rows" not in h else _parse_header(f, h)
+    except ValueError:
+        raise
+    except Exception as e:  # pydicom converts a value when it is asked for
+        raise ValueError(f"{type(e).__name__}: {e}") from None
 
 
 def read_dicom_headers(
@@ -645,7 +650,7 @@ def _check_one_image(slices, path: Path) -> None:
         )
     if h.samples != 1 or not h.color.startswith("MONOCHROME"):
         raise ValueError(
-            f"{h.file}: {h.samples} values a pixel, {h.color}, expected one, MONOCHROME2: "
+            f"{h.file}: {h.samples} values per pixel, {h.color}, expected one, MONOCHROME2: "
             "this is a picture, not a CT"
         )
 

@@ -441,7 +441,7 @@ def read_voxels(
     path, d, shape = Path(path), img.dataobj, img.shape
     if img.get_data_dtype().fields:
         raise ValueError(
-            f"{path}: RGB voxels, expected one value a voxel: this is a picture, not a CT"
+            f"{path}: RGB voxels, expected one value per voxel: this is a picture, not a CT"
         )
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -539,7 +539,7 @@ def _itk_header(path: Path, kind: str):  # a reader with the header read
     n = reader.GetNumberOfComponents()
     if n != 1:
         raise ValueError(
-            f"{path}: {n} values a voxel (RGB?), expected one: this is a picture, not a CT"
+            f"{path}: {n} values per voxel (RGB?), expected one: this is a picture, not a CT"
         )
     return reader
 

@@ -19,7 +19,6 @@ from asap.core import (
     Quarantine,
     atomic_write,
     list_files,
-    log_message,
     parallel_map,
     rng,
     write_csv,
@@ -27,7 +26,7 @@ from asap.core import (
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
 from ..table import check_table
-from ..volumes import Source, Volume, read as read_volume
+from ..volumes import Source
 
 if TYPE_CHECKING:
     from asap.phantom.words import PhantomCase, Reconstruction
@@ -289,30 +288,6 @@ def _are_at_the_edges(folder: Path, broken: list) -> bool:  # the other slices h
         return False
     steps = np.diff(at)
     return len(steps) > 0 and bool(steps.max() < 1.5 * np.median(steps))
-
-
-@patch
-def open_volume(
-    self: RSPECT,
-    path: str | Path,  # folder of a series
-) -> Volume:  # in HU
-    "Read a series; slices at its edges that cannot be read are left out, with a message"
-    try:
-        return read_volume(path, self.source)
-    except ValueError:
-        broken = [f for f in list_files(path, "*.dcm") if not _is_readable(f)]
-        if not broken or not _are_at_the_edges(Path(path), broken):
-            raise
-    log_message(
-        f"{Path(path).name}: left out {', '.join(f.name for f in broken)} at the edge of the "
-        "series, which cannot be read"
-    )
-    with tempfile.TemporaryDirectory() as tmp:
-        for f in list_files(path, "*.dcm"):
-            if f not in broken:
-                (Path(tmp) / f.name).symlink_to(f.absolute())
-        v = read_volume(tmp, self.source)
-    return Volume(v.hu, v.affine, dict(v.facts, path=str(path)))
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #454d635b
 def _row(name, e, folder) -> dict:

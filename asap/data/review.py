@@ -37,6 +37,7 @@ CHECK_TITLES = dict(
     hounsfield="no Hounsfield units",
     spacing="spacing not believable",
     slices="slices missing or repeated",
+    holes="part of the volume lost",
     orientation="orientation wrong or not given",
     **{"field of view": "no chest"},
 )

@@ -6,7 +6,6 @@
 __all__ = ['UID_COLUMNS', 'ANSWER_COLUMNS', 'OTHER_COLUMNS', 'RSPECT', 'sample_answer', 'make_uid', 'write_series', 'read_exams']
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #80895559
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

@@ -213,10 +213,9 @@ def test_acdc_has_its_own_patch_and_spacing(tmp_path):
         update=dict(
             model=small,
             volumes=p.volumes.model_copy(update=dict(roi_size=[32, 32, 16])),
-            text=p.text.model_copy(update=dict(embed_dim=24, vocab_size=50)),
         )
     )
-    config = build_config(small, "asap")
+    config = build_config(small, p.arms["asap"], 24, 50)
     checkpoint.save(build_asap(config), tmp_path / "checkpoint", "# a card\n")
     vit = unetr.load_encoder(tmp_path / "checkpoint", (192, 192, 32), [24, 24, 4])
     assert (vit.patch_size, vit.grid_size) == ((24, 24, 4), (8, 8, 8))
@@ -235,7 +234,7 @@ def test_acdc_has_its_own_patch_and_spacing(tmp_path):
 
 def test_reports_train_with_their_row(training):
     for task, spec in SPEC["report"]["tasks"].items():
-        one, inner = report.dataset_settings(PAPER.report, spec["cohort"])
+        one, inner = report.report_settings(PAPER.report, spec["cohort"])
         assert inner is None
         model = torch.nn.Linear(2, 2)
         data, train = SimpleNamespace(batch=None), np.arange(100)
@@ -248,7 +247,7 @@ def test_reports_train_with_their_row(training):
 
 def test_a_stage_overrides_like_the_file():
     tree = PAPER.report.model_dump()
-    one, _ = report.dataset_settings(StageParams(tree, "report", "report."), "ctrg")
+    one, _ = report.report_settings(StageParams(tree, "report", "report."), "ctrg")
     assert (one.lr, one.batch_size, one.embed_dim) == (0.0001, 4, 512)
     assert one.model_dump()["datasets"] == {}, "rows of other data sets retrain nothing"
 
@@ -256,7 +255,7 @@ def test_a_stage_overrides_like_the_file():
 def test_reports_within_the_owners_validation():
     row = report.ReportRow(inner_split=dict(val_fraction=0.1, test_fraction=0.2))
     p = PAPER.report.model_copy(update=dict(datasets=dict(ct_rate=row)))
-    _, inner = report.dataset_settings(p, "ct_rate")
+    _, inner = report.report_settings(p, "ct_rate")
     t = report.split_within_test(
         cohort(200).assign(split=["train"] * 100 + ["test"] * 100), inner, 0
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'RELEASED_MASK_SPACING', 'TotalSegmentatorConfig', 'AnatomyConfig', 'totalsegmentator_classes',
            'group_class_ids', 'map_to_groups', 'read_multilabel_map', 'merge_class_masks', 'possible_region',
-           'read_asap_map', 'released_mask_affine', 'read_released_map', 'organ_map_reader', 'read_organ_map',
+           'read_asap_map', 'released_mask_affine', 'read_released_map', 'read_organ_map', 'organ_map_reader',
            'plot_organ_overlay']
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #346c3be3
@@ -215,14 +215,6 @@ def read_released_map(
         raise ValueError(f"{path}: {e}") from None
     return _to_grid(organs, placed, shape, affine)
 
-
-def organ_map_reader(
-    groups: dict,  # as in params.yaml
-    form: str | None = None,  # `organ_maps` of the cohort's row; None: totalsegmentator
-) -> Callable:  # `organs` of `asap.data.prepare.run`
-    "The function that reads a cohort's organ maps"
-    return partial(read_released_map if form == "released" else read_organ_map, groups=groups)
-
 # %% ../../nbs/3_anatomy/30_organs.ipynb #5e6bb63d
 def read_organ_map(
     path: Path | str,  # TotalSegmentator's multi-label NIfTI, or its folder of one NIfTI per class
@@ -245,6 +237,14 @@ def read_organ_map(
             "expected files such as lung_upper_lobe_left.nii.gz"
         )
     return merge_class_masks(masks, groups, shape, affine)
+
+# %% ../../nbs/3_anatomy/30_organs.ipynb #orgrel04
+def organ_map_reader(
+    groups: dict,  # as in params.yaml
+    form: str | None = None,  # `organ_maps` of the cohort's row; None: totalsegmentator
+) -> Callable:  # `organs` of `asap.data.prepare.run`
+    "The function that reads a cohort's organ maps"
+    return partial(read_released_map if form == "released" else read_organ_map, groups=groups)
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #c799d038
 def plot_organ_overlay(

@@ -116,7 +116,7 @@ def _by_fraction(family: str, task: str, spec: Mapping, fields: list, p: Any) ->
 def _by_dataset(family: str, task: str, spec: Mapping, fields: list, p: Any) -> Iterator[dict]:
     "Rows of a task's published settings that do not depend on the label fraction"
     if "values" in spec:
-        one = report.dataset_settings(p.report, spec["cohort"])[0]
+        one = report.report_settings(p.report, spec["cohort"])[0]
         for field, a in zip(fields, spec["values"], strict=True):
             yield _compare(task, field, a, getattr(one, field), {})
     if family == "segment":

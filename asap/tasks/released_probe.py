@@ -159,7 +159,7 @@ def fit_linear_head(
 
     chance = np.full(yv.shape, 0.5)
     has_score = len(yv) and not np.isnan(validation_score(chance, yv, multiclass))
-    data = x, torch.as_tensor(y, dtype=torch.float32)
+    data = x, torch.tensor(y, dtype=torch.float32)
     head = init_linear_head(x.shape[1], y.shape[1], seed)
     return train_head(head, loss, data, row, seed, score if has_score else None)
 

@@ -45,7 +45,7 @@ SEGMENT = protocols.segmentation_params(PAPER) | dict(
 )
 
 
-class Captured(Exception):
+class CapturedError(Exception):
     "What a task passed to the training loop"
 
 
@@ -55,10 +55,10 @@ def training(monkeypatch):
 
     def capture(module, call) -> tuple:
         def fit(model, loss, data, **kw):
-            raise Captured(model, len(data), kw)
+            raise CapturedError(model, len(data), kw)
 
         monkeypatch.setattr(module, "fit", fit)
-        with pytest.raises(Captured) as found:
+        with pytest.raises(CapturedError) as found:
             call()
         return found.value.args
 
@@ -140,7 +140,7 @@ def test_prognosis_trains_with_its_rows(training):
     data = dict(inspect=dict(a=(np.ones((60, 6)), t)), stoic=dict(a=(np.ones((60, 6)), t)))
     for task, spec in SPEC["prognosis"]["tasks"].items():
         c = spec["cohort"]
-        for fraction, (lr, batch, steps, *_) in spec["rows"].items():
+        for fraction, (lr, _, steps, *_) in spec["rows"].items():
             if fraction < 0.1:
                 continue  # of 40 patients, too few for both classes
 
@@ -194,11 +194,11 @@ def test_crops_are_on_the_foreground_as_published(monkeypatch):
 
     def build(p, size, flip, crops):
         seen.update(sampling=p["oversample_foreground"], crops=crops, size=size)
-        raise Captured
+        raise CapturedError
 
     monkeypatch.setattr(segment, "build_augmentation", build)
     row, _, size = segment.dataset_settings("acdc", SEGMENT)
-    with pytest.raises(Captured):
+    with pytest.raises(CapturedError):
         segment.train_segmentation(None, [], [], SEGMENT["segment"], row, size, False, 0)
     assert seen == dict(sampling=0.75, crops=16, size=(192, 192, 32))
 

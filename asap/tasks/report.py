@@ -26,6 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..abnormalities import ABNORMALITIES
 from ..core import derive_seed, fingerprint, log_message, progress_bar, reuse_or_set_aside
+from ..data.splits import hold_out
 from ..data.table import SPLITS, normalize_reports
 from asap.html import (
     NOT_EVALUATED,
@@ -35,7 +36,6 @@ from asap.html import (
     render_table,
     select_rows,
 )
-from ..data.splits import hold_out
 from asap.params import (
     BaseConfig,
     OpenFraction,

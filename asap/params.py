@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFraction', 'OpenFraction', 'Shape3D', 'Spacing3D', 'CohortName', 'CohortRows', 'EncoderName',
            'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig', 'section_type', 'params_model',
-           'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params', 'StageParams',
-           'load_stage_params']
+           'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params', 'FractionRow', 'select_row',
+           'check_rows', 'StageParams', 'load_stage_params', 'override_params']
 
 # %% ../nbs/02_params.ipynb #par00003
 import difflib
 import importlib
 from collections.abc import Iterable
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -169,6 +170,8 @@ SECTIONS = {
     "model": "asap.model.asap:ModelConfig",
     "pretrain": "asap.pretrain.pretrain:PretrainConfig",
     "arms": "asap.model.asap:ArmsConfig",
+    "classify": "asap.tasks.classify:ClassifyConfig",
+    "prognosis": "asap.tasks.prognosis:PrognosisConfig",
     "vocabulary": "asap.tasks.vocabulary:VocabularyConfig",
     "retrieve": "asap.tasks.retrieve:RetrieveConfig",
     "segment": "asap.tasks.segment:SegmentConfig",
@@ -210,24 +213,28 @@ def check_arms(
         )
 
 # %% ../nbs/02_params.ipynb #03795980
+def _is_model(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _inner_type(kind, key):  # type of what lies under a key or an index; None where unknown
+    origin, args = get_origin(kind), [a for a in get_args(kind) if a is not type(None)]
+    if origin is dict:
+        return args[1]
+    if origin is list:
+        return args[0]
+    if origin is not None:  # Annotated, or a type that may also be None
+        return _inner_type(args[0], key)
+    field = kind.model_fields.get(key) if _is_model(kind) else None
+    return field.annotation if field else None
+
+
 def _known_keys(model, loc) -> list[str]:  # keys that the section at `loc` knows
     for key in loc:
-        field = (
-            model.model_fields.get(key)
-            if isinstance(model, type) and issubclass(model, BaseModel)
-            else None
-        )
-        if field is None:
-            return []
-        if get_origin(field.annotation) is dict:
-            model = get_args(field.annotation)[1]
-            break
-        model = field.annotation
-    return (
-        [f.alias or n for n, f in model.model_fields.items()]
-        if isinstance(model, type) and issubclass(model, BaseModel)
-        else []
-    )
+        model = _inner_type(model, key)
+    while get_origin(model) in (dict, list):
+        model = _inner_type(model, None)
+    return [f.alias or n for n, f in model.model_fields.items()] if _is_model(model) else []
 
 
 # one error of pydantic as a sentence that says what to do
@@ -339,6 +346,41 @@ def load_params(
         raise ValueError(f"{path.name}: {e}") from None
     return params
 
+# %% ../nbs/02_params.ipynb #parrow01
+class FractionRow(BaseConfig):
+    "Settings for one label fraction"
+
+    label_fraction: PositiveFraction  # of the train patients
+
+
+def select_row(
+    rows: Iterable[Any],  # of `FractionRow`, or as plain dicts
+    fraction: float,  # label fraction
+) -> dict[str, Any]:  # values that are not null, without the fraction; empty where there is no row
+    "The row of a label fraction: of the same one, else of the next larger"
+    plain = [r if isinstance(r, dict) else r.model_dump() for r in rows]
+    plain.sort(key=lambda r: r["label_fraction"])
+    row = next((r for r in plain if r["label_fraction"] >= fraction - 1e-9), {})
+    return {k: v for k, v in row.items() if k != "label_fraction" and v is not None}
+
+
+def check_rows(
+    key: str,  # of the rows, for messages
+    rows: Iterable[FractionRow],
+    fractions: Iterable[float],  # label fractions of the study
+) -> None:
+    "Raise ValueError for a row whose label fraction is not in the study, nor 1, or occurs twice"
+    known, seen = sorted({*fractions, 1.0}), []
+    for i, row in enumerate(rows):
+        f = row.label_fraction
+        if f not in known or f in seen:
+            reason = "occurs twice" if f in seen else f"is not one of the study's, {known}"
+            raise ValueError(
+                f"`{key}.{i}.label_fraction` is {f:g}, which {reason}: remove the row, "
+                "or change its fraction"
+            )
+        seen.append(f)
+
 # %% ../nbs/02_params.ipynb #98b91ac3
 class StageParams:
     "The params that a stage declares; reading any other is an error that names it"
@@ -414,3 +456,16 @@ def load_stage_params(
     keys = _declared_keys(stage)
     part = load_params(sections=dict.fromkeys(k.split(".")[0] for k in keys))
     return StageParams(_select_keys(part.model_dump(by_alias=True), keys, stage), stage)
+
+# %% ../nbs/02_params.ipynb #parrow03
+def override_params(
+    p: Any,  # a section: BaseConfig or StageParams
+    row: dict[str, Any],  # keys of the section; null: the section's value is kept
+) -> Any:  # of the same type
+    "A section in which the values of a row replace the section's; its own rows are left out"
+    values = {k: v for k, v in row.items() if v is not None} | {"datasets": {}}
+    if isinstance(p, BaseModel):
+        return p.model_copy(update={k: v for k, v in values.items() if k in type(p).model_fields})
+    out = copy(p)
+    out._tree = {**p.model_dump(), **values}
+    return out

@@ -462,6 +462,7 @@ def fit(
     eval_every: int | None = None,  # steps; the last one is always evaluated
     validate: Callable | None = None,  # model -> dict with "score", higher is better
     validate_every: int | None = None,  # steps; the last one is always validated
+    validate_from: int = 0,  # steps before the first validation
     patience: int | None = None,  # validations without a better score
     collate: Callable | None = None,  # of the DataLoader
     label: str = "train",  # of the progress bar
@@ -504,7 +505,8 @@ def fit(
         plain = acc.unwrap_model(model)
         if on_eval and _is_due(step, eval_every, last):
             state.evals.append(_eval_row(plain, on_eval, step + 1))
-        if validate and _is_due(step, validate_every, last):
+        started = last or step + 1 >= validate_from
+        if validate and started and _is_due(step, validate_every, last):
             state.best = _update_best(plain, validate, step, state.best)
             if _is_patience_over(state.best, step, validate_every, patience):
                 break

@@ -21,20 +21,22 @@ import pandas as pd
 from ..abnormalities import DomainShift
 from ..core import Quarantine
 from .volumes import Source, Volume, read
-from ..params import BaseConfig
+from ..params import BaseConfig, Spacing3D
 
 # %% ../../nbs/2_data/26_adapter.ipynb #d9f0c771
 class CohortOptions(BaseConfig):
     "Options of an adapter: a row of `cohorts` in params.yaml"
 
     split_files: str | None = None  # file or folder with published lists of train, val and test
+    spacing: Spacing3D | None = None  # mm of its standard volumes; null: volumes.spacing
 
 
 def read_options(
     options: dict,  # a row of `cohorts`
 ) -> dict:  # for an adapter's `read`
-    "Options without `split_files` and without null values"
-    return {k: v for k, v in options.items() if k != "split_files" and v is not None}
+    "Options without `split_files`, `spacing` and null values"
+    ours = ("split_files", "spacing")
+    return {k: v for k, v in options.items() if k not in ours and v is not None}
 
 # %% ../../nbs/2_data/26_adapter.ipynb #622570e5
 class CohortAdapter:
@@ -54,7 +56,7 @@ class CohortAdapter:
     def read(
         self,
         root: str | Path,  # folder in the owners' layout
-        **options,  # of `self.options`, without `split_files`
+        **options,  # of `self.options`, without `split_files` and `spacing`
     ) -> tuple[pd.DataFrame, Quarantine]:  # cohort table with raw paths; excluded cases
         "Read all complete cases; exclude the others by name"
         raise NotImplementedError(f"cohort {self.name} has no `read`")

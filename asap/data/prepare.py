@@ -154,7 +154,7 @@ def ras_spacing(
 def standardize_case(
     row: dict,  # case, image, organ_map
     recipe: dict,  # spacing, hu, groups, code
-    organs: Callable,  # (path, shape, affine) -> organ map
+    organs: Callable,  # (path, shape, affine) -> organ map; also volume, if `recipe` has organ_maps
     source: Source,  # what the owners declare
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
 ) -> tuple:  # Volume, organ map or None, warnings, spacing of the file
@@ -163,6 +163,9 @@ def standardize_case(
     std = standardize(v, recipe["spacing"], recipe["hu"])
     if not row["organ_map"]:
         return std, None, found, ras_spacing(v)
+    if recipe.get("organ_maps"):  # of a form that is not on the image's grid
+        grid = dict(shape=std.hu.shape, affine=std.affine)
+        return std, organs(row["organ_map"], **grid, volume=v), found, ras_spacing(v)
     check_organ_masks(row["organ_map"], v)
     return (
         std,
@@ -549,19 +552,24 @@ def run(
     save_acquisition(known, table.case, store, out / "acquired.csv")
     phantoms = (data / name).is_dir() and (data / PHANTOM_MARKER).exists()
     version = read_phantom_version(name, data)
-    return _write_status(name, out, table, questions, len(bad), phantoms, version)
+    spacing = p.cohorts[name].model_dump().get("spacing")
+    return _write_status(name, out, table, questions, len(bad), phantoms, version, spacing)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #933b2d4a
 def _volume_recipe(
     p: Any,  # params
     code: str,  # hash of the code behind the organ maps
+    options: dict,  # the row `cohorts.<name>` of the params
 ) -> dict:
-    return dict(
-        spacing=p.volumes.spacing,
+    recipe = dict(
+        spacing=options.get("spacing") or p.volumes.spacing,
         hu=p.volumes.hu_range,
         groups=p.anatomy.groups.model_dump(),
         code=[code_hash("asap.data.series", "asap.data.volumes"), code],
     )
+    if options.get("organ_maps", "totalsegmentator") != "totalsegmentator":
+        recipe["organ_maps"] = options["organ_maps"]
+    return recipe
 
 
 def _prepare_volumes(
@@ -579,7 +587,7 @@ def _prepare_volumes(
             table,
             store.volumes,
             store.organs,
-            _volume_recipe(p, code),
+            _volume_recipe(p, code, p.cohorts[adapter.name].model_dump()),
             organs,
             p.study.n_jobs,
             out / "quarantine.csv",
@@ -599,6 +607,7 @@ def _write_status(
     n_excluded: int,
     phantoms: bool,
     phantom_version: str | None,
+    spacing: list | None,  # mm; None: that of the study
 ) -> dict:
     status = dict(
         cohort=name,
@@ -609,6 +618,8 @@ def _write_status(
         warnings=len(pd.read_csv(here / "warnings.csv")),
         **count_cohort(table, n_excluded, pd.read_csv(here / "duplicates.csv")),
     )
+    if spacing:
+        status["spacing"] = spacing
     write_json(status, here / "status.json")
     return status
 

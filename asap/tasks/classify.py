@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COHORT_LABELS', 'MULTICLASS_COHORTS', 'CLASSIFICATION_MEAN', 'TASKS', 'MULTICLASS_TASKS', 'SUBGROUP_COLUMNS',
-           'NEGATIVE_CONTROLS', 'task_label_columns', 'run', 'run_all', 'metrics', 'acquisition_subgroups',
-           'subgroup_auc', 'negative_controls', 'Classification']
+           'NEGATIVE_CONTROLS', 'task_label_columns', 'ClassifyConfig', 'choose_probe', 'run', 'run_all', 'metrics',
+           'acquisition_subgroups', 'subgroup_auc', 'negative_controls', 'Classification']
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #41dbfd41
 import html
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,11 +27,13 @@ from asap.html import (
     render_table,
     select_rows,
 )
+from ..params import BaseConfig, check_rows, select_row
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
-from . import probe
+from . import probe, released_probe
 from .features import permute_labels
 from .metrics import bootstrap, empty_predictions, with_ci
 from .probe import COLUMNS, average_by_scan
+from .released_probe import ProbeRow
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #709f40dd
 COHORT_LABELS = {
@@ -63,6 +66,51 @@ def task_label_columns(
         else label_columns(table)
     )
 
+# %% ../../nbs/7_tasks/71_classify.ipynb #clscfg01
+class ClassifyConfig(BaseConfig):
+    "Which probe, and its settings by data set and label fraction"
+
+    probe: Literal["exact", "released"]  # logistic regression, or AdamW as in the released code
+    datasets: dict[
+        Literal["ct_rate", "stoic", "rad_chest_ct", "luna16", "inspect", "cc_ccii"],
+        list[ProbeRow],
+    ]  # of `probe: released`
+
+    def check(
+        self,
+        params: Any,  # the loaded sections
+    ) -> None:
+        "Check the fractions of the rows, and that each data set that runs has one"
+        for name, rows in self.datasets.items():
+            if hasattr(params, "splits"):
+                check_rows(f"classify.datasets.{name}", rows, params.splits.label_fractions)
+        asked = requested(params.study.tasks, TASKS) if hasattr(params, "study") else []
+        lost = [t.cohort for t in asked if not t.is_external and not self._has_all_labels(t.cohort)]
+        if self.probe == "released" and lost:
+            raise ValueError(
+                f"`classify.probe` is released, but `classify.datasets.{lost[0]}` has no row of "
+                "`label_fraction: 1.0`: add one (params/paper.yaml has it), or set `probe: exact`"
+            )
+
+    def _has_all_labels(self, cohort: Any) -> bool:
+        return bool(select_row(self.datasets.get(cohort, []), 1.0))
+
+
+def choose_probe(
+    p: Mapping[str, Any] | None,  # probe, datasets: as in `ClassifyConfig`; None: exact
+    cohort: str,
+) -> Callable | None:  # `probe_of` of `asap.tasks.probe.run`; None: the exact probe
+    "The function that fits a probe, by label fraction and seed"
+    if p is None or p["probe"] == "exact":
+        return None
+    rows = p["datasets"][cohort]
+
+    def probe_of(fraction: float, seed: int) -> Callable:
+        row = select_row(rows, fraction)
+        return partial(released_probe.fit_predict, row=row, seed=seed)
+
+    return probe_of
+
 # %% ../../nbs/7_tasks/71_classify.ipynb #213a61c3
 def run(
     cohort: str,  # name of the data set
@@ -71,6 +119,7 @@ def run(
     shares: Sequence[float],  # label fractions
     seeds: Sequence[int],  # of the fractions below 1
     external: tuple | None = None,  # name, table and embedded of a cohort for external validation
+    p: Mapping[str, Any] | None = None,  # section `classify` of params; None: the exact probe
 ) -> pd.DataFrame:  # probe.COLUMNS
     "Predictions of a cohort's task: all arms, label fractions and seeds"
     return probe.run(
@@ -83,6 +132,7 @@ def run(
         task_label_columns(table, cohort),
         cohort in MULTICLASS_COHORTS,
         external,
+        choose_probe(p, cohort),
     )
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #213a6101
@@ -92,6 +142,7 @@ def run_all(
     embedded: dict[str, dict],  # cohort -> arm -> (features, index of cases)
     shares: Sequence[float],  # label fractions
     seeds: Sequence[int],  # of the fractions below 1
+    p: Mapping[str, Any] | None = None,  # section `classify` of params; None: the exact probe
 ) -> pd.DataFrame:  # probe.COLUMNS
     "Predictions of the tasks whose cohorts are available"
     out: list[pd.DataFrame] = []
@@ -102,7 +153,7 @@ def run_all(
             continue
         far = external.get(t.name)
         other = (far, tables[far], embedded[far]) if far else None
-        out.append(run(t.cohort, tables[t.cohort], embedded[t.cohort], shares, seeds, other))
+        out.append(run(t.cohort, tables[t.cohort], embedded[t.cohort], shares, seeds, other, p))
     return pd.concat(out, ignore_index=True) if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/71_classify.ipynb #b440fdf7
@@ -216,6 +267,7 @@ def negative_controls(
     embedded: dict[str, dict],  # cohort -> arm -> (features, index of cases)
     arm: str,  # whose features are used
     seed: Any,  # anything `asap.core.rng` takes
+    p: Mapping[str, Any] | None = None,  # section `classify` of params; None: the exact probe
 ) -> pd.DataFrame:  # predictions; `arm` is the control
     "Both controls with all labels, on the features of one arm"
     other = {c: permute_labels(t, (seed, c)) for c, t in tables.items()}
@@ -223,7 +275,12 @@ def negative_controls(
     one = {c: embedded[c][arm] for c in tables}
     found = [
         run_all(
-            tasks, t, {c: {name: (f, embedded[c][arm][1])} for c, f in features.items()}, [1.0], [0]
+            tasks,
+            t,
+            {c: {name: (f, embedded[c][arm][1])} for c, f in features.items()},
+            [1.0],
+            [0],
+            p,
         )
         for name, t, features in zip(
             NEGATIVE_CONTROLS,
@@ -316,6 +373,8 @@ class Classification(TaskFamily):
     main_task = "classify_ct_rate"
     in_mean = True
     by_label = True
+    section = "classify"
+    params = "asap.tasks.classify:ClassifyConfig"
     controls = tuple(NEGATIVE_CONTROLS)
     average = staticmethod(average_by_scan)
     per_label = staticmethod(probe.per_label)

@@ -7,7 +7,7 @@ __all__ = ['C_GRID', 'COLUMNS', 'fit_linear_probe', 'predict_proba', 'fit_predic
            'metrics', 'per_label']
 
 # %% ../../nbs/7_tasks/70b_probe.ipynb #prob0003
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,6 +183,7 @@ def run(
     columns: list[str],  # label columns
     multiclass: bool = False,  # the labels are mutually exclusive
     external: tuple | None = None,  # name, table and embedded of a cohort for external validation
+    probe_of: Callable | None = None,  # (label fraction, seed) -> function as `fit_predict`
 ) -> pd.DataFrame:  # COLUMNS; of all arms, label fractions and seeds
     "Fit probes for each arm with each label subset; external validation as `external_<name>`"
 
@@ -193,13 +194,14 @@ def run(
     out = []
     subsets = iter_label_subsets(task, cohort, table, embedded, shares, seeds, one_class)
     for f, chosen, keys in subsets:
-        out.append(fit_predict(f, table, chosen, columns, multiclass).assign(**keys))
+        predict = probe_of(keys["fraction"], keys["seed"]) if probe_of else fit_predict
+        out.append(predict(f, table, chosen, columns, multiclass).assign(**keys))
         if external:
             name, other, embedded_other = external
             features, index = embedded_other[keys["arm"]]
             far = check_features(keys["arm"], name, features, index, other), other
             keys = keys | dict(task=f"external_{name}")
-            out.append(fit_predict(f, table, chosen, columns, multiclass, far).assign(**keys))
+            out.append(predict(f, table, chosen, columns, multiclass, far).assign(**keys))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/70b_probe.ipynb #prob0020

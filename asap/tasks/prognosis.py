@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['HORIZON_DAYS', 'LAST_HORIZON', 'INTERVAL_SCALE', 'COLUMNS', 'TASKS', 'RISK_GROUPS', 'horizon_labels',
            'interval_outcomes', 'interval_exposure', 'predict_hazards', 'cumulative_incidence', 'log_likelihood',
-           'fit_hazards', 'ipcw_weights', 'censor_at_horizon', 'c_index', 'fit_predict', 'predict_mortality',
+           'fit_hazards', 'ipcw_weights', 'censor_at_horizon', 'c_index', 'fit_predict', 'PrognosisConfig',
+           'build_survival_head', 'survival_loss', 'head_incidence', 'fit_predict_released', 'predict_mortality',
            'predict_severity', 'run_all', 'interval_survival', 'metrics', 'weighted_calibration', 'per_label',
            'kaplan_meier_by_risk', 'log_rank_test', 'plot_kaplan_meier', 'Prognosis']
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #fb538d09
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 
 from ..core import log_message
@@ -30,8 +34,9 @@ from asap.html import (
     render_table,
     select_rows,
 )
+from ..params import BaseConfig, check_rows, select_row
 from ..registry import FamilyFigure, StudyResults, Task, TaskFamily, register_family
-from . import probe
+from . import probe, released_probe
 from .features import iter_label_subsets, layer_norm, standardize_features
 from asap.tasks.metrics import (
     auc,
@@ -43,6 +48,7 @@ from asap.tasks.metrics import (
     to_matrix,
 )
 from .probe import C_GRID
+from .released_probe import ProbeRow, train_head
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #963df591
 HORIZON_DAYS = {
@@ -265,11 +271,19 @@ def fit_predict(
     chosen = np.asarray(chosen)
     val, test = ((table.split == s).to_numpy() for s in ("val", "test"))
     x = standardize_features(layer_norm(f), chosen)
-    truth, w = horizon_labels(table), ipcw_weights(table)
     seen, (_, died) = interval_exposure(table), interval_outcomes(table)
-    time, event = _times_and_events(table)
     model, c = fit_hazards(x[chosen], seen[chosen], died[chosen], x[val], seen[val], died[val])
-    probability = cumulative_incidence(predict_hazards(model, x[test]))
+    return _prediction_rows(table, cumulative_incidence(predict_hazards(model, x[test])), c)
+
+
+def _prediction_rows(
+    table: pd.DataFrame,  # cohort table
+    probability: np.ndarray,  # (test cases,3) of having died by each horizon
+    c: float,  # inverse strength of the penalty; NaN: none
+) -> pd.DataFrame:  # one row per test case and horizon
+    test = (table.split == "test").to_numpy()
+    truth, w = horizon_labels(table), ipcw_weights(table)
+    time, event = _times_and_events(table)
     cases = table.loc[test, ["case", "scan", "patient"]].assign(
         time=time[test], event=event[test], risk=probability[:, -1], threshold=np.nan, C=c
     )
@@ -279,12 +293,113 @@ def fit_predict(
     ]
     return pd.concat(rows, ignore_index=True)
 
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #progrel1
+class PrognosisConfig(BaseConfig):
+    "Which model, and its settings by data set and label fraction"
+
+    probe: Literal["exact", "released"]  # logistic regression, or AdamW as in the released code
+    datasets: dict[Literal["inspect", "stoic"], list[ProbeRow]]  # of `probe: released`
+
+    def check(
+        self,
+        params: Any,  # the loaded sections
+    ) -> None:
+        "Check the fractions of the rows, and that each data set that runs has one"
+        for name, rows in self.datasets.items():
+            if hasattr(params, "splits"):
+                check_rows(f"prognosis.datasets.{name}", rows, params.splits.label_fractions)
+        asked = params.study.tasks if hasattr(params, "study") else []
+        lost = [t.cohort for t in TASKS if t.name in asked and not self._has_all_labels(t.cohort)]
+        if self.probe == "released" and lost:
+            raise ValueError(
+                f"`prognosis.probe` is released, but `prognosis.datasets.{lost[0]}` has no row of "
+                "`label_fraction: 1.0`: add one (params/paper.yaml has it), or set `probe: exact`"
+            )
+
+    def _has_all_labels(self, cohort: Any) -> bool:
+        return bool(select_row(self.datasets.get(cohort, []), 1.0))
+
+
+def build_survival_head(
+    dim: int,  # C, channels of the features
+    seed: int,
+) -> torch.nn.Module:  # (n,C) -> (n,3) logits of the hazards
+    "The released head of INSPECT"
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(dim, dim),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(dim, len(HORIZON_DAYS)),
+    )
+
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #progrel2
+def survival_loss(
+    logit: torch.Tensor,  # (n,3) of the hazards
+    observed: torch.Tensor,  # (n,3) of `interval_exposure`
+    died: torch.Tensor,  # (n,3) 0 or 1
+    truth: torch.Tensor,  # (n,3) of `horizon_labels`
+) -> torch.Tensor:  # scalar
+    "Twice the negative log-likelihood of the intervals, plus the cross-entropy of the horizons"
+    log_survival = F.logsigmoid(-logit)  # of one interval
+    each = torch.where(died > 0, F.logsigmoid(logit), log_survival)
+    likelihood = (observed * each).sum(1).mean()
+    alive = log_survival.cumsum(1)  # log-probability of being alive at each horizon
+    dead = torch.log(-torch.expm1(alive).clamp(max=-1e-7))
+    known = ~truth.isnan()
+    cross = -torch.where(truth == 1, dead, alive)
+    return -2 * likelihood + (cross * known).sum() / known.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def head_incidence(
+    head: torch.nn.Module,  # of `build_survival_head`
+    x: torch.Tensor,  # (n,C)
+) -> np.ndarray:  # (n,3)
+    "Probability of having died by each horizon"
+    device = next(head.parameters()).device
+    return cumulative_incidence(head(x.to(device)).double().sigmoid().cpu().numpy())
+
+
+def fit_predict_released(
+    f: ArrayLike,  # (n,C) features, in the order of the table's cases
+    table: pd.DataFrame,  # cohort table
+    chosen: np.ndarray,  # (n,) bool: labeled train cases
+    row: Mapping[str, Any],  # of `ProbeRow`
+    seed: int = 0,
+) -> pd.DataFrame:  # as `fit_predict`
+    "Train the released head and predict the test cases"
+    chosen = np.asarray(chosen)
+    val, test = ((table.split == s).to_numpy() for s in ("val", "test"))
+    x = torch.as_tensor(layer_norm(f), dtype=torch.float32)
+    truth, (_, died) = horizon_labels(table), interval_outcomes(table)
+    targets = (interval_exposure(table), died, truth)
+    data = (x, *(torch.as_tensor(a, dtype=torch.float32) for a in targets))
+
+    def score(head: torch.nn.Module) -> dict[str, float]:
+        found = per_label_auc(truth[val], head_incidence(head, x[val]), list(HORIZON_DAYS))
+        return dict(score=nan_mean(list(found.values())))
+
+    head = build_survival_head(x.shape[1], seed)
+    has_score = not np.isnan(score(head.eval())["score"])
+    train_head(
+        head,
+        lambda m, b, step: (survival_loss(m(b[0]), *b[1:]), {}),
+        tuple(a[chosen] for a in data),
+        row,
+        seed,
+        score if has_score else None,
+        "prognosis",
+    )
+    return _prediction_rows(table, head_incidence(head, x[test]), float("nan"))
+
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #progrun1
 def predict_mortality(
     table: pd.DataFrame,  # cohort table
     embedded: dict[str, tuple],  # arm -> (features, index of cases)
     shares: Sequence[float],  # label fractions
     seeds: Sequence[int],  # of the fractions below 1
+    rows: Sequence[Any] | None = None,  # `prognosis.datasets.inspect`; None: the exact model
 ) -> pd.DataFrame:  # COLUMNS
     "Death by each horizon: all arms, label fractions and seeds"
     task, (at, died) = "prognosis_inspect", interval_outcomes(table)
@@ -300,7 +415,14 @@ def predict_mortality(
         return "" if (at & ~died)[chosen].any() else "have no survived interval"
 
     subsets = iter_label_subsets(task, "inspect", table, embedded, shares, seeds, lacking)
-    out = [fit_predict(f, table, chosen).assign(**keys) for f, chosen, keys in subsets]
+
+    def predict(f: ArrayLike, chosen: np.ndarray, keys: dict) -> pd.DataFrame:
+        if rows is None:
+            return fit_predict(f, table, chosen)
+        row = select_row(rows, keys["fraction"])
+        return fit_predict_released(f, table, chosen, row, keys["seed"])
+
+    out = [predict(f, chosen, keys).assign(**keys) for f, chosen, keys in subsets]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #progru01
@@ -309,10 +431,25 @@ def predict_severity(
     embedded: dict[str, tuple],  # arm -> (features, index of cases)
     shares: Sequence[float],  # label fractions
     seeds: Sequence[int],  # of the fractions below 1
+    rows: Sequence[Any] | None = None,  # `prognosis.datasets.stoic`; None: the exact probe
 ) -> pd.DataFrame:  # COLUMNS
     "Severe COVID-19 one month later: all arms, label fractions and seeds"
     columns = ["label:severe"]
-    p = probe.run("prognosis_stoic", "stoic", table, embedded, shares, seeds, columns)
+
+    def probe_of(fraction: float, seed: int) -> Callable:
+        row = select_row(rows or [], fraction)
+        return partial(released_probe.fit_predict, row=row, seed=seed)
+
+    p = probe.run(
+        "prognosis_stoic",
+        "stoic",
+        table,
+        embedded,
+        shares,
+        seeds,
+        columns,
+        probe_of=None if rows is None else probe_of,
+    )
     if not len(p):
         return empty_predictions(COLUMNS)
     return p.assign(**dict.fromkeys(COLUMNS[len(probe.COLUMNS) :], np.nan))
@@ -331,15 +468,18 @@ def run_all(
     embedded: dict[str, dict],  # cohort -> arm -> (features, index of cases)
     shares: Sequence[float],  # label fractions
     seeds: Sequence[int],  # of the fractions below 1
+    p: Mapping[str, Any] | None = None,  # section `prognosis` of params; None: the exact models
 ) -> pd.DataFrame:  # COLUMNS
     "Predictions of the tasks whose cohorts are available"
     wanted = set(tasks)
+    rows = p["datasets"] if p and p["probe"] == "released" else {}
     out: list[pd.DataFrame] = []
     for t in TASKS:
         if t.name in wanted and t.cohort in tables:
             predict = _PREDICTORS[t.name]
-            out.append(predict(tables[t.cohort], embedded[t.cohort], shares, seeds))
-    out = [p for p in out if len(p)]
+            data = tables[t.cohort], embedded[t.cohort]
+            out.append(predict(*data, shares, seeds, rows.get(t.cohort)))
+    out = [d for d in out if len(d)]
     return pd.concat(out, ignore_index=True) if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #22506014
@@ -566,6 +706,8 @@ class Prognosis(TaskFamily):
     name = "prognosis"
     title = "Prognosis"
     tasks = TASKS
+    section = "prognosis"
+    params = "asap.tasks.prognosis:PrognosisConfig"
     reads = (
         "study.arms",
         "study.encoders",

@@ -60,7 +60,7 @@ def train_heads(
     model: ProjectionHeads,  # trained in place
     loss: Callable,  # (model, batch, step) -> loss, dict
     data: tuple[torch.Tensor, ...],  # (n,...) each; a batch holds the same rows of all
-    p: Any,  # steps, lr
+    p: Any,  # steps, lr, and warmup_steps: null, or without it, a tenth of the steps
     batch_size: int,  # at most n are taken
     weight_decay: float,
     seed: int,
@@ -68,6 +68,7 @@ def train_heads(
     label: str,  # on the progress bar
 ) -> ProjectionHeads:  # in eval mode
     "Train projection heads on data in memory"
+    warmup = getattr(p, "warmup_steps", None)
     fit(
         model,
         loss,
@@ -75,7 +76,7 @@ def train_heads(
         steps=p.steps,
         batch=min(batch_size, len(data[0])),
         lr=p.lr,
-        warmup=p.steps // 10,
+        warmup=p.steps // 10 if warmup is None else warmup,
         weight_decay=weight_decay,
         seed=seed,
         precision_="no",

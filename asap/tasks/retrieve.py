@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core import derive_seed, log_message, progress_bar
 from ..data.table import normalize_reports
@@ -55,6 +55,7 @@ class RetrieveConfig(BaseConfig):
     steps: PositiveInt
     batch_size: Annotated[int, Field(ge=2)]  # pairs in one contrastive loss
     lr: PositiveFloat
+    warmup_steps: NonNegativeInt | None = None  # null: a tenth of the steps
     weight_decay: Annotated[float, Field(ge=0)]
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #91f3a5bb

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_strides', 'pixel_unshuffle', 'pixel_shuffle', 'normalize_tokens', 'apply_stem', 'Unetr', 'build_unet',
-           'encoder_config', 'build_from_config', 'load_encoder']
+           'encoder_config', 'build_from_config', 'change_patch_size', 'load_encoder']
 
 # %% ../../nbs/7_tasks/72_unetr.ipynb #1e2a2370
 from collections.abc import Sequence
@@ -265,11 +265,38 @@ def build_from_config(
     return Unetr(ViT3D(config["img_size"], **config["encoder_config"]), n, config["feature_size"])
 
 # %% ../../nbs/7_tasks/72_unetr.ipynb #segs019c
+def change_patch_size(
+    vit: ViT3D,
+    patch: Sequence[int],  # voxels of the new patches
+    size: Sequence[int],  # voxels of the input
+) -> ViT3D:  # a new encoder
+    "The encoder with other patches: a new linear patch embedding and position table"
+    new = ViT3D(size, **(encoder_config(vit) | dict(patch_size=list(patch), stem=None)))
+    kept = {
+        k: v
+        for k, v in vit.state_dict().items()
+        if k != "pos_embed" and not k.startswith("patch_embed.")
+    }
+    lost, odd = new.load_state_dict(kept, strict=False)
+    wrong = [k for k in lost if k != "pos_embed" and not k.startswith("patch_embed.")] + odd
+    if wrong:
+        raise ValueError(f"weights of the encoder do not fit: {', '.join(wrong[:3])}")
+    return new
+
+
 def load_encoder(
     path: str | Path,  # checkpoint folder
     size: Sequence[int],  # voxels of the input
+    patch: Sequence[int] | None = None,  # voxels of other patches than the encoder's own
 ) -> ViT3D:  # all parameters trainable
     "The complete encoder of an arm; a message lists what was loaded"
+    if patch:
+        vit = change_patch_size(checkpoint.load(path), patch, size).train().requires_grad_(True)
+        log_message(
+            f"{path}: class token, {len(vit.blocks)} blocks and the last norm loaded; patches of "
+            f"{'x'.join(map(str, patch))} voxels have a new embedding"
+        )
+        return vit
     vit = checkpoint.load(path, size).train().requires_grad_(True)
     log_message(
         f"{path}: patch embedding, class token, position table, {len(vit.blocks)} blocks and the "

@@ -6,9 +6,9 @@
 __all__ = ['QUESTION_KINDS', 'FREE_TEXT_KINDS', 'SCORE_COLUMNS', 'TEXT_ONLY', 'ANSWER_COLUMNS', 'COLUMNS', 'KindWeights',
            'VQAConfig', 'attach_cases', 'load_tokens', 'normalize_answer', 'split_entities', 'parse_millimeters',
            'median_size', 'score_answers', 'QueryResampler', 'VQAModel', 'build_vqa_config', 'loss_weight',
-           'VQADataset', 'make_collate', 'val_loss', 'train_vqa', 'encode_volumes', 'batch_by_length',
-           'generate_answers', 'mismatched_rows', 'save', 'load', 'load_weights', 'vqa_model_card', 'majority_answers',
-           'train_or_load_vqa', 'run', 'run_all', 'metrics', 'VisualQuestionAnswering']
+           'VQADataset', 'make_collate', 'val_loss', 'optimizer_options', 'train_vqa', 'encode_volumes',
+           'batch_by_length', 'generate_answers', 'mismatched_rows', 'save', 'load', 'load_weights', 'vqa_model_card',
+           'majority_answers', 'train_or_load_vqa', 'run', 'run_all', 'metrics', 'VisualQuestionAnswering']
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0003
 import html
@@ -86,7 +86,8 @@ class VQAConfig(BaseConfig):
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
     questions_per_volume: PositiveInt  # in a batch
-    lr: PositiveFloat
+    lr: PositiveFloat  # of the projector; of everything where `lora_lr` is null
+    lora_lr: PositiveFloat | None = None  # of LoRA and of the query layers; null: `lr`
     muon_lr: Annotated[float, Field(gt=0)] | None  # query resampler; null: AdamW
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: NonNegativeInt
@@ -104,8 +105,13 @@ class VQAConfig(BaseConfig):
         self,
         params: Any,  # the loaded sections
     ) -> None:
-        "Check that the study has the arms"
+        "Check that the study has the arms, and that the learning rates fit each other"
         check_arms("vqa", self.arms, params, ["blind"])
+        if self.lora_lr and self.muon_lr:
+            raise ValueError(
+                f"`vqa.lora_lr` is {self.lora_lr:g} and `vqa.muon_lr` is {self.muon_lr:g}, which "
+                "both set the rate of the query layers: set one of them to null"
+            )
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0008
 QUESTION_KINDS = ("abnormality", "presence", "location", "size", "disorder")
@@ -298,6 +304,10 @@ class QueryResampler(nn.Module):
     def muon_params(self) -> list[nn.Parameter]:
         "Matrices that Muon optimizes: all but the queries"
         return [q for name, q in self.named_parameters() if q.ndim == 2 and name != "query_tokens"]
+
+    def query_params(self) -> list[nn.Parameter]:
+        "Parameters of the queries and of the attention layers: all but the projector"
+        return [q for name, q in self.named_parameters() if not name.startswith("projector.")]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0019
 class VQAModel(nn.Module):
@@ -537,6 +547,20 @@ def _validation_options(
 
     return dict(validate=validate, validate_every=p.eval_every, patience=p.patience)
 
+# %% ../../nbs/7_tasks/79_vqa.ipynb #vqaopt01
+def optimizer_options(
+    m: VQAModel,
+    p: VQAConfig,
+) -> dict[str, Any]:  # of `asap.train.fit`
+    "Schedule, and the rates of the projector, the query layers and LoRA"
+    out: dict[str, Any] = dict(lr=p.lr, warmup=p.warmup_steps, weight_decay=p.weight_decay)
+    if p.muon_lr:
+        out |= dict(matrices=m.resampler.muon_params(), muon_lr=p.muon_lr)
+    if lora_lr := getattr(p, "lora_lr", None):
+        lora = [q for q in m.lm.parameters() if q.requires_grad]
+        out |= dict(slow=[*m.resampler.query_params(), *lora], slow_lr=lora_lr)
+    return out
+
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79a03
 def train_vqa(
     m: VQAModel,
@@ -557,9 +581,6 @@ def train_vqa(
             f"cohort's questions and `vqa.kind_sampling_weights`"
         )
     collate = make_collate(tokenizer.pad_token_id)
-    optimizer: dict[str, Any] = dict(lr=p.lr, warmup=p.warmup_steps, weight_decay=p.weight_decay)
-    if p.muon_lr:
-        optimizer |= dict(matrices=m.resampler.muon_params(), muon_lr=p.muon_lr)
     with limit_threads(m):
         return fit(
             m,
@@ -573,7 +594,7 @@ def train_vqa(
             collate=collate,
             label=label,
             save_every=p.eval_every,
-            **optimizer,
+            **optimizer_options(m, p),
             **_validation_options(val, p, collate),
         )
 

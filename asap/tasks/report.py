@@ -13,6 +13,7 @@ import html
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ from ..train import IndexDataset, fit, get_device, limit_threads
 class ReportConfig(BaseConfig):
     "Report generation from frozen tokens"
 
-    arms: list[str]  # of study.arms
+    arms: list[str]  # of study.arms or study.encoders
     token_pool: Shape3D  # patches whose tokens are averaged, along each axis
     abnormal_first: bool  # targets: sentences with present abnormalities first
     label_prompts: bool  # condition the decoder on the labels that the label head predicts
@@ -749,7 +750,8 @@ def _decoder_input(
         return np.zeros((int(has.sum()), 1, 1), np.float32)
     if grid is None:
         raise ValueError("`grid` is None, expected the patches along H, W, D of the tokens")
-    return pool_tokens(tokens, grid, p.token_pool)[has]
+    pool = [gcd(g, k) for g, k in zip(grid, p.token_pool)]  # smaller where a grid is not divisible
+    return pool_tokens(tokens, grid, pool)[has]
 
 
 def _with_baseline(

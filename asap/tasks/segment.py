@@ -7,8 +7,9 @@ __all__ = ['TRAINING_COHORTS', 'FLIP_COHORTS', 'TASKS', 'SEGMENTATION_TASKS', 'C
            'SegmentDatasetConfig', 'SegmentConfig', 'SegmentationTask', 'select_tasks', 'SegmentationCase',
            'load_cases', 'build_augmentation', 'AugmentedCases', 'sliding_window_proba', 'validation_dice',
            'warn_missing_classes', 'train_segmentation', 'save', 'load', 'select_classes', 'predict_mask', 'score_case',
-           'evaluate', 'dataset_settings', 'training_fingerprint', 'init_model', 'train_or_load', 'run_one', 'run_all',
-           'metrics', 'pick_examples', 'plot_case', 'plot_examples', 'save_example_figures', 'Segmentation']
+           'evaluate', 'dataset_settings', 'encoder_source', 'training_fingerprint', 'init_model', 'train_or_load',
+           'run_one', 'run_all', 'metrics', 'pick_examples', 'plot_case', 'plot_examples', 'save_example_figures',
+           'Segmentation']
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00003
 import html
@@ -35,6 +36,7 @@ from asap.core import (
     log_message,
     parallel_map,
     progress_bar,
+    read_json,
     reuse_or_set_aside,
     seed_everything,
 )
@@ -66,7 +68,8 @@ from asap.tasks.masks import (
     to_label_values,
 )
 from .metrics import RUN_KEYS, bootstrap_weights, empty_predictions, nan_mean
-from .unetr import Unetr, build_from_config, encoder_config, load_encoder
+from .token_unetr import build_from_config
+from .unetr import Unetr, encoder_config, load_encoder
 from ..train import fit, get_device, resolve_precision, retain_freed_memory
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #3b9b2bdc
@@ -86,7 +89,7 @@ class SegmentDatasetConfig(BaseConfig):
 class SegmentConfig(BaseConfig):
     "Segmentation by fine-tuning the whole encoder"
 
-    arms: list[str]  # of study.arms, or `unet`: a plain U-Net of similar size
+    arms: list[str]  # of study.arms or study.encoders, or `unet`: a plain U-Net of similar size
     label_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
     label_fraction_seeds: Annotated[
         list[NonNegativeInt], Field(min_length=1)
@@ -460,9 +463,8 @@ def save(
     fp: dict | None = None,  # fingerprint
 ) -> None:
     "Write a checkpoint folder"
-    encoder = (
-        "none: a plain U-Net" if config["encoder_config"] is None else f"arm `{config['arm']}`"
-    )
+    has_encoder = config["encoder_config"] is not None or "encoder" in config
+    encoder = f"arm `{config['arm']}`" if has_encoder else "none: a plain U-Net"
     text = (
         f"# Segmentation of {config['cohort']}\n\n"
         f"- Classes: {', '.join(config['class_names'].values())}.\n"
@@ -646,6 +648,40 @@ def dataset_settings(
         tuple(row["roi_size"] or p["volumes"]["roi_size"]),
     )
 
+# %% ../../nbs/7_tasks/74_segment.ipynb #segenc02
+def _encoder_rows(p: Mapping[str, Any]) -> Mapping[str, Any]:  # name -> row of study.encoders
+    return p["encoders"] if "encoders" in p else {}
+
+
+def encoder_source(
+    arm: str,
+    p: Mapping[str, Any],  # params; `encoders`: rows of study.encoders
+    root: str | Path,  # of the study
+) -> Path | None:  # None: a plain U-Net
+    "Folder of an arm's checkpoint, or the file that identifies an encoder of study.encoders"
+    if arm == "unet":
+        return None
+    folder = Path(root) / "runs/pretrain" / arm
+    return folder / ("encoder.json" if arm in _encoder_rows(p) else "checkpoint")
+
+
+def _encoder_identity(source: str | Path | None) -> Any:  # of `encoder_source`; hash, fingerprint
+    if source is None:
+        return "unet"
+    if Path(source).suffix == ".json":
+        return read_json(source)
+    return file_hash(Path(source) / "model.safetensors")
+
+
+def _left_out(
+    arm: str,
+    p: Mapping[str, Any],  # params
+    root: str | Path,  # of the study
+) -> str:  # why the stage `encode` left an encoder out; "" where it did not
+    if arm not in _encoder_rows(p):
+        return ""
+    return read_json(Path(root) / "runs/pretrain" / arm / "encoder.json").get("left_out", "")
+
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs045a
 def training_fingerprint(
     cohort: str,
@@ -653,7 +689,7 @@ def training_fingerprint(
     hu: Sequence[float],  # HU mapped to -1 and 1
     size: Sequence[int],  # voxels of the model's input
     p: Mapping[str, Any],  # params
-    source: str | Path | None,  # checkpoint of the encoder; None: a plain U-Net
+    source: str | Path | None,  # of `encoder_source`
     parts: Mapping[str, Sequence[SegmentationCase]],  # split -> cases
     seed: int,
 ) -> dict[str, Any]:
@@ -676,7 +712,7 @@ def training_fingerprint(
         seed=seed,
         code=code_hash(*SEGMENT_MODULES),
         cases=paths,
-        encoder=file_hash(Path(source) / "model.safetensors") if source else "unet",
+        encoder=_encoder_identity(source),
     )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs045b
@@ -686,12 +722,13 @@ def init_model(
     table: pd.DataFrame,  # cohort table; not used
     parts: Mapping[str, Sequence[SegmentationCase]],  # split -> cases
     p: Mapping[str, Any],  # params
-    source: str | Path | None,  # checkpoint of the encoder; None: a plain U-Net
+    source: str | Path | None,  # of `encoder_source`
     seed: int,  # of the decoder's initial weights
 ) -> tuple[torch.nn.Module, dict[str, Any]]:  # model, config
     "The model before training"
-    q, (_, hu, size) = SegmentationTask(f"segment_{cohort}", cohort), dataset_settings(cohort, p)
-    vit = load_encoder(source, size) if source else None
+    q, (row, hu, size) = SegmentationTask(f"segment_{cohort}", cohort), dataset_settings(cohort, p)
+    other = _encoder_rows(p).get(arm)
+    vit = load_encoder(source, size) if source and other is None else None
     config = dict(
         encoder_config=encoder_config(vit) if vit else None,
         img_size=list(size),
@@ -704,6 +741,9 @@ def init_model(
         spacing=p["volumes"]["spacing"],
         phantoms=p["phantoms"][cohort],
     )
+    if other is not None:
+        window = None if row["hu_window"] else list(hu)
+        config |= dict(encoder=dict(other, name=arm), encoder_hu_range=window)
     torch.manual_seed(seed)
     if vit:
         return Unetr(vit, 1 + len(q.class_names), config["feature_size"]), config
@@ -744,7 +784,7 @@ def train_or_load(
     "Train a model, or load the one with the same fingerprint"
     q, name = SegmentationTask(f"segment_{cohort}", cohort), f"{cohort}-{share:g}-{seed}"
     row, hu, size = dataset_settings(cohort, p)
-    source = None if arm == "unet" else Path(root) / "runs/pretrain" / arm / "checkpoint"
+    source = encoder_source(arm, p, root)
     parts = _load_parts(q, table, share, seed, hu, bad)
     here = Path(root) / "build/segment" / arm / name
     half = Path(root) / "build/resume/segment" / arm / name
@@ -827,6 +867,9 @@ def run_all(
     quarantine: str | Path | None = None,  # file for the cases that are left out
 ) -> pd.DataFrame:  # COLUMNS
     "One arm's predictions for all tasks whose data sets are available"
+    if reason := _left_out(arm, p, root):
+        log_message(f"segment, {arm}: the encoder is left out: {reason}")
+        tables = {}
     todo = []
     for c in TRAINING_COHORTS:
         if c not in tables or not select_tasks(tasks, c):
@@ -1007,7 +1050,7 @@ class Segmentation(TaskFamily):
     inputs = "volumes"
     per_arm = True
     extra_arms = ("unet",)
-    reads = ("study.tasks", "study.n_jobs", "volumes")
+    reads = ("study.encoders", "study.tasks", "study.n_jobs", "volumes")
     needs = ("build/cohorts", "build/volumes", "build/inventory.json", "runs/pretrain")
     outputs = (
         "runs/segment/${item}/quarantine.csv",

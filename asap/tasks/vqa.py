@@ -73,7 +73,7 @@ class KindWeights(BaseConfig):
 class VQAConfig(BaseConfig):
     "Visual question answering from frozen tokens"
 
-    arms: list[str]  # of study.arms, or `blind`: the question alone
+    arms: list[str]  # of study.arms or study.encoders, or `blind`: the question alone
     language_model: str  # folder or Hugging Face id of a causal language model
     tiny_lm: TinyLMConfig  # the model in build/language
     num_query_tokens: PositiveInt  # tokens of a scan in the language model's input

@@ -269,7 +269,8 @@ def monai_network(
             f"such as {', '.join(MONAI_MODULES)} or resnet50"
         )
     net = getattr(nets, network)(**arguments)
-    parts = MONAI_MODULES.get(type(net).__name__) if modules is None else modules
+    known = (MONAI_MODULES.get(k.__name__) for k in type(net).__mro__)
+    parts = next((k for k in known if k is not None), None) if modules is None else modules
     if parts is None:
         raise ValueError(
             f"`options.modules` is missing for {network}: name the parts that end in its feature "

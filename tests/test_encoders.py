@@ -3,6 +3,7 @@ of weights, left-out rows, and one encoder through segmentation, reports and que
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -190,6 +191,26 @@ def test_a_2d_network_of_hugging_face_sees_slices_as_a_radiologist(marker, vit_f
     assert torch.allclose(middle[32, 60], side(900 / 1200))
 
 
+def test_a_vit_of_timm_sees_slices_with_its_own_statistics(marker, monkeypatch):
+    "timm's interface alone: what of it the factory calls, and what the network sees"
+    net = PictureMeans(16)
+    net.patch_embed = SimpleNamespace(patch_size=(16, 16))
+    about = dict(input_size=(3, 64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    called = {}
+
+    def create_model(name, **options):
+        called.update(name=name, **options)
+        return net
+
+    data = SimpleNamespace(resolve_model_data_config=lambda model: about)
+    stub = SimpleNamespace(create_model=create_model, data=data)
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    encoder = encoders.timm_vit("vit_toy", 64, SPACING, (-900, 300), depth=4)
+    assert called == dict(name="vit_toy", pretrained=True, num_classes=0, dynamic_img_size=True)
+    found = tokens_of(encoder, marker) * 0.25 + 0.5
+    assert np.abs(found - (expected(encoder) + 1) / 2).max() < 1e-5
+
+
 def test_a_video_model_sees_slices_from_below_as_frames(marker, video_folder):
     encoder = encoders.huggingface_model(str(video_folder), 64, SPACING, (-900, 300))
     assert encoder.img_size == (64, 64, 64) and encoder.patch_size == (16, 16, 2)
@@ -271,11 +292,11 @@ def test_weights_in_all_common_forms(tmp_path):
         ("head.pt", ("fc",)),
     ):
         other = resnet10(spatial_dims=3, n_input_channels=1, feed_forward=False)
-        encoders.load_weights(other, tmp_path / name, leave_out)
+        encoders.load_network_weights(other, tmp_path / name, leave_out)
         assert all(torch.equal(v, other.state_dict()[k]) for k, v in state.items())
     for name, words in (("head.pt", "unexpected"), ("short.pt", "missing ..bn1.weight")):
         with pytest.raises(ValueError, match=words):
-            encoders.load_weights(net, tmp_path / name)
+            encoders.load_network_weights(net, tmp_path / name)
 
 
 def test_a_monai_network_from_its_file_is_the_network(tmp_path):
@@ -342,12 +363,10 @@ def test_the_inflated_resnet_from_bfloat16_is_monais_network(tmp_path):
     assert torch.allclose(t[0, 1:].reshape(2, 2, 2, -1).permute(3, 2, 0, 1), x[0], atol=1e-4)
 
 
-def test_timm_is_named_where_it_is_missing():
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="needs timm, which is not installed: `pip install"):
-            encoders.timm_vit("vit_base_patch16_224", 8, SPACING, (-900, 300))
+def test_timm_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="needs timm, which is not installed: `pip install"):
+        encoders.timm_vit("vit_base_patch16_224", 8, SPACING, (-900, 300))
 
 
 def test_a_timm_vit(tmp_path):
@@ -528,7 +547,7 @@ def test_segmentation_refuses_by_name_what_has_no_grid(factory, words):
         encoder_hu_range=None,
     )
     with pytest.raises(ValueError, match=f"segment.arms names `conv`.*{words}"):
-        token_unetr.build_from_config(config)
+        token_unetr.build_segmentation_model(config)
 
 
 def pooled():
@@ -607,10 +626,10 @@ def test_the_released_checkpoint_has_the_arms_decoder_at_its_own_spacing(tmp_pat
         spacing=[1.5, 1.5, 3.0],
         encoder_hu_range=[-1000, 1000],
     )
-    own = token_unetr.build_from_config(config)
+    own = token_unetr.build_segmentation_model(config)
     assert type(own) is Unetr and own.vit.img_size == (16, 12, 8)
     x = torch.rand(1, 1, 16, 12, 8) * 2 - 1
-    other = token_unetr.build_from_config(dict(config, spacing=[3.0, 3.0, 3.0]))
+    other = token_unetr.build_segmentation_model(dict(config, spacing=[3.0, 3.0, 3.0]))
     assert type(other) is token_unetr.TokenUnetr and other.encoder_size == (32, 24, 8)
     for model in (own, other):
         assert model(x).shape == (1, 2, 16, 12, 8)

@@ -68,7 +68,7 @@ from asap.tasks.masks import (
     to_label_values,
 )
 from .metrics import RUN_KEYS, bootstrap_weights, empty_predictions, nan_mean
-from .token_unetr import build_from_config
+from .token_unetr import build_segmentation_model
 from .unetr import Unetr, encoder_config, load_encoder
 from ..train import fit, get_device, resolve_precision, retain_freed_memory
 
@@ -491,7 +491,7 @@ def load(
     config["class_names"] = {
         k: config["class_names"][str(k)] for k in sorted(map(int, config["class_names"]))
     }  # JSON sorts 10 before 2
-    model = build_from_config(config)
+    model = build_segmentation_model(config)
     try:
         model.load_state_dict(checkpoint.read_weights(folder, "train it again"), strict=True)
     except RuntimeError as e:
@@ -747,7 +747,7 @@ def init_model(
     torch.manual_seed(seed)
     if vit:
         return Unetr(vit, 1 + len(q.class_names), config["feature_size"]), config
-    return build_from_config(config), config
+    return build_segmentation_model(config), config
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00047
 def _load_parts(

@@ -351,6 +351,12 @@ _INTRODUCTION = (
     "test patients are used for no choice. Macro AUC by scan, for <code>external_rspect</code> of "
     "the probe trained on INSPECT; 95 % intervals by patient. All labels given:</p>"
 )
+_LABEL_MAP_NOTE = (
+    "<p><code>external_rad_chest_ct</code>: CT-RATE's probes on RAD-ChestCT; the larger of the two "
+    "calcification probabilities is that of the merged label, mosaic attenuation is left out. The "
+    "metric <code>auc, labels as published</code> uses the released table, in which one effusion "
+    "label is a copy of the other.</p>"
+)
 _CAPTIONS = {
     "tasks": "Macro AUC by task, all labels given, with 95 % intervals by patient.",
     "efficiency": (
@@ -410,6 +416,7 @@ class Classification(TaskFamily):
                 SHORT_DATA_NOTE,
                 _INTRODUCTION,
                 render_table(table),
+                _LABEL_MAP_NOTE if "external_rad_chest_ct" in set(rows.task) else "",
                 images["tasks"],
                 render_differences(differences, [CLASSIFICATION_MEAN], CLASSIFICATION_MEAN),
                 *(_render_baseline_comparison(differences, e) for e in results.encoders),

@@ -253,7 +253,7 @@ def test_the_inflated_resnet_sees_the_whole_body_slice_axis_first(tmp_path):
     v = np.clip(marks().astype(np.float32), -2000, 2000).reshape(64, 64, 32, 2).mean(-1)
     want = (np.clip(v, -1000, 200) + 1000) / 1200
     want = want.reshape(2, 32, 2, 32, 2, 16).mean((1, 3, 5))
-    assert np.abs(found - want).max() < 1e-5
+    assert np.abs(found - want).max() < 5e-4  # float32 sums of 16,384 voxels
     seen = encoder.net.seen
     assert seen.shape == (1, 3, 32, 64, 64) and torch.equal(seen[:, 0], seen[:, 2])
     assert float(seen[0, 0, 16, 60, 32]) == pytest.approx(1150 / 1200)  # z, x, y: the right

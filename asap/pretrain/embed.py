@@ -365,6 +365,19 @@ def embed_cohort(
     _log_sizes(name, out)
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #06bac5f2
+def _check_options(spec: str, factory: Callable, options: dict) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # of a builtin
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as e:
+        raise ValueError(
+            f"study.encoders: `options` do not fit `{spec}`: {e}; its arguments are {signature}"
+        ) from None
+
+
 def encoder_from_factory(
     spec: str,  # "module:function"
     **options: Any,  # arguments of the function
@@ -378,13 +391,7 @@ def encoder_from_factory(
             f"study.encoders: `{spec}` cannot be found ({e}): expected module:function, such as "
             "asap.pretrain.embed:HistogramEncoder"
         ) from None
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as e:
-        raise ValueError(
-            f"study.encoders: `options` do not fit `{spec}`: {e}; its arguments are "
-            f"{inspect.signature(factory)}"
-        ) from None
+    _check_options(spec, factory, options)
     encoder = factory(**options)
     if not callable(getattr(encoder, "forward_features", None)):
         raise ValueError(

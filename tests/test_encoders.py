@@ -480,12 +480,17 @@ def acdc(tmp_path):
 
     cohort = get_cohort("acdc")
     cohort.write(
-        tmp_path / "raw", seed=1, n_train=3, n_test=2, size=(24, 24, 12), spacing=(7.0, 7.0, 14.0)
+        tmp_path / "raw", seed=1, n_train=3, n_test=2, size=(48, 48, 24), spacing=(7.0, 7.0, 14.0)
     )
     table, bad = cohort.read(tmp_path / "raw")
-    how = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000])
+    how, folders = dict(spacing=[7.0, 7.0, 14.0], hu=[-1000, 1000]), ("volumes", "organs")
     return prepare_cases(
-        table.assign(organ_map=""), tmp_path / "volumes", tmp_path / "organs", how, bad=bad
+        table.assign(organ_map=""),
+        *(tmp_path / f for f in folders),
+        how,
+        bad=bad,
+        source=cohort.source,
+        opener=cohort.open_volume,
     )
 
 

@@ -524,12 +524,14 @@ def download_wheels(
     folder: Path,
 ) -> None:
     "Download a package and what it needs with pip; `EncoderUnavailableError` has pip's message"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "--no-color", "download", "-q"]
+    command += ["--only-binary", ":all:"]
     done = subprocess.run(
         [*command, package, "-d", str(folder)], capture_output=True, text=True, timeout=900
     )
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        why = next((s for s in said if s.startswith("ERROR")), "no message")
         raise EncoderUnavailableError(f"pip could not download {package}: {why}")
 
 

@@ -221,7 +221,7 @@ def build_token_unetr(
 
 
 def build_segmentation_model(
-    config: Mapping[str, Any],  # of `asap.tasks.unetr.build_from_config`, or with `encoder`
+    config: dict[str, Any],  # of `asap.tasks.unetr.build_from_config`, or with `encoder`
 ) -> nn.Module:  # with initial weights of the decoder
     "A model from the configuration in its checkpoint"
     return build_token_unetr(config) if config.get("encoder") else unetr.build_from_config(config)

@@ -669,7 +669,7 @@ def _encoder_identity(source: str | Path | None) -> Any:  # of `encoder_source`;
     if source is None:
         return "unet"
     if Path(source).suffix == ".json":
-        return read_json(source)
+        return read_json(source) | dict(decoder=code_hash("asap.tasks.token_unetr"))
     return file_hash(Path(source) / "model.safetensors")
 
 

@@ -198,9 +198,10 @@ STAGE_PARAMS: dict[str, Params] = _DATA_STAGES | _MODEL_STAGES | _RESULT_STAGES
 def _arm_lists(stage: str) -> list[str]:
     "Keys `<section>.arms` of the families whose arms a stage reads"
     families = [f for f in task_families().values() if f.per_arm]
-    if stage == "embed":
+    if stage in ("embed", "encode"):
         families = [f for f in families if f.inputs == "tokens"]
-    return [f"{f.section}.arms" for f in families] if stage in ("embed", "tables") else []
+    reading = stage in ("embed", "encode", "tables")
+    return [f"{f.section}.arms" for f in families] if reading else []
 
 
 def family_params(family: TaskFamily) -> Params:

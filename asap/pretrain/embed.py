@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['load_image', 'ImageDataset', 'encode_tokens', 'threaded_map', 'iter_tokens', 'mean_pool', 'extract_features', 'save',
-           'load', 'check_same_cases', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
+           'load', 'read_rows', 'check_same_cases', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #b5c2f115
 import importlib
 import inspect
+import mmap
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,6 +229,21 @@ def load(
         )
     return f, index
 
+# %% ../../nbs/6_pretrain/63_embed.ipynb #readrows
+def read_rows(
+    a: np.ndarray,  # (n,...), an array, or memory-mapped as by `load`
+    rows: Any,  # index of the first axis: a number, a slice, or an array
+) -> np.ndarray:  # the rows
+    "Rows of an array; those of a memory-mapped file leave no other memory behind"
+    if (
+        not isinstance(a, np.memmap)
+        or not isinstance(a.base, mmap.mmap)
+        or not a.flags.c_contiguous
+    ):
+        return a[rows]
+    fresh = np.memmap(a.filename, a.dtype, "r", a.offset, a.shape)
+    return np.array(fresh[rows])  # the map is closed at the end of the call
+
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embsame1
 def check_same_cases(
     index: pd.DataFrame,  # of `load`
@@ -303,6 +319,7 @@ def embed_cohort(
         if end - flushed >= report_every or end == len(table):
             for array in out.values():
                 array.flush()
+            out = _reopen_arrays(half, kinds)  # written pages no longer count as memory
             write_json(dict(rows=end), half / "rows.json")
             flushed = end
     if whole:

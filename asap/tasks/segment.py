@@ -32,6 +32,7 @@ from asap.core import (
     derive_seed,
     file_hash,
     fingerprint,
+    fit_name,
     log_message,
     parallel_map,
     progress_bar,
@@ -92,6 +93,7 @@ class SegmentConfig(BaseConfig):
         list[NonNegativeInt], Field(min_length=1)
     ]  # of the label subsets, and of the decoder's initial weights
     feature_size: PositiveInt  # channels of the decoder's finest level
+    max_batch_per_device: PositiveInt | None = None  # samples of one forward pass; null: all
     encoder_lr_scale: PositiveFloat  # learning rate of the encoder relative to the decoder's
     warmup_fraction: Fraction  # of the steps
     weight_decay: Annotated[float, Field(ge=0)]
@@ -201,7 +203,11 @@ def select_tasks(
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00022
 class SegmentationCase:
-    "A volume with its mask"
+    """A volume with its mask
+
+    The voxels are checked once and not kept: `image`, `label` and `reference_mask` are read from
+    disk at each access, so that the memory of a list of cases does not depend on its length.
+    """
 
     def __init__(
         self,
@@ -209,23 +215,52 @@ class SegmentationCase:
         q: SegmentationTask,
         hu: Sequence[float],  # HU mapped to -1 and 1
         column: str | None = None,  # with the mask's path; None: the task's
+        folder: str | Path | None = None,  # keeps the resampled mask; None: nothing is kept
     ):
-        path, img = getattr(row, column or q.mask_column), nib.load(row.image)
-        raw, self.mask_affine = q.read_mask(path)
-        self.reference_mask = to_class_indices(raw, q.label_values, path)
-        check_same_grid(self.reference_mask.shape, self.mask_affine, img.shape, img.affine, path)
-        self.case = row.case
-        self.patient = row.patient
-        self.mask_path = path
-        self.affine = img.affine
+        self.case, self.patient, self.image_path = row.case, row.patient, row.image
+        self.mask_path = getattr(row, column or q.mask_column)
+        self.task, self.hu = q, tuple(hu)
         self.num_classes = len(q.class_names)
+        img = nib.load(row.image)
+        self.shape, self.affine = np.asanyarray(img.dataobj).shape, img.affine  # reads the file
+        mask, self.mask_affine = self._read_mask()
+        self._check_grid(mask)
         self.image_hash = file_hash(row.image)
-        label = resample(
-            self.reference_mask, self.mask_affine, img.shape, img.affine, order=0, fill=0
-        )
-        self.label = torch.from_numpy(np.ascontiguousarray(label))[None]
-        image = scale_intensity(np.asanyarray(img.dataobj), *hu)
-        self.image = torch.from_numpy(np.ascontiguousarray(image))[None]
+        self.classes = np.unique(self._to_standard_grid(mask)).tolist()  # of the label
+        self.label_file = folder and Path(folder) / f"{fit_name(row.case, '.npy')}.npy"
+
+    def _read_mask(self) -> tuple[np.ndarray, np.ndarray]:  # class indices, affine
+        raw, affine = self.task.read_mask(self.mask_path)
+        return to_class_indices(raw, self.task.label_values, self.mask_path), affine
+
+    def _check_grid(self, mask: np.ndarray) -> None:
+        check_same_grid(mask.shape, self.mask_affine, self.shape, self.affine, self.mask_path)
+        self.reference_shape = mask.shape
+
+    def _to_standard_grid(self, mask: np.ndarray) -> np.ndarray:
+        return resample(mask, self.mask_affine, self.shape, self.affine, order=0, fill=0)
+
+    @property
+    def image(self) -> torch.Tensor:  # (1,H,W,D) in [-1, 1]
+        "The standard volume"
+        image = scale_intensity(np.asanyarray(nib.load(self.image_path).dataobj), *self.hu)
+        return torch.from_numpy(np.ascontiguousarray(image))[None]
+
+    @property
+    def label(self) -> torch.Tensor:  # (1,H,W,D) uint8 class indices
+        "The mask on the standard grid"
+        if self.label_file and self.label_file.exists():
+            return torch.from_numpy(np.load(self.label_file))[None]
+        label = np.ascontiguousarray(self._to_standard_grid(self.reference_mask))
+        if self.label_file:
+            with atomic_write(self.label_file) as tmp, open(tmp, "wb") as f:
+                np.save(f, label)
+        return torch.from_numpy(label)[None]
+
+    @property
+    def reference_mask(self) -> np.ndarray:  # (W,H,D) uint8 class indices
+        "The mask on its own, native grid"
+        return self._read_mask()[0]
 
     def with_mask(
         self,
@@ -234,14 +269,8 @@ class SegmentationCase:
     ) -> "SegmentationCase":
         "The same image with another reference mask"
         out = object.__new__(SegmentationCase)
-        out.__dict__.update(
-            self.__dict__,
-            mask_path=path,
-            reference_mask=to_class_indices(q.read_mask(path)[0], q.label_values, path),
-        )
-        check_same_grid(
-            out.reference_mask.shape, self.mask_affine, self.label.shape[1:], self.affine, path
-        )
+        out.__dict__.update(self.__dict__, mask_path=path, task=q, label_file=None)
+        out._check_grid(out._read_mask()[0])
         return out
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs022a
@@ -250,12 +279,13 @@ def load_cases(
     q: SegmentationTask,
     hu: Sequence[float],  # HU mapped to -1 and 1
     bad: Quarantine,  # gets the cases that are left out
+    folder: str | Path | None = None,  # keeps the resampled masks, as in `SegmentationCase`
 ) -> list[SegmentationCase]:
     "Cases of a table with valid files; the others are recorded in `bad`"
     out = []
     for row in table.itertuples():
         try:
-            out.append(SegmentationCase(row, q, hu))
+            out.append(SegmentationCase(row, q, hu, folder=folder))
         except (OSError, ValueError) as e:
             bad.add(row.case, e)
     return out
@@ -387,7 +417,7 @@ def warn_missing_classes(
 ) -> None:
     "Log the classes without a voxel, which cannot be trained or evaluated"
     for split, these in parts.items():
-        has = set().union(*(set(c.label.unique().tolist()) for c in these))
+        has = set().union(*(c.classes for c in these))
         if none := [n for k, n in enumerate(names, 1) if k not in has]:
             cases = f"{len(these)} {split} case{'' if len(these) == 1 else 's'}"
             log_message(f"{label}: no voxel of {', '.join(none)} in {cases}")
@@ -416,6 +446,7 @@ def _fit_options(
         warmup=round(p["warmup_fraction"] * row["steps"]),
         weight_decay=p["weight_decay"],
         clip=p["max_grad_norm"],
+        max_batch=p.get("max_batch_per_device"),
         save_every=50,
         validate_every=max(1, row["steps"] // p["num_validations"]),
         patience=p["patience"],
@@ -436,7 +467,7 @@ def train_segmentation(
     label: str = "segment",  # for messages
 ) -> pd.DataFrame:  # log of `fit`
     "Train in place; keep the best validation step, or the last if validation has no foreground"
-    held = [c for c in held if c.label.any()]
+    held = [c for c in held if any(c.classes)]
     if not held:
         log_message(f"{label}: no foreground in validation, so the last step is kept")
     return fit(
@@ -568,16 +599,12 @@ def score_case(
     name: str,  # of the reference mask
 ) -> list[dict]:  # one row per class
     "Scores of a prediction on the native grid against one reference mask"
-    top = dice_score(
-        resampling_ceiling(
-            c.reference_mask, c.mask_affine, c.label.shape[1:], c.affine, 1 + len(q.class_names)
-        ),
-        c.reference_mask,
-        1 + len(q.class_names),
-    )
+    truth, num_classes = c.reference_mask, 1 + len(q.class_names)
+    best = resampling_ceiling(truth, c.mask_affine, c.shape, c.affine, num_classes)
+    top = dice_score(best, truth, num_classes)
     return [
         dict(case=c.case, patient=c.patient, reference=name, ceiling=float(top[k]), **r)
-        for k, r in enumerate(score_mask(predicted, c.reference_mask, c.mask_affine, q.class_names))
+        for k, r in enumerate(score_mask(predicted, truth, c.mask_affine, q.class_names))
     ]
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042b
@@ -591,7 +618,7 @@ def _predict_case(
 ) -> np.ndarray:  # (W,H,D) class indices on the native grid
     chance = sliding_window_proba(model, c.image, size, overlap)
     chance = select_classes(chance, names, q.class_names)
-    return resample_to_native(chance, c.affine, c.reference_mask.shape, c.mask_affine)
+    return resample_to_native(chance, c.affine, c.reference_shape, c.mask_affine)
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042c
 def evaluate(
@@ -717,11 +744,12 @@ def _load_parts(
     seed: int,  # of the label subset
     hu: Sequence[float],  # HU mapped to -1 and 1
     bad: Quarantine,  # gets the cases that are left out
+    folder: Path | None = None,  # keeps the resampled masks
 ) -> dict[str, list[SegmentationCase]]:  # train, val
     subset = label_subsets(table, [share], seed)[str(share)]
     parts = dict(
-        train=load_cases(table[subset], q, hu, bad),
-        val=load_cases(table[table.split == "val"], q, hu, bad),
+        train=load_cases(table[subset], q, hu, bad, folder),
+        val=load_cases(table[table.split == "val"], q, hu, bad, folder),
     )
     if not parts["train"]:
         reason = "the table has none"
@@ -745,13 +773,14 @@ def train_or_load(
     q, name = SegmentationTask(f"segment_{cohort}", cohort), f"{cohort}-{share:g}-{seed}"
     row, hu, size = dataset_settings(cohort, p)
     source = None if arm == "unet" else Path(root) / "runs/pretrain" / arm / "checkpoint"
-    parts = _load_parts(q, table, share, seed, hu, bad)
     here = Path(root) / "build/segment" / arm / name
     half = Path(root) / "build/resume/segment" / arm / name
+    parts = _load_parts(q, table, share, seed, hu, bad, half / "labels")
     fp = training_fingerprint(cohort, row, hu, size, p, source, parts, seed)
     key = derive_seed("segment", cohort, share, seed)
     if reuse_or_set_aside(here, fp):
         return load(here)
+    shutil.rmtree(half / "labels", ignore_errors=True)  # of a run that was interrupted
     warn_missing_classes(parts, q.class_names, f"{q.task}, {arm}")
     seed_everything(key)
     model, config = init_model(arm, cohort, table, parts, p, source, key)
@@ -837,6 +866,7 @@ def run_all(
             for f, d in subsets
         ]
     cost = [_training_cost(c, p) for _, c, *_ in todo]
+    jobs = jobs if get_device().type == "cpu" else 1  # parallel trainings would share one GPU
     done = parallel_map(run_one, todo, jobs, f"segment {arm}", soon=0, cost=cost)
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows):

@@ -85,6 +85,7 @@ class VQAConfig(BaseConfig):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
+    max_batch_per_device: PositiveInt | None = None  # volumes of one forward pass; null: all
     questions_per_volume: PositiveInt  # in a batch
     lr: PositiveFloat
     muon_lr: Annotated[float, Field(gt=0)] | None  # query resampler; null: AdamW
@@ -469,7 +470,7 @@ class VQADataset:
         picks = [int(r.choice(by_kind[k])) for k in kinds]
         tokens = np.zeros((1, 1), np.float32)
         if self.tokens is not None:
-            tokens = np.asarray(self.tokens[row], np.float32)
+            tokens = np.asarray(embed.read_rows(self.tokens, row), np.float32)
         return dict(
             case=case,
             tokens=tokens,
@@ -524,6 +525,10 @@ def _batch_loss(
     return m(b), {}
 
 
+def _batch_weight(b: Mapping[str, Any]) -> torch.Tensor:  # scalar, for `asap.train.fit`
+    return b["loss_weights"].sum()
+
+
 def _validation_options(
     val: VQADataset,
     p: VQAConfig,
@@ -567,6 +572,8 @@ def train_vqa(
             train,
             steps=p.steps,
             batch=min(p.batch_size, len(train)),
+            max_batch=p.max_batch_per_device,
+            weigh=_batch_weight,
             seed=seed,
             folder=folder,
             fp=fp,
@@ -593,7 +600,7 @@ def encode_volumes(
         part = unique[i : i + many]
         t = np.zeros((len(part), 1, 1), np.float32)
         if tokens is not None:
-            t = np.asarray(tokens[part], np.float32)
+            t = np.asarray(embed.read_rows(tokens, part), np.float32)
         out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(device)).cpu()))
     return out
 

@@ -176,10 +176,10 @@ BLOCK_BYTES = 2**26  # decoder inputs that are in memory at a time, apart from a
 def iter_blocks(
     x: Any,  # (n,M,C), an array or `PooledTokens`
     rows: np.ndarray,  # of the scans
-    most: int = BLOCK_BYTES,  # bytes of a block
+    most: int | None = None,  # bytes of a block; None: `BLOCK_BYTES`
 ) -> Iterator[np.ndarray]:  # (b,M,C) float32
     "The decoder input of some scans, block by block"
-    size = max(1, most // (4 * prod(x.shape[1:])))
+    size = max(1, (most or BLOCK_BYTES) // (4 * prod(x.shape[1:])))
     for i in range(0, len(rows), size):
         yield x[rows[i : i + size]]
 
@@ -187,7 +187,7 @@ def iter_blocks(
 def token_statistics(
     x: Any,  # (n,M,C), an array or `PooledTokens`
     rows: np.ndarray,  # of the scans
-    most: int = BLOCK_BYTES,  # bytes of a block
+    most: int | None = None,  # bytes of a block; None: `BLOCK_BYTES`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (M,C) float32 each
     "Mean and standard deviation over some scans"
     from sklearn.preprocessing import StandardScaler

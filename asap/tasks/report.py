@@ -834,7 +834,7 @@ def _decoder_input(
 def _mean_tokens(
     x: Any,  # (n,M,C), an array or `PooledTokens`
 ) -> np.ndarray:  # (n,C)
-    return np.concatenate([b[:, 1] for b in iter_blocks(x, np.arange(len(x)))])
+    return np.concatenate([b[:, 1].copy() for b in iter_blocks(x, np.arange(len(x)))])
 
 
 def _with_baseline(

@@ -3,7 +3,10 @@
 `python benchmarks/memory.py --save` writes benchmarks/memory.json, which nbs/96_cost.ipynb compares
 with its formulas. The inputs are made beforehand in another process. All cases of a stage share one
 volume on disk, which is read for each case; their tokens and features are random. Peak is VmHWM of
-/proc/self/status, in MB; `start` is that value when the modules of the stage are imported.
+/proc/self/status, in MiB; `start` is that value when the modules of the stage are imported.
+
+`--activations` counts the bytes that a forward pass of the segmentation models keeps for the
+backward pass, on PyTorch's device `meta`, without the attention weights.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CASES = dict(report=300, segment=16, embed=128, retrieve=2000)  # N of each stage
+CASES = dict(report=300, segment=16, embed=128, retrieve=10_000, classify=20_000)  # N
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # of ten cases
 
 
@@ -140,6 +143,56 @@ def run_retrieve(folder: Path, n: int) -> None:
     retrieve.fit_predict(f, t, table, config, 0, stranger=True)
 
 
+def run_classify(folder: Path, n: int) -> None:
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression  # noqa: F401, part of `start`
+
+    from asap.params import load_params
+    from asap.tasks import probe
+
+    r = np.random.default_rng(0)
+    f = r.normal(size=(n, load_params().model.embed_dim)).astype(np.float32)
+    table = cohort(n).assign(**{"label:Emphysema": r.integers(0, 2, n).astype(float)})
+    yield
+    chosen = (table.split == "train").to_numpy()
+    probe.fit_predict(f, table, chosen, ["label:Emphysema"])
+
+
+def saved_bytes_per_voxel() -> dict:  # of the segmentation models at the paper's size, fp32
+    import torch
+
+    from asap.model.vit import ViT3D
+    from asap.params import load_params
+    from asap.tasks.unetr import Unetr, build_unet
+
+    p, size = load_params("params/paper.yaml"), (96, 96, 48)
+    m, width = p.model, p.segment.feature_size
+    with torch.device("meta"):
+        vit = ViT3D(size, m.patch_size, m.embed_dim, m.depth, m.num_heads)
+        models = dict(unetr=Unetr(vit, 4, width), unet=build_unet(4, size, width))
+        x = torch.zeros(1, 1, *size)
+    return {k: round(saved_bytes(model, x) / x.numel()) for k, model in models.items()}
+
+
+def saved_bytes(model, x) -> int:
+    import torch
+
+    held = [*model.parameters(), *model.buffers()]
+    skip, seen = {v.untyped_storage()._cdata for v in held}, {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        attention = t.ndim == 4 and t.shape[-1] == t.shape[-2] and t.shape[1] > 1
+        if storage._cdata not in skip and not attention:
+            seen[storage._cdata] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(x)
+    del out
+    return sum(seen.values())
+
+
 def measure(stage: str, folder: Path, n: int) -> None:
     "Run one stage in this process and print its peak"
     import torch
@@ -175,6 +228,7 @@ def main() -> None:
     a = argparse.ArgumentParser(description=__doc__)
     a.add_argument("--stages", nargs="*", default=list(CASES), choices=list(CASES))
     a.add_argument("--scale", type=int, default=1, help="factor of the numbers of cases")
+    a.add_argument("--activations", action="store_true", help="nothing else is measured")
     a.add_argument("--save", action="store_true", help="write benchmarks/memory.json")
     for hidden in ("--make", "--run", "--folder", "--cases"):
         a.add_argument(hidden, help=argparse.SUPPRESS)
@@ -187,10 +241,15 @@ def main() -> None:
         return
     if a.run:
         return measure(a.run, Path(a.folder), int(a.cases))
-    out = {s: compare(s, CASES[s] * a.scale) for s in a.stages}
+    file = Path(__file__).with_suffix(".json")
+    out = json.loads(file.read_text()) if file.exists() else dict(stages={})
+    if a.activations:
+        out["saved_bytes_per_voxel"] = saved_bytes_per_voxel()
+    else:
+        out["stages"] |= {s: compare(s, CASES[s] * a.scale) for s in a.stages}
     print(json.dumps(out, indent=1))
     if a.save:
-        Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
+        file.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ def read_rows(
     ):
         return a[rows]
     fresh = np.memmap(a.filename, a.dtype, "r", a.offset, a.shape)
-    return np.array(fresh[rows])  # the map is closed at the end of the call
+    out = fresh[rows]
+    return np.array(out) if np.may_share_memory(out, fresh) else np.asarray(out)
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embsame1
 def check_same_cases(

@@ -121,7 +121,8 @@ def pool_tokens(
     "Decoder input of each scan: class token, mean, maximum, averages of neighboring patches"
     _check_grid(tokens.shape[1] - 1, grid, pool)
     (h, w, d), (a, b, c) = grid, pool
-    out = []
+    num_tokens = NUM_SUMMARY_TOKENS + h * w * d // (a * b * c)
+    out = np.empty((len(tokens), num_tokens, tokens.shape[2]), np.float32)
     for i in range(0, len(tokens), batch):
         x = torch.from_numpy(np.asarray(tokens[i : i + batch], np.float32))
         x = F.layer_norm(x, x.shape[-1:]).numpy()  # each token by itself, without learned scale
@@ -129,8 +130,8 @@ def pool_tokens(
         near = patches.reshape(len(x), h // a, a, w // b, b, d // c, c, -1).mean((2, 4, 6))
         near = near.reshape(len(x), -1, x.shape[-1])
         summary = [cls, patches.mean(1, keepdims=True), patches.max(1, keepdims=True)]
-        out.append(np.concatenate([*summary, near], 1))
-    return np.concatenate(out)
+        out[i : i + batch] = np.concatenate([*summary, near], 1)
+    return out
 
 # %% ../../nbs/7_tasks/76_report.ipynb #reptok01
 class PooledTokens:
@@ -192,13 +193,12 @@ def token_statistics(
     "Mean and standard deviation over some scans"
     from sklearn.preprocessing import StandardScaler
 
-    scaler, blocks = StandardScaler(), iter_blocks(x, rows, most)
-    first = next(blocks)
-    if len(first) == len(rows):
-        t = torch.as_tensor(first)
+    most = most or BLOCK_BYTES
+    if 4 * len(rows) * prod(x.shape[1:]) <= most:
+        t = torch.as_tensor(x[rows])
         return t.mean(0), t.std(0, correction=0)
-    scaler.partial_fit(first.reshape(len(first), -1))
-    for block in blocks:
+    scaler = StandardScaler()
+    for block in iter_blocks(x, rows, most // 4):  # it makes four copies of a block
         scaler.partial_fit(block.reshape(len(block), -1))
     mean, std = (v.reshape(x.shape[1:]) for v in (scaler.mean_, np.sqrt(scaler.var_)))
     return torch.as_tensor(mean).float(), torch.as_tensor(std).float()
@@ -828,7 +828,8 @@ def _decoder_input(
         return np.zeros((int(has.sum()), 1, 1), np.float32)
     if grid is None:
         raise ValueError("`grid` is None, expected the patches along H, W, D of the tokens")
-    return PooledTokens(tokens, grid, p.token_pool, np.flatnonzero(has))
+    x = PooledTokens(tokens, grid, p.token_pool, np.flatnonzero(has))
+    return x[:] if 4 * prod(x.shape) <= BLOCK_BYTES else x
 
 
 def _mean_tokens(

@@ -266,7 +266,7 @@ def segment_memory(
 def vqa_memory(p: Any, a: CostAssumptions = DEFAULT_ASSUMPTIONS) -> StageMemory:  # p: params
     "A micro batch of tokens, and the embeddings of the test volumes"
     tokens = 4 * (count_patches(p) + 1) * p.model.embed_dim
-    micro = min(p.vqa.batch_size, p.vqa.max_batch_per_device or p.vqa.batch_size)
+    micro = min(p.vqa.batch_size, p.vqa.micro_batch_size or p.vqa.batch_size)
     return StageMemory(3 * micro * tokens, 4 * p.vqa.num_query_tokens * a.lm_width)
 
 

@@ -96,29 +96,16 @@ def world_size() -> int:  # processes of this run
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _mean_count(
-    count: torch.Tensor | int,  # of this process
-    device: torch.device,  # of the result, with several processes
-) -> torch.Tensor:  # scalar
-    "Mean of the processes' counts"
-    if world_size() == 1:
-        return torch.as_tensor(count)
-    mean = torch.as_tensor(count, dtype=torch.float32, device=device)
-    dist.all_reduce(mean)
-    return mean / world_size()
-
-
-def _least_count() -> float:  # of a mean of counts that is divided by
-    return 1e-6 if world_size() > 1 else 1
-
-
 def global_mean(
     total: torch.Tensor,  # scalar, sum of this process
     count: torch.Tensor | int,  # terms of the sum in this process
 ) -> torch.Tensor:  # scalar; 0 where the count is 0
     "A local sum over the mean count: the mean of all processes' values is the global mean"
-    mean = _mean_count(count, total.device)
-    return total / mean.clamp(min=_least_count())
+    if world_size() > 1:
+        count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+        dist.all_reduce(count)
+        count = count / world_size()
+    return total / torch.as_tensor(count).clamp(min=1e-6 if world_size() > 1 else 1)
 
 
 def all_gather(
@@ -346,11 +333,11 @@ def _make_accelerator(precision: str, accumulate: int, batch: int):  # accelerat
 def count_micro_batches(
     batch: int,  # samples in one loss, over all processes
     processes: int,
-    max_batch: int | None = None,  # samples of one forward pass on one device; None: all
+    micro_batch: int | None = None,  # samples of one forward pass, at most; None: all
 ) -> int:  # micro batches of equal size
     "How many parts a batch is split into: as few as fit"
     per_device = batch // processes
-    fewest = -(-per_device // (max_batch or per_device))
+    fewest = -(-per_device // (micro_batch or per_device))
     return next(k for k in range(fewest, per_device + 1) if per_device % k == 0)
 
 
@@ -358,26 +345,27 @@ class _BatchWeights:
     "Weights of the micro batches of a step, so that their gradients add up to the batch's"
 
     def __init__(self, acc, weigh: Callable | None):  # weigh: as in `fit`; None: equal weights
-        self.acc, self.weigh, self.total = acc, weigh, torch.tensor(0.0)
+        self.acc, self.weigh, self.total = acc, weigh, 0.0
+        self.least = 1e-6 if world_size() > 1 else 1  # that `global_mean` divides by
 
     def scale(self, value: torch.Tensor, samples) -> torch.Tensor:
-        "A micro batch's mean times its weight"
+        "A micro batch's mean, of `global_mean`, times its weight"
         if self.weigh is None:
             return value
-        weight = _mean_count(self.weigh(samples), value.device).to(value.device)
-        self.total = self.total.to(value.device) + weight
-        return value * weight.clamp(min=_least_count())
+        weight = self.acc.reduce(self.weigh(samples).detach().to(value.device), "mean")
+        self.total = self.total + weight
+        return value * weight.clamp(min=self.least)
 
     def normalize(self, model: torch.nn.Module) -> None:
         "Divide the step's gradients by the sum of the weights"
         if self.weigh is None:
             return
         # Accelerate has divided each loss by the number of micro batches
-        factor = self.acc.gradient_accumulation_steps / self.total.clamp(min=_least_count())
+        factor = self.acc.gradient_accumulation_steps / self.total.clamp(min=self.least)
         for q in model.parameters():
             if q.grad is not None:
                 q.grad.mul_(factor)
-        self.total = torch.zeros_like(self.total)
+        self.total = 0.0
 
 # %% ../nbs/03_train.ipynb #88f9ef18
 def _check_finite(value: float, parts: dict, step: int, batch) -> None:
@@ -505,7 +493,7 @@ def fit(
     clip: float = 1.0,  # maximum norm of the gradient
     precision_: str = "auto",  # or "no", "bf16", "fp16"
     accumulate: int = 1,  # batches per step
-    max_batch: int | None = None,  # samples of one forward pass on one device; None: all
+    micro_batch: int | None = None,  # samples of one forward pass of a process, at most; None: all
     weigh: Callable | None = None,  # batch -> sum of its samples' weights; None: equal weights
     workers: int = 0,  # processes that read samples
     fp: dict | None = None,  # fingerprint of the run
@@ -531,13 +519,13 @@ def fit(
         precision=acc.mixed_precision,
         seed=str(seed),
         **({"slow_lr": slow_lr} if slow_lr else {}),
-        **({"max_batch": max_batch} if max_batch else {}),
+        **({"micro_batch": micro_batch} if micro_batch else {}),
     )
     opts = build_optimizers(model, lr, weight_decay, betas, matrices, muon_lr, slow, slow_lr)
     folder = Path(folder) if folder else None
     state = _resume(acc, folder, fp, model, opts)
     start = state.step
-    num_parts = count_micro_batches(batch, acc.num_processes, max_batch)
+    num_parts = count_micro_batches(batch, acc.num_processes, micro_batch)
     batch, accumulate = batch // num_parts, accumulate * num_parts
     acc.gradient_accumulation_steps = accumulate
     weights = _BatchWeights(acc, weigh if num_parts > 1 else None)

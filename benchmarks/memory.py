@@ -182,7 +182,7 @@ def saved_bytes(model, x) -> int:
 
     def pack(t):
         storage = t.untyped_storage()
-        attention = t.ndim == 4 and t.shape[-1] == t.shape[-2] and t.shape[1] > 1
+        attention = t.ndim in (3, 4) and t.shape[-1] == t.shape[-2]
         if storage._cdata not in skip and not attention:
             seen[storage._cdata] = storage.nbytes()
         return t

@@ -207,7 +207,7 @@ def test_the_gradient_of_micro_batches_in_segmentation(lungs, monkeypatch):
             )
         )
         row = dict(steps=2, batch_size=4, lr=0.001)
-        p = SEGMENT | dict(max_batch_per_device=most, max_grad_norm=1e9)
+        p = SEGMENT | dict(micro_batch_size=most, max_grad_norm=1e9)
         segment.train_segmentation(model, cases, [], p, row, SIZE, False, 0)
 
     monkeypatch.setattr(train, "resolve_precision", lambda wanted="auto": "no")
@@ -236,7 +236,7 @@ def test_the_gradient_of_micro_batches_in_question_answering(answers, monkeypatc
         lm, tokenizer = language.load(folder)
         torch.manual_seed(0)
         m = vqa.VQAModel(vqa.build_vqa_config(p, tokens.shape[-1], False), lm)
-        changed = p.model_copy(update=dict(max_batch_per_device=most))
+        changed = p.model_copy(update=dict(micro_batch_size=most))
         vqa.train_vqa(m, tokenizer, q[q.split == "train"], tokens, changed, 0)
 
     monkeypatch.setattr(train, "resolve_precision", lambda wanted="auto": "no")
@@ -254,9 +254,9 @@ def test_a_batch_is_split_equally(batch, processes, most, parts):
 def test_a_new_key_that_is_null_leaves_fingerprints_as_they_were(answers):
     from asap.core import fingerprint, first_difference
 
-    old = {k: v for k, v in answers[0].model_dump().items() if k != "max_batch_per_device"}
+    old = {k: v for k, v in answers[0].model_dump().items() if k != "micro_batch_size"}
     assert first_difference(fingerprint(vqa=old), fingerprint(vqa=answers[0])) is None
-    limited = answers[0].model_copy(update=dict(max_batch_per_device=2))
+    limited = answers[0].model_copy(update=dict(micro_batch_size=2))
     assert first_difference(fingerprint(vqa=old), fingerprint(vqa=limited))
 
 

@@ -218,8 +218,8 @@ def _mean_and_median(
     "Mean and median over arrays; for the median they pass through a temporary file"
     with tempfile.NamedTemporaryFile(prefix="asap-") as f:
         total, n = np.float32(0), 0
-        for n, row in enumerate(rows, 1):
-            total = total + row
+        for row in rows:
+            total, n = total + row, n + 1
             f.write(np.ascontiguousarray(row).data)
         f.flush()
         whole = (n, total.size)

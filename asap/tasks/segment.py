@@ -93,7 +93,7 @@ class SegmentConfig(BaseConfig):
         list[NonNegativeInt], Field(min_length=1)
     ]  # of the label subsets, and of the decoder's initial weights
     feature_size: PositiveInt  # channels of the decoder's finest level
-    max_batch_per_device: PositiveInt | None = None  # samples of one forward pass; null: all
+    micro_batch_size: PositiveInt | None = None  # samples of one forward pass; null: all
     encoder_lr_scale: PositiveFloat  # learning rate of the encoder relative to the decoder's
     warmup_fraction: Fraction  # of the steps
     weight_decay: Annotated[float, Field(ge=0)]
@@ -446,7 +446,7 @@ def _fit_options(
         warmup=round(p["warmup_fraction"] * row["steps"]),
         weight_decay=p["weight_decay"],
         clip=p["max_grad_norm"],
-        max_batch=p.get("max_batch_per_device"),
+        micro_batch=p.get("micro_batch_size"),
         save_every=50,
         validate_every=max(1, row["steps"] // p["num_validations"]),
         patience=p["patience"],

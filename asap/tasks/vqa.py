@@ -85,7 +85,7 @@ class VQAConfig(BaseConfig):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
-    max_batch_per_device: PositiveInt | None = None  # volumes of one forward pass; null: all
+    micro_batch_size: PositiveInt | None = None  # volumes of one forward pass; null: all
     questions_per_volume: PositiveInt  # in a batch
     lr: PositiveFloat
     muon_lr: Annotated[float, Field(gt=0)] | None  # query resampler; null: AdamW
@@ -572,7 +572,7 @@ def train_vqa(
             train,
             steps=p.steps,
             batch=min(p.batch_size, len(train)),
-            max_batch=p.max_batch_per_device,
+            micro_batch=p.micro_batch_size,
             weigh=_batch_weight,
             seed=seed,
             folder=folder,

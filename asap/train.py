@@ -345,7 +345,7 @@ class _BatchWeights:
     "Weights of the micro batches of a step, so that their gradients add up to the batch's"
 
     def __init__(self, acc, weigh: Callable | None):  # weigh: as in `fit`; None: equal weights
-        self.acc, self.weigh, self.total = acc, weigh, 0.0
+        self.acc, self.weigh, self.total = acc, weigh, torch.tensor(0.0)
         self.least = 1e-6 if world_size() > 1 else 1  # that `global_mean` divides by
 
     def scale(self, value: torch.Tensor, samples) -> torch.Tensor:
@@ -353,7 +353,7 @@ class _BatchWeights:
         if self.weigh is None:
             return value
         weight = self.acc.reduce(self.weigh(samples).detach().to(value.device), "mean")
-        self.total = self.total + weight
+        self.total = self.total.to(weight.device) + weight
         return value * weight.clamp(min=self.least)
 
     def normalize(self, model: torch.nn.Module) -> None:
@@ -365,7 +365,7 @@ class _BatchWeights:
         for q in model.parameters():
             if q.grad is not None:
                 q.grad.mul_(factor)
-        self.total = 0.0
+        self.total = torch.zeros_like(self.total)
 
 # %% ../nbs/03_train.ipynb #88f9ef18
 def _check_finite(value: float, parts: dict, step: int, batch) -> None:

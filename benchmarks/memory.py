@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CASES = dict(report=300, segment=16, embed=128, retrieve=10_000, classify=20_000)  # N
+CASES = dict(report=300, segment=40, embed=128, retrieve=10_000, classify=20_000)  # N
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # of ten cases
 
 
@@ -49,8 +49,8 @@ def make_volume(folder: Path) -> None:
     from asap.phantom.abnormalities import synthesize_chest
 
     c = synthesize_chest(("memory", 0), (48, 48, 24), (7.0, 7.0, 14.0))
-    affine = c.affine @ np.diag([0.25, 0.25, 0.25, 1])
-    fine = np.ones((4, 4, 4), np.int16)  # 192 x 192 x 96 voxels
+    affine = c.affine @ np.diag([1 / 3, 1 / 3, 1 / 3, 1])
+    fine = np.ones((3, 3, 3), np.int16)  # 144 x 144 x 72 voxels
     write(np.kron(c.hu, fine), affine, folder / "volume.nii")
     write(np.kron(lung_labels(c.labels), fine.astype(np.uint8)), affine, folder / "mask.nii.gz")
 
@@ -72,6 +72,7 @@ def make_report(folder: Path, n: int) -> None:
 
 def run_report(folder: Path, n: int) -> None:
     import numpy as np
+    from sklearn.preprocessing import StandardScaler  # noqa: F401, part of `start`
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     from asap.params import load_params
@@ -95,6 +96,11 @@ def run_report(folder: Path, n: int) -> None:
 
 
 def run_segment(folder: Path, n: int) -> None:
+    import monai.inferers
+    import monai.losses
+    import monai.metrics
+    import monai.transforms  # noqa: F401, part of `start`
+
     from asap.params import load_params
     from asap.tasks import segment
 
@@ -104,7 +110,7 @@ def run_segment(folder: Path, n: int) -> None:
     changed = dict(feature_size=4, num_validations=1, overlap=0.25, datasets=dict(luna16=row))
     settings = dict(
         segment=p.segment.model_dump() | changed,
-        volumes=dict(spacing=[1.75, 1.75, 3.5], roi_size=[48, 48, 24], hu_range=[-1000, 1000]),
+        volumes=dict(spacing=[7 / 3, 7 / 3, 14 / 3], roi_size=[48, 48, 24], hu_range=[-1000, 1000]),
         phantoms=dict(luna16=True),
     )
     files = dict(image=str(folder / "volume.nii"), target_map=str(folder / "mask.nii.gz"))

@@ -217,7 +217,7 @@ def _mean_and_median(
 ) -> dict:  # "mean", "median" -> (...)
     "Mean and median over arrays; for the median they pass through a temporary file"
     with tempfile.NamedTemporaryFile(prefix="asap-") as f:
-        total, n = np.float32(0), 0
+        total, n = np.zeros((), np.float32), 0
         for row in rows:
             total, n = total + row, n + 1
             f.write(np.ascontiguousarray(row).data)

@@ -591,7 +591,9 @@ def train_report_decoder(
     _fit_decoder(model, data, train, val, p, seed=seed, folder=folder, fp=fp, label=task)
     model = model.to(get_device()).eval()
     if p.label_prompts and len(val):
-        blocks = (torch.as_tensor(b).to(get_device()) for b in iter_blocks(x, val))
+        blocks = (
+            torch.as_tensor(b).to(get_device()) for b in iter_blocks(x, val, BLOCK_BYTES // 8)
+        )
         probability = np.concatenate([model.predict_label_proba(b).cpu().numpy() for b in blocks])
         threshold = _best_threshold(probability, data.labels[val].numpy())
         model.label_threshold.fill_(threshold)

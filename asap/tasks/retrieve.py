@@ -179,10 +179,11 @@ def _scan_means(
     scan: np.ndarray,  # (cases,) 0 to S-1
 ) -> np.ndarray:  # (S,m)
     "Mean score of each scan's reconstructions"
-    count = np.bincount(scan)
-    out = np.zeros((len(count), score.shape[1]))
-    np.add.at(out, scan, score)
-    return out / count[:, None]
+    first, count = np.unique(scan, return_index=True, return_counts=True)[1:]
+    out, rest = score[first], np.setdiff1d(np.arange(len(scan)), first)
+    np.add.at(out, scan[rest], score[rest])
+    out /= count[:, None]
+    return out
 
 
 class _Pool:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CASES = dict(report=300, segment=40, embed=128, retrieve=10_000, classify=20_000)  # N
+CASES = dict(report=300, segment=24, embed=128, retrieve=10_000, classify=20_000)  # N
 SPLITS = ("train",) * 7 + ("val",) + ("test",) * 2  # of ten cases
 
 

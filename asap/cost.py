@@ -251,7 +251,7 @@ def report_memory(p: Any) -> StageMemory:  # p: params
     "Blocks of decoder inputs, a batch, and the mean tokens"
     dim = p.model.embed_dim
     scan = 4 * (3 + count_patches(p) / prod(p.report.token_pool)) * dim
-    return StageMemory(4 * BLOCK + 4 * max(p.report.batch_size, 32) * scan, 28 * dim, 2 * scan)
+    return StageMemory(BLOCK + 6 * max(p.report.batch_size, 32) * scan, 28 * dim, 2 * scan)
 
 
 def segment_memory(

@@ -171,16 +171,16 @@ def _select(x: Any, index: Any) -> Any:  # `x`: an array, or `PooledTokens`
     return x.select(index) if isinstance(x, PooledTokens) else x[index]
 
 # %% ../../nbs/7_tasks/76_report.ipynb #reptok02
-BLOCK_BYTES = 2**26  # decoder inputs that are in memory at a time, apart from a batch
+BLOCK_BYTES = 2**26  # decoder inputs that are kept in memory; others pass in eighths of it
 
 
 def iter_blocks(
     x: Any,  # (n,M,C), an array or `PooledTokens`
     rows: np.ndarray,  # of the scans
-    most: int | None = None,  # bytes of a block; None: `BLOCK_BYTES`
+    most: int | None = None,  # bytes of a block; None: an eighth of `BLOCK_BYTES`
 ) -> Iterator[np.ndarray]:  # (b,M,C) float32
     "The decoder input of some scans, block by block"
-    size = max(1, (most or BLOCK_BYTES) // (4 * prod(x.shape[1:])))
+    size = max(1, (most or BLOCK_BYTES // 8) // (4 * prod(x.shape[1:])))
     for i in range(0, len(rows), size):
         yield x[rows[i : i + size]]
 
@@ -188,7 +188,7 @@ def iter_blocks(
 def token_statistics(
     x: Any,  # (n,M,C), an array or `PooledTokens`
     rows: np.ndarray,  # of the scans
-    most: int | None = None,  # bytes of a block; None: `BLOCK_BYTES`
+    most: int | None = None,  # bytes that are read at once; None: `BLOCK_BYTES`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (M,C) float32 each
     "Mean and standard deviation over some scans"
     from sklearn.preprocessing import StandardScaler
@@ -198,7 +198,7 @@ def token_statistics(
         t = torch.as_tensor(x[rows])
         return t.mean(0), t.std(0, correction=0)
     scaler = StandardScaler()
-    for block in iter_blocks(x, rows, most // 4):  # it makes four copies of a block
+    for block in iter_blocks(x, rows, most // 8):  # it makes four copies of a block
         scaler.partial_fit(block.reshape(len(block), -1))
     mean, std = (v.reshape(x.shape[1:]) for v in (scaler.mean_, np.sqrt(scaler.var_)))
     return torch.as_tensor(mean).float(), torch.as_tensor(std).float()
@@ -591,9 +591,7 @@ def train_report_decoder(
     _fit_decoder(model, data, train, val, p, seed=seed, folder=folder, fp=fp, label=task)
     model = model.to(get_device()).eval()
     if p.label_prompts and len(val):
-        blocks = (
-            torch.as_tensor(b).to(get_device()) for b in iter_blocks(x, val, BLOCK_BYTES // 8)
-        )
+        blocks = (torch.as_tensor(b).to(get_device()) for b in iter_blocks(x, val))
         probability = np.concatenate([model.predict_label_proba(b).cpu().numpy() for b in blocks])
         threshold = _best_threshold(probability, data.labels[val].numpy())
         model.label_threshold.fill_(threshold)

@@ -232,7 +232,7 @@ def compare(stage: str, n: int) -> dict:  # cases, start_mb, peak_mb, growth
 
 def main() -> None:
     a = argparse.ArgumentParser(description=__doc__)
-    a.add_argument("--stages", nargs="*", default=["retrieve", "report", "segment"], choices=list(CASES))
+    a.add_argument("--stages", nargs="*", default=list(CASES), choices=list(CASES))
     a.add_argument("--scale", type=int, default=1, help="factor of the numbers of cases")
     a.add_argument("--activations", action="store_true", help="nothing else is measured")
     a.add_argument("--save", action="store_true", help="write benchmarks/memory.json")

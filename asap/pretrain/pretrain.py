@@ -10,6 +10,8 @@ __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECI
            'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
+import itertools
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +211,26 @@ def train(
     )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
+def _mean_and_median(
+    rows: Iterable[np.ndarray],  # float arrays of one shape (...), at least one
+    most: int = 2**26,  # bytes in memory at a time
+) -> dict:  # "mean", "median" -> (...)
+    "Mean and median over arrays; for the median they pass through a temporary file"
+    with tempfile.NamedTemporaryFile(prefix="asap-") as f:
+        total, n = np.zeros((), np.float32), 0
+        for row in rows:
+            total, n = total + row, n + 1
+            f.write(np.ascontiguousarray(row).data)
+        f.flush()
+        whole = (n, total.size)
+        step = max(1, most // (n * total.itemsize))
+        median = np.empty(total.size, total.dtype)
+        for i in range(0, total.size, step):
+            columns = np.memmap(f.name, total.dtype, "r", 0, whole)[:, i : i + step]
+            median[i : i + step] = np.median(columns, 0)
+    return dict(mean=total / n, median=median.reshape(total.shape))
+
+
 def positional_baseline(
     data: ImageReportDataset,  # train cases
 ) -> dict:  # "mean", "median" -> (N,n+1)
@@ -219,9 +241,9 @@ def positional_baseline(
         for row in progress_bar(data.rows, label="positional baseline")
         if (organs := data.load_organ_map(row)) is not None
     )
-    complete = [f for f, valid in fractions if valid.all()] or [data.empty_organ_fractions[0]]
-    stacked = np.stack(complete)
-    return dict(mean=stacked.mean(0), median=np.median(stacked, 0))
+    complete = (f for f, valid in fractions if valid.all())
+    first = next(complete, data.empty_organ_fractions[0])
+    return _mean_and_median(itertools.chain([first], complete))
 
 
 def organ_fraction_errors(

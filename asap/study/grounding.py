@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOCAL_LESIONS', 'LARGE_LESION_FRACTION', 'POINTING_BASELINES', 'NUM_UNTRAINED_HEADS', 'EXTENT_COLUMNS',
            'GroundingConfig', 'build_atlas', 'shuffle_patients', 'negate_finding', 'build_sentence_queries',
-           'predict_regions', 'score_pointing', 'bootstrap_mean', 'label_groups', 'large_lesion_labels',
+           'predict_regions', 'score_pointing', 'bootstrap_mean', 'label_groups', 'large_lesion_labels', 'Atlas',
            'summarize_hits', 'hit_rate_table', 'hit_difference_table', 'predict_untrained_k', 'rank_correlation',
            'extent_correlation', 'load_lesion_coverage', 'load_lesion_targets', 'reinitialize', 'load_lesion_sentences',
            'evaluate_grounding', 'evaluate_arms', 'write_grounding', 'plot_hit_rates', 'plot_panel', 'add_hit_columns',
@@ -287,7 +287,13 @@ def large_lesion_labels(
     labels: Iterable[str],  # (n,)
 ) -> list[str]:
     "Labels of large lesions, by their train masks; focal lesions excluded"
-    labels, touched = np.asarray(labels), (share > 0).mean(1)
+    return _large_labels((share > 0).mean(1), np.asarray(labels))
+
+
+def _large_labels(
+    touched: np.ndarray,  # (n,) fraction of the patches that each train mask touches
+    labels: np.ndarray,  # (n,)
+) -> list[str]:
     return [
         n
         for n in ABNORMALITIES
@@ -295,6 +301,31 @@ def large_lesion_labels(
         and (labels == n).any()
         and np.median(touched[labels == n]) >= LARGE_LESION_FRACTION
     ]
+
+
+class Atlas:
+    "What is counted over the train masks, one case at a time: `build_atlas`, large lesions"
+
+    def __init__(self) -> None:
+        self.maps: dict[str, np.ndarray] = {}  # label -> (N,) counts
+        self.labels: list[str] = []  # of each mask
+        self.touched: list[float] = []  # fraction of the patches that each mask touches
+
+    def add(
+        self,
+        share: np.ndarray,  # (n,N) coverage of patches by the masks of a case
+        labels: Iterable[str],  # (n,)
+    ) -> None:
+        "Count the masks of a case"
+        labels = list(labels)
+        for label, counts in build_atlas(hit_patches(share), labels).items():
+            self.maps[label] = self.maps.get(label, 0) + counts
+        self.labels += labels
+        self.touched += (share > 0).mean(1).tolist()
+
+    def large_labels(self) -> list[str]:
+        "As `large_lesion_labels`"
+        return _large_labels(np.array(self.touched), np.array(self.labels))
 
 # %% ../../nbs/9_study/92_grounding.ipynb #cf55a58a
 def summarize_hits(
@@ -454,6 +485,7 @@ def load_lesion_targets(
     patch: tuple[int, ...],  # voxels
     hu: tuple[float, float] | list[float],  # window of the model's input
     bad: Quarantine,  # gets cases whose masks do not fit
+    atlas: Atlas | None = None,  # counts the train masks, which are then not returned
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray, int]:
     """Masks of train and test as patches
 
@@ -472,6 +504,9 @@ def load_lesion_targets(
             continue
         inside = a.any(1)
         num_outside += int((~inside).sum())
+        if atlas is not None and g.split.iloc[0] == "train":
+            atlas.add(a[inside], g.label[inside])
+            continue
         parts.append(g[inside])
         share.append(a[inside])
         body.append(np.tile(b, (inside.sum(), 1)))
@@ -542,17 +577,15 @@ def _describe_patches(
 
 
 def _describe_targets(
-    t: pd.DataFrame,  # of `load_lesion_targets`
-    share: np.ndarray,  # (n,N)
-    train: np.ndarray,  # (n,) bool
-    test: np.ndarray,  # (n,) bool
+    held: pd.DataFrame,  # of `load_lesion_targets`, test cases
+    atlas: Atlas,  # of the train cases
 ) -> dict[str, Any]:  # large_lesions, sentences, patients, unlabeled, num_atlas_masks
     return dict(
-        large_lesions=large_lesion_labels(share[train], t.label[train]),
-        sentences=int(test.sum()),
-        patients=int(t[test].patient.nunique()),
-        unlabeled=int((t[test].label == "").sum()),
-        num_atlas_masks=int(train.sum()),
+        large_lesions=atlas.large_labels(),
+        sentences=len(held),
+        patients=int(held.patient.nunique()),
+        unlabeled=int((held.label == "").sum()),
+        num_atlas_masks=len(atlas.labels),
     )
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndeval1
@@ -572,21 +605,17 @@ def evaluate_grounding(
     name, last = ReXGroundingCT.companion_of, list(models.values())[-1]
     cohort = load_table(root / f"build/cohorts/{name}/{name}.parquet", root)
     size, hu = p.volumes.roi_size, p.volumes.hu_range
-    t, share, body, num_outside = load_lesion_targets(
-        said, cohort, size, last.vit.patch_size, hu, bad
-    )
+    atlas, patch = Atlas(), last.vit.patch_size
+    held, share, body, num_outside = load_lesion_targets(said, cohort, size, patch, hu, bad, atlas)
     bad.path = Path(out) / "quarantine.csv"
     bad.save()
-    train, test = (t.split == "train").to_numpy(), (t.split == "test").to_numpy()
-    if not test.any():
+    if not len(held):
         why = f"{ReXGroundingCT.name} has no mask of a test case of {name}"
         return _write_unavailable(out, why)
-    maps = build_atlas(hit_patches(share[train]), t.label[train])
-    held = t[test].reset_index(drop=True)
     arms = {**models, "untrained": reinitialize(last, p.study.seed)}
-    hits = evaluate_arms(arms, text, held, share[test], body[test], maps, p)
-    status = _describe_patches(last, share, body[test], p)
-    status |= _describe_targets(t, share, train, test)
+    hits = evaluate_arms(arms, text, held, share, body, atlas.maps, p)
+    status = _describe_patches(last, share, body, p)
+    status |= _describe_targets(held, atlas)
     status |= dict(outside_crop=num_outside, excluded=len(bad), arms=list(models))
     write_grounding(hits, models, text, status, p, out)
     return status

@@ -137,29 +137,32 @@ def _hausdorff95(
     return float(distance[0, 0])
 
 # %% ../../nbs/7_tasks/73_masks.ipynb #segs040a
+def _score_class(
+    predicted: np.ndarray,  # (W,H,D) bool
+    truth: np.ndarray,  # (W,H,D) bool
+    affine: np.ndarray,  # (4,4)
+) -> dict[str, float]:  # dice, hd95, reference_ml, predicted_ml
+    from monai.metrics import compute_dice
+
+    mm = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    ml = np.abs(np.linalg.det(affine[:3, :3])) / 1000
+    f, t = (torch.from_numpy(m.astype(np.float32))[None, None] for m in (predicted, truth))
+    return dict(
+        dice=float(compute_dice(f, t, ignore_empty=True)[0, 0]),
+        hd95=_hausdorff95(f, t, mm),
+        reference_ml=float(t.sum() * ml),
+        predicted_ml=float(f.sum() * ml),
+    )
+
+
 def score_mask(
     predicted: np.ndarray,  # (W,H,D) predicted class indices
     truth: np.ndarray,  # (W,H,D) true class indices
     affine: np.ndarray,  # (4,4)
     names: Iterable[str],  # classes without background
 ) -> list[dict]:  # one row per class: label, dice, hd95, reference_ml, predicted_ml
-    "Dice, 95 % Hausdorff distance in mm, and volumes in ml"
-    from monai.metrics import compute_dice
-
-    names = list(names)
-    n, mm = 1 + len(names), np.sqrt((affine[:3, :3] ** 2).sum(0))
-    f, t = (torch.from_numpy(one_hot(m, n))[None] for m in (predicted, truth))
-    d = compute_dice(f, t, include_background=False, ignore_empty=True)[0].numpy()
-    ml = np.abs(np.linalg.det(affine[:3, :3])) / 1000
-    out = []
-    for k, name in enumerate(names, 1):
-        out.append(
-            dict(
-                label=name,
-                dice=float(d[k - 1]),
-                hd95=_hausdorff95(f[:, k : k + 1], t[:, k : k + 1], mm),
-                reference_ml=float(t[0, k].sum() * ml),
-                predicted_ml=float(f[0, k].sum() * ml),
-            )
-        )
-    return out
+    "Dice, 95 % Hausdorff distance in mm, and volumes in ml; one class is in memory at a time"
+    return [
+        dict(label=name, **_score_class(predicted == k, truth == k, affine))
+        for k, name in enumerate(names, 1)
+    ]

@@ -31,7 +31,7 @@ from asap.core import (
 from ..params import BaseConfig
 from .sentences import join_report, split_sentences
 from .tokens import encode_report, mask_tokens, pad_rows, train_wordpiece_tokenizer
-from ..train import fit
+from ..train import fit, get_device
 
 # %% ../../nbs/4_text/42_encoder.ipynb #cfg42c00
 class TextConfig(BaseConfig):
@@ -176,15 +176,16 @@ def masked_token_accuracy(
 ) -> dict:  # accuracy, commonest
     "Accuracy at masked words, and the accuracy of always predicting the most frequent word"
     data = TextDataset(single_sentence_reports(sentences), tokenizer, max_length)
-    collate = _make_collate(tokenizer.pad_token_id)
+    collate, device = _make_collate(tokenizer.pad_token_id), next(model.parameters()).device
     right, labels_all = 0, []
     for i in range(0, len(data), 32):
-        ids, of = collate([data[(0, k)] for k in range(i, min(i + 32, len(data)))])
+        rows = [data[(0, k)] for k in range(i, min(i + 32, len(data)))]
+        ids, of = (t.to(device) for t in collate(rows))
         logits, labels = _masked_logits(
             model, ids, of, share, tokenizer, derive_seed("accuracy", i)
         )
         right += int((logits.argmax(-1) == labels).sum())
-        labels_all.append(labels)
+        labels_all.append(labels.cpu())
     labels = torch.cat(labels_all)
     return dict(
         accuracy=round(right / len(labels), 4),
@@ -317,7 +318,7 @@ class TextEncoder(torch.nn.Module):
 def load(
     name: str | Path,  # a folder or a Hugging Face id
     max_length: int = 256,  # tokens
-) -> TextEncoder:
+) -> TextEncoder:  # on the device of `asap.train.get_device`
     "Load a frozen text encoder from a folder or a hub; code in a repository is never run"
     from transformers import AutoTokenizer, BertModel
     from transformers.utils import logging
@@ -334,7 +335,8 @@ def load(
             f"text.model {name}: {len(missing)} weights of a BERT are not there, such as "
             f"{missing[0]}, and would be random: is it another kind of model?"
         )
-    return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
+    text = TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
+    return text.to(get_device())
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9
 TEXT_ENCODER_DIR = "build/text"  # the folder of the study's own encoder

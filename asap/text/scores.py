@@ -10,6 +10,7 @@ __all__ = ['BLEU_COLUMNS', 'METRIC_NAMES', 'split_words', 'bleu_counts', 'bleu',
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -165,14 +166,36 @@ def _windows(text: str, encoder) -> list:  # of tuples of ids
     return out
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor26b1
+class _FeatureFile:
+    "Features of windows in a temporary file: those of thousands of reports exceed the memory"
+
+    def __init__(self):
+        self.file = tempfile.TemporaryFile(prefix="asap-")
+        self.places: dict[tuple, tuple] = {}  # window -> offset, shape
+
+    def write(self, window: tuple, features: np.ndarray) -> None:  # (L,C) float32
+        self.places[window] = self.file.tell(), features.shape
+        self.file.write(features.tobytes())
+
+    def read(self, windows: list) -> np.ndarray | None:  # (L,C) of all of them; None: of none
+        if not windows:
+            return None
+        parts = []
+        for offset, shape in (self.places[w] for w in windows):
+            self.file.seek(offset)
+            part = np.frombuffer(self.file.read(4 * shape[0] * shape[1]), np.float32)
+            parts.append(part.reshape(shape))
+        return np.concatenate(parts)
+
+
 @torch.no_grad()
 def _embed_windows(
     windows: Iterable[tuple],  # of token ids
     encoder,  # as `bert_score`
     batch: int = 64,  # windows
-) -> dict:  # window -> (L,C), rows of unit norm
+) -> _FeatureFile:  # window -> (L,C), rows of unit norm
     t = encoder.tokenizer
-    out: dict = {}
+    out = _FeatureFile()
     todo = sorted(set(windows), key=lambda w: (len(w), w))
     for i in range(0, len(todo), batch):
         part = todo[i : i + batch]
@@ -181,7 +204,8 @@ def _embed_windows(
         of = torch.as_tensor(pad_rows([[-1, *[0] * len(w), -1] for w in part], -1))
         f = encoder.tokens(ids.to(encoder.device), of.to(encoder.device)).float().cpu()
         f = F.normalize(f, dim=-1).numpy()
-        out |= {w: row[1 : 1 + len(w)] for w, row in zip(part, f)}
+        for w, row in zip(part, f):
+            out.write(w, row[1 : 1 + len(w)])
     return out
 
 # %% ../../nbs/4_text/44_scores.ipynb #scor0027
@@ -203,12 +227,9 @@ def bert_score(
     windows = {text: _windows(text, encoder) for text in {*hypotheses, *references}}
     with limit_threads(encoder):
         f = _embed_windows([w for ws in windows.values() for w in ws], encoder)
-    features = {
-        text: np.concatenate([f[w] for w in ws]) if ws else None for text, ws in windows.items()
-    }
     scores = {
-        (s, t): _precision_recall_f1(features[s], features[t])
-        for s, t in zip(hypotheses, references)
+        (s, t): _precision_recall_f1(f.read(windows[s]), f.read(windows[t]))
+        for s, t in dict.fromkeys(zip(hypotheses, references))
     }
     return np.array([scores[pair] for pair in zip(hypotheses, references)], float).reshape(-1, 3)
 

@@ -60,12 +60,13 @@ CT_RATE_TRAIN_VOLUMES = 47_143  # of CT-RATE
 def count_steps(
     p: Any,  # params
     a: CostAssumptions = DEFAULT_ASSUMPTIONS,
-) -> dict:  # steps, volumes_a_step, volumes_seen, epochs
-    "Volumes per step, volumes in total, epochs of CT-RATE's train split"
-    per_step = p.pretrain.batch_size * p.pretrain.accum_iter * a.num_gpus
+) -> dict:  # steps, volumes_a_step, pairs_a_gpu, volumes_seen, epochs
+    "Volumes per step and in total, pairs of a batch on each GPU, epochs of CT-RATE's train split"
+    per_step = p.pretrain.batch_size * p.pretrain.accum_iter
     return dict(
         steps=p.pretrain.steps,
         volumes_a_step=per_step,
+        pairs_a_gpu=p.pretrain.batch_size // a.num_gpus,
         volumes_seen=per_step * p.pretrain.steps,
         epochs=round(per_step * p.pretrain.steps / CT_RATE_TRAIN_VOLUMES, 1),
     )

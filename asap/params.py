@@ -6,7 +6,7 @@
 __all__ = ['Fraction', 'PositiveFraction', 'OpenFraction', 'Shape3D', 'Spacing3D', 'CohortName', 'CohortRows', 'EncoderName',
            'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig', 'section_type', 'params_model',
            'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params', 'StageParams',
-           'load_stage_params']
+           'load_stage_params', 'override_keys']
 
 # %% ../nbs/02_params.ipynb #par00003
 import difflib
@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -339,12 +340,38 @@ def load_params(
         raise ValueError(f"{path.name}: {e}") from None
     return params
 
+# %% ../nbs/02_params.ipynb #w25def01
+def _default_values(whole: dict, short: dict, at: tuple = ()) -> dict:  # path of a key -> value
+    "Keys of a dump that a dump without defaults lacks"
+    out = {}
+    for k, v in whole.items():
+        if k not in short:
+            out[(*at, k)] = v
+        elif isinstance(v, dict):
+            out |= _default_values(v, short[k], (*at, k))
+    return out
+
+
+def _without_defaults(tree: dict, defaults: dict, at: tuple) -> dict:
+    return {
+        k: _without_defaults(v, defaults, (*at, k)) if isinstance(v, dict) else v
+        for k, v in tree.items()
+        if (*at, k) not in defaults or defaults[(*at, k)] != v
+    }
+
 # %% ../nbs/02_params.ipynb #98b91ac3
 class StageParams:
     "The params that a stage declares; reading any other is an error that names it"
 
-    def __init__(self, tree: dict, stage: str, prefix: str = ""):
+    def __init__(
+        self,
+        tree: dict,  # declared params, nested
+        stage: str,
+        prefix: str = "",  # of this section, such as "model."
+        defaults: dict | None = None,  # path of a key -> default of its schema
+    ):
         self._tree, self._stage, self._prefix = tree, stage, prefix
+        self._defaults = defaults or {}
 
     def __getattr__(self, key):
         if key.startswith("__"):
@@ -357,7 +384,7 @@ class StageParams:
             )
         value = self._tree[key]
         return (
-            StageParams(value, self._stage, f"{self._prefix}{key}.")
+            StageParams(value, self._stage, f"{self._prefix}{key}.", self._defaults)
             if isinstance(value, dict)
             else value
         )
@@ -374,9 +401,22 @@ class StageParams:
     def __repr__(self):
         return f"StageParams({self._tree})"
 
-    def model_dump(self) -> dict:
+    def model_dump(
+        self,
+        exclude_defaults: bool = False,  # without the keys at their schema's default
+    ) -> dict:
         "The declared params, nested"
-        return self._tree
+        if not exclude_defaults:
+            return self._tree
+        return _without_defaults(self._tree, self._defaults, tuple(self._prefix.split(".")[:-1]))
+
+    def model_copy(
+        self,
+        update: dict,  # key -> new value
+    ) -> "StageParams":
+        "A copy with other values, as pydantic's"
+        plain = {k: v._tree if isinstance(v, StageParams) else v for k, v in update.items()}
+        return StageParams({**self._tree, **plain}, self._stage, self._prefix, self._defaults)
 
 
 # dvc.yaml is read directly: DVC's own API also reads the lock file, which another stage may write
@@ -413,4 +453,17 @@ def load_stage_params(
         return load_params()
     keys = _declared_keys(stage)
     part = load_params(sections=dict.fromkeys(k.split(".")[0] for k in keys))
-    return StageParams(_select_keys(part.model_dump(by_alias=True), keys, stage), stage)
+    whole = part.model_dump(by_alias=True)
+    defaults = _default_values(whole, part.model_dump(by_alias=True, exclude_defaults=True))
+    return StageParams(_select_keys(whole, keys, stage), stage, defaults=defaults)
+
+# %% ../nbs/02_params.ipynb #w25ovr01
+def override_keys(
+    params: Any,  # sections as attributes
+    changes: dict[str, dict],  # section -> key -> new value
+) -> Any:  # params of the same kind
+    "Replace some keys of some sections; nothing is validated again"
+    new = {name: getattr(params, name).model_copy(update=keys) for name, keys in changes.items()}
+    if hasattr(params, "model_copy"):
+        return params.model_copy(update=new)
+    return SimpleNamespace(**{**vars(params), **new})

@@ -319,7 +319,7 @@ def load(
     max_length: int = 256,  # tokens
 ) -> TextEncoder:
     "Load a frozen text encoder from a folder or a hub; code in a repository is never run"
-    from transformers import AutoTokenizer, BertModel
+    from transformers import BertModel, BertTokenizer
     from transformers.utils import logging
 
     local = next((f for f in (Path(name), resource_path(name)) if f.is_dir()), None)
@@ -334,7 +334,7 @@ def load(
             f"text.model {name}: {len(missing)} weights of a BERT are not there, such as "
             f"{missing[0]}, and would be random: is it another kind of model?"
         )
-    return TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
+    return TextEncoder(bert, BertTokenizer.from_pretrained(name), max_length)
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9
 TEXT_ENCODER_DIR = "build/text"  # the folder of the study's own encoder
@@ -366,7 +366,7 @@ def build_text_encoder(
         write_json(dict(encoder=p.model), Path(out) / "elsewhere.json")
         return dict(encoder=p.model)
     reports = _reports_by_split(table)
-    fp = fingerprint(text=p.model_dump(), reports=derive_seed(reports), seed=seed)
+    fp = fingerprint(text=p, reports=derive_seed(reports), seed=seed)
     if shipped and (Path(shipped) / "recipe.json").exists():
         why = first_difference(read_json(Path(shipped) / "recipe.json"), fp)
         if why is None:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECIPE_KEYS', 'PretrainConfig', 'build_model',
-           'fit_stem', 'is_trained', 'add_text_features', 'train', 'positional_baseline', 'organ_fraction_errors',
-           'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate', 'make_eval_callback',
-           'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches', 'load_shipped',
-           'summarize', 'count_parameters']
+           'fit_stem', 'is_trained', 'add_text_features', 'fit_options', 'train', 'positional_baseline',
+           'organ_fraction_errors', 'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate',
+           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches',
+           'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
 import contextlib
@@ -166,10 +166,11 @@ def add_text_features(
     return out
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #1e839379
-def _fit_options(
+def fit_options(
     model: ASAP,
     t: PretrainConfig,
 ) -> dict:  # arguments of `asap.train.fit`
+    "Steps, batches, optimizer and schedule of an arm"
     lr_scale = model.arm.get("lr_scale", 1)
     return dict(
         steps=t.steps,
@@ -219,7 +220,7 @@ def train(
         on_eval=on_eval,
         collate=lambda rows: collate(rows, text, t.mlm_probability),
         label=label,
-        **_fit_options(model, t),
+        **fit_options(model, t),
     )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e

@@ -12,6 +12,7 @@ __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WE
 import argparse
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -504,24 +505,29 @@ _MAE_HINT = (
 )
 
 
-def _convert_hf_name(name: str) -> str:  # of `ViTMAEModel`; as `ViT3D` names it, or ""
-    names = {
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-        "attention.output.dense": "attn.proj",
-        "intermediate.dense": "mlp.fc1",
-        "output.dense": "mlp.fc2",
-        "attention.attention.query": "attn.q",
-        "attention.attention.key": "attn.k",
-        "attention.attention.value": "attn.v",
-    }
+_HF_MAE_NAMES = {  # of a layer of `ViTMAEModel`, before and since transformers 5 -> of `Block`
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "mlp.fc1": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.fc2": "mlp.fc2",
+    "attention.attention.query": "attn.q",
+    "attention.q_proj": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.k_proj": "attn.k",
+    "attention.attention.value": "attn.v",
+    "attention.v_proj": "attn.v",
+}
+
+
+def _convert_hf_name(name: str) -> str | None:  # of `ViT3D`; None: not of blocks or last norm
     if name.startswith("layernorm."):
         return name.replace("layernorm", "norm")
-    if not name.startswith("encoder.layer."):
-        return ""
-    _, _, layer, rest = name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    return f"blocks.{layer}.{names[part]}.{kind}"
+    m = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)", name)
+    return f"blocks.{m[1]}.{_HF_MAE_NAMES[m[2]]}.{m[3]}" if m else None
 
 
 def _read_hf_mae(

@@ -116,8 +116,10 @@ def _mlm_flops(m: Any, t: Any, num_visible: int, report: int, tokens: int, hidde
         + 2 * num_visible * 2 * m.embed_dim * t.embed_dim
         + 4 * tokens * t.embed_dim * (tokens + num_visible)
     )
+    mlp = 2 * tokens * 2 * m.mlm_mlp_ratio * t.embed_dim**2 if m.fusion_mlp else 0
     return (
         attention
+        + mlp
         + m.mlm_depth * block_flops(tokens, t.embed_dim, m.mlm_mlp_ratio)
         + 2 * report * hidden * t.embed_dim * t.vocab_size
     )

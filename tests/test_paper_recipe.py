@@ -57,7 +57,7 @@ def study(tmp_path_factory):  # nine phantoms and their text encoder
 # a step at the paper's scale
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     "Ends a training after the steps that a test looks at"
 
 
@@ -77,12 +77,12 @@ def simulate(
 
     def loss(model, samples, micro):
         if micro == steps * per_step:
-            raise Stopped
+            raise StoppedError
         taken.append((micro // per_step, samples.tolist()))
         return model(torch.zeros(1, 1)).sum(), {}
 
     net = torch.nn.Linear(1, 1)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         training.fit(
             net, loss, training.IndexDataset(CT_RATE_TRAIN), seed=0, **options | dict(workers=0)
         )

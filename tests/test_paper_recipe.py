@@ -5,6 +5,7 @@ import json
 import resource
 from types import SimpleNamespace
 
+import huggingface_hub
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -458,7 +459,7 @@ def test_an_arm_starts_from_it(tmp_path, study, monkeypatch):
     assert torch.equal(a["vit.blocks.1.attn.kv.weight"], weights["blocks.1.attn.qkv.weight"][q:])
     scratch = build_model(p, row("scratch"), study.text, 0).state_dict()
     assert torch.equal(scratch["vit.norm.bias"], b["vit.norm.bias"]), "untrained, so random"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError) as e:
         build_model(changed(P, "model", init="no/such-model"), row("paper"), study.text, 0)
     for part in ("mae_pretrain_vit_base.pth", "facebook/vit-mae-base", "model.init: null"):

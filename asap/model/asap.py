@@ -433,8 +433,8 @@ class ASAP(nn.Module):
             k = torch.cat([a.k for a in aligned])[batch["sentence_mask"]].mean()
             extra["k_ratio"] = k / aligned[0].similarity.shape[-1]
         if arm["mlm_weight"]:
-            n = [c["mlm"] for c in counts]
-            extra["mlm_accuracy"] = sum(a * k for a, k in zip(accuracies, n)) / sum(n)
+            n = torch.stack([c["mlm"] for c in counts])
+            extra["mlm_accuracy"] = (torch.stack(accuracies) * n).sum() / n.sum().clamp(min=1)
         return self._total(batch, losses, extra)
 
     def _micro_losses(self, batch: Batch) -> tuple:  # sums and counts by loss, accuracy, aligned

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CT_RATE_TRAIN', 'IMAGE_SETTINGS', 'MODEL_SETTINGS', 'TEXT_SETTINGS', 'OBJECTIVE_SETTINGS', 'FUSION_SETTINGS',
-           'TRAINING_SETTINGS', 'SETTINGS', 'recipe_context', 'visible_patches', 'volumes_per_step', 'epochs',
-           'region_sizes', 'alignment_sentences', 'undecayed', 'has', 'Setting', 'recipe_table']
+           'TRAINING_SETTINGS', 'SETTINGS', 'recipe_context', 'visible_patches', 'volumes_per_step', 'to_epochs',
+           'region_sizes', 'alignment_sentences', 'undecayed', 'bug_value', 'Setting', 'recipe_table']
 
 # %% ../../nbs/6_pretrain/64_recipe.ipynb #rec64002
 import inspect
@@ -50,7 +50,7 @@ def volumes_per_step(c: SimpleNamespace) -> int:  # of `recipe_context`
     return c.options["batch"] * c.options["accumulate"]
 
 
-def epochs(
+def to_epochs(
     c: SimpleNamespace,  # of `recipe_context`
     steps: int,
 ) -> float:  # passes over CT-RATE's train split
@@ -81,7 +81,7 @@ def undecayed(c: SimpleNamespace) -> str:  # of `recipe_context`
     return "biases and norms" if all(q.ndim < 2 for q in free) else "others too"
 
 
-def has(
+def bug_value(
     c: SimpleNamespace,  # of `recipe_context`
     bug: str,  # of `released_bugs`
     released: Any,  # value with the bug
@@ -148,7 +148,7 @@ TEXT_SETTINGS = [
     Setting(
         "text encoder, dropout",
         True,
-        lambda c: has(c, "text_dropout", True, False),
+        lambda c: bug_value(c, "text_dropout", True, False),
         "P6: it is frozen",
     ),
     Setting("aligned sentences", "findings", alignment_sentences),
@@ -191,7 +191,7 @@ OBJECTIVE_SETTINGS = [
     Setting(
         "contrast across reports, weight",
         0,
-        lambda c: has(c, "intra_report_only", 0, c.row["inter_report_weight"]),
+        lambda c: bug_value(c, "intra_report_only", 0, c.row["inter_report_weight"]),
         "P3: nothing ties an image to its report; one batch is one contrast",
     ),
     Setting("directions of a contrast", "sum", lambda c: c.row["align_reduction"]),
@@ -200,32 +200,34 @@ OBJECTIVE_SETTINGS = [
     Setting(
         "negatives include padding",
         True,
-        lambda c: has(c, "padding_as_negatives", True, False),
+        lambda c: bug_value(c, "padding_as_negatives", True, False),
         "P2: the loss depended on the batch",
     ),
     Setting(
         "near duplicates are negatives",
         True,
-        lambda c: has(c, "padding_as_negatives", True, c.p.pretrain.false_negative_threshold > 1),
+        lambda c: bug_value(
+            c, "padding_as_negatives", True, c.p.pretrain.false_negative_threshold > 1
+        ),
         "standard sentences of a report repeat each other",
     ),
     Setting(
         "voxel loss, mean over",
         "all patches",
-        lambda c: has(c, "recon_mean_all_patches", "all patches", "hidden patches"),
+        lambda c: bug_value(c, "recon_mean_all_patches", "all patches", "hidden patches"),
         "P8: a hidden weight of 0.75",
     ),
     Setting("target patches standardized", False, lambda c: c.p.pretrain.norm_pix_loss),
     Setting(
         "organ loss",
         "9 binary cross-entropies",
-        lambda c: has(c, "per_organ_bce", "9 binary cross-entropies", "cross-entropy"),
+        lambda c: bug_value(c, "per_organ_bce", "9 binary cross-entropies", "cross-entropy"),
         "P10: fractions sum to 1",
     ),
     Setting(
         "word loss, over",
         "all positions",
-        lambda c: has(c, "mlm_all_tokens", "all positions", "masked words"),
+        lambda c: bug_value(c, "mlm_all_tokens", "all positions", "masked words"),
         "P5: most were padding",
     ),
 ]
@@ -242,7 +244,7 @@ FUSION_SETTINGS = [
     Setting(
         "region prefix, factor",
         0.2,
-        lambda c: has(c, "padding_as_negatives", 0.2, 1.0),
+        lambda c: bug_value(c, "padding_as_negatives", 0.2, 1.0),
         "P11: a learnt projection follows",
     ),
     Setting("mean image token is added", True, lambda c: c.row["global_feature"]),
@@ -259,12 +261,12 @@ FUSION_SETTINGS = [
 TRAINING_SETTINGS = [
     Setting("volumes per step", 448, volumes_per_step),
     Setting("volumes encoded at a time", 14, lambda c: c.p.pretrain.micro_batch_size),
-    Setting("epochs", 200.0, lambda c: epochs(c, c.options["steps"])),
-    Setting("epochs of warm-up", 20.0, lambda c: epochs(c, c.options["warmup"])),
+    Setting("epochs", 200.0, lambda c: to_epochs(c, c.options["steps"])),
+    Setting("epochs of warm-up", 20.0, lambda c: to_epochs(c, c.options["warmup"])),
     Setting(
         "epochs of the cases trained on",
         200.0,
-        lambda c: round(epochs(c, c.options["steps"]) / (1 - c.p.splits.val_fraction), 1),
+        lambda c: round(to_epochs(c, c.options["steps"]) / (1 - c.p.splits.val_fraction), 1),
         "same steps; a validation split is held out of the train split",
     ),
     Setting("optimizer", "adamw", lambda c: c.p.pretrain.optimizer),

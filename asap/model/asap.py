@@ -132,7 +132,8 @@ def complete_arm(
     arm: ArmConfig | dict,  # a row of `arms`; keys with a default may be missing
 ) -> dict:  # with all keys
     "The row of an arm with the defaults of its schema"
-    return (arm if isinstance(arm, ArmConfig) else ArmConfig.model_validate(arm)).model_dump()
+    row = arm if isinstance(arm, dict) else arm.model_dump()
+    return ArmConfig.model_validate(row).model_dump()
 
 
 def arm_params(

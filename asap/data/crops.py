@@ -87,14 +87,6 @@ def random_cut(
     return dict(start=start, side=cut)
 
 # %% ../../nbs/2_data/23_crops.ipynb #w25box01
-def _reflect(
-    data: np.ndarray,
-    before: Sequence[int],  # voxels to add along each axis
-    after: Sequence[int],
-) -> np.ndarray:
-    return np.pad(data, list(zip(before, after)), mode="reflect")
-
-
 def read_box(
     data: np.ndarray,  # volume or organ map; a memory map is read only where needed
     start: Sequence[int],  # first voxel along each axis, may be negative
@@ -108,7 +100,8 @@ def read_box(
     if padding == "air" or (lo >= hi).any():
         return crop_or_pad(data, start, side, fill)
     inside = np.asarray(data[tuple(slice(a, b) for a, b in zip(lo, hi))])
-    return _reflect(inside, lo - start, np.add(start, side) - hi)
+    widths = zip((lo - start).tolist(), (np.add(start, side) - hi).tolist())
+    return np.pad(inside, list(widths), mode="reflect")
 
 # %% ../../nbs/2_data/23_crops.ipynb #crp23a02
 def apply_crop(

@@ -141,7 +141,7 @@ def arm_params(
     arm: ArmConfig | dict,  # a row of `arms`
 ) -> Any:  # `p` itself where the row replaces nothing
     "The params of an arm: its row replaces keys of `model` and `pretrain`"
-    row, changes = complete_arm(arm), {}
+    row, changes = complete_arm(arm), dict[str, dict]()
     for key, section in ARM_OVERRIDES.items():
         if row[key] is not None:
             changes.setdefault(section, {})[key] = row[key]
@@ -252,8 +252,9 @@ def split_batch(
     size: int,  # cases of a part; the last may have fewer
 ) -> list[Batch]:
     "Parts of a batch; tensors are views"
+    values: dict[str, Any] = {**batch}
     starts = range(0, len(batch["image"]), size)
-    return [cast(Batch, {k: v[i : i + size] for k, v in batch.items()}) for i in starts]
+    return [cast(Batch, {k: v[i : i + size] for k, v in values.items()}) for i in starts]
 
 # %% ../../nbs/5_model/54_asap.ipynb #asap5401
 def _alignment_args(config: dict) -> tuple:  # of `AlignmentHead`
@@ -426,7 +427,7 @@ class ASAP(nn.Module):
         losses, extra = {}, {}
         for name in ("recon", "organ", "align", "mlm"):
             if name == "align" and arm["align_weight"]:
-                losses["align"] = self.alignment_loss(concat_aligned(aligned), batch)
+                losses["align"] = self.alignment_loss(concat_aligned(list(aligned)), batch)
             elif name in totals[0]:
                 n = sum(c[name] for c in counts)
                 losses[name] = global_mean(sum(t[name] for t in totals), n)

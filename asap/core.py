@@ -268,9 +268,11 @@ def code_hash(*modules: str) -> str:  # names such as "asap.model.vit"
 
 
 def fingerprint(**parts) -> dict:  # nested, plain JSON types
-    "What a result depends on, as plain JSON"
+    "What a result depends on, as plain JSON; keys of params at their schema's default are left out"
     parts = {
-        k: v.model_dump(**({"by_alias": True} if isinstance(v, BaseModel) else {}))
+        k: v.model_dump(
+            exclude_defaults=True, **({"by_alias": True} if isinstance(v, BaseModel) else {})
+        )
         if hasattr(v, "model_dump")
         else v
         for k, v in parts.items()

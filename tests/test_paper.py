@@ -96,10 +96,9 @@ def test_a_batch_more_costs_so_much_more():
         b.exaflop["pretrain asap"] == pytest.approx(2 * a.exaflop["pretrain asap"])
         and b.exaflop["embed asap"] == a.exaflop["embed asap"]
     )
-    assert (
-        count_steps(PAPER, CostAssumptions(num_gpus=8))["volumes_seen"]
-        == 2 * count_steps(PAPER)["volumes_seen"]
-    )
+    four, eight = count_steps(PAPER), count_steps(PAPER, CostAssumptions(num_gpus=8))
+    assert eight["volumes_seen"] == four["volumes_seen"], "the batch is shared"
+    assert (four["pairs_a_gpu"], eight["pairs_a_gpu"]) == (14, 7)
 
 
 def test_an_arm_costs_what_it_uses():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['soft_topk', 'weighted_pool', 'info_nce', 'intra_report_loss', 'inter_report_loss', 'intra_report_loss_with_padding',
-           'released_k', 'AlignmentOutput', 'AlignmentHead', 'ReleasedAlignmentHead']
+           'released_k', 'AlignmentOutput', 'concat_aligned', 'AlignmentHead', 'ReleasedAlignmentHead']
 
 # %% ../../nbs/5_model/52_align.ipynb #9fe2fefc
 import math
@@ -145,6 +145,23 @@ class AlignmentOutput:
     patch_embeds: list
     sentence_mask: torch.Tensor | None = None  # (B,S) bool, False for padding
 
+# %% ../../nbs/5_model/52_align.ipynb #w25cat01
+def concat_aligned(
+    parts: list[AlignmentOutput],  # of parts of a batch, padded to the same S
+) -> AlignmentOutput:  # of the whole batch
+    "Join the alignment outputs of parts of a batch"
+    return AlignmentOutput(
+        similarity=torch.cat([a.similarity for a in parts]),
+        weights=torch.cat([a.weights for a in parts]),
+        k=torch.cat([a.k for a in parts]),
+        region_embeds=torch.cat([a.region_embeds for a in parts]),
+        text_embeds=torch.cat([a.text_embeds for a in parts]),
+        patch_embeds=[torch.cat(x) for x in zip(*(a.patch_embeds for a in parts))],
+        sentence_mask=None
+        if parts[0].sentence_mask is None
+        else torch.cat([a.sentence_mask for a in parts]),
+    )
+
 # %% ../../nbs/5_model/52_align.ipynb #8450b448
 def _projection_mlp(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
@@ -179,12 +196,18 @@ class AlignmentHead(nn.Module):
         max_k_ratio: float,  # largest region, as a share of the visible patches
         temperature: float,  # initial temperature of both contrasts
         region_size: str = "adaptive",  # or "fixed"
-        intra_report_weight: float = 1.0,  # relative to a weight of 1 across reports
+        intra_report_weight: float = 1.0,  # of the contrast within each report
         # initial k ratio, constant if region_size is "fixed"; None: half of max_k_ratio
         init_k_ratio: float | None = None,
         align_before_attention: bool = False,  # rank patches by their embeddings
+        inter_report_weight: float = 1.0,  # of the contrast across reports
     ):
         super().__init__()
+        if not intra_report_weight + inter_report_weight:
+            raise ValueError(
+                "intra_report_weight and inter_report_weight are 0, expected one above 0: set "
+                "one, or set the arm's `align_weight: 0`"
+            )
         self.image_proj = _projection_mlp(embed_dim, proj_dim)
         self.text_proj = _projection_mlp(text_dim, proj_dim)
         self.k_head = nn.Linear(text_dim, 1)
@@ -196,6 +219,7 @@ class AlignmentHead(nn.Module):
         self.max_k_ratio = max_k_ratio
         self.region_size = region_size
         self.intra_report_weight = intra_report_weight
+        self.inter_report_weight = inter_report_weight
         self.init_k_logit = _initial_logit(init_k_ratio, max_k_ratio)
         self.logit_scale = nn.Parameter(torch.tensor(1 / temperature).log())
 
@@ -296,10 +320,12 @@ class AlignmentHead(nn.Module):
         sentence_mask: torch.Tensor,  # (B,S) bool
         false_negative_threshold: float = 0.95,
     ) -> torch.Tensor:  # scalar
-        "Weighted mean of both contrasts"
-        weight = self.intra_report_weight
+        "Weighted mean of both contrasts; one of weight 0 is not computed"
+        within, across = self.intra_report_weight, self.inter_report_weight
         args = sentence_embeds, sentence_mask, false_negative_threshold
-        intra = self.mean_intra_loss(aligned, *args) if weight else 0.0
+        intra = self.mean_intra_loss(aligned, *args) if within else 0.0
+        if not across:
+            return intra
         inter = inter_report_loss(
             aligned.patch_embeds,
             aligned.text_embeds,
@@ -310,7 +336,7 @@ class AlignmentHead(nn.Module):
             false_negative_threshold,
             *self.ranks(aligned.similarity.shape[-1]),
         )
-        return (weight * intra + inter) / (weight + 1)
+        return (within * intra + across * inter) / (within + across)
 
 # %% ../../nbs/5_model/52_align.ipynb #f34c9d29
 class ReleasedAlignmentHead(AlignmentHead):

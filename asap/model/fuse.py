@@ -11,17 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from .align import AlignmentOutput
-from .vit import Attention, Block, init_weights
+from .vit import Attention, Block, Mlp, init_weights
 from ..train import global_mean
 
 # %% ../../nbs/5_model/53_fuse.ipynb #4e472b9d
 def similarity_bias(
     similarity: torch.Tensor,  # (B,S,V)
-    token_to_sentence: torch.Tensor,  # (B,L), -1 for tokens of no sentence
+    token_to_sentence: torch.Tensor,  # (B,L), -1 or S and above for tokens of no sentence
 ) -> torch.Tensor:  # (B,L,V)
     "The similarity row of each token's sentence; 0 for tokens of no sentence"
-    index = token_to_sentence.clamp(min=0)[..., None].expand(-1, -1, similarity.shape[-1])
-    return similarity.gather(1, index) * (token_to_sentence >= 0)[..., None]
+    known = (token_to_sentence >= 0) & (token_to_sentence < similarity.shape[1])
+    index = token_to_sentence.clamp(0, similarity.shape[1] - 1)
+    index = index[..., None].expand(-1, -1, similarity.shape[-1])
+    return similarity.gather(1, index) * known[..., None]
 
 # %% ../../nbs/5_model/53_fuse.ipynb #473ec43a
 class FusionEncoder(nn.Module):
@@ -39,6 +41,9 @@ class FusionEncoder(nn.Module):
         similarity_bias: bool = True,  # add beta * similarity to the attention scores
         region_prefix: bool = True,  # put the pooled regions before the image tokens
         global_feature: bool = True,  # add the mean image token
+        mlp: bool = False,  # end the fusion layer with a feed-forward block, as published
+        dropout: float = 0.0,  # of attention weights and of each branch, in training
+        zero_init_residual: bool = True,  # initialize the blocks as the identity
     ):
         super().__init__()
         self.switches = dict(
@@ -50,15 +55,22 @@ class FusionEncoder(nn.Module):
         self.prefix_proj = nn.Linear(proj_dim, embed_dim)
         self.global_proj = nn.Linear(embed_dim, text_dim)
         self.norm1 = nn.LayerNorm(text_dim, eps=1e-6)
-        self.self_attn = Attention(text_dim, num_heads)
+        self.self_attn = Attention(text_dim, num_heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(text_dim, eps=1e-6)
-        self.cross_attn = Attention(text_dim, num_heads, embed_dim)
+        self.cross_attn = Attention(text_dim, num_heads, embed_dim, dropout)
         self.beta = nn.Parameter(torch.tensor(1.0))
-        self.blocks = nn.ModuleList(Block(text_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.mlp: nn.Sequential | None = None
+        if mlp:
+            norm = nn.LayerNorm(text_dim, eps=1e-6)
+            self.mlp = nn.Sequential(norm, Mlp(text_dim, int(mlp_ratio * text_dim)))
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(text_dim, num_heads, mlp_ratio, dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(text_dim, eps=1e-6)
         self.mlm_head = nn.Linear(text_dim, vocab_size)
         self.apply(init_weights)
-        for b in self.blocks:
+        for b in self.blocks if zero_init_residual else ():
             b.zero_init_residual()
 
     def pool_regions(self, aligned: AlignmentOutput) -> torch.Tensor:  # (B,1,proj_dim)
@@ -81,7 +93,10 @@ class FusionEncoder(nn.Module):
         "Keys and values of the cross-attention, and the bias of its scores"
         bias = None
         if self.switches["similarity_bias"]:
-            bias = self.beta * similarity_bias(aligned.similarity, token_to_sentence)
+            similarity = aligned.similarity
+            if aligned.sentence_mask is not None:
+                similarity = similarity.masked_fill(~aligned.sentence_mask[..., None], 0.0)
+            bias = self.beta * similarity_bias(similarity, token_to_sentence)
         if not self.switches["region_prefix"]:
             return patch_tokens, None if bias is None else bias[:, None].to(patch_tokens.dtype)
         if bias is not None:
@@ -104,10 +119,12 @@ class FusionEncoder(nn.Module):
             zeros = torch.zeros(padding_mask.shape, device=x.device, dtype=x.dtype)
             padding_bias = zeros.masked_fill(padding_mask, -1e4)[:, None, None]
         context, bias = self.build_context(patch_tokens, token_to_sentence, aligned)
-        x = x + self.self_attn(self.norm1(x), bias=padding_bias)
-        x = x + self.cross_attn(self.norm2(x), context, bias)
+        x = x + self.drop(self.self_attn(self.norm1(x), bias=padding_bias))
+        x = x + self.drop(self.cross_attn(self.norm2(x), context, bias))
         if self.switches["global_feature"]:
             x = x + self.global_proj(patch_tokens.mean(1, keepdim=True))
+        if self.mlp is not None:
+            x = x + self.drop(self.mlp(x))
         for b in self.blocks:
             x = b(x, padding_bias)
         return self.norm(x)

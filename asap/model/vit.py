@@ -111,10 +111,11 @@ def dot_product_attention(
     k: torch.Tensor,  # (B,h,M,c)
     v: torch.Tensor,  # (B,h,M,c)
     bias: torch.Tensor | None = None,  # added to the scores, broadcastable to (B,h,N,M)
+    dropout: float = 0.0,  # of the attention weights
 ) -> torch.Tensor:  # (B,h,N,c)
     "Scaled dot-product attention, in the fastest form for this device and precision"
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if dropout or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     n = q.shape[-2] * k.shape[-2]
     if bias is not None or q.shape[0] * q.shape[1] * n <= MAX_ATTENTION_SCORES:
         score = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
@@ -132,9 +133,11 @@ class Attention(nn.Module):
         dim: int,  # channels of x
         num_heads: int,
         context_dim: int | None = None,  # channels of context; `dim` when None
+        dropout: float = 0.0,  # of the attention weights, in training
     ):
         super().__init__()
         self.num_heads = num_heads
+        self.dropout = dropout
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(context_dim or dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -149,7 +152,7 @@ class Attention(nn.Module):
         q, k, v = (
             rearrange(t, "b n (h c) -> b h n c", h=self.num_heads) for t in (self.q(x), k, v)
         )
-        y = dot_product_attention(q, k, v, bias)
+        y = dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
         return self.proj(rearrange(y, "b h n c -> b n (h c)"))
 
 # %% ../../nbs/5_model/50_vit.ipynb #01ed77f9
@@ -169,12 +172,19 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     "Pre-norm transformer block"
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(
+        self,
+        dim: int,  # channels
+        num_heads: int,
+        mlp_ratio: float = 4.0,  # width of the hidden layer relative to `dim`
+        dropout: float = 0.0,  # of attention weights and of both branches, in training
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def zero_init_residual(self) -> None:
         "Initialize the block as the identity"
@@ -189,10 +199,11 @@ class Block(nn.Module):
     ) -> torch.Tensor:  # (B,N,C) or (B,W,C)
         normed = self.norm1(x)
         if wanted is None:
-            x = x + self.attn(normed, bias=bias)
+            x = x + self.drop(self.attn(normed, bias=bias))
         else:
-            x = gather_patches(x, wanted) + self.attn(gather_patches(normed, wanted), normed, bias)
-        return x + self.mlp(self.norm2(x))
+            seen = self.attn(gather_patches(normed, wanted), normed, bias)
+            x = gather_patches(x, wanted) + self.drop(seen)
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/5_model/50_vit.ipynb #35a7dda0
 def init_weights(m: nn.Module) -> None:
@@ -316,6 +327,7 @@ class ViT3D(nn.Module):
         depth: int,
         num_heads: int,
         stem: dict | None = None,  # kernel_size, stride, channels of `ConvStem`; None: linear
+        zero_init_residual: bool = True,  # initialize each block as the identity
     ):
         super().__init__()
         if any(s % p for s, p in zip(img_size, patch_size)):
@@ -335,7 +347,7 @@ class ViT3D(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
-        for b in self.blocks:
+        for b in self.blocks if zero_init_residual else ():
             b.zero_init_residual()
 
     def embed_patches(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WEIGHTS_MB', 'write_checkpoint', 'read_config',
            'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'ReleasedASAPHubModel',
-           'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'code_license', 'git_revision',
-           'model_card', 'export_weights']
+           'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'load_image_mae', 'code_license',
+           'git_revision', 'model_card', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
 import argparse
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -30,7 +31,15 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..core import atomic_write, log_message, project_root, read_json, write_json, write_text
+from asap.core import (
+    atomic_write,
+    log_message,
+    project_root,
+    read_json,
+    resource_path,
+    write_json,
+    write_text,
+)
 from ..model.asap import ASAP, ReleasedASAP, is_released
 from ..model.vit import ViT3D, sincos_pos_embed
 
@@ -486,6 +495,87 @@ def load_mae2d_blocks(
         f"{Path(path).name}: {depth} blocks of width {vit.embed_dim} and the last norm taken; "
         f"{left}"
     )
+    return vit
+
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #w25mae01
+_MAE_HINT = (
+    "take mae_pretrain_vit_base.pth of github.com/facebookresearch/mae (a file), or "
+    "facebook/vit-mae-base of the Hugging Face hub (an id), or set `model.init: null` to start "
+    "from random weights"
+)
+
+
+_HF_MAE_NAMES = {  # of a layer of `ViTMAEModel`, before and since transformers 5 -> of `Block`
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "mlp.fc1": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.fc2": "mlp.fc2",
+    "attention.attention.query": "attn.q",
+    "attention.q_proj": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.k_proj": "attn.k",
+    "attention.attention.value": "attn.v",
+    "attention.v_proj": "attn.v",
+}
+
+
+def _convert_hf_name(name: str) -> str | None:  # of `ViT3D`; None: not of blocks or last norm
+    if name.startswith("layernorm."):
+        return name.replace("layernorm", "norm")
+    m = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)", name)
+    return f"blocks.{m[1]}.{_HF_MAE_NAMES[m[2]]}.{m[3]}" if m else None
+
+
+def _read_hf_mae(
+    name: Path | str,  # folder or hub id of a `ViTMAEModel`
+) -> tuple:  # name -> tensor, as `ViT3D` names them; number of heads
+    from transformers import ViTMAEModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        mae, info = ViTMAEModel.from_pretrained(name, output_loading_info=True)
+    except OSError as e:
+        reason = str(e).split("\n")[0]
+        raise FileNotFoundError(
+            f"model.init {name} is neither a file, a folder nor a hub id that can be fetched "
+            f"({reason}): {_MAE_HINT}"
+        ) from None
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model.init {name}: {len(missing)} weights of a MAE are missing, such as "
+            f"{missing[0]}: {_MAE_HINT}"
+        )
+    found = {new: v for k, v in mae.state_dict().items() if (new := _convert_hf_name(k))}
+    for k in [k for k in found if ".attn.k." in k]:
+        value = found.pop(k.replace(".attn.k.", ".attn.v."))
+        found[k.replace(".attn.k.", ".attn.kv.")] = torch.cat([found.pop(k), value])
+    return found, mae.config.num_attention_heads
+
+
+def load_image_mae(
+    vit: ViT3D,  # changed in place; depth, width and heads as in the file
+    source: Path | str,  # file of `load_mae2d_blocks`, or folder or hub id of a `ViTMAEModel`
+) -> ViT3D:  # the same encoder
+    "Load blocks and last norm of a 2-D MAE; patch embedding and class token keep their values"
+    path = Path(resource_path(source))
+    if path.is_file():
+        return load_mae2d_blocks(vit, path)
+    found, heads = _read_hf_mae(path if path.is_dir() else str(source))
+    want = {k: v for k, v in vit.state_dict().items() if k.startswith(("blocks.", "norm."))}
+    todo = f"take a ViT of {len(vit.blocks)} blocks of width {vit.embed_dim}, as this encoder has"
+    _check_tensors(found, want, source, todo)
+    if heads != vit.blocks[0].attn.num_heads:
+        raise ValueError(
+            f"model.init {source} has {heads} heads, expected {vit.blocks[0].attn.num_heads} "
+            "(model.num_heads): set one to the other"
+        )
+    vit.load_state_dict(vit.state_dict() | found, strict=True)
+    log_message(f"{source}: {len(vit.blocks)} blocks and the last norm loaded")
     return vit
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b57c52cc

@@ -142,7 +142,9 @@ def render_run(
         cohorts=render_cohorts(counts),
         costs=render_table(arm_cost_table(p, folder), 1),
         minutes=render_table(pd.DataFrame(minutes), 1) if minutes else "",
-        params=yaml.safe_dump(p.model_dump(), sort_keys=False, default_flow_style=None),
+        params=yaml.safe_dump(
+            p.model_dump(exclude_defaults=True), sort_keys=False, default_flow_style=None
+        ),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         versions=", ".join(f"{n} {version(n)}" for n in REPORTED_PACKAGES),

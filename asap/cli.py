@@ -525,6 +525,13 @@ def _embed_one(
         return encoder.forward_features(s.image, norm=False)[0].float().cpu().numpy()
 
 
+def _pool_one(
+    tokens: Any,  # (1+N,C)
+    keep: bool,  # also return the tokens, which take far more memory
+) -> tuple[Any, Any]:  # (C,), (1+N,C) or None
+    return tokens[1:].mean(0), tokens if keep else None
+
+
 def run_embed(a: argparse.Namespace) -> int:
     "`asap embed`"
     from asap.inference.scan import describe_checkpoint, load_image_encoder
@@ -536,7 +543,7 @@ def run_embed(a: argparse.Namespace) -> int:
     done, bad = _map_scans(
         scans,
         "embed",
-        lambda name, path: _embed_one(path, _source_from_args(a), encoder),
+        lambda name, path: _pool_one(_embed_one(path, _source_from_args(a), encoder), a.tokens),
         lambda done: _write_features(done, a.out, encoder.grid_size if a.tokens else None),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
@@ -546,19 +553,20 @@ def run_embed(a: argparse.Namespace) -> int:
 
 
 def _write_features(
-    done: list[tuple[str, Any]],  # of `_map_scans`
+    done: list[tuple[str, Any]],  # of `_map_scans`, with results of `_pool_one`
     out: str,  # npz
     grid: tuple | None,  # of the tokens; None: without tokens
 ) -> None:
     import numpy as np
 
-    tokens = [t for _, t in done]
-    more = {} if grid is None else dict(tokens=np.stack(tokens), grid=np.array(grid))
+    more = {}
+    if grid is not None:
+        more = dict(tokens=np.stack([t for _, (_, t) in done]), grid=np.array(grid))
     with atomic_write(out) as tmp:
         with open(tmp, "wb") as f:
             np.savez(
                 f,
-                features=np.stack([t[1:].mean(0) for t in tokens]),
+                features=np.stack([f for _, (f, _) in done]),
                 cases=np.array([n for n, _ in done]),
                 **more,  # type: ignore[arg-type] # typed as a flag by numpy
             )

@@ -67,12 +67,13 @@ LUNA16_TRAIN_VOLUMES = 621  # of LUNA16, validation included
 def count_steps(
     p: Any,  # params
     a: CostAssumptions = DEFAULT_ASSUMPTIONS,
-) -> dict:  # steps, volumes_a_step, volumes_seen, epochs
-    "Volumes per step, volumes in total, epochs of CT-RATE's train split"
-    per_step = p.pretrain.batch_size * p.pretrain.accum_iter * a.num_gpus
+) -> dict:  # steps, volumes_a_step, pairs_a_gpu, volumes_seen, epochs
+    "Volumes per step and in total, pairs of a batch on each GPU, epochs of CT-RATE's train split"
+    per_step = p.pretrain.batch_size * p.pretrain.accum_iter
     return dict(
         steps=p.pretrain.steps,
         volumes_a_step=per_step,
+        pairs_a_gpu=p.pretrain.batch_size // a.num_gpus,
         volumes_seen=per_step * p.pretrain.steps,
         epochs=round(per_step * p.pretrain.steps / CT_RATE_TRAIN_VOLUMES, 1),
     )
@@ -122,8 +123,10 @@ def _mlm_flops(m: Any, t: Any, num_visible: int, report: int, tokens: int, hidde
         + 2 * num_visible * 2 * m.embed_dim * t.embed_dim
         + 4 * tokens * t.embed_dim * (tokens + num_visible)
     )
+    mlp = 2 * tokens * 2 * m.mlm_mlp_ratio * t.embed_dim**2 if m.fusion_mlp else 0
     return (
         attention
+        + mlp
         + m.mlm_depth * block_flops(tokens, t.embed_dim, m.mlm_mlp_ratio)
         + 2 * report * hidden * t.embed_dim * t.vocab_size
     )

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['resize_body', 'load_image', 'ImageDataset', 'encode_tokens', 'threaded_map', 'iter_tokens', 'mean_pool',
-           'extract_features', 'save', 'load', 'check_same_cases', 'mark_left_out', 'available_encoders', 'read_grid',
-           'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
+           'extract_features', 'save', 'load', 'read_rows', 'check_same_cases', 'mark_left_out', 'available_encoders',
+           'read_grid', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #b5c2f115
 import importlib
 import inspect
+import mmap
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -247,6 +248,22 @@ def load(
         )
     return f, index
 
+# %% ../../nbs/6_pretrain/63_embed.ipynb #readrows
+def read_rows(
+    a: np.ndarray,  # (n,...), an array, or memory-mapped as by `load`
+    rows: Any,  # index of the first axis: a number, a slice, or an array
+) -> np.ndarray:  # the rows
+    "Rows of an array; those of a memory-mapped file leave no other memory behind"
+    if (
+        not isinstance(a, np.memmap)
+        or not isinstance(a.base, mmap.mmap)
+        or not a.flags.c_contiguous
+    ):
+        return a[rows]
+    fresh = np.memmap(a.filename, a.dtype, "r", a.offset, a.shape)
+    out = fresh[rows]
+    return np.array(out) if np.may_share_memory(out, fresh) else np.asarray(out)
+
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embsame1
 def check_same_cases(
     index: pd.DataFrame,  # of `load`
@@ -356,6 +373,7 @@ def embed_cohort(
         if end - flushed >= report_every or end == len(table):
             for array in out.values():
                 array.flush()
+            out = _reopen_arrays(half, kinds)  # written pages no longer count as memory
             write_json(dict(rows=end), half / "rows.json")
             flushed = end
     if whole:

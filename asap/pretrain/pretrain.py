@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECIPE_KEYS', 'PretrainConfig', 'build_model',
-           'fit_stem', 'is_trained', 'add_text_features', 'train', 'positional_baseline', 'organ_fraction_errors',
-           'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate', 'make_eval_callback',
-           'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches', 'load_shipped',
-           'summarize', 'count_parameters']
+           'fit_stem', 'is_trained', 'add_text_features', 'fit_options', 'train', 'positional_baseline',
+           'organ_fraction_errors', 'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate',
+           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches',
+           'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
+import contextlib
+import importlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable
@@ -37,9 +39,11 @@ from ..data.crops import center_crop
 from ..model.align import AlignmentOutput, soft_topk
 from asap.model.asap import (
     ASAP,
+    ArmConfig,
     Batch,
     EncoderOutput,
     ReleasedASAP,
+    arm_params,
     build_asap,
     build_config,
     reconstruction_loss,
@@ -62,7 +66,7 @@ class PretrainConfig(BaseConfig):
     muon_lr: PositiveFloat
     warmup_steps: NonNegativeInt
     weight_decay: NonNegativeFloat
-    max_grad_norm: PositiveFloat
+    max_grad_norm: PositiveFloat | None  # null: gradients are not clipped
     mask_ratio: Annotated[float, Field(ge=0, lt=1)]  # share of patches that are masked
     mlm_probability: OpenFraction  # share of words that are masked
     max_k_ratio: PositiveFraction  # of the visible patches; a sentence selects at least one
@@ -80,6 +84,11 @@ class PretrainConfig(BaseConfig):
     num_eval_cases: PositiveInt  # of the validation split
     num_workers: NonNegativeInt  # data loader processes
     weights: Literal["shipped", "none"]  # shipped: those in weights/ whose recipe matches
+    micro_batch_size: PositiveInt | None = None  # pairs encoded at a time; null: all
+    crop_mode: Literal["zoom", "cut"] = "zoom"  # cut: `random_cut`, without resampling
+    crop_padding: Literal["air", "reflect"] = "air"
+    align_text: Literal["report", "findings"] = "report"  # sentences that the alignment uses
+    sentence_features: Literal["alone", "context"] = "alone"  # context: within their report
 
     def check(self, params: BaseConfig) -> None:
         "Check that the cohorts are part of the study"
@@ -111,7 +120,11 @@ def build_model(
 ) -> ASAP:
     "A model with initial weights of the seed; all arms start from the same ones"
     torch.manual_seed(derive_seed("model", seed))
-    return build_asap(build_config(p, arm, text.dim, len(text.tokenizer)))
+    model = build_asap(build_config(p, arm, text.dim, len(text.tokenizer)))
+    if (source := getattr(p.model, "init", None)) and is_trained(arm):
+        # imported by name: the page of checkpoints comes after this one
+        importlib.import_module("asap.pretrain.checkpoint").load_image_mae(model.vit, source)
+    return model
 
 
 def fit_stem(
@@ -139,26 +152,27 @@ def add_text_features(
     tokens: bool,  # add token features, for an arm with masked words
     dropout: bool = False,  # as the released code: encode in training mode
 ) -> Batch:  # a copy, or the batch itself where nothing is added
-    "Add token features of the masked report; with dropout, sentence features too"
-    if not tokens and not dropout:
+    "Add token features of the masked report, and sentence features in context or with dropout"
+    context = "align_input_ids" in batch
+    if not (tokens or dropout or context):
         return batch
-    masked, token_to_sentence = batch["masked_input_ids"], batch["token_to_sentence"]
-    out = batch.copy()
-    if not dropout:
-        out["token_embeds"] = text_encoder.tokens(masked, token_to_sentence)
-        return out
-    with text_encoder.in_training():
-        out["token_embeds"] = text_encoder.tokens(masked, token_to_sentence)
-        out["sentence_embeds"] = text_encoder.means(
-            batch["input_ids"], token_to_sentence, batch["sentence_mask"].shape[1]
-        )
+    token_to_sentence, out = batch["token_to_sentence"], batch.copy()
+    with text_encoder.in_training() if dropout else contextlib.nullcontext():
+        if tokens or dropout:
+            out["token_embeds"] = text_encoder.tokens(batch["masked_input_ids"], token_to_sentence)
+        if context or dropout:
+            ids = batch["align_input_ids"] if context else batch["input_ids"]
+            of = batch["align_token_to_sentence"] if context else token_to_sentence
+            n = batch["sentence_mask"].shape[1]
+            out["sentence_embeds"] = text_encoder.means(ids, of.where(of < n, -1), n)
     return out
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #1e839379
-def _fit_options(
+def fit_options(
     model: ASAP,
     t: PretrainConfig,
 ) -> dict:  # arguments of `asap.train.fit`
+    "Steps, batches, optimizer and schedule of an arm"
     lr_scale = model.arm.get("lr_scale", 1)
     return dict(
         steps=t.steps,
@@ -188,14 +202,15 @@ def train(
     label: str = "pretrain",  # of the progress bar
 ) -> pd.DataFrame:  # the log
     "Train one arm"
-    text, t = data.text_encoder, p.pretrain
+    text, t = data.text_encoder, arm_params(p, model.arm).pretrain
     text.to(get_device())
-    text.sentences(sorted({s for r in data.sentences for s in r}))
+    if t.sentence_features == "alone":
+        text.sentences(sorted({s for r in data.sentences for s in r}))
     tokens = bool(model.arm["mlm_weight"])
     dropout = isinstance(model, ReleasedASAP) and model.has_bug("text_dropout")
 
     def loss(m, b, step):
-        return m(add_text_features(b, text, tokens, dropout))
+        return m(add_text_features(b, text, tokens, dropout), t.micro_batch_size)
 
     return fit(
         model,
@@ -207,7 +222,7 @@ def train(
         on_eval=on_eval,
         collate=lambda rows: collate(rows, text, t.mlm_probability),
         label=label,
-        **_fit_options(model, t),
+        **fit_options(model, t),
     )
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #05c8697e
@@ -572,7 +587,9 @@ def run(
     shipped: Path | None = None,  # checkpoint folder with a recipe; used if the recipe matches
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or load its shipped weights, and evaluate it on the test split"
-    seed, t = p.study.seed, p.pretrain
+    seed, fp = p.study.seed, recipe(arm, p, inputs, p.study.seed)
+    p = arm_params(p, arm)
+    t = p.pretrain
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build_model(p, arm, text, seed)
     data = ImageReportDataset(parts["train"], p, text, seed)
@@ -585,7 +602,6 @@ def run(
     if not is_trained(arm):
         return _untrained(name, model)
     guesses = positional_baseline(center_crops(parts["train"])) if arm["organ_weight"] else {}
-    fp = recipe(arm, p, inputs, seed)
     on_eval = make_eval_callback(center_crops(parts["val"].head(t.num_eval_cases)), guesses, p)
     log, eval_log, source = _train_or_load(name, model, data, fp, folder, shipped, on_eval)
     rows = evaluate(model, center_crops(parts["test"]), guesses, t.mask_ratio, t.mlm_probability)
@@ -605,6 +621,7 @@ IGNORED_RECIPE_KEYS = (
     "eval_every",
     "num_eval_cases",
     "precision",
+    "micro_batch_size",
 )
 
 
@@ -614,15 +631,18 @@ def recipe(
     inputs: dict,  # as `run`
     seed: int,
 ) -> dict:  # fingerprint
-    "Everything that the weights depend on, except the code"
-    dump = {k: getattr(p, k).model_dump() for k in ("model", "pretrain", "volumes")}
+    "Everything that the weights depend on, except the code; keys at their default are left out"
+    dump = {
+        k: getattr(p, k).model_dump(exclude_defaults=True) for k in ("model", "pretrain", "volumes")
+    }
+    row = ArmConfig.model_validate(arm).model_dump(exclude_defaults=True)
     dump["pretrain"] = {
-        k: v * arm.get("lr_scale", 1) if k in ("lr", "muon_lr") else v
+        k: v * row.get("lr_scale", 1) if k in ("lr", "muon_lr") else v
         for k, v in dump["pretrain"].items()
         if k not in IGNORED_RECIPE_KEYS
     }
     return fingerprint(
-        arm={k: v for k, v in arm.items() if k != "lr_scale"},
+        arm={k: v for k, v in row.items() if k != "lr_scale"},
         **dump,
         groups=p.anatomy.groups,
         inputs=inputs,

@@ -7,9 +7,9 @@ __all__ = ['TRAINING_COHORTS', 'FLIP_COHORTS', 'TASKS', 'SEGMENTATION_TASKS', 'C
            'SegmentDatasetConfig', 'SegmentConfig', 'SegmentationTask', 'select_tasks', 'SegmentationCase',
            'load_cases', 'build_augmentation', 'AugmentedCases', 'collate_crops', 'sliding_window_proba',
            'validation_dice', 'warn_missing_classes', 'training_options', 'train_segmentation', 'save', 'load',
-           'select_classes', 'predict_mask', 'score_case', 'evaluate', 'dataset_settings', 'cohort_spacing',
-           'training_fingerprint', 'init_model', 'train_or_load', 'run_one', 'run_all', 'metrics', 'pick_examples',
-           'plot_case', 'plot_examples', 'save_example_figures', 'Segmentation']
+           'select_classes', 'predict_mask', 'score_case', 'evaluate', 'dataset_settings', 'encoder_source',
+           'cohort_spacing', 'training_fingerprint', 'init_model', 'train_or_load', 'run_one', 'run_all', 'metrics',
+           'pick_examples', 'plot_case', 'plot_examples', 'save_example_figures', 'Segmentation']
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00003
 import html
@@ -33,9 +33,11 @@ from asap.core import (
     derive_seed,
     file_hash,
     fingerprint,
+    fit_name,
     log_message,
     parallel_map,
     progress_bar,
+    read_json,
     reuse_or_set_aside,
     seed_everything,
 )
@@ -83,7 +85,8 @@ from asap.tasks.masks import (
     to_label_values,
 )
 from .metrics import RUN_KEYS, bootstrap_weights, empty_predictions, nan_mean
-from .unetr import Unetr, build_from_config, encoder_config, load_encoder
+from .token_unetr import build_segmentation_model
+from .unetr import Unetr, encoder_config, load_encoder
 from ..train import fit, get_device, resolve_precision, retain_freed_memory
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segrow01
@@ -122,12 +125,13 @@ class SegmentDatasetConfig(BaseConfig):
 class SegmentConfig(BaseConfig):
     "Segmentation by fine-tuning the whole encoder"
 
-    arms: list[str]  # of study.arms, or `unet`: a plain U-Net of similar size
+    arms: list[str]  # of study.arms or study.encoders, or `unet`: a plain U-Net of similar size
     label_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
     label_fraction_seeds: Annotated[
         list[NonNegativeInt], Field(min_length=1)
     ]  # of the label subsets, and of the decoder's initial weights
     feature_size: PositiveInt  # channels of the decoder's finest level
+    micro_batch_size: PositiveInt | None = None  # samples of one forward pass; null: all
     encoder_lr_scale: PositiveFloat  # learning rate of the encoder relative to the decoder's
     warmup_fraction: Fraction  # of the steps
     weight_decay: Annotated[float, Field(ge=0)]
@@ -258,7 +262,11 @@ def select_tasks(
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00022
 class SegmentationCase:
-    "A volume with its mask"
+    """A volume with its mask
+
+    The voxels are checked once and not kept: `image`, `label` and `reference_mask` are read from
+    disk at each access, so that the memory of a list of cases does not depend on its length.
+    """
 
     def __init__(
         self,
@@ -266,23 +274,52 @@ class SegmentationCase:
         q: SegmentationTask,
         hu: Sequence[float],  # HU mapped to -1 and 1
         column: str | None = None,  # with the mask's path; None: the task's
+        folder: str | Path | None = None,  # keeps the resampled mask; None: nothing is kept
     ):
-        path, img = getattr(row, column or q.mask_column), nib.load(row.image)
-        raw, self.mask_affine = q.read_mask(path)
-        self.reference_mask = to_class_indices(raw, q.label_values, path)
-        check_same_grid(self.reference_mask.shape, self.mask_affine, img.shape, img.affine, path)
-        self.case = row.case
-        self.patient = row.patient
-        self.mask_path = path
-        self.affine = img.affine
+        self.case, self.patient, self.image_path = row.case, row.patient, row.image
+        self.mask_path = getattr(row, column or q.mask_column)
+        self.task, self.hu = q, tuple(hu)
         self.num_classes = len(q.class_names)
+        img = nib.load(row.image)
+        self.shape, self.affine = np.asanyarray(img.dataobj).shape, img.affine  # reads the file
+        mask, self.mask_affine = self._read_mask()
+        self._check_grid(mask)
         self.image_hash = file_hash(row.image)
-        label = resample(
-            self.reference_mask, self.mask_affine, img.shape, img.affine, order=0, fill=0
-        )
-        self.label = torch.from_numpy(np.ascontiguousarray(label))[None]
-        image = scale_intensity(np.asanyarray(img.dataobj), *hu)
-        self.image = torch.from_numpy(np.ascontiguousarray(image))[None]
+        self.classes = np.unique(self._to_standard_grid(mask)).tolist()  # of the label
+        self.label_file = folder and Path(folder) / f"{fit_name(row.case, '.npy')}.npy"
+
+    def _read_mask(self) -> tuple[np.ndarray, np.ndarray]:  # class indices, affine
+        raw, affine = self.task.read_mask(self.mask_path)
+        return to_class_indices(raw, self.task.label_values, self.mask_path), affine
+
+    def _check_grid(self, mask: np.ndarray) -> None:
+        check_same_grid(mask.shape, self.mask_affine, self.shape, self.affine, self.mask_path)
+        self.reference_shape = mask.shape
+
+    def _to_standard_grid(self, mask: np.ndarray) -> np.ndarray:
+        return resample(mask, self.mask_affine, self.shape, self.affine, order=0, fill=0)
+
+    @property
+    def image(self) -> torch.Tensor:  # (1,H,W,D) in [-1, 1]
+        "The standard volume"
+        image = scale_intensity(np.asanyarray(nib.load(self.image_path).dataobj), *self.hu)
+        return torch.from_numpy(np.ascontiguousarray(image))[None]
+
+    @property
+    def label(self) -> torch.Tensor:  # (1,H,W,D) uint8 class indices
+        "The mask on the standard grid"
+        if self.label_file and self.label_file.exists():
+            return torch.from_numpy(np.load(self.label_file))[None]
+        label = np.ascontiguousarray(self._to_standard_grid(self.reference_mask))
+        if self.label_file:
+            with atomic_write(self.label_file) as tmp, open(tmp, "wb") as f:
+                np.save(f, label)
+        return torch.from_numpy(label)[None]
+
+    @property
+    def reference_mask(self) -> np.ndarray:  # (W,H,D) uint8 class indices
+        "The mask on its own, native grid"
+        return self._read_mask()[0]
 
     def with_mask(
         self,
@@ -291,14 +328,8 @@ class SegmentationCase:
     ) -> "SegmentationCase":
         "The same image with another reference mask"
         out = object.__new__(SegmentationCase)
-        out.__dict__.update(
-            self.__dict__,
-            mask_path=path,
-            reference_mask=to_class_indices(q.read_mask(path)[0], q.label_values, path),
-        )
-        check_same_grid(
-            out.reference_mask.shape, self.mask_affine, self.label.shape[1:], self.affine, path
-        )
+        out.__dict__.update(self.__dict__, mask_path=path, task=q, label_file=None)
+        out._check_grid(out._read_mask()[0])
         return out
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs022a
@@ -307,12 +338,13 @@ def load_cases(
     q: SegmentationTask,
     hu: Sequence[float],  # HU mapped to -1 and 1
     bad: Quarantine,  # gets the cases that are left out
+    folder: str | Path | None = None,  # keeps the resampled masks, as in `SegmentationCase`
 ) -> list[SegmentationCase]:
     "Cases of a table with valid files; the others are recorded in `bad`"
     out = []
     for row in table.itertuples():
         try:
-            out.append(SegmentationCase(row, q, hu))
+            out.append(SegmentationCase(row, q, hu, folder=folder))
         except (OSError, ValueError) as e:
             bad.add(row.case, e)
     return out
@@ -458,7 +490,7 @@ def warn_missing_classes(
 ) -> None:
     "Log the classes without a voxel, which cannot be trained or evaluated"
     for split, these in parts.items():
-        has = set().union(*(set(c.label.unique().tolist()) for c in these))
+        has = set().union(*(c.classes for c in these))
         if none := [n for k, n in enumerate(names, 1) if k not in has]:
             cases = f"{len(these)} {split} case{'' if len(these) == 1 else 's'}"
             log_message(f"{label}: no voxel of {', '.join(none)} in {cases}")
@@ -491,6 +523,7 @@ def _fit_options(
         warmup=_first(row.get("warmup_steps"), round(p["warmup_fraction"] * row["steps"])),
         weight_decay=p["weight_decay"],
         clip=p["max_grad_norm"],
+        micro_batch=p.get("micro_batch_size"),
         save_every=50,
         validate_every=row.get("eval_every") or max(1, row["steps"] // p["num_validations"]),
         patience=row.get("patience") or p["patience"],
@@ -532,7 +565,7 @@ def train_segmentation(
     crops = row.get("crops_per_volume") or 1
     sampling = _first(row.get("oversample_foreground"), p["oversample_foreground"])
     augmentation = build_augmentation(p | {"oversample_foreground": sampling}, size, flip, crops)
-    held = [c for c in held if c.label.any()]
+    held = [c for c in held if any(c.classes)]
     if not held:
         log_message(f"{label}: no foreground in validation, so the last step is kept")
     return fit(
@@ -557,9 +590,8 @@ def save(
     fp: dict | None = None,  # fingerprint
 ) -> None:
     "Write a checkpoint folder"
-    encoder = (
-        "none: a plain U-Net" if config["encoder_config"] is None else f"arm `{config['arm']}`"
-    )
+    has_encoder = config["encoder_config"] is not None or "encoder" in config
+    encoder = f"arm `{config['arm']}`" if has_encoder else "none: a plain U-Net"
     text = (
         f"# Segmentation of {config['cohort']}\n\n"
         f"- Classes: {', '.join(config['class_names'].values())}.\n"
@@ -586,7 +618,7 @@ def load(
     config["class_names"] = {
         k: config["class_names"][str(k)] for k in sorted(map(int, config["class_names"]))
     }  # JSON sorts 10 before 2
-    model = build_from_config(config)
+    model = build_segmentation_model(config)
     try:
         model.load_state_dict(checkpoint.read_weights(folder, "train it again"), strict=True)
     except RuntimeError as e:
@@ -665,16 +697,12 @@ def score_case(
     name: str,  # of the reference mask
 ) -> list[dict]:  # one row per class
     "Scores of a prediction on the native grid against one reference mask"
-    top = dice_score(
-        resampling_ceiling(
-            c.reference_mask, c.mask_affine, c.label.shape[1:], c.affine, 1 + len(q.class_names)
-        ),
-        c.reference_mask,
-        1 + len(q.class_names),
-    )
+    truth, num_classes = c.reference_mask, 1 + len(q.class_names)
+    best = resampling_ceiling(truth, c.mask_affine, c.shape, c.affine, num_classes)
+    top = dice_score(best, truth, num_classes)
     return [
         dict(case=c.case, patient=c.patient, reference=name, ceiling=float(top[k]), **r)
-        for k, r in enumerate(score_mask(predicted, c.reference_mask, c.mask_affine, q.class_names))
+        for k, r in enumerate(score_mask(predicted, truth, c.mask_affine, q.class_names))
     ]
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042b
@@ -688,7 +716,7 @@ def _predict_case(
 ) -> np.ndarray:  # (W,H,D) class indices on the native grid
     chance = sliding_window_proba(model, c.image, size, overlap)
     chance = select_classes(chance, names, q.class_names)
-    return resample_to_native(chance, c.affine, c.reference_mask.shape, c.mask_affine)
+    return resample_to_native(chance, c.affine, c.reference_shape, c.mask_affine)
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs042c
 def evaluate(
@@ -754,6 +782,40 @@ def dataset_settings(
         tuple(row["roi_size"] or p["volumes"]["roi_size"]),
     )
 
+# %% ../../nbs/7_tasks/74_segment.ipynb #segenc02
+def _encoder_rows(p: Mapping[str, Any]) -> Mapping[str, Any]:  # name -> row of study.encoders
+    return p["encoders"] if "encoders" in p else {}
+
+
+def encoder_source(
+    arm: str,
+    p: Mapping[str, Any],  # params; `encoders`: rows of study.encoders
+    root: str | Path,  # of the study
+) -> Path | None:  # None: a plain U-Net
+    "Folder of an arm's checkpoint, or the file that identifies an encoder of study.encoders"
+    if arm == "unet":
+        return None
+    folder = Path(root) / "runs/pretrain" / arm
+    return folder / ("encoder.json" if arm in _encoder_rows(p) else "checkpoint")
+
+
+def _encoder_identity(source: str | Path | None) -> Any:  # of `encoder_source`; hash, fingerprint
+    if source is None:
+        return "unet"
+    if Path(source).suffix == ".json":
+        return read_json(source) | dict(decoder=code_hash("asap.tasks.token_unetr"))
+    return file_hash(Path(source) / "model.safetensors")
+
+
+def _left_out(
+    arm: str,
+    p: Mapping[str, Any],  # params
+    root: str | Path,  # of the study
+) -> str:  # why the stage `encode` left an encoder out; "" where it did not
+    if arm not in _encoder_rows(p):
+        return ""
+    return read_json(Path(root) / "runs/pretrain" / arm / "encoder.json").get("left_out", "")
+
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs045a
 def cohort_spacing(
     cohort: str,
@@ -782,7 +844,7 @@ def training_fingerprint(
     hu: Sequence[float],  # HU mapped to -1 and 1
     size: Sequence[int],  # voxels of the model's input
     p: Mapping[str, Any],  # params
-    source: str | Path | None,  # checkpoint of the encoder; None: a plain U-Net
+    source: str | Path | None,  # of `encoder_source`
     parts: Mapping[str, Sequence[SegmentationCase]],  # split -> cases
     seed: int,
 ) -> dict[str, Any]:
@@ -801,7 +863,7 @@ def training_fingerprint(
         seed=seed,
         code=code_hash(*SEGMENT_MODULES),
         cases=paths,
-        encoder=file_hash(Path(source) / "model.safetensors") if source else "unet",
+        encoder=_encoder_identity(source),
     )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segs045b
@@ -811,12 +873,13 @@ def init_model(
     table: pd.DataFrame,  # cohort table; not used
     parts: Mapping[str, Sequence[SegmentationCase]],  # split -> cases
     p: Mapping[str, Any],  # params
-    source: str | Path | None,  # checkpoint of the encoder; None: a plain U-Net
+    source: str | Path | None,  # of `encoder_source`
     seed: int,  # of the decoder's initial weights
 ) -> tuple[torch.nn.Module, dict[str, Any]]:  # model, config
     "The model before training"
     q, (row, hu, size) = SegmentationTask(f"segment_{cohort}", cohort), dataset_settings(cohort, p)
-    vit = load_encoder(source, size, row.get("patch_size")) if source else None
+    other = _encoder_rows(p).get(arm)
+    vit = load_encoder(source, size, row.get("patch_size")) if source and other is None else None
     config = dict(
         encoder_config=encoder_config(vit) if vit else None,
         img_size=list(size),
@@ -829,10 +892,13 @@ def init_model(
         spacing=cohort_spacing(cohort, p),
         phantoms=p["phantoms"][cohort],
     )
+    if other is not None:
+        window = None if row["hu_window"] else list(hu)
+        config |= dict(encoder=dict(other, name=arm), encoder_hu_range=window)
     torch.manual_seed(seed)
     if vit:
         return Unetr(vit, 1 + len(q.class_names), config["feature_size"]), config
-    return build_from_config(config), config
+    return build_segmentation_model(config), config
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #seg00047
 def _load_parts(
@@ -842,11 +908,12 @@ def _load_parts(
     seed: int,  # of the label subset
     hu: Sequence[float],  # HU mapped to -1 and 1
     bad: Quarantine,  # gets the cases that are left out
+    folder: Path | None = None,  # keeps the resampled masks
 ) -> dict[str, list[SegmentationCase]]:  # train, val
     subset = label_subsets(table, [share], seed)[str(share)]
     parts = dict(
-        train=load_cases(table[subset], q, hu, bad),
-        val=load_cases(table[table.split == "val"], q, hu, bad),
+        train=load_cases(table[subset], q, hu, bad, folder),
+        val=load_cases(table[table.split == "val"], q, hu, bad, folder),
     )
     if not parts["train"]:
         reason = "the table has none"
@@ -869,14 +936,15 @@ def train_or_load(
     "Train a model, or load the one with the same fingerprint"
     q, name = SegmentationTask(f"segment_{cohort}", cohort), f"{cohort}-{share:g}-{seed}"
     row, hu, size = dataset_settings(cohort, p, share)
-    source = None if arm == "unet" else Path(root) / "runs/pretrain" / arm / "checkpoint"
-    parts = _load_parts(q, table, share, seed, hu, bad)
+    source = encoder_source(arm, p, root)
     here = Path(root) / "build/segment" / arm / name
     half = Path(root) / "build/resume/segment" / arm / name
+    parts = _load_parts(q, table, share, seed, hu, bad, half / "labels")
     fp = training_fingerprint(cohort, row, hu, size, p, source, parts, seed)
     key = derive_seed("segment", cohort, share, seed)
     if reuse_or_set_aside(here, fp):
         return load(here)
+    shutil.rmtree(half / "labels", ignore_errors=True)  # of a run that was interrupted
     warn_missing_classes(parts, q.class_names, f"{q.task}, {arm}")
     seed_everything(key)
     model, config = init_model(arm, cohort, table, parts, p, source, key)
@@ -957,6 +1025,9 @@ def run_all(
     quarantine: str | Path | None = None,  # file for the cases that are left out
 ) -> pd.DataFrame:  # COLUMNS
     "One arm's predictions for all tasks whose data sets are available"
+    if reason := _left_out(arm, p, root):
+        log_message(f"segment, {arm}: the encoder is left out: {reason}")
+        tables = {}
     todo = []
     for c in TRAINING_COHORTS:
         if c not in tables or not select_tasks(tasks, c):
@@ -967,6 +1038,7 @@ def run_all(
             for f, d in subsets
         ]
     cost = [_training_cost(c, p, f) for _, c, f, *_ in todo]
+    jobs = jobs if get_device().type == "cpu" else 1  # parallel trainings would share one GPU
     done = parallel_map(run_one, todo, jobs, f"segment {arm}", soon=0, cost=cost)
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows):
@@ -1137,7 +1209,7 @@ class Segmentation(TaskFamily):
     inputs = "volumes"
     per_arm = True
     extra_arms = ("unet",)
-    reads = ("study.tasks", "study.n_jobs", "volumes")
+    reads = ("study.encoders", "study.tasks", "study.n_jobs", "volumes")
     needs = ("build/cohorts", "build/volumes", "build/inventory.json", "runs/pretrain")
     outputs = (
         "runs/segment/${item}/quarantine.csv",

@@ -7,7 +7,7 @@ __all__ = ['BATCH_SIZE', 'PromptTemplate', 'COLUMNS', 'TASKS', 'ZERO_SHOT_TASKS'
            'fill_template', 'build_prompts', 'embed_prompts', 'prompt_proba', 'masked_bce', 'train_classifier',
            'fit_predict', 'run_all', 'text_only_features', 'swap_predictions', 'add_mismatched_control',
            'contrast_level', 'image_text_similarity', 'prompt_similarity', 'zero_shot_proba', 'zero_shot_similarity',
-           'run_all_zero_shot', 'Vocabulary', 'ZeroShot']
+           'zero_shot_metrics', 'run_all_zero_shot', 'Vocabulary', 'ZeroShot']
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #77403872
 from collections.abc import Iterable, Sequence
@@ -36,6 +36,7 @@ from ..params import BaseConfig
 from ..pretrain.embed import ImageDataset
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
 from . import probe
+from .external import map_labels, merge_labels, published_metrics
 from .features import check_features, layer_norm, mismatched_cases, standardize_features
 from .metrics import RUN_KEYS, best_f1_threshold, empty_predictions, macro_auc
 from .projection import ProjectionHeads, train_heads
@@ -217,6 +218,7 @@ TASKS = (
 ZERO_SHOT_TASKS = (
     Task("zero_shot_own", "own", "auc"),
     Task("zero_shot_ct_rate", "ct_rate", "auc"),
+    Task("zero_shot_rad_chest_ct", "rad_chest_ct", "auc", internal="zero_shot_ct_rate"),
 )
 
 
@@ -226,6 +228,8 @@ def _labeled_tasks(
     known: tuple[Task, ...],  # of the family
 ) -> list:  # (task, cohort, labels) of the cohorts that have labels
     present = [t for t in requested(tasks, known) if t.cohort in tables]
+    homes = {t.name: t.cohort for t in known}
+    present = [t for t in present if not t.internal or homes[t.internal] in tables]
     columns = {t.name: label_columns(tables[t.cohort]) for t in present}
     for t in present:
         if not columns[t.name]:
@@ -405,7 +409,7 @@ def _zero_shot_predictions(
     return [
         t[["case", "scan", "patient"]].assign(
             label=name,
-            truth=t[f"label:{name}"].astype(float),
+            truth=t[f"label:{name}"].astype(float) if f"label:{name}" in t else np.nan,
             probability=probability[:, k],
             threshold=np.nan,
             positive_similarity=said[:, k, 0],
@@ -413,6 +417,32 @@ def _zero_shot_predictions(
         )
         for k, name in enumerate(labels)
     ]
+
+# %% ../../nbs/7_tasks/77_vocabulary.ipynb #vocext01
+def _named_labels(
+    task: str,
+    cohort: str,
+    labels: list[str],  # of the cohort
+    tables: dict[str, pd.DataFrame],  # cohort -> table
+) -> dict[str, list[str]]:  # label of the cohort -> labels that the prompts name
+    tasks = {t.name: t for t in ZERO_SHOT_TASKS}
+    home = tasks[task].internal
+    if home is None:
+        return {k: [k] for k in labels}
+    source = tasks[home].cohort
+    known = [k.removeprefix("label:") for k in label_columns(tables[source])]
+    return map_labels(source, cohort, known, labels)
+
+
+def zero_shot_metrics(
+    predictions: pd.DataFrame,  # of one task, arm, label fraction and seed
+    n: int,  # bootstrap replicates
+    seed: Any,  # of the bootstrap
+) -> dict[str, tuple]:  # metric -> value, (n,) replicates
+    "As `metrics`; of an external test also with the labels as published"
+    away = {t.name: t.cohort for t in ZERO_SHOT_TASKS if t.internal}
+    cohort = away.get(predictions.task.iloc[0], "")
+    return probe.metrics(predictions, n, seed) | published_metrics(predictions, cohort, n, seed)
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #vocrun03
 def run_all_zero_shot(
@@ -430,6 +460,8 @@ def run_all_zero_shot(
     out = []
     for task, c, labels in _labeled_tasks(tasks, tables, ZERO_SHOT_TASKS):
         t = tables[c][tables[c].split == "test"]
+        own = _named_labels(task, c, labels, tables)
+        labels = list(dict.fromkeys(k for names in own.values() for k in names))
         prompts = build_prompts(labels, p.positive_templates, p.negative_templates)
         for arm, model in models.items():
             said = zero_shot_similarity(
@@ -437,7 +469,8 @@ def run_all_zero_shot(
             )
             probability = zero_shot_proba(model, said)
             keys = dict(task=task, arm=arm, fraction=1.0, seed=0)
-            out += _zero_shot_predictions(t, labels, said, probability, **keys)
+            found = pd.concat(_zero_shot_predictions(t, labels, said, probability, **keys))
+            out.append(found if list(own) == labels else merge_labels(found, own, t))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #vocfam01
@@ -504,7 +537,7 @@ class ZeroShot(TaskFamily):
     needs = ("build/cohorts", "build/text", "build/volumes", "runs/pretrain")
 
     run = staticmethod(run_all_zero_shot)
-    metrics = staticmethod(metrics)
+    metrics = staticmethod(zero_shot_metrics)
 
     def render(self, results: StudyResults) -> str:
         "Empty: `Vocabulary` renders both families in one table"

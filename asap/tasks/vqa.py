@@ -73,7 +73,7 @@ class KindWeights(BaseConfig):
 class VQAConfig(BaseConfig):
     "Visual question answering from frozen tokens"
 
-    arms: list[str]  # of study.arms, or `blind`: the question alone
+    arms: list[str]  # of study.arms or study.encoders, or `blind`: the question alone
     language_model: str  # folder or Hugging Face id of a causal language model
     tiny_lm: TinyLMConfig  # the model in build/language
     num_query_tokens: PositiveInt  # tokens of a scan in the language model's input
@@ -85,6 +85,7 @@ class VQAConfig(BaseConfig):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
+    micro_batch_size: PositiveInt | None = None  # volumes of one forward pass; null: all
     questions_per_volume: PositiveInt  # in a batch
     lr: PositiveFloat  # of the projector; of everything where `lora_lr` is null
     lora_lr: PositiveFloat | None = None  # of LoRA and of the query layers; null: `lr`
@@ -479,7 +480,7 @@ class VQADataset:
         picks = [int(r.choice(by_kind[k])) for k in kinds]
         tokens = np.zeros((1, 1), np.float32)
         if self.tokens is not None:
-            tokens = np.asarray(self.tokens[row], np.float32)
+            tokens = np.asarray(embed.read_rows(self.tokens, row), np.float32)
         return dict(
             case=case,
             tokens=tokens,
@@ -532,6 +533,10 @@ def _batch_loss(
     step: int,  # unused
 ) -> tuple[torch.Tensor, dict]:  # for `asap.train.fit`
     return m(b), {}
+
+
+def _batch_weight(b: Mapping[str, Any]) -> torch.Tensor:  # scalar, for `asap.train.fit`
+    return b["loss_weights"].sum()
 
 
 def _validation_options(
@@ -588,6 +593,8 @@ def train_vqa(
             train,
             steps=p.steps,
             batch=min(p.batch_size, len(train)),
+            micro_batch=p.micro_batch_size,
+            weigh=_batch_weight,
             seed=seed,
             folder=folder,
             fp=fp,
@@ -614,7 +621,7 @@ def encode_volumes(
         part = unique[i : i + many]
         t = np.zeros((len(part), 1, 1), np.float32)
         if tokens is not None:
-            t = np.asarray(tokens[part], np.float32)
+            t = np.asarray(embed.read_rows(tokens, part), np.float32)
         out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(device)).cpu()))
     return out
 

@@ -320,7 +320,7 @@ def load(
     max_length: int = 256,  # tokens
 ) -> TextEncoder:  # on the device of `asap.train.get_device`
     "Load a frozen text encoder from a folder or a hub; code in a repository is never run"
-    from transformers import AutoTokenizer, BertModel
+    from transformers import BertModel, BertTokenizer
     from transformers.utils import logging
 
     local = next((f for f in (Path(name), resource_path(name)) if f.is_dir()), None)
@@ -335,7 +335,7 @@ def load(
             f"text.model {name}: {len(missing)} weights of a BERT are not there, such as "
             f"{missing[0]}, and would be random: is it another kind of model?"
         )
-    text = TextEncoder(bert, AutoTokenizer.from_pretrained(name), max_length)
+    text = TextEncoder(bert, BertTokenizer.from_pretrained(name), max_length)
     return text.to(get_device())
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9
@@ -368,7 +368,7 @@ def build_text_encoder(
         write_json(dict(encoder=p.model), Path(out) / "elsewhere.json")
         return dict(encoder=p.model)
     reports = _reports_by_split(table)
-    fp = fingerprint(text=p.model_dump(), reports=derive_seed(reports), seed=seed)
+    fp = fingerprint(text=p, reports=derive_seed(reports), seed=seed)
     if shipped and (Path(shipped) / "recipe.json").exists():
         why = first_difference(read_json(Path(shipped) / "recipe.json"), fp)
         if why is None:

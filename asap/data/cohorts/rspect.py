@@ -24,6 +24,7 @@ from asap.core import (
 )
 from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
+from ..series import measure_steps, read_dicom_headers
 from ..table import check_table
 from ..volumes import Source
 
@@ -274,19 +275,17 @@ def _is_readable(path: Path) -> bool:
         return False
 
 
-def _are_at_the_edges(folder: Path, broken: list) -> bool:  # the other slices have no gap
-    import pydicom
-
-    whole = [f for f in list_files(folder, "*.dcm") if f not in broken]
-    tags = ["ImagePositionPatient", "ImageOrientationPatient"]
-    try:
-        heads = [pydicom.dcmread(f, specific_tags=tags, stop_before_pixels=True) for f in whole]
-        x, y = np.reshape([float(v) for v in heads[0].ImageOrientationPatient], (2, 3))
-        at = sorted(float(np.cross(x, y) @ np.array(h.ImagePositionPatient, float)) for h in heads)
-    except Exception:  # no position: nobody can say
+def _are_at_the_edges(
+    folder: Path,
+    broken: list[Path],
+) -> bool:
+    "Whether the other slices have no gap"
+    kept = [h for h in read_dicom_headers(folder).slices if h.file not in broken]
+    at = [(h.position, h.orientation) for h in kept if h.position is not None]
+    if len(at) < max(2, len(kept)) or at[0][1] is None:
         return False
-    steps = np.diff(at)
-    return len(steps) > 0 and bool(steps.max() < 1.5 * np.median(steps))
+    normal = np.cross(*at[0][1])
+    return measure_steps(sorted(float(position @ normal) for position, _ in at)).sound
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #454d635b
 def _row(name, e, folder) -> dict:

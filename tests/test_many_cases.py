@@ -286,7 +286,9 @@ def test_a_new_key_at_its_default_leaves_trained_segmentations_as_they_were(monk
         new_key: float = 0.5
 
     section = load_params().segment.model_dump()
-    row = segment.dataset_settings("acdc", dict(segment=section, volumes={"hu_range": [-1, 1], "roi_size": [8, 8, 8]}))[0]
+    row = segment.dataset_settings(
+        "acdc", dict(segment=section, volumes={"hu_range": [-1, 1], "roi_size": [8, 8, 8]})
+    )[0]
 
     def found(section, row):
         p = dict(segment=section)

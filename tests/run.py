@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import preloaded
 
 os.chdir(Path(__file__).resolve().parent.parent)
 os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
@@ -29,20 +30,22 @@ class Count:
 
 
 count = Count()
-code = pytest.main(
-    [
-        "-q",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        "--durations",
-        "15",
-        *sys.argv[1:],
-    ],
-    plugins=[count],
-)
+with preloaded() as env:
+    os.environ.update(env)
+    code = pytest.main(
+        [
+            "-q",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+            "--durations",
+            "15",
+            *sys.argv[1:],
+        ],
+        plugins=[count],
+    )
 if code and not count.failed:
     count.failed = 1
 print(

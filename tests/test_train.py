@@ -11,13 +11,14 @@ import time
 import pytest
 import torch
 from conftest import TOP
+from preloaded import preloaded
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(TOP / "tests"))
 from trains import cohort
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
-SCRIPT = str(TOP / "tests/trains.py")
+SCRIPT = [str(TOP / "tests/stand_in.py"), str(TOP / "tests/trains.py")]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,9 @@ def here(tmp_path_factory):
     d = tmp_path_factory.mktemp("trains")
     (d / "cohort").mkdir()
     cohort(d / "cohort")
-    return d
+    with preloaded() as env:
+        ENV.update(env, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
+        yield d
 
 
 def run(*args, processes=1, check=True):
@@ -43,7 +46,7 @@ def run(*args, processes=1, check=True):
         ]
     )
     r = subprocess.run(
-        [*launch, SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
+        [*launch, *SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
     )
     assert not check or r.returncode == 0, r.stderr[-3000:]
     return r
@@ -60,7 +63,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
         4
     ):  # a state is written at every step, so many of these fall into the writing of one
         p = subprocess.Popen(
-            [sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"],
+            [sys.executable, *SCRIPT, "asap", str(folder), "24", "2", "1"],
             env=ENV,
             stderr=subprocess.DEVNULL,
         )

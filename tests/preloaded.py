@@ -215,6 +215,8 @@ def kernels(env):
 def main(address):
     server = Preloaded(address)  # requests wait until all is imported
     print("listens", flush=True)
+    # jsonschema, which MONAI imports, would take seconds to load a check of addresses
+    sys.modules["rfc3987_syntax"] = None
     for name in [*LOADED, *KERNEL]:
         importlib.import_module(name)
     gc.collect()

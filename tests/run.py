@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from preloaded import preloaded
+from xdist.scheduler import LoadScopeScheduling
 
 os.chdir(Path(__file__).resolve().parent.parent)
 os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
@@ -29,6 +30,21 @@ class Count:
             self.failed += 1
 
 
+class Units(LoadScopeScheduling):
+    "What one worker runs in a row: a file of tests, or one page"
+
+    def _split_scope(self, nodeid):
+        file, name = nodeid.split("::", 1)
+        return nodeid if name.startswith("test_page[") else file
+
+
+class Share:
+    "How the workers share the tests"
+
+    def pytest_xdist_make_scheduler(self, config, log):
+        return Units(config, log)
+
+
 count = Count()
 with preloaded() as env:
     os.environ.update(env)
@@ -44,7 +60,7 @@ with preloaded() as env:
             "15",
             *sys.argv[1:],
         ],
-        plugins=[count],
+        plugins=[count, Share()],
     )
 if code and not count.failed:
     count.failed = 1

@@ -25,6 +25,9 @@ from pathlib import Path
 
 from stand_in import NAME
 
+# jsonschema, which MONAI imports, would take three seconds to load a check of addresses
+sys.modules.setdefault("rfc3987_syntax", None)
+
 LOADED = [  # other people's libraries alone: a child brings its own modules
     "torch",
     "pandas",
@@ -215,8 +218,6 @@ def kernels(env):
 def main(address):
     server = Preloaded(address)  # requests wait until all is imported
     print("listens", flush=True)
-    # jsonschema, which MONAI imports, would take seconds to load a check of addresses
-    sys.modules["rfc3987_syntax"] = None
     for name in [*LOADED, *KERNEL]:
         importlib.import_module(name)
     gc.collect()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from preloaded import preloaded
-from xdist.scheduler import LoadScopeScheduling
 
 os.chdir(Path(__file__).resolve().parent.parent)
 os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
@@ -30,18 +29,17 @@ class Count:
             self.failed += 1
 
 
-class Units(LoadScopeScheduling):
+class Share:
     "What one worker runs in a row: a file of tests, or one page"
 
-    def _split_scope(self, nodeid):
-        file, name = nodeid.split("::", 1)
-        return nodeid if name.startswith("test_page[") else file
-
-
-class Share:
-    "How the workers share the tests"
-
     def pytest_xdist_make_scheduler(self, config, log):
+        from xdist.scheduler import LoadScopeScheduling
+
+        class Units(LoadScopeScheduling):
+            def _split_scope(self, nodeid):
+                file, name = nodeid.split("::", 1)
+                return nodeid if name.startswith("test_page[") else file
+
         return Units(config, log)
 
 

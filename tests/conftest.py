@@ -1,8 +1,9 @@
-"What the tests share: where the tree is"
+"What the tests share: where the tree is, the order of files, programs that are forks"
 
 from pathlib import Path
 
-import preloaded  # noqa: F401, spares each import of MONAI three seconds
+import pytest
+from preloaded import preloaded
 
 TOP = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -33,3 +34,10 @@ def place(item) -> int:
 def pytest_collection_modifyitems(items):
     "The longest files first, the pages last"
     items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    "Environment of programs that tests/stand_in.py runs as forks"
+    with preloaded() as env:
+        yield env

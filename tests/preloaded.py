@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 from pathlib import Path
 
 from stand_in import NAME
@@ -72,7 +73,13 @@ def start_script():
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-START = {"kernel": start_kernel, "script": start_script}
+def start_code():
+    code = sys.argv.pop(1)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), main.__dict__)
+
+
+START = {"kernel": start_kernel, "script": start_script, "code": start_code}
 
 
 def become(request, streams):

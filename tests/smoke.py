@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import TOP
 from filelock import FileLock
-from preloaded import kernels, preloaded
+from preloaded import kernels
 
 ENV = {
     **os.environ,
@@ -89,18 +89,11 @@ def kill_when(clone, there, *args):
     psutil.wait_procs(family, timeout=20)
 
 
-@pytest.fixture(scope="session")
-def forks():
-    "Whatever `run` starts has kernels that need not import the large libraries again"
-    with preloaded() as env:
-        FORKED.update(kernels({**ENV, **env}))
-        yield
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, worker_id, forks):
     """A clone at smoke scale in which the whole study has run once; each file of tests has a
     copy of its own"""
+    FORKED.update(kernels({**forks, **ENV}))
     shared = (
         tmp_path_factory.getbasetemp()
         if worker_id == "master"

@@ -1,7 +1,7 @@
 """A small process that stands for a program which a preloaded process runs in a fork
 (tests/preloaded.py): it waits for it, hands signals on, and ends with its exit code
 
-usage: python tests/stand_in.py SCRIPT [ARGUMENTS], instead of python SCRIPT [ARGUMENTS]"""
+usage: python tests/stand_in.py (SCRIPT | -c CODE) [ARGUMENTS], instead of python ..."""
 
 import array
 import json
@@ -42,12 +42,24 @@ def stand_in(kind, arguments):
             code = connection.recv(1)
         except TimeoutError:
             continue
-        os._exit(code[0] if code else 1)
+        end(code[0] if code else 1)
     os._exit(1)
+
+
+def end(code):
+    "As the fork ended: with an exit code, or by a signal"
+    if code > 128:
+        if code - 128 in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(code - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), code - 128)
+    os._exit(code)
 
 
 if __name__ == "__main__":
     if NAME not in os.environ:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    if sys.argv[1] == "-c":
+        sys.path[0] = ""
+        stand_in("code", sys.argv[1:])
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[1]))
     stand_in("script", sys.argv[1:])

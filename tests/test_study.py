@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 from conftest import TOP
-from smoke import ENV, change, clone as clone, digest, edited, forks as forks, kill_when, ran, run
+from smoke import ENV, change, clone as clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from smoke import STUDY, clone as clone, digest, edited, forks as forks, kill_when, ran, run
+from smoke import STUDY, clone as clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 

@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 from conftest import TOP
-from preloaded import preloaded
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(TOP / "tests"))
@@ -22,13 +21,12 @@ SCRIPT = [str(TOP / "tests/stand_in.py"), str(TOP / "tests/trains.py")]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def here(tmp_path_factory, forks):
     d = tmp_path_factory.mktemp("trains")
     (d / "cohort").mkdir()
     cohort(d / "cohort")
-    with preloaded() as env:
-        ENV.update(env, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
-        yield d
+    ENV.update(forks, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
+    return d
 
 
 def run(*args, processes=1, check=True):

@@ -42,7 +42,7 @@ def test_the_study_runs(clone):
     grounded = json.loads((clone / "runs/grounding/status.json").read_text())
     assert (
         grounded["available"]
-        and grounded["arms"] == ["asap"]
+        and grounded["arms"] == ["paper", "asap"]
         and grounded["excluded"] == 0
         and "<h2>Grounding</h2>" in page
         and "Not measured" not in page

@@ -8,6 +8,7 @@ programs are started as usual."""
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -53,6 +54,7 @@ LOADED = [  # other people's libraries alone: a child brings its own modules
     "nbdev.test",
     "PIL.Image",
 ]
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 KERNEL = ["ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib_inline.backend_inline"]
 
 
@@ -83,7 +85,8 @@ START = {"kernel": start_kernel, "script": start_script, "code": start_code}
 
 
 def become(request, streams):
-    "Folder, environment, arguments and streams of a request"
+    "Folder, environment, arguments and streams of a request; the fork ends with its parent"
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

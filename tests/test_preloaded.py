@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 from conftest import TOP
+from preloaded import preloaded
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are forks on Linux only")
 
@@ -54,6 +55,17 @@ def test_a_signal_ends_both(forks, number):
     fork.communicate()
     child.wait(20)
     assert fork.returncode != 0
+
+
+def test_a_fork_ends_with_the_preloaded_process(monkeypatch):
+    monkeypatch.delenv("ASAP_PRELOADED", raising=False)
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with preloaded() as env:
+        fork = start(TOP / "tests/stand_in.py", "-c", code, env=env)
+        child = psutil.Process(int(fork.stdout.readline()))
+        child.parent().send_signal(signal.SIGTERM)
+        child.wait(20)
+        assert fork.wait(20) != 0
 
 
 def test_without_the_preloaded_process_it_is_started_as_usual(forks):

@@ -334,6 +334,9 @@ def paint_tube(
         piece = _tube_box(canvas, path[i], path[i + 1], top)
         if piece is None:
             continue
+        piece = tuple(
+            slice(max(s.start, w.start), min(s.stop, w.stop)) for s, w in zip(piece, where)
+        )
         local = tuple(slice(s.start - o, s.stop - o) for s, o in zip(piece, offset))
         ends = (float(radius[i]), float(radius[i + 1]))
         ask = (path[i], path[i + 1])

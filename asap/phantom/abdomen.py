@@ -22,7 +22,7 @@ from asap.phantom.canvas import (
 )
 from .patient import Patient
 from .skeleton import BodyWall, spine_point
-from .thorax import breath_lift, dome_height
+from .thorax import breath_lift, surface_height
 
 # %% ../../nbs/1_phantom/18_abdomen.ipynb #p3f00006
 def hang(
@@ -44,7 +44,7 @@ def liver_field(
     x, y, z = points
     lift = breath_lift(p)
     k = (p.liver - 1) * 90
-    top = z - dome_height(x, y, p) + np.float32(4)
+    top = z - surface_height("dome", x, y, p) + np.float32(4)
     left = np.clip((64 - x) * np.float32(0.58), -8, 70)
     bottom = np.float32(-226 + 0.7 * lift - k) + left - 0.16 * (y + 10) - z
     back = np.float32(-76) + np.clip((66 - x) * np.float32(0.85), 0, 74) - y
@@ -105,7 +105,7 @@ def _paint_kidney(canvas: Canvas, p: Patient, side: int) -> None:
     if where is None:
         return
     points = [q[where] for q in canvas.points]
-    whole = ellipsoid(points, at, (27, 26, 54), axes)
+    whole = ellipsoid(points, at, (30, 28, 57), axes)
     hilum = ellipsoid(points, at - (side * 27, -8, 0), (15, 14, 17))
     f = -smooth_min(-whole, hilum, 6)
     fill(canvas, where, f, "kidney_cortex", label)
@@ -132,10 +132,10 @@ def _paint_spleen(canvas: Canvas, wall: BodyWall, p: Patient) -> None:
     axes = np.array([[0.72, 0.69, 0], [-0.6, 0.62, -0.5], [-0.35, 0.37, 0.86]])
     axes[2] = np.cross(axes[0] / np.linalg.norm(axes[0]), axes[1] / np.linalg.norm(axes[1]))
     axes /= np.linalg.norm(axes, axis=1, keepdims=True)
-    f = ellipsoid(points, at, np.array((27, 55, 44)) * k, axes)
+    f = ellipsoid(points, at, np.array((32, 60, 52)) * k, axes)
     f = np.maximum(f, wall.cavity[box] + np.float32(5))
-    f = np.maximum(f, points[2] - dome_height(points[0], points[1], p) + np.float32(5))
-    hollow = ellipsoid(points, at + (40, 18, 0), (28, 44, 44))
+    f = np.maximum(f, points[2] - surface_height("dome", points[0], points[1], p) + np.float32(5))
+    hollow = ellipsoid(points, at + (48, 22, 0), (28, 44, 46))
     fill(canvas, box, np.maximum(f, -hollow), "spleen", 1)
 
 
@@ -202,13 +202,13 @@ def _paint_colon(canvas: Canvas, p: Patient) -> None:
 def _paint_small_bowel(canvas: Canvas, p: Patient) -> None:
     r = rng("bowel", p.seed)
     path = []
-    for row, z in enumerate(np.linspace(-286, -412, 7)):
-        span = np.linspace(-62, 62, 5) * (1 if row % 2 else -1)
+    for row, z in enumerate(np.linspace(-284, -416, 7)):
+        span = np.linspace(-66, 66, 6) * (1 if row % 2 else -1)
         for i, x in enumerate(span):
             y = (42 if (i + row) % 2 else 8) + r.uniform(-8, 8)
             path.append((x + r.uniform(-8, 8), y, z + r.uniform(-8, 8)))
     path = smooth_path(path, 3)
-    size = 13 + 2.5 * np.sin(np.arange(len(path)) * 0.9)
+    size = 15 + 2.5 * np.sin(np.arange(len(path)) * 0.9)
     paint_tube(canvas, path, size, "bowel_wall", 18, core=(2.6, "fluid"))
     where = canvas.box(path.min(0) - 16, path.max(0) + 16)
     _gas(canvas, where, 18, 64 - 26 * p.gas, ("fluid",))

@@ -76,7 +76,7 @@ FIXED = {  # tissue: HU without and with contrast medium
 }
 
 # %% ../../nbs/1_phantom/14_patient.ipynb #p3b00009
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patient:
     "What differs between bodies"
 

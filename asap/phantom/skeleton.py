@@ -18,6 +18,7 @@ from scipy.interpolate import PchipInterpolator
 
 from asap.phantom.canvas import (
     Canvas,
+    edge_shares,
     ellipsoid,
     fill,
     paint_ellipsoid,
@@ -214,8 +215,9 @@ def paint_wall(
 ) -> None:
     "Paint skin, fat, glands, muscle, and the fat that fills the cavity"
     where = canvas.whole
-    fill(canvas, where, wall.skin, "skin")
-    fill(canvas, where, wall.skin + np.float32(2.2), "fat")
+    skin, fat = edge_shares(wall.skin, canvas.step, (0, 2.2))
+    canvas.paint(where, skin, "skin")
+    canvas.paint(where, fat, "fat")
     if p.breast:
         for side in (1, -1):
             at = (side * 74, 86 + 8 * p.breast, -46 - 6 * p.breast)
@@ -332,8 +334,9 @@ def _paint_vertebra(canvas: Canvas, p: Patient, row: tuple, top: float, bottom: 
     s, c = np.float32(-up[1]), np.float32(up[2])
     local = (m[0], c * m[1] + s * m[2], c * m[2] - s * m[1])
     f = _vertebra_field(local, wide, deep, high, name[0] == "C")
-    fill(canvas, where, f, "cortex", label)
-    fill(canvas, where, f + np.float32(1.1), "marrow", label)
+    whole, inner = edge_shares(f, canvas.step, (0, 1.1))
+    canvas.paint(where, whole, "cortex", label)
+    canvas.paint(where, inner, "marrow", label)
 
 
 def paint_spine(

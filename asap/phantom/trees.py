@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core import rng
-from .canvas import TISSUE_IDS, Canvas, tube_share
+from .canvas import TISSUE_IDS, Canvas, tube_share, tube_width
 from .patient import Patient
 from asap.phantom.thorax import (
     LEFT_BRONCHUS,
@@ -21,6 +21,7 @@ from asap.phantom.thorax import (
     lung_field,
     mediastinum_field,
     settle,
+    surface_height,
     wall_of_points,
 )
 
@@ -36,9 +37,10 @@ def lobe_points(
     q = r.uniform(low, high, (count, 3)).T.astype(np.float32)
     space, cavity = Cloud(q), wall_of_points(q)
     medial = mediastinum_field(space, p, size)
+    dome = surface_height("dome", q[0], q[1], p)
     out = {}
     for side in (1, -1):
-        inside = lung_field(q, cavity, medial, p, side) < -4
+        inside = lung_field(q, cavity, medial, dome, side) < -4
         own = q[:, inside]
         lobe = lobe_of(own, p, side)
         for label in (12, 13, 14) if side == 1 else (10, 11):
@@ -63,15 +65,13 @@ class Tree:
 
 
 def _halves(at: np.ndarray, points: np.ndarray) -> tuple:  # two masks
-    "Divide points by the plane through branch and center, across their largest spread"
-    center = points.mean(0)
+    "Divide points by a plane that contains the branch, across their larger spread"
+    center = points.sum(0) / len(points)
     axis = center - at
-    axis = axis / (np.linalg.norm(axis) + 1e-9)
+    axis /= np.sqrt(axis @ axis) + 1e-9
     off = points - center
-    off = off - np.outer(off @ axis, axis)
-    _, vectors = np.linalg.eigh(off.T @ off)
-    across = vectors[:, -1]
-    side = off @ (across * np.sign(across[np.abs(across).argmax()])) > 0
+    off -= np.outer(off @ axis, axis)
+    side = off[:, (off * off).sum(0).argmax()] > 0
     return side, ~side
 
 
@@ -245,18 +245,20 @@ def tree_share(
     keep = tree.radius[:, 1] >= least
     start, end, radius = tree.start[keep], tree.end[keep], tree.radius[keep]
     radius = radius + np.minimum(wall, 0.35 * radius)
-    width = np.linalg.det(canvas.widths) ** (1 / 6)
+    width = tube_width(canvas, end - start)
     thin = 2 * radius.mean(1) < 1.15 * width
     share = np.zeros(canvas.hu.shape, np.float32)
     if thin.any():
         share = _thin_share(canvas, start[thin], end[thin], radius[thin])
-    reach = 0.5 * np.sqrt(np.diag(canvas.widths))
-    for a, b, r in zip(start[~thin], end[~thin], radius[~thin]):
-        out = r.max() + reach
-        where = canvas.box(np.minimum(a, b) - out, np.maximum(a, b) + out)
+    wide = np.flatnonzero(~thin)
+    reach = radius.max(1)[:, None] + canvas.reach
+    boxes = canvas.boxes(np.minimum(start, end) - reach, np.maximum(start, end) + reach)
+    for i in wide:
+        where = boxes[i]
         if where is not None:
-            here = share[where]
-            np.maximum(here, tube_share(canvas, where, a, b, (r[0], r[1])), out=here)
+            r = (float(radius[i, 0]), float(radius[i, 1]))
+            one, _ = tube_share(canvas, where, start[i], end[i], r, float(width[i]))
+            np.maximum(share[where], one, out=share[where])
     return share
 
 
@@ -268,13 +270,14 @@ def paint_trees(
     box = canvas.box((-150, -110, -230), (150, 110, 125))
     if box is None:
         return
+    part = canvas.crop(box)
     names = ("lung", "fissure", "mediastinal_fat", "artery", "vein", "airway_wall")
     free = np.zeros(256, np.float32)
     free[[TISSUE_IDS[n] for n in names]] = 1
     for kind in ("vein", "artery"):
-        only = free[canvas.tissues]
-        canvas.paint(canvas.whole, tree_share(canvas, trees[kind]) * only, kind)
-    only = free[canvas.tissues]
-    only[canvas.tissues == TISSUE_IDS["airway"]] = 0
-    canvas.paint(canvas.whole, tree_share(canvas, trees["airway"], 1.2, 0.9) * only, "airway_wall")
-    canvas.paint(canvas.whole, tree_share(canvas, trees["airway"], 0, 0.9) * only, "airway")
+        only = free[part.tissues]
+        part.paint(part.whole, tree_share(part, trees[kind]) * only, kind)
+    only = free[part.tissues]
+    for wall, tissue in ((1.2, "airway_wall"), (0.0, "airway")):
+        share = tree_share(part, trees["airway"], wall, least=1.3)
+        part.paint(part.whole, share * only, tissue)

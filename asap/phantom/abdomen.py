@@ -205,8 +205,8 @@ def _paint_small_bowel(canvas: Canvas, p: Patient) -> None:
     for row, z in enumerate(np.linspace(-284, -416, 7)):
         span = np.linspace(-66, 66, 6) * (1 if row % 2 else -1)
         for i, x in enumerate(span):
-            y = (42 if (i + row) % 2 else 8) + r.uniform(-8, 8)
-            path.append((x + r.uniform(-8, 8), y, z + r.uniform(-8, 8)))
+            y = (44 if (i + row) % 2 else 10) + r.uniform(-14, 14)
+            path.append((x + r.uniform(-12, 12), y, z + r.uniform(-13, 13)))
     path = smooth_path(path, 3)
     size = 15 + 2.5 * np.sin(np.arange(len(path)) * 0.9)
     paint_tube(canvas, path, size, "bowel_wall", 18, core=(2.6, "fluid"))

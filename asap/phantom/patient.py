@@ -108,7 +108,7 @@ class Patient:
 # %% ../../nbs/1_phantom/14_patient.ipynb #p3b00011
 def tissue_values(
     phase: str,  # one of `PHASES`
-    r: np.random.Generator,
+    seed: Any,  # key of a patient for `asap.core.rng`
     dose: float = 1.0,  # factor of the enhancement
     age: int = 60,  # years
     inspiration: float = 1.0,  # 0..1
@@ -116,12 +116,14 @@ def tissue_values(
     "Sample the HU of every tissue, consistent with one contrast phase"
     if phase not in PHASES:
         raise ValueError(f"`phase` is {phase!r}, expected one of {', '.join(PHASES)}")
+    r = rng("values", seed)
     column = PHASES.index(phase)
     blood = r.uniform(-7, 8)
     values = {name: float(hu) for name, hu in FIXED.items()}
     for name, row in ENHANCEMENT.items():
         plain = row[0] + (blood if row[0] == 42 else r.normal(0, 3))
-        added = dose * row[column] * r.uniform(0.92, 1.08) if column else 0.0
+        mixed = r.uniform(0.92, 1.08)
+        added = dose * row[column] * mixed if column else 0.0
         values[name] = float(plain + added)
     for one, other in (("artery", "pulmonary_artery"), ("vein", "pulmonary_vein")):
         values[one] = values[other]
@@ -174,7 +176,7 @@ def sample_patient(
         inspiration=inspiration,
         phase=phase,
         dose=dose,
-        values=tissue_values(phase, r, dose, age, inspiration),
+        values=tissue_values(phase, seed, dose, age, inspiration),
         lung_gradient=float(u(30, 110) * (1.3 - 0.6 * inspiration)),
         kyphosis=float(r.normal(0, 4) + 0.12 * (age - 50)),
         scoliosis=float(r.normal(0, 4)),

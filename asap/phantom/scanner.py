@@ -48,7 +48,7 @@ def sample_settings(
         blur=float(r.uniform(0.2, 1.0) * (1 - 0.6 * sharp)),
         sharp=sharp,
         sharp_at=float(r.uniform(0.12, 0.4)),
-        noise=float(np.exp(r.normal(2.6, 0.35)) * (1 + 1.2 * sharp)),
+        noise=float(np.clip(np.exp(r.normal(2.6, 0.35)), 6, 28) * (1 + 1.2 * sharp)),
         heart_motion=float(r.choice([0.0, r.uniform(2, 8)], p=[0.4, 0.6])),
         breath_motion=float(r.choice([0.0, r.uniform(3, 14)], p=[0.75, 0.25])),
         streaks=float(r.uniform(0.4, 1.4)),

@@ -59,7 +59,8 @@ def _dome(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
     lift = breath_lift(p)
     tops = (-101 + lift + p.domes[0], -115 + lift + p.domes[1])
     top = tops[1] + right * (tops[0] - tops[1])
-    q = ((np.abs(x) - 60) / 74) ** 2 + ((y - 6) / 92) ** 2
+    out = np.sqrt(x**2 + 324) - 62
+    q = (out / np.where(out > 0, 74, 115)) ** 2 + ((y - 6) / 92) ** 2
     q = np.minimum(q, 1.5)
     drop = 64 - 42 * np.clip(y / 88, -1, 1)
     wave = 2.5 * p.wobble[0] * np.sin(x / 26) + 2 * p.wobble[1] * np.sin(y / 31)
@@ -68,7 +69,7 @@ def _dome(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
 
 def _oblique(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
     out = np.abs(x) - 62
-    start = np.where(x > 0, -58.0, -54.0) + 4 * p.wobble[2] + 0.5 * breath_lift(p)
+    start = np.where(x > 0, -65.0, -62.0) + 4 * p.wobble[2] + 0.5 * breath_lift(p)
     bend = 0.004 * out**2 + 5 * np.sin(y / 28 + p.wobble[3])
     return start - OBLIQUE_SLOPE * y + bend - 0.12 * out
 
@@ -416,7 +417,8 @@ def mediastinum_field(
     _spread(space, f, esophagus_path(p), 8, 2)
     z = np.array([130.0, 80, 30, -20, -70, -120, -170, -220])
     _spread(space, f, spine_point(z, p), np.interp(z, [-220, 0, 80], [21, 17, 18]), 0)
-    cover = ((0, 46, 8), (20 + 3 * fat, 34, 60)), ((-14, 52, -106), (52, 30, 26))
+    cover = [((0, 46, 8), (20 + 3 * fat, 34, 60)), ((-14, 52, -106), (52, 30, 26))]
+    cover.append(((-6, 4, -116), (30, 48, 34)))
     for at, radii in cover:
         at = settle([at], p)[0]
         where = space.box(at - radii - np.float32(14), at + radii + np.float32(14))
@@ -435,10 +437,12 @@ def lung_field(
 ) -> np.ndarray:  # mm, negative inside
     "Surface of one lung"
     x, y, z = points
-    f = (np.abs(x) - np.float32(44)) ** 2 * np.float32(1 / 42)
-    f += (y + np.float32(20)) ** 2 * np.float32(1 / 52)
-    f += z
-    f -= np.float32(101)
+    f = ((np.abs(x) - np.float32(46)) * np.float32(1 / 61)) ** 2
+    f += ((y + np.float32(17)) * np.float32(1 / 76)) ** 2
+    f *= np.clip((z + np.float32(10)) * np.float32(1 / 50), 0, 1)
+    f += (np.maximum(z - np.float32(30), 0) * np.float32(1 / 71)) ** 2
+    f -= np.float32(1)
+    f *= np.float32(32)
     np.maximum(f, cavity + np.float32(2), out=f)
     np.maximum(f, dome - z, out=f)
     np.maximum(f, -mediastinum, out=f)

@@ -28,19 +28,20 @@ from asap.phantom.thorax import (
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00006
 def lobe_points(
     p: Patient,
-    count: int = 7000,  # points in the box around both lungs
+    count: int = 15000,  # points in the box around both lungs
     size: float = 1.0,  # factor of the heart
 ) -> dict[int, np.ndarray]:  # class of a lobe -> (n,3), mm
-    "Random points inside each lobe, 4 mm or more from its surface"
+    "Random points inside each lobe, 3 mm or more from its surface"
     r = rng("trees", p.seed)
     low, high = np.array([-135.0, -98, -215]), np.array([135.0, 92, 98])
     q = r.uniform(low, high, (count, 3)).T.astype(np.float32)
-    space, cavity = Cloud(q), wall_of_points(q)
-    medial = mediastinum_field(space, p, size)
-    dome = surface_height("dome", q[0], q[1], p)
+    cavity, dome = wall_of_points(q), surface_height("dome", q[0], q[1], p)
+    keep = (cavity < -5) & (q[2] > dome + 3)
+    q, cavity, dome = q[:, keep], cavity[keep], dome[keep]
+    medial = mediastinum_field(Cloud(q), p, size)
     out = {}
     for side in (1, -1):
-        inside = lung_field(q, cavity, medial, dome, side) < -4
+        inside = lung_field(q, cavity, medial, dome, side) < -3
         own = q[:, inside]
         lobe = lobe_of(own, p, side)
         for label in (12, 13, 14) if side == 1 else (10, 11):
@@ -75,6 +76,15 @@ def _halves(at: np.ndarray, points: np.ndarray) -> tuple:  # two masks
     return side, ~side
 
 
+def _twigs(rows: list, leaves: list, generation: int) -> list[np.ndarray]:
+    "Columns of short branches from the last divisions toward their points"
+    row = np.concatenate([np.full(len(own), i) for i, own in leaves])
+    start = np.array([rows[i][1] for i in row])
+    end = start + 0.85 * (np.concatenate([own for _, own in leaves]) - start)
+    r = np.minimum(0.6 * np.array([rows[i][3] for i in row]), 0.8)
+    return [start, end, r, 0.5 * r, row, np.full(len(row), generation)]
+
+
 def grow(
     at: np.ndarray,  # (3,), where the lobe's branch enters, mm
     points: np.ndarray,  # (n,3), points to supply
@@ -82,31 +92,27 @@ def grow(
     depth: int,  # divisions
     share: float = 0.42,  # part of the way to the center of the points
 ) -> dict:  # arrays of `Tree` without `kind` and `lobe`; the rows start at the entry
-    "Grow one lobe's tree"
+    "Grow one lobe's tree: `depth` divisions, then twigs toward the remaining points"
     rows: list = []
+    leaves: list = []
     queue = [(np.asarray(at, float), points, radius, -1, 3)]
-    while queue:
-        here, cloud, r, parent, generation = queue.pop(0)
-        if len(cloud) < 3:
-            continue
+    for here, cloud, r, parent, generation in queue:
         for half in _halves(here, cloud):
             own = cloud[half]
             if len(own) < 2:
                 continue
             thin = r * max(len(own) / len(cloud), 0.12) ** (1 / 3)
-            target = here + share * (own.mean(0) - here)
-            rows.append((here, target, r if parent < 0 else thin * 1.04, thin, parent, generation))
-            if generation < depth + 2:
+            target = here + share * (own.sum(0) / len(own) - here)
+            rows.append((here, target, r if parent < 0 else 1.04 * thin, thin, parent, generation))
+            if generation < depth + 2 and len(own) > 5:
                 queue.append((target, own, thin, len(rows) - 1, generation + 1))
-    start, end, r0, r1, parent, generation = zip(*rows)
-    radii = np.stack([np.minimum(r0, 1.15 * np.array(r1)), r1], 1)
-    return dict(
-        start=np.array(start),
-        end=np.array(end),
-        radius=radii,
-        parent=np.array(parent),
-        generation=np.array(generation),
-    )
+            else:
+                leaves.append((len(rows) - 1, own))
+    twigs = _twigs(rows, leaves, depth + 3)
+    columns = [np.concatenate([np.array(a), b]) for a, b in zip(zip(*rows), twigs)]
+    start, end, r0, r1, parent, generation = columns
+    radii = np.stack([np.minimum(r0, 1.15 * r1 + 1.0 * (generation > depth + 2)), r1], 1)
+    return dict(start=start, end=end, radius=radii, parent=parent, generation=generation)
 
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00010
 ENTRIES = {  # lobe: bronchus, artery, vein (mm); radii of bronchus, artery, vein

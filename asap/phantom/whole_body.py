@@ -39,7 +39,7 @@ TEXTURE = {  # tissue: HU of smooth noise, standard deviation
     "marrow": 45.0,
     "liver": 4.0,
     "breast": 22.0,
-    "feces": 110.0,
+    "feces": 60.0,
     "fat": 5.0,
     "abdominal_fat": 6.0,
     "mediastinal_fat": 8.0,

@@ -140,9 +140,9 @@ class Canvas:
         view = self.hu[where]
         view += share * (value - view)
         inside = share > 0.5
-        self.tissues[where][inside] = TISSUE_IDS[tissue]
+        np.copyto(self.tissues[where], np.uint8(TISSUE_IDS[tissue]), where=inside)
         if label is not None:
-            self.labels[where][inside] = label
+            np.copyto(self.labels[where], np.uint8(label), where=inside)
 
 
 def make_canvas(
@@ -224,7 +224,8 @@ def edge_shares(
     for inset in insets:
         share = (f + np.float32(inset)) / change if inset else f / change
         np.subtract(np.float32(0.5), share, out=share)
-        out.append(np.clip(share, 0, 1, out=share))
+        np.maximum(share, 0, out=share)
+        out.append(np.minimum(share, 1, out=share))
     return out
 
 
@@ -301,25 +302,41 @@ def paint_ellipsoid(
 
 # %% ../../nbs/1_phantom/13_canvas.ipynb #p3a00018
 def tube_distance(
-    points: Sequence[np.ndarray],  # x, y, z of a box
+    points: np.ndarray,  # (3,...), mm
     a: np.ndarray,  # (3,), one end, mm
     b: np.ndarray,  # (3,), other end, mm
     flat: tuple | None = None,  # (unit vector (3,), factor): distances along it count more
 ) -> tuple[np.ndarray, np.ndarray]:  # distance from the axis in mm; 0..1 from `a` to `b`
     "Distance from a line"
-    d = np.subtract(b, a)
-    length = float(d @ d) + 1e-9
-    p = [points[i] - np.float32(a[i]) for i in range(3)]
-    u = d / length
-    along = np.float32(u[0]) * p[0] + np.float32(u[1]) * p[1] + np.float32(u[2]) * p[2]
-    np.clip(along, 0, 1, out=along)
-    for i in range(3):
-        p[i] -= np.float32(d[i]) * along
-    squared = p[0] ** 2 + p[1] ** 2 + p[2] ** 2
+    d = np.subtract(b, a).astype(np.float32)
+    length = max(float(d[0] ** 2 + d[1] ** 2 + d[2] ** 2), 1e-6)
+    p = points - np.asarray(a, np.float32).reshape(3, *[1] * (points.ndim - 1))
+    x, y, z = p
+    dot = x * d[0]
+    dot += y * d[1]
+    dot += z * d[2]
+    along = dot * np.float32(1 / length)
+    np.maximum(along, 0, out=along)
+    np.minimum(along, 1, out=along)
     if flat is not None:
-        n, k = flat
-        off = np.float32(n[0]) * p[0] + np.float32(n[1]) * p[1] + np.float32(n[2]) * p[2]
-        squared += np.float32(1 / k**2 - 1) * off**2
+        n, k = np.asarray(flat[0], np.float32), flat[1]
+        off = x * n[0]
+        off += y * n[1]
+        off += z * n[2]
+        off -= along * np.float32(n @ d)
+        off *= off
+        off *= np.float32(1 / k**2 - 1)
+    p *= p
+    squared = p[0]
+    squared += p[1]
+    squared += p[2]
+    dot *= 2
+    dot -= along * np.float32(length)
+    dot *= along
+    squared -= dot
+    if flat is not None:
+        squared += off
+    np.maximum(squared, 0, out=squared)
     return np.sqrt(squared, out=squared), along
 
 
@@ -335,7 +352,8 @@ def _ramp(distance, along, radii: tuple, thin: float, w: float) -> np.ndarray:
     share = along * np.float32(k * (radii[1] - radii[0]))
     share += np.float32(k * radii[0] + 0.5)
     share -= distance * np.float32(1 / w)
-    return np.clip(share, 0, 1, out=share)
+    np.maximum(share, 0, out=share)
+    return np.minimum(share, 1, out=share)
 
 
 def tube_width(
@@ -358,8 +376,7 @@ def tube_share(
     wall: float = 0.0,  # mm; 0: no inner share
 ) -> tuple[np.ndarray, np.ndarray | None]:  # 0..1, whole tube and what its wall contains
     "Share of each voxel of a box inside one piece of a tube"
-    points = [canvas.points[i][where] for i in range(3)]
-    distance, along = tube_distance(points, a, b, flat)
+    distance, along = tube_distance(canvas.points[(slice(None), *where)], a, b, flat)
     k = 1.0 if flat is None else flat[1]
     thin = 0.5 * (radii[0] + radii[1]) * k
     outer = _ramp(distance, along, radii, thin, width)

@@ -156,7 +156,7 @@ def _join(canvas: Canvas, f: np.ndarray, path, radii, blend: float) -> None:
         where = canvas.box(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
         if where is None:
             continue
-        distance, along = tube_distance([q[where] for q in canvas.points], a, b)
+        distance, along = tube_distance(canvas.points[(slice(None), *where)], a, b)
         distance -= along * np.float32(r1 - r0) + np.float32(r0)
         f[where] = smooth_min(f[where], distance, blend)
 
@@ -344,13 +344,12 @@ def paint_spine(
     p: Patient,
 ) -> None:
     "Paint muscles of the back, discs, vertebrae, sacrum, canal and cord"
-    z = np.arange(205.0, -400.0, -24.0)
+    z = np.arange(205.0, -400.0, -35.0)
     line = spine_point(z, p)
     thick = np.interp(z, [-440, -330, -150, 20, 100, 200], [22, 27, 25, 20, 15, 13]) * p.muscle
     for side, label in ((1, 87), (-1, 86)):
         path = line + np.array([side * 1.0, 0, 0]) * (thick[:, None] + 7) - (0, 38, 0)
-        paint_tube(canvas, path, thick + 1.8, "fascia", within="muscle")
-        paint_tube(canvas, path, thick, "muscle", label)
+        paint_tube(canvas, path, thick + 1.8, "fascia", label, core=(1.8, "muscle"))
     flat = [((0, 1, 0), 0.72)] * (len(z) - 1)
     wide = np.interp(z, [-390, -200, -20, 60, 200], [24, 18, 13, 13, 12])
     paint_tube(canvas, line, wide, "disc", flat=flat)
@@ -363,8 +362,8 @@ def paint_spine(
         paint_tube(canvas, piece, wide, "cortex", label, flat, core=(1.6, "marrow"))
     deep = np.interp(z, [-390, -200, -20, 60, 200], [27, 25, 22, 18, 17])
     canal = line - np.stack([0 * deep, deep, 0 * deep], -1)
-    paint_tube(canvas, canal, 8.5, "fluid", 0)
-    paint_tube(canvas, canal[z > -240], 5.0, "cord", 79)
+    paint_tube(canvas, canal[z < -200], 8.5, "fluid", 0)
+    paint_tube(canvas, canal[z > -240], 8.5, "fluid", 79, core=(2.5, "cord"))
 
 # %% ../../nbs/1_phantom/15_skeleton.ipynb #p3c00014
 RIB_FALL = (57, 65, 73, 81, 88, 94, 96, 88, 78, 68, 40, 28)  # mm from the back to the front end
@@ -393,7 +392,7 @@ def rib_path(
     top = vertebral_levels()[f"T{number}"][0] - 3
     head = spine_point(top, p) + (side * 15.0, -10.0, 0)
     neck = spine_point(top - 2, p) + (side * 34.0, -27.0, 0)
-    along = np.linspace(0, 1, 11)
+    along = np.linspace(0, 1, 9)
     degrees = -66 + (RIB_END[number - 1] + 66) * along
     z = top - 4 - RIB_FALL[number - 1] * along**1.15
     return np.vstack([head, neck, on_wall(degrees, z, side)])
@@ -416,7 +415,7 @@ def paint_ribs(
         for n in range(1, 13):
             path = rib_path(n, side, p)
             front[side][n] = path[-1]
-            size = np.interp(np.arange(len(path)), [0, 2, 10], [4.5, 6.0, 6.6])
+            size = np.interp(np.arange(len(path)), [0, 2, 8], [4.5, 6.0, 6.6])
             flat = _rib_flat(path)
             core = (1.2, "marrow")
             paint_tube(canvas, path, size, "cortex", first + n - 1, flat, core=core)

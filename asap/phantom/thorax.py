@@ -393,7 +393,7 @@ def _spread(space, f: np.ndarray, path, radius, margin: float) -> None:
         where = space.box(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
         if where is None:
             continue
-        distance, along = tube_distance([q[where] for q in space.points], a, b)
+        distance, along = tube_distance(space.points[(slice(None), *where)], a, b)
         distance -= along * np.float32(r1 - r0) + np.float32(r0)
         f[where] = smooth_min(f[where], distance, 9)
 

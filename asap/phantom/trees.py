@@ -28,7 +28,7 @@ from asap.phantom.thorax import (
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00006
 def lobe_points(
     p: Patient,
-    count: int = 15000,  # points in the box around both lungs
+    count: int = 12000,  # points in the box around both lungs
     size: float = 1.0,  # factor of the heart
 ) -> dict[int, np.ndarray]:  # class of a lobe -> (n,3), mm
     "Random points inside each lobe, 3 mm or more from its surface"
@@ -230,15 +230,23 @@ def _thin_share(canvas: Canvas, start, end, radius) -> np.ndarray:
     total = np.zeros(int(size.prod()))
     for k in range(n):
         moved = index + (0, 0, (k - (n - 1) / 2) * canvas.step[2] / n if n > 1 else 0)
-        low = np.floor(moved).astype(int)
-        part = moved - low
-        for corner in np.ndindex(2, 2, 2):
-            cell = low + corner
-            ok = ((cell >= 0) & (cell < size)).all(1)
-            weight = np.where(corner, part, 1 - part).prod(1) * volume / n
-            flat = np.ravel_multi_index(tuple(cell[ok].T), tuple(size))
-            total += np.bincount(flat, weight[ok], len(total))
+        total += _deposit(moved, volume / n, size)
     return np.minimum(total, 1).astype(np.float32).reshape(size)
+
+
+def _deposit(index: np.ndarray, volume: np.ndarray, size: np.ndarray) -> np.ndarray:
+    "Distribute volumes over the eight voxels around each point"
+    low = np.floor(index).astype(int)
+    ok = ((low >= -1) & (low < size)).all(1)
+    low, part, volume = low[ok] + 1, (index - low)[ok], volume[ok]
+    wide = size + 2  # one voxel of margin, cut off at the end
+    flat = (low[:, 0] * wide[1] + low[:, 1]) * wide[2] + low[:, 2]
+    total = np.zeros(int(wide.prod()))
+    for i, j, k in np.ndindex(2, 2, 2):
+        weight = np.abs(1 - i - part[:, 0]) * np.abs(1 - j - part[:, 1])
+        weight *= np.abs(1 - k - part[:, 2]) * volume
+        total += np.bincount(flat + (i * wide[1] + j) * wide[2] + k, weight, len(total))
+    return total.reshape(wide)[1:-1, 1:-1, 1:-1].ravel()
 
 
 def tree_share(

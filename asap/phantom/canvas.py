@@ -76,7 +76,7 @@ class Canvas:
     pose: Pose
     widths: np.ndarray = field(repr=False)  # (3,3), squared width of the profile, canonical mm2
     unwidths: np.ndarray = field(repr=False)  # (3,3), its inverse times its determinant
-    reach: np.ndarray = field(repr=False)  # (3,), half width of the profile, canonical mm
+    reach: np.ndarray = field(repr=False)  # (3,), width of the profile, canonical mm
 
     @property
     def whole(self) -> tuple:
@@ -105,9 +105,9 @@ class Canvas:
     ) -> list[tuple | None]:
         "The voxels of several canonical boxes"
         mid = ((low + high) / 2 - self.middle) @ self.to_index.T
-        half = ((high - low) / 2 + self.slack) @ np.abs(self.to_index).T + 1
-        start = np.maximum(np.floor(mid - half), 0).astype(int)
-        stop = np.minimum(np.ceil(mid + half) + 1, self.hu.shape).astype(int)
+        half = ((high - low) / 2 + self.slack) @ np.abs(self.to_index).T
+        start = np.maximum(np.ceil(mid - half), 0).astype(int)
+        stop = np.minimum(np.floor(mid + half) + 1, self.hu.shape).astype(int)
         empty = (start >= stop).any(1).tolist()
         rows = zip(start.tolist(), stop.tolist(), empty)
         return [None if no else tuple(map(slice, a, b)) for a, b, no in rows]
@@ -188,7 +188,7 @@ def make_canvas(
         pose,
         wide @ wide.T,
         np.linalg.inv(wide @ wide.T) * np.linalg.det(wide @ wide.T),
-        0.5 * np.sqrt((wide**2).sum(1)),
+        np.sqrt((wide**2).sum(1)),
     )
 
 # %% ../../nbs/1_phantom/13_canvas.ipynb #p3a00012

@@ -411,7 +411,8 @@ def mediastinum_field(
         f[where] = smooth_min(f[where], heart - np.float32(2 + fat), 9)
     for v in central_vessels(p):
         if abs(v.path[:, 0]).max() < 70 and "jugular" not in v.name:
-            _spread(space, f, v.path[::2], v.radius[::2], 2 + 0.5 * fat)
+            k = 3 if v.name == "aorta" else 2
+            _spread(space, f, v.path[::k], v.radius[::k], 2 + 0.5 * fat)
     for path, r in ((TRACHEA, 9), (RIGHT_BRONCHUS, 8), (LEFT_BRONCHUS, 7)):
         _spread(space, f, settle(path, p), r, 2.5 + 0.3 * fat)
     _spread(space, f, esophagus_path(p), 8, 2)

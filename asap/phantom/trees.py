@@ -28,7 +28,7 @@ from asap.phantom.thorax import (
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00006
 def lobe_points(
     p: Patient,
-    count: int = 12000,  # points in the box around both lungs
+    count: int = 10000,  # points in the box around both lungs
     size: float = 1.0,  # factor of the heart
 ) -> dict[int, np.ndarray]:  # class of a lobe -> (n,3), mm
     "Random points inside each lobe, 3 mm or more from its surface"
@@ -38,7 +38,9 @@ def lobe_points(
     cavity, dome = wall_of_points(q), surface_height("dome", q[0], q[1], p)
     keep = (cavity < -5) & (q[2] > dome + 3)
     q, cavity, dome = q[:, keep], cavity[keep], dome[keep]
-    medial = mediastinum_field(Cloud(q), p, size)
+    medial = np.full(q.shape[1], 60, np.float32)
+    near = np.abs(q[0]) < 88
+    medial[near] = mediastinum_field(Cloud(q[:, near]), p, size)
     out = {}
     for side in (1, -1):
         inside = lung_field(q, cavity, medial, dome, side) < -3
@@ -104,7 +106,7 @@ def grow(
             thin = r * max(len(own) / len(cloud), 0.12) ** (1 / 3)
             target = here + share * (own.sum(0) / len(own) - here)
             rows.append((here, target, r if parent < 0 else 1.04 * thin, thin, parent, generation))
-            if generation < depth + 2 and len(own) > 5:
+            if generation < depth + 2 and len(own) > 6:
                 queue.append((target, own, thin, len(rows) - 1, generation + 1))
             else:
                 leaves.append((len(rows) - 1, own))

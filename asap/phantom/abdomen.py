@@ -46,7 +46,7 @@ def liver_field(
     k = (p.liver - 1) * 90
     top = z - surface_height("dome", x, y, p) + np.float32(4)
     left = np.clip((64 - x) * np.float32(0.58), -8, 70)
-    bottom = np.float32(-226 + 0.7 * lift - k) + left - 0.16 * (y + 10) - z
+    bottom = np.float32(-219 + 0.7 * lift - k) + left - 0.16 * (y + 10) - z
     back = np.float32(-76) + np.clip((66 - x) * np.float32(0.85), 0, 74) - y
     end = np.float32(-66 - k) - x
     f = -smooth_min(-top, -(cavity + np.float32(4)), 6)
@@ -105,7 +105,7 @@ def _paint_kidney(canvas: Canvas, p: Patient, side: int) -> None:
     if where is None:
         return
     points = [q[where] for q in canvas.points]
-    whole = ellipsoid(points, at, (30, 28, 57), axes)
+    whole = ellipsoid(points, at, (30.5, 28.5, 58), axes)
     hilum = ellipsoid(points, at - (side * 27, -8, 0), (15, 14, 17))
     f = -smooth_min(-whole, hilum, 6)
     fill(canvas, where, f, "kidney_cortex", label)

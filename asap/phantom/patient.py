@@ -135,7 +135,7 @@ def tissue_values(
     density = float(r.normal(0, 35)) - 1.6 * (age - 55)
     values["marrow"] += density
     values["cortex"] += 2 * density
-    values["lung"] = float(-735 - 130 * inspiration + r.normal(0, 12))
+    values["lung"] = float(-772 - 125 * inspiration + r.normal(0, 12))
     return values
 
 
@@ -180,10 +180,10 @@ def sample_patient(
         lung_gradient=float(u(30, 110) * (1.3 - 0.6 * inspiration)),
         kyphosis=float(r.normal(0, 4) + 0.12 * (age - 50)),
         scoliosis=float(r.normal(0, 4)),
-        heart=float(u(0.93, 1.05)),
+        heart=float(u(0.97, 1.1)),
         aorta=float(u(0.9, 1.12) + 0.003 * (age - 55)),
         liver=float(u(0.93, 1.07)),
-        spleen=float(u(0.85, 1.15)),
+        spleen=float(u(0.8, 1.9)),
         stomach=float(u(0, 1)),
         gas=float(u(0, 1)),
         domes=(float(r.normal(0, 6)), float(r.normal(0, 6))),

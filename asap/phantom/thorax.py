@@ -6,8 +6,8 @@
 __all__ = ['FULL', 'OBLIQUE_SLOPE', 'CENTRAL', 'TRACHEA', 'RIGHT_BRONCHUS', 'LEFT_BRONCHUS', 'LONG_AXIS', 'HEART_AXES',
            'HEART_MIDDLE', 'CHAMBERS', 'CORONARIES', 'LOBES', 'Cloud', 'breath_lift', 'surface_height', 'Vessel',
            'settle', 'aorta', 'central_vessels', 'esophagus_path', 'heart_chambers', 'coronary_paths', 'heart_field',
-           'paint_heart', 'mediastinum_field', 'lung_field', 'lobe_of', 'paint_lungs', 'paint_vessels', 'paint_trachea',
-           'wall_of_points']
+           'paint_heart', 'mediastinum_field', 'lung_field', 'lobe_of', 'paint_lungs', 'paint_vessels',
+           'central_airways', 'wall_of_points']
 
 # %% ../../nbs/1_phantom/16_thorax.ipynb #p3d00003
 from collections.abc import Sequence
@@ -69,13 +69,13 @@ def _dome(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
 
 def _oblique(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
     out = np.abs(x) - 62
-    start = np.where(x > 0, -65.0, -62.0) + 4 * p.wobble[2] + 0.5 * breath_lift(p)
+    start = np.where(x > 0, -54.0, -51.0) + 4 * p.wobble[2] + 0.5 * breath_lift(p)
     bend = 0.004 * out**2 + 5 * np.sin(y / 28 + p.wobble[3])
     return start - OBLIQUE_SLOPE * y + bend - 0.12 * out
 
 
 def _horizontal(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
-    level = -30 + 3 * p.wobble[3] + 0.4 * breath_lift(p)
+    level = -31 + 3 * p.wobble[3] + 0.4 * breath_lift(p)
     return level - 0.003 * (x - 60) ** 2 - 0.08 * (y - 40)
 
 
@@ -250,14 +250,22 @@ CENTRAL = [  # name, path, radii, tissue, class
 
 def aorta(p: Patient) -> Vessel:
     "Root, ascending part, arch, descending part to the bifurcation at L4"
-    top = [(0, 17, -50), (7, 23, -30), (17, 27, -8), (18, 23, 12), (10, 12, 29), (-4, -6, 36)]
+    top = [
+        (-14, 14, -60),
+        (0, 17, -50),
+        (7, 23, -30),
+        (17, 27, -8),
+        (18, 23, 12),
+        (10, 12, 29),
+        (-4, -6, 36),
+    ]
     top += [(-18, -26, 30), (-26, -40, 12)]
     z = np.array([-15.0, -60, -110, -160, -205, -250, -300, -341])
     down = spine_point(z, p)
     down[:, 0] += np.interp(z, [-341, -205, -110], [0, -6, -26])
     down[:, 1] += np.interp(z, [-341, -205, -160, -110, -60, -15], [27, 26, 20, 11, 9, 7])
     path = np.vstack([settle(top, p), down])
-    sizes = [17.5, 16, 16, 15.5, 14.5, 14, 13.5, 13, 13, 12.5, 12, 11.5, 11, 10, 9, 8.5]
+    sizes = [12, 17, 16, 16, 15.5, 14.5, 14, 13.5, 13, 13, 12.5, 12, 11.5, 11, 10, 9, 8.5]
     radius = np.array(sizes) * np.clip(p.aorta, 0.8, 1.3)
     pieces = 3
     at = np.arange((len(path) - 1) * pieces + 1) / pieces
@@ -532,7 +540,7 @@ def paint_vessels(
     canvas: Canvas,
     p: Patient,
 ) -> None:
-    "Paint great vessels, esophagus, trachea and thyroid"
+    "Paint great vessels, esophagus and thyroid"
     for side in (1, -1):
         paint_ellipsoid(canvas, (side * 21, 17, 126), (9, 10, 22), "thyroid", 17)
     paint_tube(canvas, [(-20, 26, 118), (0, 29, 116), (20, 26, 118)], 4.5, "thyroid", 17)
@@ -543,18 +551,11 @@ def paint_vessels(
     paint_tube(canvas, path, 7.5, "esophagus", 15, core=(4.5 - p.gas, "fluid"))
 
 
-def paint_trachea(
-    canvas: Canvas,
-    p: Patient,
-) -> None:
-    "Paint trachea and main bronchi"
+def central_airways(p: Patient) -> list[tuple]:  # (path, radius of the lumen in mm)
+    "Main bronchi and trachea"
     wide = 1.0 if p.sex == "M" else 0.88
-    for path, r in ((RIGHT_BRONCHUS, 7.2), (LEFT_BRONCHUS, 6.4), (TRACHEA, 9.2)):
-        q = smooth_path(settle(path, p), 3)
-        paint_tube(canvas, q, r * wide + 1.4, "airway_wall", 0)
-    for path, r in ((RIGHT_BRONCHUS, 7.2), (LEFT_BRONCHUS, 6.4), (TRACHEA, 9.2)):
-        q = smooth_path(settle(path, p), 3)
-        paint_tube(canvas, q, r * wide, "airway", 16)
+    parts = ((RIGHT_BRONCHUS, 7.2), (LEFT_BRONCHUS, 6.4), (TRACHEA, 9.2))
+    return [(smooth_path(settle(path, p), 3), r * wide) for path, r in parts]
 
 
 def wall_of_points(

@@ -29,8 +29,8 @@ from asap.phantom.skeleton import (
     paint_spine,
     paint_wall,
 )
-from .thorax import paint_heart, paint_lungs, paint_trachea, paint_vessels
-from .trees import Tree, lung_trees, paint_trees
+from .thorax import paint_heart, paint_lungs, paint_vessels
+from .trees import Tree, lung_trees, paint_airways, paint_blood
 
 # %% ../../nbs/1_phantom/19a_whole_body.ipynb #p3h00006
 TEXTURE = {  # tissue: HU of smooth noise, standard deviation
@@ -109,10 +109,10 @@ def paint_body(
     paint_lungs(canvas, wall, p, heart)
     paint_pelvis(canvas, p)
     paint_abdomen(canvas, wall, p)
-    paint_trees(canvas, trees)
-    paint_vessels(canvas, p)
+    paint_blood(canvas, trees)
     paint_heart(canvas, p, heart)
-    paint_trachea(canvas, p)
+    paint_vessels(canvas, p)
+    paint_airways(canvas, trees, p)
     paint_spine(canvas, p)
     paint_ribs(canvas, p)
     paint_shoulder(canvas, p)

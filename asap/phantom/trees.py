@@ -315,11 +315,11 @@ def paint_airways(
     box = canvas.box(*LUNG_BOX)
     if box is not None:
         part = canvas.crop(box)
-        only = _free("lung", "fissure", "mediastinal_fat")[part.tissues]
+        names = ("lung", "fissure", "mediastinal_fat", "pulmonary_artery", "pulmonary_vein")
+        only = _free(*names)[part.tissues]
         share = tree_share(part, trees["airway"], 1.2, least=1.3)
         part.paint(part.whole, share * only, "airway_wall")
-        names = ("lung", "fissure", "mediastinal_fat", "airway_wall", "artery", "vein")
-        only = _free(*names)[part.tissues]
+        only = _free(*names, "airway_wall", "artery", "vein")[part.tissues]
         part.paint(part.whole, tree_share(part, trees["airway"], least=1.3) * only, "airway")
     for path, r in central_airways(p):
         paint_tube(canvas, path, r, "airway", 16)

@@ -40,6 +40,14 @@ from asap.phantom.thorax import (
 )
 from asap.phantom.trees import Tree, lobe_points, lung_trees, tree_share
 from asap.phantom.whole_body import View, WholeBody, paint_body
+from asap.phantom.words import (
+    LOG_HAZARDS,
+    PhantomCase,
+    Reconstruction,
+    sample_spacing,
+    synthesize_questions,
+    synthesize_report,
+)
 
 #| export
 LESION_HU = {  # lesion: HU without medium, and what each phase adds (pulmonary, arterial, venous)
@@ -70,7 +78,8 @@ def lesion_values(
     out = {}
     for name, row in LESION_HU.items():
         plain = row[0] * r.uniform(0.75, 1.3) if row[0] >= 300 else row[0] + r.normal(0, 4)
-        out[name] = float(plain + (dose * row[column] * r.uniform(0.8, 1.2) if column else 0.0))
+        mixed = dose * r.uniform(0.8, 1.2)
+        out[name] = float(plain + (mixed * row[column] if column else 0.0))
     return out
 
 #| export
@@ -104,10 +113,15 @@ class Scene:
         return float(np.prod(self.canvas.reach) ** (1 / 3))
 
     @cached_property
+    def lung(self) -> np.ndarray:  # bool, (W,H,D)
+        "Voxels of the five lobes of the healthy body"
+        return np.isin(self.canvas.labels, list(LOBES.values()))
+
+    @cached_property
     def region(self) -> np.ndarray:  # (n,), flat positions
         "Voxels of both lungs and of their border"
         c = self.canvas
-        lung = np.isin(c.labels, list(LOBES.values()))
+        lung = self.lung
         rim = binary_dilation(lung) & (c.labels == 0) & (c.hu < -150) & (self.wall.cavity < 2)
         lumen = c.tissues == TISSUE_IDS["airway"]
         return np.flatnonzero((lung | rim) & ~lumen)
@@ -157,6 +171,13 @@ class Scene:
         out = np.zeros(self.canvas.hu.shape, np.float32)
         out.ravel()[self.region] = share
         return out
+
+    def mask(
+        self,
+        share: np.ndarray,  # (n,), of the region
+    ) -> np.ndarray:  # bool, (W,H,D)
+        "Voxels of the lung that a lesion holds"
+        return lesion_mask(self.full(share)) & self.lung
 
 #| export
 def ramp(
@@ -383,16 +404,16 @@ def _dense(points: np.ndarray, values: np.ndarray, mm: float = 2.0) -> tuple:
 
 def _plaque(s: Scene, r, share, path, radius, start: int, length: float, wide: float) -> None:
     "Add one plaque on the wall of a vessel to a share"
-    angle, thick = r.uniform(0, 2 * np.pi), r.uniform(0.6, 1.5) / s.k
-    rows = max(int(wide / 2.5), 1)
+    angle, thick = r.uniform(0, 2 * np.pi), r.uniform(0.8, 1.8) / s.k
+    rows = max(int(wide / 1.7), 1)
     n = max(int(length / 2.0), 1)
     for row in range(rows):
-        a = angle + (row - (rows - 1) / 2) * 2.5 / radius[start]
+        a = angle + (row - (rows - 1) / 2) * 1.7 / radius[start]
         part = range(start, min(start + n + 1, len(path)))
         line = []
         for i in part:
             u, v = _frame(path, i)
-            line.append(path[i] + radius[i] * (np.cos(a) * u + np.sin(a) * v))
+            line.append(path[i] + (radius[i] - 0.4) * (np.cos(a) * u + np.sin(a) * v))
         if len(line) > 1:
             add_tubes(s.canvas, share, line, thick * r.uniform(0.6, 1.1, len(line)))
 
@@ -407,7 +428,7 @@ def _calcify(s: Scene, r, vessels: list, n: int, longest: float, widest: float) 
         start = int(r.integers(max(len(path) - int(length / 2) - 1, 1)))
         one = np.zeros_like(share)
         _plaque(s, r, one, path, radius, start, length, min(widest, length) / s.k)
-        if one.max() > 0.15:
+        if one.max() > 0.08:
             size, count = max(size, length * s.k), count + 1
             np.maximum(share, one, out=share)
     _blend(s, share, s.hu["calcium"] * r.uniform(0.6, 1.3))
@@ -636,7 +657,7 @@ def _nodule(s, r, sev):
         if one.max() < 0.12 or (near & mask).any():
             continue
         hu[near] = r.uniform(250, 800) if dense else s.hu["nodule"] + r.normal(0, 8)
-        mask |= lesion_mask(one)
+        mask |= lesion_mask(one) & s.lung
         lobes.append(lobe)
         size = max(size, float(mm))
         share, hole = np.maximum(share, one), np.maximum(hole, cavity * inside)
@@ -751,7 +772,7 @@ def _consolidation(s, r, sev):
     grain = 1 - 0.12 * np.maximum(value_noise(s.q, 4, s.seed, "grain"), 0)
     share = ramp(f, s.width + 3)
     _mixed(s, share * grain, s.hu["consolidation"])
-    mask = lesion_mask(s.full(share))
+    mask = s.mask(share)
     _reopen(s, mask)
     side, place = describe_lobes(lobes)
     size, n = axial_diameter(mask, s.canvas.spacing), len(lobes)
@@ -785,7 +806,7 @@ def _opacity(s, r, sev):
         added += share * 420 * sheet(border, 1.6, s.width)
     flat = s.canvas.hu.reshape(-1)
     flat[s.region] += s.air() * np.minimum(added, 560)
-    mask = lesion_mask(s.full(share))
+    mask = s.mask(share)
     side, place = describe_lobes(lobes)
     size, n = axial_diameter(mask, s.canvas.spacing), len(lobes)
     return dict(side=side, place=place, size_mm=size, count=n, mask=mask)
@@ -816,7 +837,7 @@ def _atelectasis(s, r, sev):
         return None
     _mixed(s, share, s.hu["atelectasis"])
     side, place = describe_lobes(lobes)
-    mask = lesion_mask(s.full(share))
+    mask = s.mask(share)
     return dict(side=side, place=place, size_mm=thickest, count=len(lobes), mask=mask)
 
 #| export
@@ -836,7 +857,7 @@ def _emphysema(s, r, sev):
         return None
     flat = s.canvas.hu.reshape(-1)
     flat[s.region] += share * (-985 - flat[s.region]) - 25 * sev * high * s.air()
-    mask = lesion_mask(s.full(share))
+    mask = s.mask(share)
     size_mm = 2 * float(np.quantile(np.maximum(size, 0), 0.9)) * s.k
     return dict(side="both sides", place="upper lobes", size_mm=max(size_mm, 3.0), mask=mask)
 
@@ -847,9 +868,9 @@ def _mosaic(s, r, sev):
     patch = value_noise(s.q, 40, s.seed, "mosaic") + 0.5 * np.sin(cell * 12.9898)
     bright = patch > 0.15
     soft = np.where(bright, 1, -1) * np.clip(border / (s.width / 2), 0, 1)
-    half = (28 + 50 * sev) / 2
+    half = (50 + 80 * sev) / 2
     flat = s.canvas.hu.reshape(-1)
-    change = (half + 22) * soft
+    change = half * soft
     flat[s.region] += s.air() * np.where(change < 0, 0.8 * change, 1.5 * change)
     mask = s.full(bright & (s.air() > 0.4)) > 0
     if not mask.any():
@@ -861,14 +882,15 @@ def _mosaic(s, r, sev):
 def _septa(s, r, sev):
     _, _, border = lobules(s.q, 17, s.seed, "septa")
     near = np.clip((34 - s.depth) / 14, 0, 1) * np.clip(2.4 * s.low - 0.35, 0.06, 1)
-    thick = (1.3 + 2.0 * sev) / s.k
+    near = near * np.clip(0.8 + 0.7 * value_noise(s.q, 22, s.seed, "septa"), 0.1, 1)
+    thick = (0.9 + 1.5 * sev) / s.k
     share = sheet(border, thick, s.width) * near
     if share.max() < 0.1:
         return None
     _mixed(s, share, s.hu["septum"])
     flat = s.canvas.hu.reshape(-1)
     flat[s.region] += s.air() * near * (15 + 45 * sev)  # fluid around
-    mask = lesion_mask(s.full(share))
+    mask = s.mask(share)
     return dict(side="both sides", place="both lower zones", size_mm=17 * s.k, mask=mask)
 
 
@@ -890,8 +912,8 @@ def _fibrosis(s, r, sev):
             size = np.array([1.6, 1.2, 0.9, 0.6, 0.4]) * r.uniform(0.8, 1 + 0.9 * sev) / s.k
             add_tubes(s.canvas, share, smooth_path([a, mid, b], 2), size)
         apex = np.float32(np.quantile(cloud[:, 2], 0.99) - 4)
-        near = np.minimum(s.depth, (apex + 6 - s.q[2]) * 0.8)
-        f = near - (3 + 8 * sev) - 2.2 * wave
+        near = np.minimum(s.depth, (apex + 2 - s.q[2]) * 1.3)
+        f = near - (0.5 + 4 * sev) - 2.4 * wave
         here = (s.side == one) & (s.q[2] > apex - 16 - 26 * sev)
         np.maximum(cap, ramp(f, s.width) * here, out=cap)
     inside = s.full(np.ones(len(s.region), np.float32))
@@ -900,7 +922,7 @@ def _fibrosis(s, r, sev):
     if whole.max() < 0.15:
         return None
     _mixed(s, whole, s.hu["scar"])
-    mask = lesion_mask(s.full(whole))
+    mask = s.mask(whole)
     place = "both upper lobes" if side == 0 else f"{_WHERE[int(side)]} upper lobe"
     name = "both sides" if side == 0 else _WHERE[int(side)]
     size = axial_diameter(mask, s.canvas.spacing)
@@ -936,7 +958,7 @@ def _bronchiectasis(s, r, sev):
     keep &= r.random(len(t)) < 0.85
     factor = (1.7 + 1.1 * sev) * r.uniform(0.85, 1.2, keep.sum())
     whole, lumen = _bronchi(s, keep, np.maximum(factor, 1.5), (0.9 + 0.5 * sev) / s.k)
-    mask = lesion_mask(whole)
+    mask = lesion_mask(whole) & s.lung
     seen = [i for i in lobes if (mask & (s.canvas.labels == i)).any()]
     if not seen:
         return None
@@ -951,7 +973,7 @@ def _peribronchial(s, r, sev):
     keep = (t.generation >= 3) & (t.generation <= 6)
     wall = (1.9 + 2.4 * sev) / s.k
     whole, lumen = _bronchi(s, keep, 0.92, wall)
-    mask = lesion_mask(whole)
+    mask = lesion_mask(whole) & s.lung
     if not mask.any():
         return None
     size = (2 * wall + 2 * float(t.radius[keep].max())) * s.k
@@ -1003,11 +1025,26 @@ def _metal(s: Scene, share: np.ndarray, hu: float) -> np.ndarray:  # bool
     return lesion_mask(share)
 
 
-def _device(s: Scene, side: int, at: np.ndarray) -> tuple:  # box, share
+def _outward(at: np.ndarray) -> np.ndarray:  # (3,3), in rows: outward, along the wall, up
+    flat = np.array([at[0], at[1], 0.0]) / np.hypot(at[0], at[1])
+    return np.stack([flat, np.cross((0, 0, 1.0), flat), (0, 0, 1.0)])
+
+
+def _pocket(s: Scene, at: np.ndarray) -> None:
+    "Raise the skin over a device"
+    where = s.canvas.box(at - 50, at + 50)
+    if where is None:
+        return
+    points = [q[where] for q in s.canvas.points]
+    f = ellipsoid(points, at, (13, 34, 32), _outward(at))
+    outside = ramp(1 - s.wall.skin[where], s.width)
+    for inset, name in ((0, "skin"), (2.2, "fat")):
+        s.canvas.paint(where, ramp(f + inset, s.width) * outside, name)
+
+
+def _device(s: Scene, at: np.ndarray) -> tuple:  # box, share
     "A rounded box that lies on the chest wall"
-    flat = np.array([at[0], at[1], 0.0])
-    flat /= np.linalg.norm(flat)
-    axes = np.stack([flat, np.cross((0, 0, 1.0), flat), (0, 0, 1.0)])
+    axes = _outward(at)
     half = np.array([4.0, 23.0, 20.0]) / s.k
 
     def shape(points):
@@ -1058,12 +1095,10 @@ def _material(s, r, sev):
     side = int(r.choice([1, -1], p=[0.35, 0.65]))
     share = np.zeros(s.canvas.hu.shape, np.float32)
     angle, z = np.deg2rad(r.uniform(46, 56)), r.uniform(24, 44)
-    at = (wall_radius(angle, z, "muscle") + 3) * np.array([side * np.cos(angle), np.sin(angle), 0])
-    at[2] = z
-    pocket = ellipsoid(s.canvas.points, at, (17, 33, 32))
-    bulge = ramp(np.minimum(pocket, 99), s.width) * (s.wall.skin > -2)
-    _blend(s, bulge * (s.canvas.hu < -200), s.canvas.values["fat"])
-    where, one = _device(s, side, at)
+    far = wall_radius(angle, z, "muscle") - 2 + min(0.25 * s.p.fat, 5)
+    at = np.array([side * far * np.cos(angle), far * np.sin(angle), z])
+    _pocket(s, at)
+    where, one = _device(s, at)
     if where is not None:
         share[where] = one
     _leads(s, r, share, side, at + (0, 0, 18), coil=r.random() < 0.35)
@@ -1284,6 +1319,8 @@ def paint_findings(
     out = []
     for name in [n for n in PAINT_ORDER if n in set(names)]:
         sev = s.severities[name]
+        if not len(s.region) and name in (*_IN_LUNG, "Pleural effusion"):
+            continue
         shape = PAINTERS[name](s, rng("paint", s.seed, name), sev)
         if shape is None or not shape["mask"].any():
             continue
@@ -1320,12 +1357,15 @@ def sample_phase(
     return str(r.choice(PHASES[1:], p=odds))
 
 #| export
-def _check_names(names: Iterable[str]) -> None:
+def _check_names(names: Iterable[str], diseases: Iterable[str]) -> None:
     for name in names:
         if name not in ABNORMALITIES:
             raise ValueError(
                 f"`{name}` is none of the 18 abnormalities: {', '.join(ABNORMALITIES)}"
             )
+    for name in diseases:
+        if name not in DISEASES:
+            raise ValueError(f"`{name}` is none of the diseases: {', '.join(DISEASES)}")
 
 
 def _shifted(s: ScannerSettings, shift: DomainShift) -> ScannerSettings:
@@ -1359,9 +1399,9 @@ def synthesize_body_chest(
 ) -> BodyChest:
     "Synthesize a patient of generation 3 with findings and scan it"
     wanted = [only] if only else present
-    _check_names([*(wanted or []), *without])
-    p = sample_patient(seed, phase=phase or sample_phase(seed, shift))
     have, sick = list(wanted or []), tuple(diseases or ())
+    _check_names([*have, *without], sick)
+    p = sample_patient(seed, phase=phase or sample_phase(seed, shift))
     if wanted is None:
         have = sample_abnormalities(seed, p.age, shift)
         chances = None if diseases is None else {n: float(n in sick) for n in DISEASES}
@@ -1381,7 +1421,8 @@ def synthesize_body_chest(
 
 def _scan(s: Scene, v: View, st: ScannerSettings, findings: list, extra: list) -> BodyChest:
     "Add emboli, scan, and collect"
-    found: dict[str, Finding | None] = {n: None for n in s.diseases}
+    seen = {None, *(f.name for f in findings)}
+    found: dict[str, Finding | None] = {n: None for n in s.diseases if DISEASES[n][2] in seen}
     if "pulmonary embolism" in found:
         r = rng("paint", s.seed, "emboli")
         sev = float(r.beta(1.6, 1.4))
@@ -1397,6 +1438,78 @@ def _scan(s: Scene, v: View, st: ScannerSettings, findings: list, extra: list) -
         hu, c.labels, c.tissues, affine, c.spacing, p, v, st, c, s.wall, s.trees
     )
     traits = dict(age=p.age, sex=p.sex, contrast=p.phase != "none", phase=p.phase, scale=s.k)
-    return BodyChest(
-        hu, c.labels, findings, affine, c.spacing, traits, c.hu, body, found, extra
+    return BodyChest(hu, c.labels, findings, affine, c.spacing, traits, c.hu, body, found, extra)
+
+#| export
+def lung_involvement(
+    c: BodyChest,
+) -> float:  # 0..1
+    "Share of the lungs in which air is replaced: opacity, consolidation"
+    lung = np.isin(c.labels, list(LOBES.values()))
+    masks = [f.mask for f in c.findings if f.name in ("Lung opacity", "Consolidation")]
+    if not masks or not lung.any():
+        return 0.0
+    return float((np.any(masks, 0) & lung).sum() / lung.sum())
+
+
+def visible_outcome(
+    c: BodyChest,
+    seed: Any,  # any key of `asap.core.rng`
+) -> dict:  # severity 0..1, time_days, event
+    "Severity, survival time and whether it was observed, from what the image shows"
+    r = rng("visible outcome", seed)
+    risk = sum(LOG_HAZARDS.get(f.name, 0.1) * (0.5 + f.severity) for f in c.findings)
+    risk += 4 * lung_involvement(c) + 0.012 * (c.traits["age"] - 60)
+    clot = c.diseases.get("pulmonary embolism")
+    risk += 0.6 * (0.5 + clot.severity) if clot else 0.0
+    time, end = 1500 * np.exp(-risk) * r.weibull(2.5), r.uniform(120, 1500)
+    return dict(
+        severity=float(1 / (1 + np.exp(1.6 - risk))),
+        time_days=int(np.ceil(min(time, end))),
+        event=int(time <= end),
+    )
+
+#| export
+def _chest_on(key, n: int, size, spacing, shift: DomainShift, **kw) -> BodyChest:
+    "One reconstruction on its own grid"
+    own = sample_spacing(key, n, np.multiply(spacing, shift.spacing))
+    grid = tuple(int(round(a * b / c)) for a, b, c in zip(size, spacing, own))
+    settings = _shifted(sample_settings((key, n), own[2]), shift)
+    if n:
+        settings = replace(settings, sharp=max(settings.sharp, 0.7), blur=0.25)
+    return synthesize_body_chest(key, grid, own, shift=shift, settings=settings, **kw)
+
+
+def synthesize_body_case(
+    seed: int | str,  # of the study; an adapter prepends its name
+    split: str,  # "train" or "valid"
+    index: int,  # of the patient, from 1
+    size: Sequence[int] = (96, 96, 48),  # voxels of the study's grid
+    spacing: Sequence[float] = (3.5, 3.5, 7.0),  # mm
+    second_recon_prob: float = 0.2,  # probability of a second reconstruction
+    shift: DomainShift = NO_SHIFT,  # of the hospital
+    masks: Iterable[str] = (),  # abnormalities and diseases whose masks are stored
+    **kw: Any,  # of `synthesize_body_chest`, such as `diseases`
+) -> PhantomCase:
+    "Synthesize one patient of a cohort"
+    key = (seed, split, index)
+    count = 1 + int(rng("recons", key).random() < second_recon_prob)
+    chests = [_chest_on(key, n, size, spacing, shift, **kw) for n in range(count)]
+    c = chests[0]
+    kernels = ["sharp" if x.body.settings.sharp > 0.4 else "standard" for x in chests]
+    recons = [Reconstruction(x.hu, x.labels, x.affine, k) for x, k in zip(chests, kernels)]
+    every = [*c.findings, *(f for f in c.diseases.values() if f)]
+    return PhantomCase(
+        f"{split}_{index}",
+        c.traits["age"],
+        c.traits["sex"],
+        c.traits["contrast"],
+        recons,
+        synthesize_report(c, key),
+        {n: int(c.has(n)) for n in ABNORMALITIES},
+        c.findings,
+        synthesize_questions(c, key),
+        visible_outcome(c, key),
+        {f.name: f.mask for f in every if f.name in masks},
+        c,
     )

@@ -92,6 +92,7 @@ class Patient:
     inspiration: float  # 0..1
     phase: str  # one of `PHASES`
     dose: float  # factor of the enhancement
+    injected: str  # arm of the injection, "right" or "left"
     values: dict = field(repr=False)  # HU of each tissue
     lung_gradient: float = 60.0  # HU between the front and the back of the lungs
     kyphosis: float = 0.0  # mm
@@ -176,6 +177,7 @@ def sample_patient(
         inspiration=inspiration,
         phase=phase,
         dose=dose,
+        injected=str(rng("arm", seed).choice(["right", "left"])),
         values=tissue_values(phase, seed, dose, age, inspiration),
         lung_gradient=float(u(30, 110) * (1.3 - 0.6 * inspiration)),
         kyphosis=float(r.normal(0, 4) + 0.12 * (age - 50)),

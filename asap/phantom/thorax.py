@@ -199,15 +199,15 @@ CENTRAL = [  # name, path, radii, tissue, class
         "superior_vein",
         59,
     ),
-    ("right jugular vein", [(52, 8, 86), (40, 6, 135), (42, 2, 200)], 6, "superior_vein", 0),
-    ("left jugular vein", [(-52, 8, 86), (-40, 6, 135), (-42, 2, 200)], 6, "superior_vein", 0),
+    ("right jugular vein", [(52, 8, 86), (40, 6, 135), (42, 2, 200)], 6, "pelvic_vein", 0),
+    ("left jugular vein", [(-52, 8, 86), (-40, 6, 135), (-42, 2, 200)], 6, "pelvic_vein", 0),
     ("right subclavian vein", [(52, 8, 86), (92, 14, 82), (130, 6, 56)], 5.5, "superior_vein", 0),
     ("left subclavian vein", [(-52, 8, 86), (-92, 14, 82), (-130, 6, 56)], 5.5, "superior_vein", 0),
     (
         "azygos vein",
         [(9, -38, -190), (9, -44, -100), (11, -40, -15), (15, -33, 13), (27, 0, 19), (28, 14, 14)],
         [3, 4, 4.5, 5, 5, 5],
-        "superior_vein",
+        "inferior_vein",
         0,
     ),
     (
@@ -276,7 +276,10 @@ def aorta(p: Patient) -> Vessel:
 def central_vessels(p: Patient) -> list[Vessel]:
     "Vessels of the chest"
     out = [aorta(p)]
+    other = "left" if p.injected == "right" else "right"
     for name, path, radius, tissue, label in CENTRAL:
+        if name in (f"{other} subclavian vein", f"{other} brachiocephalic vein"):
+            tissue = "pelvic_vein"  # undiluted contrast medium comes from one arm
         q = settle(path, p)
         sizes = np.interp(
             np.arange((len(q) - 1) * 2 + 1) / 2,

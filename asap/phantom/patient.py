@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..core import rng
-from .canvas import TISSUES
 
 # %% ../../nbs/1_phantom/14_patient.ipynb #p3b00006
 PHASES = ("none", "pulmonary", "arterial", "venous")

@@ -114,9 +114,10 @@ def grow(
                 leaves.append((len(rows) - 1, own))
     twigs = _twigs(rows, leaves, depth + 3)
     columns = [np.concatenate([np.array(a), b]) for a, b in zip(zip(*rows), twigs)]
-    start, end, r0, r1, parent, generation = columns
-    radii = np.stack([np.minimum(r0, 1.15 * r1 + 1.0 * (generation > depth + 2)), r1], 1)
-    return dict(start=start, end=end, radius=radii, parent=parent, generation=generation)
+    r0, r1 = columns[2:4]
+    wide = np.minimum(r0, 1.15 * r1 + 1.0 * (columns[5] > depth + 2))
+    names = ("start", "end", "radius", "parent", "generation")
+    return dict(zip(names, (*columns[:2], np.stack([wide, r1], 1), *columns[4:])))
 
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00010
 ENTRIES = {  # lobe: bronchus, artery, vein (mm); radii of bronchus, artery, vein
@@ -126,7 +127,7 @@ ENTRIES = {  # lobe: bronchus, artery, vein (mm); radii of bronchus, artery, vei
     10: ((-56, -15, -27), (-58, -12, -17), (-60, 8, -22), (4.6, 5.4, 5.0)),
     11: ((-52, -36, -50), (-58, -34, -46), (-61, -38, -68), (4.5, 5.8, 4.8)),
 }
-STEMS = {  # kind: lobe: points from the center to the entry, mm
+STEMS: dict[str, dict[int, tuple]] = {  # kind: lobe: points from the center to the entry, mm
     "airway": {
         12: ((24, -19, -14),),
         13: (RIGHT_BRONCHUS[-1], (40, -21, -40)),

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..core import rng
 from .abdomen import paint_abdomen
-from .canvas import TISSUE_IDS, TISSUES, Canvas, Pose, edge_share, make_canvas
+from .canvas import TISSUE_IDS, Canvas, Pose, edge_share, make_canvas
 from .patient import Patient, sample_patient
 from .scanner import PADDINGS, ScannerSettings, sample_settings, scan_body
 from asap.phantom.skeleton import (

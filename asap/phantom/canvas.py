@@ -25,7 +25,8 @@ TISSUES = (
     "pulmonary_artery pulmonary_vein aorta systemic_artery "  # arteries and left side
     "superior_vein inferior_vein portal_vein pelvic_vein "  # veins by their enhancement
     "esophagus thyroid liver spleen kidney_cortex kidney_medulla adrenal pancreas gallbladder "
-    "bowel_wall fluid gas feces bladder prostate cyst table table_core"
+    "bowel_wall fluid gas feces bladder prostate cyst table table_core "
+    "thrombus calcium metal"  # of abnormalities, in no healthy body
 ).split()
 TISSUE_IDS = {name: i for i, name in enumerate(TISSUES)}
 

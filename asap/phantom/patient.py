@@ -72,6 +72,9 @@ FIXED = {  # tissue: HU without and with contrast medium
     "cyst": 4,
     "table": -420,
     "table_core": -930,
+    "thrombus": 50,
+    "calcium": 700,
+    "metal": 3000,
 }
 
 # %% ../../nbs/1_phantom/14_patient.ipynb #p3b00009

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'STEMS', 'LUNG_BOX', 'lobe_points', 'Tree', 'grow', 'lung_trees', 'tree_share', 'paint_blood',
-           'paint_airways']
+           'paint_airways', 'select_branches', 'widen', 'paint_emboli']
 
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -324,3 +324,49 @@ def paint_airways(
         part.paint(part.whole, tree_share(part, trees["airway"], least=1.3) * only, "airway")
     for path, r in central_airways(p):
         paint_tube(canvas, path, r, "airway", 16)
+
+# %% ../../nbs/1_phantom/17_trees.ipynb #p3e00018
+def select_branches(
+    tree: Tree,
+    generations: tuple[int, int] = (3, 5),  # first and last
+    lobe: int | None = None,  # TotalSegmentator's class; None: all
+    least: float = 0.0,  # mm, smallest radius at the end
+) -> np.ndarray:  # rows
+    "Branches of some generations"
+    ok = (tree.generation >= generations[0]) & (tree.generation <= generations[1])
+    if lobe is not None:
+        ok &= tree.lobe == lobe
+    return np.flatnonzero(ok & (tree.radius[:, 1] >= least))
+
+
+def widen(
+    tree: Tree,
+    rows: np.ndarray,  # branches
+    factor: float,  # of their radius
+) -> Tree:
+    "A tree with wider branches"
+    radius = tree.radius.copy()
+    radius[rows] *= factor
+    return replace(tree, radius=radius)
+
+
+def paint_emboli(
+    canvas: Canvas,
+    tree: Tree,  # of arteries
+    rows: np.ndarray,  # branches with a clot
+    filled: float = 0.85,  # part of the lumen's radius
+) -> np.ndarray:  # bool (W,H,D), voxels that are mostly clot
+    "Paint clots in the lumen of arteries"
+    part = replace(
+        tree,
+        start=tree.start[rows],
+        end=tree.end[rows],
+        radius=filled * tree.radius[rows],
+        parent=np.full(len(rows), -1),
+        generation=tree.generation[rows],
+        lobe=tree.lobe[rows],
+    )
+    share = tree_share(canvas, part)
+    share *= _free("artery", "pulmonary_artery")[canvas.tissues]
+    canvas.paint(canvas.whole, share, "thrombus")
+    return share > 0.5

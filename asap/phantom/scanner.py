@@ -118,7 +118,7 @@ def kernel_response(
     "Transfer function of the reconstruction kernel"
     soft = np.exp(-2 * (np.pi * s.blur * frequency) ** 2)
     u = (frequency / s.sharp_at) ** 2
-    return soft * (1 + 2.2 * s.sharp * u * np.exp(1 - u))
+    return soft * (1 + 1.1 * s.sharp * u * np.exp(1 - u))
 
 
 def _frequencies(shape: Sequence[int], spacing: Sequence[float]) -> tuple:

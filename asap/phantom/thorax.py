@@ -458,7 +458,7 @@ def lung_field(
     np.maximum(f, cavity + np.float32(2), out=f)
     np.maximum(f, dome - z, out=f)
     np.maximum(f, -mediastinum, out=f)
-    return np.maximum(f, np.float32(3) - side * x, out=f)
+    return np.maximum(f, np.float32(1.5) - side * x, out=f)
 
 # %% ../../nbs/1_phantom/16_thorax.ipynb #p3d00016
 LOBES = {  # name: TotalSegmentator's class

@@ -22,7 +22,9 @@ from sklearn.preprocessing import StandardScaler
 from asap.abnormalities import ABNORMALITIES
 from asap.phantom.abnormalities3 import synthesize_body_chest
 
-EDGES = np.r_[-1100, np.arange(-1000, 0, 50), np.arange(0, 400, 25), 500, 700, 1000, 1500, 2500, 3100]
+EDGES = np.r_[
+    -1100, np.arange(-1000, 0, 50), np.arange(0, 400, 25), 500, 700, 1000, 1500, 2500, 3100
+]
 LABELS = [*ABNORMALITIES, "COVID-19", "common pneumonia", "pulmonary embolism"]
 
 

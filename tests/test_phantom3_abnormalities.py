@@ -8,7 +8,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 
 from asap.abnormalities import ABNORMALITIES, DomainShift
 from asap.core import rng
-from asap.phantom import abnormalities3 as p3
+from asap.phantom import abnormalities3 as p3, chest_findings, lesions, lung_findings
 from asap.phantom.canvas import TISSUE_IDS, Pose
 from asap.phantom.patient import sample_patient
 from asap.phantom.scanner import ScannerSettings
@@ -18,7 +18,7 @@ from asap.phantom.words import PhantomCase, synthesize_questions, synthesize_rep
 
 SPACING = (3.0, 3.0, 4.0)
 PLAIN = ScannerSettings(0, thickness=4.0, noise=8.0)
-IN_LUNG = p3.PAINT_ORDER[:10]
+IN_LUNG = lung_findings.LUNG_FINDINGS
 COARSE = dict(size=(64, 64, 32), spacing=(5.2, 5.2, 10.0))
 
 
@@ -26,7 +26,7 @@ def healthy(seed, phase="venous", spacing=SPACING, heart=1.0):
     "A body without abnormalities"
     p = sample_patient(seed, phase=phase)
     view = View(Pose(1.0, p.stretch))
-    hu = p3.lesion_values(phase, seed)
+    hu = lesions.lesion_values(phase, seed)
     return p3._draw(seed, p, view, view.size(spacing), spacing, PLAIN, None, heart, hu)
 
 
@@ -63,7 +63,7 @@ def test_the_named_lobes_are_those_of_the_mask(bodies, name):
     for body in bodies:
         _, f = paint(body, name)
         found = {
-            p3.describe_lobes([i])[1]
+            lesions.describe_lobes([i])[1]
             for i in LOBES.values()
             if (body.canvas.labels[f.mask] == i).sum() > 0.2 * f.mask.sum()
         }
@@ -129,12 +129,12 @@ def test_hu_are_those_of_the_tissue():
 
 
 def test_medium_brightens_soft_lesions_only():
-    plain, venous = (p3.lesion_values(p, 0) for p in ("none", "venous"))
+    plain, venous = (lesions.lesion_values(p, 0) for p in ("none", "venous"))
     for name in ("consolidation", "atelectasis", "nodule", "node"):
         assert venous[name] > plain[name] + 20, name
     for name in ("effusion", "pericardium", "calcium", "metal", "ground_glass"):
         assert abs(venous[name] - plain[name]) < 8, name
-    assert 30 < p3.lesion_values("pulmonary", 0)["clot"] < 70
+    assert 30 < lesions.lesion_values("pulmonary", 0)["clot"] < 70
 
 
 @pytest.mark.parametrize("mm", [6.0, 12.0, 30.0, 60.0])
@@ -142,9 +142,9 @@ def test_a_nodule_has_the_size_of_its_report(bodies, mm):
     s = bodies[0]
     at = np.array([70.0, 0.0, -60.0])
     for i in range(4):
-        share, hole = p3._nodule_share(s, rng("test", mm, i), at, mm)
+        share, hole = lung_findings._nodule_share(s, rng("test", mm, i), at, mm)
         spiky = share.copy()
-        got = p3.volume_diameter(spiky, SPACING)
+        got = lesions.volume_diameter(spiky, SPACING)
         assert 0.72 * mm < got < 1.12 * mm, got
 
 
@@ -157,11 +157,13 @@ def test_size_words_follow_the_mask(bodies):
         assert large.size_mm > 2 * small.size_mm and large.mask.sum() > 1.6 * small.mask.sum()
         for name in ("Consolidation", "Lung opacity"):
             _, f = paint(body, name)
-            assert abs(p3.axial_diameter(f.mask, SPACING) - f.size_mm) < 0.1
+            assert abs(lesions.axial_diameter(f.mask, SPACING) - f.size_mm) < 0.1
 
 
 def test_a_large_heart_is_large():
-    small, large = (healthy(("test", "heart"), heart=h) for h in (1.0, p3.heart_factor(0.6)))
+    small, large = (
+        healthy(("test", "heart"), heart=h) for h in (1.0, chest_findings.heart_factor(0.6))
+    )
     sizes = [paint(b, "Cardiomegaly")[1].size_mm for b in (small, large)]
     assert sizes[1] > 1.12 * sizes[0]
 
@@ -179,7 +181,7 @@ def test_emboli_lie_in_pulmonary_arteries():
     s = healthy(("test", "clots"), "pulmonary")
     blood = np.isin(s.canvas.tissues, [TISSUE_IDS[n] for n in ("artery", "pulmonary_artery")])
     bright = s.canvas.hu.copy()
-    f = p3.paint_emboli(s, rng("test", "clots"), 0.8)
+    f = chest_findings.paint_emboli(s, rng("test", "clots"), 0.8)
     assert f["mask"].sum() > 10 and not (f["mask"] & ~blood).any() and f["count"] >= 2
     assert bright[f["mask"]].mean() > 180 > 130 > s.canvas.hu[f["mask"]].mean()
 
@@ -234,7 +236,7 @@ def test_distractors_do_not_depend_on_labels():
     a = p3.synthesize_body_chest(("test", 2), present=[], **COARSE)
     b = p3.synthesize_body_chest(("test", 2), present=["Emphysema", "Atelectasis"], **COARSE)
     assert a.distractors == b.distractors
-    counts = [len(p3.DISTRACTORS)] + [c for c, _ in p3.DISTRACTORS.values()]
+    counts = [len(chest_findings.DISTRACTORS)] + [c for c, _ in chest_findings.DISTRACTORS.values()]
     assert counts[0] >= 8 and all(0 < c < 1 for c in counts[1:])
 
 

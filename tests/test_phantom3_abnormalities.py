@@ -16,9 +16,10 @@ from asap.phantom.thorax import LOBES
 from asap.phantom.whole_body import View
 from asap.phantom.words import PhantomCase, synthesize_questions, synthesize_report
 
-SPACING = (3.0, 3.0, 4.0)
+SPACING = (3.5, 3.5, 5.0)
 PLAIN = ScannerSettings(0, thickness=4.0, noise=8.0)
 IN_LUNG = lung_findings.LUNG_FINDINGS
+FLUID = "Pleural effusion"
 COARSE = dict(size=(64, 64, 32), spacing=(5.2, 5.2, 10.0))
 
 
@@ -230,6 +231,16 @@ def test_the_same_seed_gives_the_same_bytes():
     for name in ("hu", "labels", "clean"):
         assert getattr(a, name).tobytes() == getattr(b, name).tobytes()
     assert [f.mask.tobytes() for f in a.findings] == [f.mask.tobytes() for f in b.findings]
+
+
+def test_what_fluid_covers_is_no_finding(bodies):
+    s = copy.deepcopy(bodies[0])
+    s.severities = {n: 0.95 for n in ABNORMALITIES}
+    found = {f.name: f for f in p3.paint_findings(s, ["Emphysema", "Lung nodule", FLUID])}
+    fluid = found[FLUID].mask
+    assert all(not (f.mask & fluid).any() for n, f in found.items() if n != FLUID)
+    lumen = s.canvas.tissues == TISSUE_IDS["airway"]
+    assert not (lumen & binary_erosion(fluid | lumen, iterations=2)).sum() > 20
 
 
 def test_distractors_do_not_depend_on_labels():

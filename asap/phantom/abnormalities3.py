@@ -83,6 +83,15 @@ class BodyChest(Chest):
     distractors: list = field(default_factory=list)  # names
 
 
+def _uncover(f: Finding, fluid: np.ndarray) -> bool:
+    "Take the voxels that fluid covers from a finding of the lung; whether a fifth is left"
+    if f.name not in LUNG_FINDINGS:
+        return True
+    before = f.mask.sum()
+    f.mask &= ~fluid
+    return bool(f.mask.sum() > 0.2 * before)
+
+
 def paint_findings(
     s: Scene,
     names: Iterable[str],  # abnormalities
@@ -98,9 +107,7 @@ def paint_findings(
             continue
         shape["size_mm"] = float(shape["size_mm"])
         if name == "Pleural effusion":
-            for f in out:
-                if f.name in LUNG_FINDINGS and (f.mask & ~shape["mask"]).any():
-                    f.mask &= ~shape["mask"]
+            out = [f for f in out if _uncover(f, shape["mask"])]
         out.append(Finding(name=name, severity=sev, **shape))
     return sorted(out, key=lambda f: ABNORMALITIES.index(f.name))
 

@@ -7,7 +7,7 @@ __all__ = ['LUNG_FINDINGS', 'segment_field', 'wall_depth']
 
 # %% ../../nbs/1_phantom/19c_lung_findings.ipynb #p3m00003
 import numpy as np
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_closing, binary_dilation
 from scipy.spatial import cKDTree
 
 from .canvas import TISSUE_IDS, smooth_path
@@ -462,6 +462,9 @@ def _pleural(s, r, sev):
     flat = s.canvas.hu.reshape(-1)
     flat[s.region] += share * (s.hu["effusion"] - flat[s.region])
     mask = s.full(share) > 0.5
+    lumen = binary_closing(mask, iterations=3) & s.lung & tissue_mask(s, "airway")
+    s.canvas.hu[lumen] = s.hu["effusion"]
+    mask |= lumen
     s.canvas.labels[mask] = 0
     s.canvas.tissues[mask] = TISSUE_IDS["fluid"]
     name = "both sides" if side == 0 else SIDE_NAMES[int(side)]

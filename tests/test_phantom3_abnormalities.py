@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, uniform_filter
 
 from asap.abnormalities import ABNORMALITIES, DomainShift
 from asap.core import rng
@@ -240,7 +240,8 @@ def test_what_fluid_covers_is_no_finding(bodies):
     fluid = found[FLUID].mask
     assert all(not (f.mask & fluid).any() for n, f in found.items() if n != FLUID)
     lumen = s.canvas.tissues == TISSUE_IDS["airway"]
-    assert not (lumen & binary_erosion(fluid | lumen, iterations=2)).sum() > 20
+    inside = uniform_filter(fluid.astype(np.float32), 5) > 0.75
+    assert (lumen & inside).sum() < 10
 
 
 def test_distractors_do_not_depend_on_labels():

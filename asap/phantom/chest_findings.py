@@ -347,9 +347,8 @@ def _sternal_wires(s: Scene, r, share: np.ndarray) -> None:
     for z in (*STERNUM_Z[:5], 12.0):
         angle = np.linspace(0, 2 * np.pi, 13)
         at = on_wall(90, z, 1, 7)
-        ring = at + np.stack(
-            [17 * np.cos(angle), 7.5 * np.sin(angle), 0 * angle + r.normal(0, 1)], -1
-        )
+        high = 0 * angle + r.normal(0, 1)
+        ring = at + np.stack([17 * np.cos(angle), 7.5 * np.sin(angle), high], -1)
         add_tubes(s.canvas, share, ring, 0.6 / s.k)
 
 

@@ -176,7 +176,7 @@ def test_emboli_lie_in_pulmonary_arteries():
     s = healthy(("test", "clots"), "pulmonary")
     blood = np.isin(s.canvas.tissues, [TISSUE_IDS[n] for n in ("artery", "pulmonary_artery")])
     bright = s.canvas.hu.copy()
-    f = chest_findings.paint_emboli(s, rng("test", "clots"), 0.8)
+    f = chest_findings.paint_embolism(s, rng("test", "clots"), 0.8)
     assert f["mask"].sum() > 10 and not (f["mask"] & ~blood).any() and f["count"] >= 2
     assert bright[f["mask"]].mean() > 180 > 130 > s.canvas.hu[f["mask"]].mean()
 

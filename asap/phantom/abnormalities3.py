@@ -17,7 +17,7 @@ from ..abnormalities import ABNORMALITIES, NO_SHIFT, DomainShift
 from ..core import rng
 from .abnormalities import Chest, Finding, sample_abnormalities
 from .canvas import Pose
-from .chest_findings import heart_factor, paint_distractors, paint_emboli
+from .chest_findings import heart_factor, paint_distractors, paint_embolism
 from .lesions import LESION_PAINTERS, Scene, draw_scene
 from .lung_findings import LUNG_FINDINGS
 from .patient import PHASES, Patient, sample_patient
@@ -193,7 +193,7 @@ def _scan(s: Scene, v: View, st: ScannerSettings, findings: list, extra: list) -
     if "pulmonary embolism" in found:
         r = rng("paint", s.seed, "emboli")
         sev = float(r.beta(1.6, 1.4))
-        clots = paint_emboli(s, r, sev)
+        clots = paint_embolism(s, r, sev)
         found["pulmonary embolism"] = clots and Finding("pulmonary embolism", severity=sev, **clots)
         if clots is None:
             del found["pulmonary embolism"]

@@ -123,6 +123,7 @@ def _calcify(s: Scene, r, vessels: list, n: int, longest: float, widest: float) 
             size, count = max(size, length * s.k), count + 1
             np.maximum(share, one, out=share)
     blend(s, share, s.hu["calcium"] * r.uniform(0.6, 1.3))
+    s.canvas.tissues[share > 0.5] = TISSUE_IDS["calcium"]
     return share, size, count
 
 
@@ -294,6 +295,7 @@ def _on_skin(s: Scene, degrees: float, z: float, side: int, out: float) -> np.nd
 
 def _metal(s: Scene, share: np.ndarray, hu: float) -> np.ndarray:  # bool
     blend(s, share, np.maximum(s.canvas.hu, hu))
+    s.canvas.tissues[share > 0.5] = TISSUE_IDS["calcium" if hu < 1400 else "metal"]
     return lesion_mask(share)
 
 

@@ -110,8 +110,9 @@ def _plaque(s: Scene, r, share, path, radius, start: int, length: float, wide: f
 
 
 def _calcify(s: Scene, r, vessels: list, n: int, longest: float, widest: float) -> tuple:
-    "Paint plaques on vessels; their share and the length of the longest, real mm"
+    "Paint plaques on vessels; their mask, the length of the longest in real mm, their number"
     share, size, count = np.zeros(s.canvas.hu.shape, np.float32), 0.0, 0
+    mask = np.zeros(share.shape, bool)
     weights = np.array([len(path) for path, _ in vessels], float)
     for _ in range(n):
         path, radius = vessels[r.choice(len(vessels), p=weights / weights.sum())]
@@ -122,9 +123,10 @@ def _calcify(s: Scene, r, vessels: list, n: int, longest: float, widest: float) 
         if one.max() > 0.08:
             size, count = max(size, length * s.k), count + 1
             np.maximum(share, one, out=share)
+            mask |= lesion_mask(one)
     blend(s, share, s.hu["calcium"] * r.uniform(0.6, 1.3))
     s.canvas.tissues[share > 0.5] = TISSUE_IDS["calcium"]
-    return share, size, count
+    return mask, size, count
 
 
 @register_painter("Arterial wall calcification")
@@ -134,19 +136,19 @@ def _arterial(s, r, sev):
     path, radius = path[keep], radius[keep]
     arch = len(path) // 7
     vessels = [(path[arch:], radius[arch:]), (path[2 * arch : 4 * arch], radius[2 * arch :])]
-    share, size, n = _calcify(s, r, vessels, int(5 + 24 * sev), 26, 14)
+    mask, size, n = _calcify(s, r, vessels, int(5 + 24 * sev), 26, 14)
     if not n:
         return None
-    return dict(side="", place="aorta", size_mm=size, count=n, mask=lesion_mask(share))
+    return dict(side="", place="aorta", size_mm=size, count=n, mask=mask)
 
 
 @register_painter("Coronary artery wall calcification")
 def _coronary(s, r, sev):
     vessels = [_dense(c, np.full(len(c), 1.0)) for c in coronary_paths(s.p, s.heart)]
-    share, size, n = _calcify(s, r, vessels, int(3 + 11 * sev), 22, 2.4)
+    mask, size, n = _calcify(s, r, vessels, int(3 + 11 * sev), 22, 2.4)
     if not n:
         return None
-    return dict(side="", place="coronary arteries", size_mm=size, count=n, mask=lesion_mask(share))
+    return dict(side="", place="coronary arteries", size_mm=size, count=n, mask=mask)
 
 # %% ../../nbs/1_phantom/19d_chest_findings.ipynb #p3k00023
 def _clot_paths(s: Scene, r, sev: float) -> list:  # (path, radius)

@@ -111,8 +111,9 @@ def _nodule(s, r, sev):
         if one.max() < 0.12 or (near & mask).any():
             continue
         hu[near] = r.uniform(250, 800) if dense else s.hu["nodule"] + r.normal(0, 8)
-        mask |= lesion_mask(one) & s.lung
-        lobes.append(lobe)
+        own = lesion_mask(one) & s.lung
+        mask |= own
+        lobes.append(int(np.bincount(s.canvas.labels[own]).argmax()) if own.any() else lobe)
         size = max(size, float(mm))
         share, hole = np.maximum(share, one), np.maximum(hole, cavity * inside)
     if not lobes:

@@ -100,7 +100,7 @@ def test_fluid_is_at_the_back_and_no_lung(bodies):
 
 HU = {  # name: range of the median inside the mask, without contrast medium
     "Consolidation": (-30, 70),
-    "Atelectasis": (-60, 80),
+    "Atelectasis": (-200, 80),
     "Lung nodule": (-60, 700),
     "Lung opacity": (-720, -250),
     "Emphysema": (-1000, -900),

@@ -9,6 +9,7 @@ __all__ = ['GENERATOR_MODULES', 'PHANTOM_README', 'PatientCounts', 'PhantomConfi
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from pydantic import NonNegativeInt
 
@@ -41,8 +42,14 @@ class PhantomConfig(BaseConfig):
     second_recon_prob: Fraction  # fraction of scans with a second reconstruction
     size: Shape3D  # voxels of the phantom grid
     spacing: Spacing3D  # mm
+    version: Literal[2, 3] = 2  # generation of the phantom; 3 (pages 13 to 19) is not ready
 
     def check(self, params: BaseConfig) -> None:
+        if self.version == 3:
+            raise ValueError(
+                "`phantom.version` is 3, whose bodies have no abnormalities and no reports yet: "
+                "use 2; `asap.phantom.whole_body` draws them in Python"
+            )
         none = PatientCounts(train=0, test=0)
         parent = self.n_patients.get("ct_rate", none)
         companion = self.n_patients.get("radgenome", none)

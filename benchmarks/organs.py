@@ -12,12 +12,8 @@ from pathlib import Path
 
 import torch
 
-from asap.anatomy.segmenter import (
-    OrgansConfig,
-    save_segmenter,
-    train_segmenter,
-    validate_on_chests,
-)
+from asap.anatomy.organ_training import train_segmenter, validate_on_chests
+from asap.anatomy.segmenter import save_segmenter
 from asap.core import project_root, write_csv
 from asap.params import load_params
 
@@ -44,8 +40,7 @@ def arguments():
     return a.parse_args()
 
 
-def write_card(s, dice, m) -> str:
-    c = s.config
+def write_card(s, c, dice, m) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root()
     ).stdout.strip()
@@ -64,22 +59,21 @@ def write_card(s, dice, m) -> str:
 def main() -> None:
     a = arguments()
     torch.set_num_threads(1)
-    p = load_params()
-    c = OrgansConfig()
+    p = load_params(sections=["study", "anatomy", "organs"])
+    c = p.organs
     started = time.monotonic()
 
     def on_eval(s):
         return validate_on_chests(s, 3).mean().to_dict()
 
-    s = train_segmenter(
-        c, dict(p.anatomy.groups), p.study.seed, a.folder, on_eval, 200, a.bodies
-    )
+    groups = {g: list(names) for g, names in p.anatomy.groups.items()}
+    s = train_segmenter(c, groups, p.study.seed, a.folder, on_eval, 200, a.bodies)
     print(f"trained in {(time.monotonic() - started) / 60:.0f} min")
     table = validate_on_chests(s, a.chests)
     print(table.describe().round(3).to_string())
     write_csv(table.round(4), project_root() / "benchmarks/organs.csv")
     place = project_root() / "weights/organs" if a.keep else Path(a.folder) / "organs"
-    save_segmenter(s, place, write_card(s, table.mean(), len(table)))
+    save_segmenter(s, place, write_card(s, c, table.mean(), len(table)))
     print(place)
 
 

@@ -191,6 +191,7 @@ def train_segmenter(
     on_eval: Callable | None = None,  # Segmenter -> dict of floats, a row of eval.csv
     eval_every: int = 200,  # steps
     bodies: Path | str | None = None,  # folder of the drawn bodies; None: in `folder`
+    save_every: int = 25,  # steps between resume states
 ) -> Segmenter:
     "Train on bodies of generation 3 alone; resumes where it was interrupted"
     folder = Path(folder)
@@ -208,7 +209,7 @@ def train_segmenter(
         warmup=c.warmup_steps,
         weight_decay=c.weight_decay,
         fp=fingerprint(organs=c, groups=groups, code=code_hash(*GENERATOR)),
-        save_every=25,
+        save_every=save_every,
         on_eval=on_eval and (lambda model, step: on_eval(out)),
         eval_every=eval_every,
         label="organs",

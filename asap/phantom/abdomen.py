@@ -12,6 +12,7 @@ from ..core import rng
 from asap.phantom.canvas import (
     TISSUE_IDS,
     Canvas,
+    Points,
     edge_share,
     ellipsoid,
     fill,
@@ -26,7 +27,7 @@ from .thorax import breath_lift, surface_height
 
 # %% ../../nbs/1_phantom/18_abdomen.ipynb #p3f00006
 def hang(
-    points,  # (n,3), mm
+    points: Points,  # (n,3), mm
     p: Patient,
 ) -> np.ndarray:
     "Move points of the upper abdomen with the diaphragm"
@@ -36,7 +37,7 @@ def hang(
 
 
 def liver_field(
-    points,  # x, y, z
+    points: Points,  # x, y, z
     cavity: np.ndarray,  # mm to the wall
     p: Patient,
 ) -> np.ndarray:  # mm, negative inside
@@ -70,12 +71,17 @@ def _vessels(canvas: Canvas, p: Patient) -> None:
     for path, r, tissue, label in (
         ([(28, 2, -186), (12, 0, -204), (2, -4, -210)], 7, "portal_vein", 64),
         ([(2, -4, -210), (-30, -20, -198), (-72, -44, -178)], 5, "portal_vein", 64),
-        ([(28, 2, -186), (56, -4, -172), (86, 4, -158), (108, 0, -150)], [7, 5, 4, 2], 0, None),
-        ([(56, -4, -172), (76, 34, -178), (88, 50, -180)], [5, 4, 2], 0, None),
-        ([(28, 2, -186), (8, 26, -166), (-16, 34, -156)], [6, 4, 2], 0, None),
-        ([(24, -8, -126), (66, -14, -150), (104, -12, -172)], [5, 4, 2], 0, None),
-        ([(24, -8, -126), (46, 26, -150), (58, 44, -182)], [5, 4, 2], 0, None),
-        ([(24, -8, -126), (4, 22, -140), (-14, 40, -150)], [5, 4, 2], 0, None),
+        (
+            [(28, 2, -186), (56, -4, -172), (86, 4, -158), (108, 0, -150)],
+            [7, 5, 4, 2],
+            "portal_vein",
+            None,
+        ),
+        ([(56, -4, -172), (76, 34, -178), (88, 50, -180)], [5, 4, 2], "portal_vein", None),
+        ([(28, 2, -186), (8, 26, -166), (-16, 34, -156)], [6, 4, 2], "portal_vein", None),
+        ([(24, -8, -126), (66, -14, -150), (104, -12, -172)], [5, 4, 2], "portal_vein", None),
+        ([(24, -8, -126), (46, 26, -150), (58, 44, -182)], [5, 4, 2], "portal_vein", None),
+        ([(24, -8, -126), (4, 22, -140), (-14, 40, -150)], [5, 4, 2], "portal_vein", None),
         ([(0, -12, -232), (28, -34, -240), (44, -46, -244)], 2.8, "systemic_artery", 0),
         ([(0, -12, -232), (-28, -34, -228), (-44, -46, -228)], 2.8, "systemic_artery", 0),
         ([(22, -12, -240), (36, -36, -244), (46, -46, -246)], 4.5, "inferior_vein", 0),
@@ -88,11 +94,11 @@ def _vessels(canvas: Canvas, p: Patient) -> None:
         ([(-2, 0, -222), (2, 16, -240), (4, 20, -300)], 3.5, "systemic_artery", 0),
         ([(8, 4, -215), (10, 18, -245), (12, 22, -310)], 5, "portal_vein", 0),
     ):
-        path = smooth_path(hang(path, p), 2)
-        radius = np.broadcast_to(np.asarray(r, float), ((len(path) + 1) // 2,))
-        radius = np.interp(np.arange(len(path)) / 2, np.arange(len(radius)), radius)
-        within = None if tissue else "liver"
-        paint_tube(canvas, path, radius, tissue or "portal_vein", label, within=within)
+        line = smooth_path(hang(path, p), 2)
+        radius = np.broadcast_to(np.asarray(r, float), len(path))
+        radius = np.interp(np.arange(len(line)) / 2, np.arange(len(path)), radius)
+        within = "liver" if label is None else None
+        paint_tube(canvas, line, radius, tissue, label, within=within)
 
 
 def _paint_kidney(canvas: Canvas, p: Patient, side: int) -> None:
@@ -160,8 +166,8 @@ def _gas(canvas: Canvas, where: tuple | None, label: int, level: float, contents
 
 def _paint_stomach(canvas: Canvas, p: Patient) -> None:
     full = 0.75 + 0.35 * p.stomach
-    path = [(-58, -30, -146), (-62, -8, -158), (-60, 22, -186), (-44, 42, -214), (-14, 50, -226)]
-    path = smooth_path(hang([*path, (14, 40, -222)], p), 3)
+    knots = [(-58, -30, -146), (-62, -8, -158), (-60, 22, -186), (-44, 42, -214), (-14, 50, -226)]
+    path = smooth_path(hang([*knots, (14, 40, -222)], p), 3)
     size = np.interp(np.arange(len(path)), [0, 4, 8, 12, 15], [30, 31, 27, 19, 12]) * full
     paint_tube(canvas, path, size, "bowel_wall", 6, core=(4.0, "fluid"))
     where = canvas.box(path.min(0) - 40, path.max(0) + 40)
@@ -169,13 +175,13 @@ def _paint_stomach(canvas: Canvas, p: Patient) -> None:
 
 
 def _paint_pancreas(canvas: Canvas, p: Patient) -> None:
-    path = [(36, 6, -244), (22, 12, -232), (2, 16, -220), (-28, 0, -206), (-62, -28, -188)]
-    path = smooth_path(hang(path, p), 3)
+    knots = [(36, 6, -244), (22, 12, -232), (2, 16, -220), (-28, 0, -206), (-62, -28, -188)]
+    path = smooth_path(hang(knots, p), 3)
     size = np.interp(np.arange(len(path)), [0, 5, 12], [14, 10, 8])
     size *= 1 + 0.12 * np.sin(np.arange(len(path)) * 2.4)
     paint_tube(canvas, path, size, "pancreas", 7)
-    loop = [(14, 40, -222), (38, 28, -216), (50, 2, -236), (46, -8, -276), (20, -2, -292)]
-    loop = smooth_path(hang([*loop, (-18, 4, -274)], p), 2)
+    knots = [(14, 40, -222), (38, 28, -216), (50, 2, -236), (46, -8, -276), (20, -2, -292)]
+    loop = smooth_path(hang([*knots, (-18, 4, -274)], p), 2)
     paint_tube(canvas, loop, 12, "bowel_wall", 19, core=(3.0, "fluid"))
 
 
@@ -201,13 +207,13 @@ def _paint_colon(canvas: Canvas, p: Patient) -> None:
 
 def _paint_small_bowel(canvas: Canvas, p: Patient) -> None:
     r = rng("bowel", p.seed)
-    path = []
+    knots = []
     for row, z in enumerate(np.linspace(-284, -416, 7)):
         span = np.linspace(-66, 66, 6) * (1 if row % 2 else -1)
         for i, x in enumerate(span):
             y = (44 if (i + row) % 2 else 10) + r.uniform(-14, 14)
-            path.append((x + r.uniform(-12, 12), y, z + r.uniform(-13, 13)))
-    path = smooth_path(path, 3)
+            knots.append((x + r.uniform(-12, 12), y, z + r.uniform(-13, 13)))
+    path = smooth_path(knots, 3)
     size = 15 + 2.5 * np.sin(np.arange(len(path)) * 0.9)
     paint_tube(canvas, path, size, "bowel_wall", 18, core=(2.6, "fluid"))
     where = canvas.box(path.min(0) - 16, path.max(0) + 16)

@@ -16,7 +16,7 @@ from scipy import fft
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from ..core import rng
-from .canvas import TISSUE_IDS, Canvas
+from .canvas import TISSUE_IDS, Canvas, Vector
 
 # %% ../../nbs/1_phantom/19_scanner.ipynb #p3g00006
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ HEART_TISSUES = (
 ).split()
 
 
-def _moved(hu: np.ndarray, by: Sequence[float]) -> np.ndarray:
+def _moved(hu: np.ndarray, by: Vector) -> np.ndarray:
     "Shift an image by a part of voxels along each axis"
     out = hu
     for axis, d in enumerate(by):
@@ -82,7 +82,7 @@ def _bounds(mask: np.ndarray, margin: Sequence[int]) -> tuple | None:
     return tuple(out)
 
 
-def _ghost(hu, mask, shift_mm: Sequence[float], spacing, reach: float) -> None:
+def _ghost(hu, mask, shift_mm: Vector, spacing, reach: float) -> None:
     "Mix the neighborhood of a mask with a shifted copy, in place"
     box = _bounds(mask, [int(2 * reach / s) + 1 for s in spacing])
     if box is None:
@@ -118,7 +118,7 @@ def kernel_response(
     "Transfer function of the reconstruction kernel"
     soft = np.exp(-2 * (np.pi * s.blur * frequency) ** 2)
     u = (frequency / s.sharp_at) ** 2
-    return soft * (1 + 2.2 * s.sharp * u * np.exp(1 - u))
+    return soft * (1 + 1.1 * s.sharp * u * np.exp(1 - u))
 
 
 def _frequencies(shape: Sequence[int], spacing: Sequence[float]) -> tuple:

@@ -10,7 +10,6 @@ __all__ = ['FULL', 'OBLIQUE_SLOPE', 'CENTRAL', 'TRACHEA', 'RIGHT_BRONCHUS', 'LEF
            'central_airways', 'wall_of_points']
 
 # %% ../../nbs/1_phantom/16_thorax.ipynb #p3d00003
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +18,8 @@ import numpy as np
 from asap.phantom.canvas import (
     TISSUE_IDS,
     Canvas,
+    Points,
+    Vector,
     ellipsoid,
     fill,
     paint_ellipsoid,
@@ -39,8 +40,8 @@ class Cloud:
 
     def box(
         self,
-        low: Sequence[float],  # not used
-        high: Sequence[float],  # not used
+        low: Vector,  # not used
+        high: Vector,  # not used
     ) -> tuple:
         "All points"
         return (slice(None),)
@@ -119,7 +120,7 @@ class Vessel:
 
 
 def settle(
-    points: Sequence,  # (n,3), mm
+    points: Points,  # (n,3), mm
     p: Patient,
 ) -> np.ndarray:
     "Move points near the heart with the diaphragm"
@@ -199,15 +200,15 @@ CENTRAL = [  # name, path, radii, tissue, class
         "superior_vein",
         59,
     ),
-    ("right jugular vein", [(52, 8, 86), (40, 6, 135), (42, 2, 200)], 6, "superior_vein", 0),
-    ("left jugular vein", [(-52, 8, 86), (-40, 6, 135), (-42, 2, 200)], 6, "superior_vein", 0),
+    ("right jugular vein", [(52, 8, 86), (40, 6, 135), (42, 2, 200)], 6, "pelvic_vein", 0),
+    ("left jugular vein", [(-52, 8, 86), (-40, 6, 135), (-42, 2, 200)], 6, "pelvic_vein", 0),
     ("right subclavian vein", [(52, 8, 86), (92, 14, 82), (130, 6, 56)], 5.5, "superior_vein", 0),
     ("left subclavian vein", [(-52, 8, 86), (-92, 14, 82), (-130, 6, 56)], 5.5, "superior_vein", 0),
     (
         "azygos vein",
         [(9, -38, -190), (9, -44, -100), (11, -40, -15), (15, -33, 13), (27, 0, 19), (28, 14, 14)],
         [3, 4, 4.5, 5, 5, 5],
-        "superior_vein",
+        "inferior_vein",
         0,
     ),
     (
@@ -276,7 +277,10 @@ def aorta(p: Patient) -> Vessel:
 def central_vessels(p: Patient) -> list[Vessel]:
     "Vessels of the chest"
     out = [aorta(p)]
+    other = "left" if p.injected == "right" else "right"
     for name, path, radius, tissue, label in CENTRAL:
+        if name in (f"{other} subclavian vein", f"{other} brachiocephalic vein"):
+            tissue = "pelvic_vein"  # undiluted contrast medium comes from one arm
         q = settle(path, p)
         sizes = np.interp(
             np.arange((len(q) - 1) * 2 + 1) / 2,
@@ -286,11 +290,11 @@ def central_vessels(p: Patient) -> list[Vessel]:
         out.append(Vessel(name, smooth_path(q, 2), sizes, tissue, label))
     z = np.array([-92.0, -120, -160, -205, -250, -300, -346])
     lift = breath_lift(p)
-    path = spine_point(z, p)
-    path[:, 0] += 22
-    path[:, 1] += np.interp(z, [-346, -205, -160, -120, -92], [23, 28, 36, 52, 68])
-    path[:3, 2] += 0.6 * lift
-    out.append(Vessel("inferior vena cava", path, np.full(7, 11.0), "inferior_vein", 63))
+    low = spine_point(z, p)
+    low[:, 0] += 22
+    low[:, 1] += np.interp(z, [-346, -205, -160, -120, -92], [23, 28, 36, 52, 68])
+    low[:3, 2] += 0.6 * lift
+    out.append(Vessel("inferior vena cava", low, np.full(7, 11.0), "inferior_vein", 63))
     return out
 
 
@@ -329,11 +333,10 @@ def heart_chambers(
     "Chambers of one patient"
     k = p.heart * size
     out = []
-    for tissue, at, radii, tilted, wall in CHAMBERS:
-        at = np.add(HEART_MIDDLE, k * np.subtract(at, HEART_MIDDLE))
-        at = settle([at], p)[0]
+    for tissue, center, radii, tilted, wall in CHAMBERS:
+        at = np.add(HEART_MIDDLE, k * np.subtract(center, HEART_MIDDLE))
         axes = HEART_AXES if tilted else np.eye(3)
-        out.append((tissue, at, np.array(radii) * k, axes, wall))
+        out.append((tissue, settle([at], p)[0], np.array(radii) * k, axes, wall))
     return out
 
 
@@ -438,7 +441,7 @@ def mediastinum_field(
 
 
 def lung_field(
-    points: Sequence[np.ndarray],  # x, y, z
+    points: Points,  # x, y, z
     cavity: np.ndarray,  # mm to the chest wall
     mediastinum: np.ndarray,  # mm to the mediastinum
     dome: np.ndarray,  # mm, height of the diaphragm
@@ -455,7 +458,7 @@ def lung_field(
     np.maximum(f, cavity + np.float32(2), out=f)
     np.maximum(f, dome - z, out=f)
     np.maximum(f, -mediastinum, out=f)
-    return np.maximum(f, np.float32(3) - side * x, out=f)
+    return np.maximum(f, np.float32(1.5) - side * x, out=f)
 
 # %% ../../nbs/1_phantom/16_thorax.ipynb #p3d00016
 LOBES = {  # name: TotalSegmentator's class
@@ -468,7 +471,7 @@ LOBES = {  # name: TotalSegmentator's class
 
 
 def lobe_of(
-    points: Sequence[np.ndarray],  # x, y, z
+    points: Points,  # x, y, z
     p: Patient,
     side: int,  # 1: right, -1: left
 ) -> np.ndarray:  # uint8, TotalSegmentator's classes

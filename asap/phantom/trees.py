@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENTRIES', 'STEMS', 'LUNG_BOX', 'lobe_points', 'Tree', 'grow', 'lung_trees', 'tree_share', 'paint_blood',
-           'paint_airways']
+           'paint_airways', 'select_branches', 'widen', 'paint_emboli']
 
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -114,9 +114,10 @@ def grow(
                 leaves.append((len(rows) - 1, own))
     twigs = _twigs(rows, leaves, depth + 3)
     columns = [np.concatenate([np.array(a), b]) for a, b in zip(zip(*rows), twigs)]
-    start, end, r0, r1, parent, generation = columns
-    radii = np.stack([np.minimum(r0, 1.15 * r1 + 1.0 * (generation > depth + 2)), r1], 1)
-    return dict(start=start, end=end, radius=radii, parent=parent, generation=generation)
+    r0, r1 = columns[2:4]
+    wide = np.minimum(r0, 1.15 * r1 + 1.0 * (columns[5] > depth + 2))
+    names = ("start", "end", "radius", "parent", "generation")
+    return dict(zip(names, (*columns[:2], np.stack([wide, r1], 1), *columns[4:])))
 
 # %% ../../nbs/1_phantom/17_trees.ipynb #p3e00010
 ENTRIES = {  # lobe: bronchus, artery, vein (mm); radii of bronchus, artery, vein
@@ -126,7 +127,7 @@ ENTRIES = {  # lobe: bronchus, artery, vein (mm); radii of bronchus, artery, vei
     10: ((-56, -15, -27), (-58, -12, -17), (-60, 8, -22), (4.6, 5.4, 5.0)),
     11: ((-52, -36, -50), (-58, -34, -46), (-61, -38, -68), (4.5, 5.8, 4.8)),
 }
-STEMS = {  # kind: lobe: points from the center to the entry, mm
+STEMS: dict[str, dict[int, tuple]] = {  # kind: lobe: points from the center to the entry, mm
     "airway": {
         12: ((24, -19, -14),),
         13: (RIGHT_BRONCHUS[-1], (40, -21, -40)),
@@ -323,3 +324,49 @@ def paint_airways(
         part.paint(part.whole, tree_share(part, trees["airway"], least=1.3) * only, "airway")
     for path, r in central_airways(p):
         paint_tube(canvas, path, r, "airway", 16)
+
+# %% ../../nbs/1_phantom/17_trees.ipynb #p3e00018
+def select_branches(
+    tree: Tree,
+    generations: tuple[int, int] = (3, 5),  # first and last
+    lobe: int | None = None,  # TotalSegmentator's class; None: all
+    least: float = 0.0,  # mm, smallest radius at the end
+) -> np.ndarray:  # rows
+    "Branches of some generations"
+    ok = (tree.generation >= generations[0]) & (tree.generation <= generations[1])
+    if lobe is not None:
+        ok &= tree.lobe == lobe
+    return np.flatnonzero(ok & (tree.radius[:, 1] >= least))
+
+
+def widen(
+    tree: Tree,
+    rows: np.ndarray,  # branches
+    factor: float,  # of their radius
+) -> Tree:
+    "A tree with wider branches"
+    radius = tree.radius.copy()
+    radius[rows] *= factor
+    return replace(tree, radius=radius)
+
+
+def paint_emboli(
+    canvas: Canvas,
+    tree: Tree,  # of arteries
+    rows: np.ndarray,  # branches with a clot
+    filled: float = 0.85,  # part of the lumen's radius
+) -> np.ndarray:  # bool (W,H,D), voxels that are mostly clot
+    "Paint clots in the lumen of arteries"
+    part = replace(
+        tree,
+        start=tree.start[rows],
+        end=tree.end[rows],
+        radius=filled * tree.radius[rows],
+        parent=np.full(len(rows), -1),
+        generation=tree.generation[rows],
+        lobe=tree.lobe[rows],
+    )
+    share = tree_share(canvas, part)
+    share *= _free("artery", "pulmonary_artery")[canvas.tissues]
+    canvas.paint(canvas.whole, share, "thrombus")
+    return share > 0.5

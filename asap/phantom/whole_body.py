@@ -7,7 +7,7 @@ __all__ = ['TEXTURE', 'LUNG_RANGE', 'BODY_RANGE', 'NO_LUNG', 'add_texture', 'pai
            'WholeBody', 'standard_view', 'synthesize_whole_body']
 
 # %% ../../nbs/1_phantom/19a_whole_body.ipynb #p3h00003
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..core import rng
 from .abdomen import paint_abdomen
-from .canvas import TISSUE_IDS, TISSUES, Canvas, Pose, edge_share, make_canvas
+from .canvas import TISSUE_IDS, Canvas, Pose, edge_share, make_canvas
 from .patient import Patient, sample_patient
 from .scanner import PADDINGS, ScannerSettings, sample_settings, scan_body
 from asap.phantom.skeleton import (
@@ -225,6 +225,8 @@ def synthesize_whole_body(
     settings: ScannerSettings | None = None,  # None: sampled
     values: Mapping[str, float] | None = None,  # HU of each tissue; None: the patient's
     heart: float = 1.0,  # factor of the heart's size
+    trees: dict[str, Tree] | None = None,  # None: grown
+    finish: Callable[[Canvas, BodyWall, dict], None] | None = None,  # paints before the scan
 ) -> WholeBody:
     "Draw and scan a body"
     p = patient or sample_patient(seed)
@@ -232,8 +234,10 @@ def synthesize_whole_body(
     s = settings or sample_settings(seed, spacing[2])
     grid = tuple(size) if size is not None else v.size(spacing)
     canvas = make_canvas(grid, spacing, values or p.values, v.pose, v.center, s.thickness)
-    trees = lung_trees(p, size=heart)
+    trees = trees or lung_trees(p, size=heart)
     wall = paint_body(canvas, p, trees, heart, v.table)
+    if finish is not None:
+        finish(canvas, wall, trees)
     hu = scan_body(canvas, s, v.padding, v.field, v.round_field)
     affine = np.diag([*map(float, spacing), 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * d for n, d in zip(grid, spacing)]

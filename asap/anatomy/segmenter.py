@@ -36,7 +36,7 @@ from asap.core import (
     write_text,
 )
 from ..data.crops import scale_intensity
-from ..data.volumes import Volume, _axis_alignment, _linear_taps, resample, standard_grid
+from ..data.volumes import Volume, resample, standard_grid
 from ..params import BaseConfig, OpenFraction, Shape3D, Spacing3D
 from ..train import get_device
 
@@ -153,11 +153,11 @@ def remove_small_pieces(
 
 def _interpolation(n: int, m: int, scale: float, start: float) -> torch.Tensor:  # (m,n)
     "Linear interpolation along one axis as a matrix"
-    low, weight, _ = _linear_taps(n, m, scale, start)
+    at = np.clip(start + scale * np.arange(m), 0, n - 1)
+    low = np.floor(at).astype(int)
     out = np.zeros((m, n), np.float32)
-    rows = np.arange(m)
-    out[rows, low] += 1 - weight
-    out[rows, np.minimum(low + 1, n - 1)] += weight
+    np.add.at(out, (np.arange(m), low), 1 - (at - low))
+    np.add.at(out, (np.arange(m), np.minimum(low + 1, n - 1)), at - low)
     return torch.from_numpy(out)
 
 
@@ -168,11 +168,12 @@ def classes_on_grid(
     new: np.ndarray,  # affine of the grid
 ) -> np.ndarray:  # uint8, `shape`
     "The class of the largest interpolated probability at each voxel of another grid"
-    aligned = _axis_alignment(np.linalg.inv(affine) @ new)
-    if aligned is None:  # oblique
+    m = (np.linalg.inv(affine) @ new)[:3]
+    rows = np.abs(m[:, :3]).argmax(0)  # axis of the probabilities along each axis of the grid
+    scale, start = m[rows, range(3)], m[rows, 3]
+    if len({*rows}) < 3 or np.abs(m[:, :3]).sum() > 1.0001 * np.abs(scale).sum():  # oblique
         found = proba.argmax(0).numpy().astype(np.uint8)
         return resample(found, affine, shape, new, order=0, fill=0)
-    rows, scale, start = aligned
     values = proba.permute(0, *(1 + r for r in rows.tolist()))
     x, y, z = (_interpolation(*a) for a in zip(values.shape[1:], shape, scale, start))
     values = torch.einsum("ki,cijl->clkj", x, values)

@@ -8,7 +8,7 @@ __all__ = ['Range', 'AIR', 'RandomizeConfig', 'random_displacement', 'sample_gri
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #d2f03e1e
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch

@@ -13,7 +13,7 @@ from asap.phantom.patient import PHASES, sample_patient, tissue_values
 from asap.phantom.scanner import ScannerSettings, kernel_response, sample_settings, scanner_noise
 from asap.phantom.skeleton import VERTEBRAE
 from asap.phantom.thorax import LOBES
-from asap.phantom.trees import lung_trees
+from asap.phantom.trees import lung_trees, paint_emboli, select_branches, widen
 from asap.phantom.whole_body import (
     LUNG_RANGE,
     View,
@@ -198,6 +198,30 @@ def test_branches_stay_in_their_lobe(chest):
         ok = ((index >= 0) & (index < c.hu.shape)).all(1)
         found = chest.labels[tuple(index[ok].T)]
         assert (found == t.lobe[t.generation > 4][ok]).mean() > 0.9, kind
+
+
+def test_emboli_fill_arteries_only(chest):
+    canvas = dataclasses.replace(
+        chest.canvas, hu=chest.canvas.hu.copy(), tissues=chest.tissues.copy()
+    )
+    rows = select_branches(chest.trees["artery"], (2, 5), least=1.5)
+    clot = paint_emboli(canvas, chest.trees["artery"], rows)
+    before = {TISSUES[i] for i in np.unique(chest.tissues[clot])}
+    assert clot.sum() > 500 and before <= {"artery", "pulmonary_artery"}
+    assert np.array_equal(canvas.tissues == TISSUE_IDS["thrombus"], clot)
+    assert canvas.hu[clot].mean() < chest.canvas.hu[clot].mean() - 50
+
+
+def test_wider_bronchi_hold_more_air():
+    p = sample_patient(("test", "wide"))
+    trees = lung_trees(p)
+    rows = select_branches(trees["airway"], (3, 6), lobe=14)
+    wide = trees | dict(airway=widen(trees["airway"], rows, 2.0))
+    view = View(Pose(1.0, p.stretch), (0, -10, -80), 60, 300, table=False)
+    kw = dict(spacing=(1.5, 1.5, 3.0), patient=p, view=view, settings=PLAIN)
+    a, b = (synthesize_whole_body(0, trees=t, **kw) for t in (trees, wide))
+    more = b.tissue("airway") & ~a.tissue("airway")
+    assert more.sum() > 100 and (b.labels[more] == 14).mean() > 0.7
 
 
 ORDER = {  # phase: tissues by falling HU

@@ -157,6 +157,16 @@ class Canvas:
             np.copyto(self.labels[where], np.uint8(label), where=inside)
 
 
+def _coordinates(size: tuple, columns: np.ndarray, first: np.ndarray) -> np.ndarray:
+    "Canonical coordinates of a grid's voxels; `columns`: mm per voxel along each axis"
+    i, j, k = (np.arange(n, dtype=np.float32) for n in size)
+    points = np.empty((3, *size), np.float32)
+    for axis, (a, b, c) in enumerate(columns.astype(np.float32)):
+        plane = (a * i)[:, None] + (b * j + np.float32(first[axis]))[None]
+        np.add(plane[..., None], (c * k)[None, None], out=points[axis])
+    return points
+
+
 def make_canvas(
     size: Sequence[int],  # voxels
     spacing: Vector,  # mm
@@ -170,37 +180,31 @@ def make_canvas(
         raise ValueError(f"`values` lacks the HU of {', '.join(missing)}")
     size = tuple(int(n) for n in size)
     to_canonical = np.linalg.inv(pose.matrix())
-    columns = to_canonical @ np.diag(spacing)  # canonical mm per voxel
+    columns = to_canonical @ np.diag(spacing)
     corner = -(np.asarray(size) - 1) / 2 * spacing - pose.shift
-    middle = np.asarray(center, float) + to_canonical @ corner
-    i, j, k = (np.arange(n, dtype=np.float32) for n in size)
-    points = np.empty((3, *size), np.float32)
-    for axis, (a, b, c) in enumerate(columns.astype(np.float32)):
-        plane = (a * i)[:, None] + (b * j + np.float32(middle[axis]))[None]
-        np.add(plane[..., None], (c * k)[None, None], out=points[axis])
-    slack = 0.0
+    first = np.asarray(center, float) + to_canonical @ corner
+    points, slack = _coordinates(size, columns, first), 0.0
     if pose.warp:
         moved = _displacement(pose, size, spacing)
-        points += moved
-        slack = float(np.abs(moved).max())
+        points, slack = points + moved, float(np.abs(moved).max())
     step = np.array([1.0, 1.0, (thickness or spacing[2]) / spacing[2]])
     wide = columns * step
-    hu = np.full(size, values["air"], np.float32)
+    profile = wide @ wide.T
     return Canvas(
-        points,
-        hu,
-        np.zeros(size, np.uint8),
-        np.zeros(size, np.uint8),
-        values,
-        np.linalg.inv(columns),
-        middle,
-        step,
-        slack,
-        tuple(spacing),
-        pose,
-        wide @ wide.T,
-        np.linalg.inv(wide @ wide.T) * np.linalg.det(wide @ wide.T),
-        np.sqrt((wide**2).sum(1)),
+        points=points,
+        hu=np.full(size, values["air"], np.float32),
+        labels=np.zeros(size, np.uint8),
+        tissues=np.zeros(size, np.uint8),
+        values=values,
+        to_index=np.linalg.inv(columns),
+        middle=first,
+        step=step,
+        slack=slack,
+        spacing=tuple(spacing),
+        pose=pose,
+        widths=profile,
+        unwidths=np.linalg.inv(profile) * np.linalg.det(profile),
+        reach=np.sqrt((wide**2).sum(1)),
     )
 
 # %% ../../nbs/1_phantom/13_canvas.ipynb #p3a00012

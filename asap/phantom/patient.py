@@ -142,45 +142,27 @@ def tissue_values(
     return values
 
 
-def sample_patient(
-    seed: Any,  # key of a patient for `asap.core.rng`
-    sex: str | None = None,  # "M" or "F"; None: sampled
-    arms: str | None = None,  # "up" or "down"; None: sampled
-    phase: str | None = None,  # one of `PHASES`; None: sampled
-) -> Patient:
-    "Sample a patient"
-    r = rng("patient", seed)
-    u = r.uniform
-    age = int(r.integers(22, 92))
-    drawn = str(r.choice(["M", "F"])), str(r.choice(["up", "down"], p=[0.85, 0.15]))
-    sex, arms = sex or drawn[0], arms or drawn[1]
-    drawn_phase = str(r.choice(PHASES, p=[0.4, 0.2, 0.2, 0.2]))
-    phase = drawn_phase if phase is None else phase
+def _sample_build(r: np.random.Generator, sex: str) -> dict:  # fields of `Patient`
+    "Sample height, width, depth and fat, which are correlated"
     tall = 1.0 if sex == "M" else 0.94
     bulk = float(r.normal(0, 1))
-    stretch = (
-        tall * (1 + 0.03 * bulk + r.normal(0, 0.02)),
-        tall * (1 + 0.04 * bulk + r.normal(0, 0.03)),
-        tall * (1 + r.normal(0, 0.03)),
-    )
+    wide, deep, high = 1 + 0.03 * bulk, 1 + 0.04 * bulk, 1.0
+    spread = (0.02, 0.03, 0.03)
+    stretch = [tall * (k + r.normal(0, sd)) for k, sd in zip((wide, deep, high), spread)]
     fat = float(np.clip(np.exp(r.normal(2.65, 0.42) + 0.2 * bulk), 4, 48))
-    inspiration = float(np.clip(r.beta(4, 1.6), 0, 1))
-    dose = float(u(0.75, 1.25))
-    return Patient(
-        seed=seed,
-        age=age,
-        sex=sex,
+    return dict(
         stretch=tuple(float(np.clip(s, 0.85, 1.12)) for s in stretch),
         fat=fat * (1.25 if sex == "F" else 1.0),
         visceral=float(np.clip(0.25 + 0.02 * fat + r.normal(0, 0.12), 0.05, 1)),
-        muscle=float(u(0.85, 1.1) * (1.0 if sex == "M" else 0.9)),
-        breast=float(u(0.25, 1.0)) if sex == "F" else 0.0,
-        arms=arms,
-        inspiration=inspiration,
-        phase=phase,
-        dose=dose,
-        injected=str(rng("arm", seed).choice(["right", "left"])),
-        values=tissue_values(phase, seed, dose, age, inspiration),
+        muscle=float(r.uniform(0.85, 1.1) * (1.0 if sex == "M" else 0.9)),
+        breast=float(r.uniform(0.25, 1.0)) if sex == "F" else 0.0,
+    )
+
+
+def _sample_organs(r: np.random.Generator, age: int, inspiration: float) -> dict:
+    "Sample shape and size of organs"
+    u = r.uniform
+    return dict(
         lung_gradient=float(u(30, 110) * (1.3 - 0.6 * inspiration)),
         kyphosis=float(r.normal(0, 4) + 0.12 * (age - 50)),
         scoliosis=float(r.normal(0, 4)),
@@ -192,4 +174,33 @@ def sample_patient(
         gas=float(u(0, 1)),
         domes=(float(r.normal(0, 6)), float(r.normal(0, 6))),
         wobble=tuple(float(x) for x in r.standard_normal(4)),
+    )
+
+
+def sample_patient(
+    seed: Any,  # key of a patient for `asap.core.rng`
+    sex: str | None = None,  # "M" or "F"; None: sampled
+    arms: str | None = None,  # "up" or "down"; None: sampled
+    phase: str | None = None,  # one of `PHASES`; None: sampled
+) -> Patient:
+    "Sample a patient"
+    r = rng("patient", seed)
+    age = int(r.integers(22, 92))
+    drawn = str(r.choice(["M", "F"])), str(r.choice(["up", "down"], p=[0.85, 0.15]))
+    sex, arms = sex or drawn[0], arms or drawn[1]
+    drawn_phase = str(r.choice(PHASES, p=[0.4, 0.2, 0.2, 0.2]))
+    phase = drawn_phase if phase is None else phase
+    inspiration, dose = float(r.beta(4, 1.6)), float(r.uniform(0.75, 1.25))
+    return Patient(
+        seed=seed,
+        age=age,
+        sex=sex,
+        arms=arms,
+        inspiration=inspiration,
+        phase=phase,
+        dose=dose,
+        injected=str(r.choice(["right", "left"])),
+        values=tissue_values(phase, seed, dose, age, inspiration),
+        **_sample_build(rng("build", seed), sex),
+        **_sample_organs(rng("organs", seed), age, inspiration),
     )

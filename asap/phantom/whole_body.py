@@ -55,7 +55,11 @@ def _noise(keys: tuple, canvas: Canvas, mm: float) -> np.ndarray:
     n = rng("texture", *keys).standard_normal(size, dtype=np.float32)
     n = gaussian_filter(n, [mm / (2 * s) for s in canvas.spacing], mode="wrap")
     n /= n.std() + 1e-9
-    n = n.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    for axis in range(3):  # twice the resolution, linear between the samples
+        n = n.repeat(2, axis)
+        low = tuple(slice(0, -1) if a == axis else slice(None) for a in range(3))
+        high = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
+        n[low] = 0.5 * (n[low] + n[high])
     return n[tuple(slice(0, k) for k in canvas.hu.shape)]
 
 
@@ -157,7 +161,7 @@ def _middle(r, half: float, lung: bool, tilt: float) -> float:
         a, b = max(a, low + half), min(b, high + 80 - half)
         return float(r.uniform(a, b)) if a < b else float(np.mean(LUNG_RANGE))
     top = LUNG_RANGE[0] - half - tilt
-    return float(r.uniform(min(low + half, top - 1), top))
+    return float(r.uniform(min(low + half, top - 1), top))  # may end in the thighs
 
 
 def sample_view(
@@ -169,15 +173,16 @@ def sample_view(
     r = rng("view", seed)
     scale = float(r.uniform(0.7, 1.3))
     coverage = float(r.uniform(80, 400))
-    turn = (r.uniform(-8, 8), r.uniform(-8, 8), r.uniform(-20, 20))
+    turn = (r.triangular(-20, 0, 20), r.triangular(-20, 0, 20), r.uniform(-20, 20))
     shift = (r.triangular(-80, 0, 80), r.triangular(-80, 0, 80), 0.0)
     half = coverage / (2 * scale * p.stretch[2])
     lung = r.random() >= NO_LUNG
     if not lung:
-        half = min(half, 140.0)
+        half = min(half, 130.0)
         coverage = 2 * half * scale * p.stretch[2]
-    z = _middle(r, half, lung, tilt=48.0)
     field = float(r.uniform(250, 500))
+    corner = np.abs(np.sin(np.deg2rad(turn[:2]))).sum() * field / 2 / scale
+    z = _middle(r, half, lung, 14 + min(corner, 150))
     padded = r.random() < 0.6
     return View(
         Pose(scale, p.stretch, tuple(map(float, turn)), tuple(map(float, shift)), warp, seed),

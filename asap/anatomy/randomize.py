@@ -165,7 +165,7 @@ def add_blobs(
         )
         share = np.clip((1 + soft - np.sqrt(far)) / soft, 0, 1) * opacity
         part = image[where]
-        part += torch.from_numpy(share.astype(np.float32)) * (np.float32(hu) - part)
+        part += torch.from_numpy(share.astype(np.float32)) * (float(hu) - part)
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #fe1a5597
 def coarsen(

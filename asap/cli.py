@@ -472,16 +472,19 @@ def run_standardize(a: argparse.Namespace) -> int:
 
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
-    from asap.anatomy import segment
+    from asap.anatomy.segmenter import choose_source
 
     p: Any = load_params(sections=["anatomy"])
-    segment.ensure_weights(not a.full, a.download)
+    groups = {g: list(names) for g, names in p.anatomy.groups.items()}
+    wanted = "totalsegmentator" if a.full or a.download else a.source
+    source = choose_source(groups, wanted, not a.full, a.download)
+    log_message(f"organ maps by {source.name}")
     scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
     for name, _ in scans:
         _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
 
     def one(name: str, path: Path) -> None:
-        _organs_one(a, path, out / f"{name}_organs.nii.gz", p.anatomy.groups)
+        _organs_one(a, path, out / f"{name}_organs.nii.gz", source, groups)
 
     close = _list_refused(out / "quarantine.csv", always=True)
     return _exit_code(_map_scans(scans, "organs", one, close=close)[1], len(scans))
@@ -491,17 +494,31 @@ def _organs_one(
     a: argparse.Namespace,
     path: Path,  # of the scan
     out: Path,  # the organ map
-    groups: Any,  # anatomy.groups of the params
+    source: Any,  # MapSource
+    groups: dict[str, list[str]],  # anatomy.groups of the params
 ) -> None:
-    from asap.anatomy import segment
-    from asap.anatomy.organs import map_to_groups
+    import numpy as np
+
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
     v, _ = checks.load_checked(path, _source_from_args(a))
-    found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
-    shape, affine = standard_grid(v.hu.shape, v.affine, _standard_options(a)["spacing"])
-    write(resample(found, v.affine, shape, affine, order=0, fill=0), affine, out)
+    made, name = source.predict(v), out.name.removesuffix("_organs.nii.gz")
+    masks = {"organs": made.organs}
+    if a.body and made.body is not None:
+        masks["body"] = made.body.astype(np.uint8)
+    shape, affine = v.hu.shape, v.affine
+    if a.to or made.body is None:
+        shape, affine = standard_grid(shape, affine, _standard_options(a)["spacing"])
+    for kind, mask in masks.items():
+        on_grid = resample(mask, v.affine, shape, affine, order=0, fill=0)
+        write(on_grid, affine, out.with_name(f"{name}_{kind}.nii.gz"))
+    ml = np.bincount(made.organs.ravel(), minlength=len(groups) + 1) * np.prod(v.spacing) / 1000
+    rows = {
+        group: dict(volume_ml=round(float(ml[k]), 1), confidence=made.confidence.get(group))
+        for k, group in enumerate(groups, 1)
+    }
+    write_json(dict(source=made.source, organs=rows), out.with_name(f"{name}_organs.json"))
     print(out, flush=True)
 
 # %% ../nbs/98_cli.ipynb #c1100001
@@ -895,12 +912,24 @@ def _add_organs(sub: Any) -> None:
         sub,
         "organs",
         run_organs,
-        "organ maps by TotalSegmentator, where its weights are on disk",
+        "organ maps by TotalSegmentator where its weights are on disk, else by the repository's",
         "asap organs scan.nii.gz -o maps/",
     )
     c.add_argument("-o", "--out", required=True, metavar="FOLDER")
     c.add_argument(
-        "--to", type=float, nargs=3, metavar="MM", help="spacing of the map (default: params.yaml)"
+        "--to",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="spacing of the map (default: params.yaml; shipped weights: the scan's own grid)",
+    )
+    c.add_argument(
+        "--source",
+        choices=["totalsegmentator", "shipped"],
+        help="what makes the maps (default: totalsegmentator if it can run, else shipped)",
+    )
+    c.add_argument(
+        "--body", action="store_true", help="write SCAN_body.nii.gz too (shipped weights)"
     )
     c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
     c.add_argument("--download", action="store_true", help="fetch weights that are missing")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TOP
 
-from asap.phantom.body import ORGAN_IDS
 from asap.phantom.bodies3b import Box, sample_box, synthesize_other_body
+from asap.phantom.body import ORGAN_IDS
 
 LUNGS = [k for n, k in ORGAN_IDS.items() if n.startswith("lung")]
 COARSE = (6.0, 6.0, 6.0)

@@ -9,7 +9,7 @@ __all__ = ['NO_LUNG_SHARE', 'TRUNK_HEIGHTS', 'TRUNK_WIDE', 'TRUNK_DEEP', 'CAGE_H
            'paint_mediastinum_3b', 'paint_tubes_3b', 'paint_abdomen_3b', 'OtherBody', 'scan_3b',
            'synthesize_other_body']
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #e9b4073b
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #f9c2643f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from ..core import rng
 from .body import ORGAN_IDS
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #df174db3
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #6fcb5597
 @dataclass(frozen=True)
 class Box:
     "Part of a body of generation 3b that a scan shows"
@@ -75,7 +75,7 @@ def body_points(
             p[axis] += np.float32(r.normal(0, 3)) * wave
     return p
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #b9a39c66
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #edf1693f
 def star(
     p: np.ndarray,  # (3,...), mm
     center: Sequence[float],  # mm
@@ -132,7 +132,7 @@ def inside_section(
     x, y = np.abs(p[0]) / a, np.abs(p[1] - np.float32(middle)) / b
     return (x**power + y**power) ** np.float32(1 / power)
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #aba828d4
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #0fcf6860
 TRUNK_HEIGHTS = (-560, -430, -310, -200, -100, 0, 80, 130, 165, 200, 270)
 TRUNK_WIDE = (172, 180, 150, 148, 160, 170, 182, 178, 95, 62, 74)
 TRUNK_DEEP = (112, 115, 100, 104, 112, 112, 104, 88, 68, 62, 92)
@@ -242,7 +242,7 @@ def paint_girdles(b: Parts) -> None:
         b.paint((wing < 1) & (wing > 0.86) & (p[2] > -470) & (p[2] < -340), 350.0)
         b.paint(star(p, (side * 92, 0, -475), (25, 25, 25), r, 0.02) < 1, 320.0)
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #1c0fefec
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #1932c5d1
 def paint_lungs_3b(b: Parts) -> np.ndarray:  # bool
     "Lungs with lobes, gravity and texture, above the diaphragm"
     r, p = b.r, b.p
@@ -299,7 +299,13 @@ def paint_tree_3b(b: Parts, lungs: np.ndarray, hu: float, box: Box, spacing) -> 
     clouds = []
     for side in (-1, 1):
         hilum = np.array([side * 36.0, -8.0, -2.0])
-        for aim in ((0.3, 0.2, 1), (0.8, 0.6, 0.1), (0.8, -0.6, -0.1), (0.4, 0.3, -1), (0.4, -0.5, -1)):
+        for aim in (
+            (0.3, 0.2, 1),
+            (0.8, 0.6, 0.1),
+            (0.8, -0.6, -0.1),
+            (0.4, 0.3, -1),
+            (0.4, -0.5, -1),
+        ):
             d = np.array([side * aim[0], aim[1], aim[2]]) + r.normal(0, 0.15, 3)
             clouds.append(random_tree(r, hilum, d / np.linalg.norm(d), r.uniform(4, 6), 32.0))
     points = np.concatenate(clouds)
@@ -330,15 +336,22 @@ def paint_mediastinum_3b(b: Parts) -> None:
     b.paint(hollow & (q[1] > 0), right, "heart")
     b.paint(hollow & (q[1] <= 0), left, "heart")
     wide = float(r.uniform(0.8, 1.25))
-    cava = [(28, -2, 110, 8), (28, 2, 0, 10), (30, 0, -60, 11), (28, -20, -140, 12), (22, -40, -420, 10)]
+    cava = [
+        (28, -2, 110, 8),
+        (28, 2, 0, 10),
+        (30, 0, -60, 11),
+        (28, -20, -140, 12),
+        (22, -40, -420, 10),
+    ]
     lung_artery = [(-14, 28, -20, 13), (-12, 8, 8, 13), (-2, -8, 8, 11), (36, -12, 0, 9)]
     for nodes in (cava, lung_artery, [(-12, 8, 8, 12), (-38, -14, 6, 9)]):
         b.paint(path_distance(b.p, np.array(nodes, float)) < 0, right)
     for x in (-34, -14, 14):  # branches of the arch
         b.paint(path_distance(p, np.array([(x / 2, -4, 50, 5), (x, 4, 150, 4)], float)) < 0, left)
     aorta = np.array(
-        [(-4, 12, -28, 15), (12, 20, 0, 15), (14, 14, 32, 14.5), (2, -4, 52, 13), (-16, -30, 44, 12.5),
-         (-24, -48, 20, 12), (-22, -54, -90, 11.5), (-12, -48, -200, 10.5), (-4, -40, -330, 9)]
+        [(-4, 12, -28, 15), (12, 20, 0, 15), (14, 14, 32, 14.5), (2, -4, 52, 13),
+         (-16, -30, 44, 12.5), (-24, -48, 20, 12), (-22, -54, -90, 11.5),
+         (-12, -48, -200, 10.5), (-4, -40, -330, 9)]
     )  # fmt: skip
     aorta[:, :3] += r.normal(0, 2, aorta[:, :3].shape)
     aorta[:, 3] *= wide
@@ -349,22 +362,30 @@ def paint_mediastinum_3b(b: Parts) -> None:
 def paint_tubes_3b(b: Parts) -> None:
     "Trachea with main bronchi, and esophagus"
     r, p = b.r, b.p
-    gullet = [(-3, -24, 190, 7), (-4, -30, 60, 8), (0, -42, 0, 8), (-12, -40, -90, 9), (-28, -18, -135, 9)]
+    gullet = [
+        (-3, -24, 190, 5),
+        (-4, -30, 60, 6),
+        (0, -42, 0, 6),
+        (-12, -40, -90, 7),
+        (-28, -18, -135, 7),
+    ]
     tube = path_distance(p, np.array(gullet, float))
     b.paint(tube < 0, float(r.normal(35, 6)), "esophagus")
     if r.random() < 0.4:
-        b.paint(tube < -5, -600.0, "esophagus")
+        b.paint(tube < -4, -600.0, "esophagus")
     wind = [(0, 0, 200, 8.5), (1, -12, 36, 8.5)]
     bronchi = [[(1, -12, 36, 7), (40, -20, 2, 6)], [(1, -12, 36, 7), (-44, -22, 8, 5.5)]]
     air = np.minimum.reduce([path_distance(p, np.array(n, float)) for n in (wind, *bronchi)])
     b.paint((air >= 0) & (air < 1.5), 30.0)
     b.paint(air < 0, -990.0, "trachea")
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #d724a4d0
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #a462f2ba
 def paint_abdomen_3b(b: Parts, lungs: np.ndarray) -> None:
     "Fat, liver, spleen, stomach, kidneys and bowel below the lungs, inside the trunk"
     r, p = b.r, b.p
-    cavity = inside_section(p, (-520, -430, -230, -90), (120, 135, 124, 118), (70, 80, 84, 84), 2.3, 4)
+    cavity = inside_section(
+        p, (-520, -430, -230, -90), (120, 135, 124, 118), (70, 80, 84, 84), 2.3, 4
+    )
     cavity = (cavity < 1) & (p[2] < -60) & (p[2] > -510) & ~lungs & (b.hu > -200)
     b.paint(cavity, float(r.normal(-95, 10)))
     enhanced = float(r.uniform(0, 90))
@@ -374,7 +395,7 @@ def paint_abdomen_3b(b: Parts, lungs: np.ndarray) -> None:
         b.paint(blob, float(r.choice([-900, 15, 30, 60, 150], p=[0.2, 0.25, 0.3, 0.15, 0.1])))
     organs = (
         ((-62, 28, -165), (48, 45, 58), float(r.uniform(0, 40))),  # stomach
-        ((55, 8, -160), (98, 82, 88), 55 + enhanced * 0.7),  # liver
+        ((60, 5, -160), (86, 74, 80), 55 + enhanced * 0.7),  # liver
         ((-35, 38, -140), (60, 40, 38), 55 + enhanced * 0.7),
         ((-98, -40, -165), (34, 48, 55), 50 + enhanced * 0.8),  # spleen
         ((62, -42, -250), (27, 25, 52), 35 + enhanced * 1.5),  # kidneys
@@ -387,7 +408,7 @@ def paint_abdomen_3b(b: Parts, lungs: np.ndarray) -> None:
         if i == 0 and r.random() < 0.7:
             b.paint(mask & (p[1] > moved[1] + r.uniform(-10, 20)), -930.0)
 
-# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #dda6e86e
+# %% ../../nbs/1_phantom/19f_bodies3b.ipynb #4ceaf1d2
 @dataclass
 class OtherBody:
     "A scanned body of generation 3b"
@@ -417,7 +438,7 @@ def scan_3b(
     hu += noise * np.float32(r.uniform(6, 35) / noise.std())
     out = np.clip(np.round(hu), -1024, 3071).astype(np.int16)
     if box.padding is not None:
-        x, y = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(hu.shape, spacing))
+        x, y = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(hu.shape[:2], spacing))
         out[np.hypot(x[:, None], y) > min(box.extent[:2]) / 2] = box.padding
     return out
 

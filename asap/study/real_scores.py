@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import binary_opening, label
 
-from ..anatomy.organs import UNKNOWN
 from ..anatomy.stress import SharePredictor, soft_dice
 from ..core import write_csv
 from ..data.checks import body_mask

@@ -1,8 +1,10 @@
-"""Train the organ segmenter on bodies of generation 3 and measure it on generation 2.
+"""Train the organ segmenter on bodies of generation 3 and measure it on generations 2 and 3b.
 
-    python benchmarks/organs.py [--folder build/organs]
+    python benchmarks/organs.py [--folder build/organs] [--seed 1]
 
-An interrupted training resumes. Writes weights/organs (where --keep) and benchmarks/organs.csv.
+An interrupted training resumes. Writes weights/organs (where --keep) and, beside the training,
+dice.csv (generation 2), shift.csv, partial.csv, no_lung.csv (stress tests on generation 3b) and
+summary.json; with --keep also benchmarks/organs.csv.
 """
 
 import argparse
@@ -14,7 +16,14 @@ import torch
 
 from asap.anatomy.organ_training import train_segmenter, validate_on_chests
 from asap.anatomy.segmenter import save_segmenter
-from asap.core import project_root, write_csv
+from asap.anatomy.stress import (
+    segmenter_predictor,
+    stress_no_lung,
+    stress_partial,
+    stress_shift,
+    stress_summary,
+)
+from asap.core import project_root, write_csv, write_json
 from asap.params import load_params
 
 CARD = """# Organ segmenter
@@ -37,6 +46,8 @@ def arguments():
     a.add_argument("--bodies", help="folder of the drawn bodies; default: in --folder")
     a.add_argument("--keep", action="store_true", help="write weights/organs")
     a.add_argument("--chests", type=int, default=24, help="phantoms of generation 2")
+    a.add_argument("--bodies-3b", type=int, default=8, help="bodies of each stress test")
+    a.add_argument("--seed", type=int, help="of the training; default: study.seed")
     return a.parse_args()
 
 
@@ -56,6 +67,19 @@ def write_card(s, c, dice, m) -> str:
     )
 
 
+def run_stress(s, n: int, folder: Path) -> dict:  # summary
+    "The stress tests, on bodies that no choice saw"
+    predictor, seeds = segmenter_predictor(s), [("organs", "stress", i) for i in range(n)]
+    tables = dict(
+        shift=stress_shift(predictor, s.groups, seeds),
+        partial=stress_partial(predictor, s.groups, seeds),
+        no_lung=stress_no_lung(predictor, s.groups, seeds),
+    )
+    for name, t in tables.items():
+        write_csv(t.round(4), folder / f"{name}.csv")
+    return stress_summary(**tables)
+
+
 def main() -> None:
     a = arguments()
     torch.set_num_threads(1)
@@ -67,11 +91,17 @@ def main() -> None:
         return validate_on_chests(s, 3).mean().to_dict()
 
     groups = {g: list(names) for g, names in p.anatomy.groups.items()}
-    s = train_segmenter(c, groups, p.study.seed, a.folder, on_eval, 200, a.bodies)
+    seed = p.study.seed if a.seed is None else a.seed
+    s = train_segmenter(c, groups, seed, a.folder, on_eval, 200, a.bodies)
     print(f"trained in {(time.monotonic() - started) / 60:.0f} min")
     table = validate_on_chests(s, a.chests)
     print(table.describe().round(3).to_string())
-    write_csv(table.round(4), project_root() / "benchmarks/organs.csv")
+    write_csv(table.round(4), Path(a.folder) / "dice.csv")
+    summary = run_stress(s, a.bodies_3b, Path(a.folder))
+    write_json(summary, Path(a.folder) / "summary.json")
+    print(summary)
+    if a.keep:
+        write_csv(table.round(4), project_root() / "benchmarks/organs.csv")
     place = project_root() / "weights/organs" if a.keep else Path(a.folder) / "organs"
     save_segmenter(s, place, write_card(s, c, table.mean(), len(table)))
     print(place)

@@ -19,6 +19,7 @@ from pathlib import Path
 SEED = 0
 VOCABULARY = 30_522  # word pieces of BERT
 IMAGE_PATCHES = 14 * 14  # of a 2-D MAE
+PEAK_GB = 16  # that a stage of the rehearsal may need
 
 
 def write_file(path: Path, write) -> None:  # write: takes a path
@@ -111,7 +112,9 @@ def write_image_mae(path: Path) -> None:
 
     from asap.pretrain.checkpoint import _expected_block_tensors
 
-    places = dict(cls_token=torch.empty(1, 1, 768), pos_embed=torch.empty(1, 1 + IMAGE_PATCHES, 768))
+    places = dict(
+        cls_token=torch.empty(1, 1, 768), pos_embed=torch.empty(1, 1 + IMAGE_PATCHES, 768)
+    )
     kernel = {"patch_embed.proj.weight": torch.empty(768, 3, 16, 16)}
     torch.save(dict(model=draw(_expected_block_tensors(768, 12) | places | kernel)), path)
 
@@ -139,13 +142,56 @@ def write_models(folder: Path) -> None:
     write_file(folder / "released.pth", write_released_checkpoint)
 
 
+def stage_record(folder: Path):  # DataFrame: stage, minutes, cpu_seconds, peak_gb, total_gb
+    "What each stage of a study needed, in the order of its graph"
+    import pandas as pd
+    import yaml
+
+    rows = [json.loads(f.read_text()) for f in sorted((folder / "runs/minutes").glob("*.json"))]
+    order = list(yaml.safe_load((folder / "dvc.yaml").read_text())["stages"])
+    t = pd.DataFrame(rows).drop(columns="at_a_time")
+    place = t.stage.map(lambda s: order.index(s.split("@")[0]))
+    return t.assign(place=place).sort_values(["place", "stage"]).drop(columns="place")
+
+
+def case_record(folder: Path):  # DataFrame: cohort, train, val, test, questions of test cases
+    "Cases of each cohort by split"
+    import pandas as pd
+
+    rows = []
+    for path in sorted((folder / "build/cohorts").glob("*/*.parquet")):
+        if path.stem != path.parent.name:
+            continue
+        table = pd.read_parquet(path)
+        asked = path.with_suffix(".questions.parquet")
+        case = pd.read_parquet(asked).case if asked.exists() else pd.Series(dtype=str)
+        counts = {s: int((table.split == s).sum()) for s in ("train", "val", "test")}
+        test = table.case[table.split == "test"]
+        rows.append(dict(cohort=path.stem, **counts, questions=int(case.isin(test).sum())))
+    return pd.DataFrame(rows)
+
+
+def save(folder: Path) -> int:  # exit code
+    "Write the records; tell where the bars are not met"
+    stages, cases = stage_record(folder), case_record(folder)
+    here = Path(__file__).parent
+    stages.to_csv(here / "rehearsal.csv", index=False)
+    cases.to_csv(here / "rehearsal_cases.csv", index=False)
+    minutes, peak = stages.minutes.sum(), stages.total_gb.max()
+    print(f"{len(stages)} stages, {minutes:.0f} min one after the other, {peak:.1f} GB at most")
+    if peak > PEAK_GB:
+        print(f"expected at most {PEAK_GB} GB: {stages.stage[stages.total_gb.idxmax()]}")
+    return int(peak > PEAK_GB)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=["models", "save"])
     parser.add_argument("folder", nargs="?", type=Path)
     a = parser.parse_args()
-    if a.command == "models":
-        write_models(a.folder or Path("build/models"))
+    if a.command == "save":
+        return save(a.folder or Path("build/rehearsal"))
+    write_models(a.folder or Path("build/models"))
     return 0
 
 

@@ -409,14 +409,14 @@ def _map_steps(p: Any, family: str) -> int:
 
 
 def _report_texts(p: Any, cases: dict[str, Cases]) -> int:
-    "Reports of one arm: trained ones count three, validated ones one, each test report one"
+    "Reports of one arm: trained ones count three; six validations, and each test report once"
     total = 0
     for name in _cohorts(p, "report"):
-        row = p.report.datasets.get(name)
+        row, c = p.report.datasets.get(name), cases[name]
         epochs = (row and row.epochs) or p.report.epochs
-        c = cases[name]
-        total += min(epochs * c.train, p.report.steps * p.report.batch_size) * 3
-        total += epochs * c.val + c.test
+        batch = min((row and row.batch_size) or p.report.batch_size, c.train)
+        steps = min(p.report.steps, max(10, epochs * c.train // batch))
+        total += 3 * steps * batch + 6 * c.val + c.test
     return total
 
 

@@ -470,7 +470,7 @@ def count_units(
     }
 
 # %% ../nbs/96_cost.ipynb #rehearse05
-LM_RATIO = 3.63e9 / 62.9e6  # Qwen3-4B to 4 layers of 1024 channels, without embeddings
+LM_RATIO = 3.6e9 / 62.9e6  # Qwen3-4B to 4 layers of 1024 channels, without embeddings
 
 
 def _items(p: Any, stage: str) -> int:

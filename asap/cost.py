@@ -488,7 +488,7 @@ def _items(p: Any, stage: str) -> int:
 
 
 def rehearsal_table(
-    record: pd.DataFrame,  # stage, cpu_seconds, total_gb: benchmarks/rehearsal.csv
+    record: pd.DataFrame,  # stage, cpu_seconds, work_seconds, total_gb: benchmarks/rehearsal.csv
     here: dict[str, tuple[str, float]],  # of `count_units`, in the rehearsal
     paper: dict[str, tuple[str, float]],  # at the paper's numbers
     p: Any,  # params of the paper's study
@@ -496,18 +496,19 @@ def rehearsal_table(
     "Seconds per unit and peak memory as rehearsed, and processor hours at the paper's numbers"
     rows = {}
     for stage, t in record.groupby(record.stage.str.split("@").str[0], sort=False):
-        several = t.cpu_seconds.mean() if stage == "prepare" else t.cpu_seconds.max()
-        row: dict[str, Any] = dict(items=_items(p, stage), unit="run")
-        units, there = 1.0, 1.0
-        if stage in here:
-            (row["unit"], units), (_, there) = here[stage], paper[stage]
-        each = float(several) / max(units, 1)
+        unit, done = here.get(stage, ("run", 1.0))
+        seconds = t.work_seconds if stage in here else t.cpu_seconds
+        slowest = seconds.mean() if stage == "prepare" else seconds.max()
+        units = paper[stage][1] if stage in here else 1.0
+        items, each = _items(p, stage), float(slowest) / max(done, 1)
         ratio = LM_RATIO if stage == "vqa" else 1.0
-        rows[stage] = row | dict(
-            rehearsed=units,
+        rows[stage] = dict(
+            unit=unit,
+            rehearsed=done,
             seconds_per_unit=each,
             peak_gb=float(t.total_gb.max()),
-            units=there,
-            core_hours=row["items"] * each * max(there, 1) * ratio / 3600,
+            units=units,
+            items=items,
+            core_hours=items * each * units * ratio / 3600,
         )
     return pd.DataFrame(rows).T

@@ -142,16 +142,30 @@ def write_models(folder: Path) -> None:
     write_file(folder / "released.pth", write_released_checkpoint)
 
 
-def stage_record(folder: Path):  # DataFrame: stage, minutes, cpu_seconds, peak_gb, total_gb
-    "What each stage of a study needed, in the order of its graph"
+def working_share(notebook: Path, minutes: float) -> float:  # of an executed stage
+    "Part of a stage's time that is not its kernel's start and not its imports"
+    cells = json.loads(notebook.read_text())["cells"]
+    cells = [c for c in cells if c["cell_type"] == "code"]
+    imports = [i for i, c in enumerate(cells) if "from asap." in "".join(c["source"])]
+    work = sum(c["metadata"]["papermill"]["duration"] or 0 for c in cells[imports[0] + 1 :])
+    return min(1.0, work / (60 * max(minutes, 0.01)))
+
+
+def stage_record(folder: Path):  # DataFrame: stage, minutes, cpu_seconds, work_seconds, GB
+    "What each stage of a study needed, in the order of its graph; work: without its start"
     import pandas as pd
     import yaml
 
-    rows = [json.loads(f.read_text()) for f in sorted((folder / "runs/minutes").glob("*.json"))]
+    rows = []
+    for f in sorted((folder / "runs/minutes").glob("*.json")):
+        row = json.loads(f.read_text())
+        share = working_share(folder / f"runs/notebooks/{f.stem}.ipynb", row["minutes"])
+        rows.append(row | dict(work_seconds=round(share * row["cpu_seconds"], 2)))
     order = list(yaml.safe_load((folder / "dvc.yaml").read_text())["stages"])
-    t = pd.DataFrame(rows).drop(columns="at_a_time")
-    place = t.stage.map(lambda s: order.index(s.split("@")[0]))
-    return t.assign(place=place).sort_values(["place", "stage"]).drop(columns="place")
+    t = pd.DataFrame(rows)
+    t["place"] = t.stage.map(lambda s: order.index(s.split("@")[0]))
+    t = t.sort_values(["place", "stage"])
+    return t[["stage", "minutes", "cpu_seconds", "work_seconds", "peak_gb", "total_gb"]]
 
 
 def case_record(folder: Path):  # DataFrame: cohort, train, val, test, questions of test cases

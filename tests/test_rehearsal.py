@@ -138,11 +138,6 @@ def test_windows_are_those_of_monai(shape, size, overlap):
     assert count_windows(shape, size, overlap) == sum(seen)
 
 
-def record(**seconds):  # stage with its item -> seconds, GB
-    rows = [dict(stage=k, cpu_seconds=s, total_gb=g) for k, (s, g) in seconds.items()]
-    return pd.DataFrame(rows)
-
-
 def test_the_table_of_a_small_record():
     p = SimpleNamespace(
         study=SimpleNamespace(arms=["a", "b"], cohorts=["x", "y", "z"], encoders={}),
@@ -150,17 +145,24 @@ def test_the_table_of_a_small_record():
         report=SimpleNamespace(arms=["a"]),
         vqa=SimpleNamespace(arms=["a"]),
     )
-    r = record(**{"prepare@x": (10, 1), "prepare@y": (30, 2), "embed@a": (8, 3), "page": (5, 1)})
-    here, paper = dict(prepare=("voxel", 4), embed=("volume", 2)), {}
+    record = pd.DataFrame(
+        [
+            ("prepare@x", 12, 10, 1),
+            ("prepare@y", 32, 30, 2),
+            ("embed@a", 9, 8, 3),
+            ("embed@b", 5, 4, 1),
+            ("page", 5, 3, 1),
+        ],
+        columns=["stage", "cpu_seconds", "work_seconds", "total_gb"],
+    )
+    here = dict(prepare=("voxel", 4), embed=("volume", 2))
     paper = dict(prepare=("voxel", 40), embed=("volume", 3600))
-    t = rehearsal_table(r, here, paper, p)
+    t = rehearsal_table(record, here, paper, p)
     assert list(t.index) == ["prepare", "embed", "page"]
-    assert t.seconds_per_unit.tolist() == [5, 4, 5] and t.peak_gb.tolist() == [2, 3, 1]
-    assert t.core_hours.tolist() == [
-        pytest.approx(3 * 5 * 40 / 3600),
-        pytest.approx(2 * 4),
-        pytest.approx(5 / 3600),
-    ]
+    assert t.seconds_per_unit.tolist() == [5, 4, 5], "mean of the cohorts, slowest of the arms"
+    assert t.peak_gb.tolist() == [2, 3, 1]
+    hours = [3 * 5 * 40 / 3600, 2 * 4, 5 / 3600]
+    assert t.core_hours.tolist() == pytest.approx(hours)
 
 
 def test_the_papers_work_is_counted():

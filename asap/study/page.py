@@ -655,11 +655,11 @@ def _headline_cards(
 
 def _headline_metrics(
     t: dict[str, pd.DataFrame],  # of `load_tables`
-) -> dict[str, dict[str, float]]:  # arm -> task -> value
+) -> dict[str, dict[str, float]]:  # arm -> task -> value; without tasks that have no score
     if "metrics" not in t:
         return {}
     metrics = compared_metrics()  # noqa: F841, read by the query
-    rows = t["metrics"].query("fraction == 1 and metric in @metrics")
+    rows = t["metrics"].query("fraction == 1 and metric in @metrics").dropna(subset="value")
     return {
         a: {r["task"]: round(r["value"], 5) for r in g.to_dict("records")}
         for a, g in rows.groupby("arm")

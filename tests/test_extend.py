@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import TOP
 
+from asap import registry
+from asap.params import load_params
 from asap.registry import task_families
 
 LEFT_OUT = ("weights/", "benchmarks/", "nbs/images/", "nbs/tutorials/", "asap/inference/niivue/")
@@ -213,6 +215,8 @@ def test_a_family_is_a_page_and_a_stage(tree):
         page,
         code="""
 import yaml
+from asap import registry
+from asap.params import load_params
 from asap.registry import task_families
 stages = yaml.safe_load(open("dvc.yaml"))["stages"]
 assert stages["age"]["outs"] == ["runs/age/predictions.parquet"]
@@ -275,3 +279,14 @@ print("cases:", *table.case)
 """,
     )
     assert re.search(r"cases: a b$", out, re.M)
+
+
+def test_what_is_installed_is_read_once(monkeypatch):
+    "Each task that params name is looked up: reading all that is installed for each took a second"
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [])
+    registry._external_modules.cache_clear()
+    load_params()
+    load_params()
+    registry._external_modules.cache_clear()
+    assert asked == ["asap.task_families"]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 from conftest import TOP
-from smoke import change, clone as clone, digest, edited, kill_when, ran, run
+from smoke import ENV, change, clone as clone, digest, edited, kill_when, ran, run
 
 pytestmark = pytest.mark.study
 
@@ -42,7 +42,7 @@ def test_the_study_runs(clone):
     grounded = json.loads((clone / "runs/grounding/status.json").read_text())
     assert (
         grounded["available"]
-        and grounded["arms"] == ["asap"]
+        and grounded["arms"] == ["paper", "asap"]
         and grounded["excluded"] == 0
         and "<h2>Grounding</h2>" in page
         and "Not measured" not in page
@@ -186,14 +186,14 @@ def test_a_wrong_key_stops_before_anything_runs(clone):
 
 
 def test_the_same_seed_gives_the_same_bytes(clone):
-    "Word pieces, text encoder and weights, made again in processes of their own"
+    "Word pieces, text encoder and weights, made again by kernels that are no forks"
     kept = [clone / "build/text" / f for f in ("tokenizer.json", "model.safetensors")] + [
         clone / "runs/pretrain/asap" / f
         for f in ("checkpoint/model.safetensors", "metrics.json", "log.csv")
     ]
     before = [digest(f) for f in kept]
     for stage in ("text", "pretrain@asap"):
-        run("dvc", "repro", "-f", "-s", stage, cwd=clone)
+        run("dvc", "repro", "-f", "-s", stage, cwd=clone, env=ENV)
     assert before == [digest(f) for f in kept]
 
 

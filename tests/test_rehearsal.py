@@ -11,7 +11,6 @@ from conftest import TOP
 
 from asap.cost import Cases, count_units, count_windows, paper_cases, rehearsal_table
 from asap.params import load_params, read_params
-from asap.registry import get_task
 
 PAPER, REHEARSAL = TOP / "params/paper.yaml", TOP / "params/rehearsal.yaml"
 COUNTS = (  # leaves that may differ; * is one key or index
@@ -175,14 +174,3 @@ def test_the_papers_work_is_counted():
     fewer = count_units(load_params(REHEARSAL), small, 5.7, (336, 336, 336), 20)
     assert units.keys() == fewer.keys()
     assert all(units[k][1] > fewer[k][1] > 0 for k in units)
-
-
-def test_a_task_without_a_score_leaves_the_results_page_whole():
-    "Such as the AUC of test cases of one class: the rehearsal has one test case per data set"
-    from asap.study.page import _headline_metrics
-
-    rows = [("asap", "classify_stoic", 0.75), ("asap", "classify_luna16", float("nan"))]
-    t = pd.DataFrame(rows, columns=["arm", "task", "value"]).assign(
-        fraction=1.0, metric=get_task("classify_stoic").metric
-    )
-    assert _headline_metrics(dict(metrics=t)) == dict(asap=dict(classify_stoic=0.75))

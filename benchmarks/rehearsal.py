@@ -185,6 +185,18 @@ def case_record(folder: Path):  # DataFrame: cohort, train, val, test, questions
     return pd.DataFrame(rows)
 
 
+def tasks_without_predictions(folder: Path) -> list[str]:  # of study.tasks
+    "Tasks that a study left out, for instance because its few cases are of one class"
+    import pandas as pd
+    import yaml
+
+    tasks = yaml.safe_load((folder / "params.yaml").read_text())["study"]["tasks"]
+    found: set[str] = set()
+    for path in (folder / "runs").rglob("predictions.parquet"):
+        found |= set(pd.read_parquet(path, columns=["task"]).task.astype(str))
+    return [t for t in tasks if t not in found]
+
+
 def save(folder: Path) -> int:  # exit code
     "Write the records; tell where the bars are not met"
     stages, cases = stage_record(folder), case_record(folder)
@@ -195,7 +207,9 @@ def save(folder: Path) -> int:  # exit code
     print(f"{len(stages)} stages, {minutes:.0f} min one after the other, {peak:.1f} GB at most")
     if peak > PEAK_GB:
         print(f"expected at most {PEAK_GB} GB: {stages.stage[stages.total_gb.idxmax()]}")
-    return int(peak > PEAK_GB)
+    if missing := tasks_without_predictions(folder):
+        print(f"no predictions of {', '.join(missing)}: more cases in params/rehearsal.yaml")
+    return int(peak > PEAK_GB or bool(missing))
 
 
 def main() -> int:

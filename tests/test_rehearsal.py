@@ -1,5 +1,6 @@
 "The dress rehearsal: it differs from the paper's params in counts alone, and what it extrapolates"
 
+import importlib.util
 import re
 import subprocess
 from types import SimpleNamespace
@@ -174,3 +175,15 @@ def test_the_papers_work_is_counted():
     fewer = count_units(load_params(REHEARSAL), small, 5.7, (336, 336, 336), 20)
     assert units.keys() == fewer.keys()
     assert all(units[k][1] > fewer[k][1] > 0 for k in units)
+
+
+def test_a_task_without_predictions_is_named(tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(study=dict(tasks=["a", "b", "c"]))))
+    for folder, tasks in (("classify", ["a", "a"]), ("vqa/asap", ["c"])):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+        table = pd.DataFrame(dict(task=tasks))
+        table.to_parquet(tmp_path / "runs" / folder / "predictions.parquet")
+    spec = importlib.util.spec_from_file_location("rehearsal", TOP / "benchmarks/rehearsal.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.tasks_without_predictions(tmp_path) == ["b"]

@@ -7,8 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
+REHEARSAL := build/rehearsal
 
-.PHONY: help study quick graph test lab docs readme export weights organs ceiling lint hooks clean
+.PHONY: help study quick rehearsal graph test lab docs readme export weights organs ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -35,6 +36,11 @@ quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 	@bash tests/smoke.sh $(QUICK)
 	@cd $(QUICK) && python -m asap.cli study
 	@echo "The study page: $(CURDIR)/$(QUICK)/runs/study/index.html"
+
+rehearsal: .venv/done  ## each stage once at the paper's sizes, in build/rehearsal (an hour); writes benchmarks/rehearsal.csv
+	@bash tests/smoke.sh $(REHEARSAL) params/rehearsal.yaml
+	@cd $(REHEARSAL) && python benchmarks/rehearsal.py models && python -m asap.cli study
+	@python benchmarks/rehearsal.py save $(REHEARSAL)
 
 graph: .venv/done  ## write the modules and params of each stage, and the stages of task families, to dvc.yaml
 	@python -m asap.cli graph

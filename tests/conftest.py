@@ -1,6 +1,8 @@
 "What the tests share: where the tree is, the order of files, programs that are forks"
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from preloaded import preloaded
@@ -24,6 +26,14 @@ FIRST = [
     "test_study_data.py",
 ]
 LAST = "test_pages.py"  # short ones: what fills either worker's time (tests/run.py)
+
+
+def load_script(path: Path) -> ModuleType:
+    "A script that is in no package, such as those of benchmarks/, as a module"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def place(item) -> int:

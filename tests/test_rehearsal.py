@@ -1,6 +1,5 @@
 "The dress rehearsal: it differs from the paper's params in counts alone, and what it extrapolates"
 
-import importlib.util
 import re
 import subprocess
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from conftest import TOP
+from conftest import TOP, load_script
 
 from asap.cost import Cases, count_units, count_windows, paper_cases, rehearsal_table
 from asap.params import load_params, read_params
@@ -183,7 +182,5 @@ def test_a_task_without_predictions_is_named(tmp_path):
         (tmp_path / "runs" / folder).mkdir(parents=True)
         table = pd.DataFrame(dict(task=tasks))
         table.to_parquet(tmp_path / "runs" / folder / "predictions.parquet")
-    spec = importlib.util.spec_from_file_location("rehearsal", TOP / "benchmarks/rehearsal.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(TOP / "benchmarks/rehearsal.py")
     assert script.tasks_without_predictions(tmp_path) == ["b"]

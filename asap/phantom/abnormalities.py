@@ -10,7 +10,6 @@ __all__ = ['PRESENCE_LOGITS', 'PAINTERS', 'PAINT_ORDER', 'HU_STEP', 'Finding', '
 # %% ../../nbs/1_phantom/11_abnormalities.ipynb #222ab5e6
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -632,12 +631,6 @@ def region_features(
     return [v.mean(), v.std(), (v > -300).mean(), (v > 300).mean()]
 
 
-@lru_cache(16)
-def _healthy_hu(seed: Any, **kw: Any) -> np.ndarray:
-    "The scan without findings, kept for the other abnormalities of the same patients"
-    return synthesize_chest(seed, present=[], **kw).hu
-
-
 def twin_auc(
     name: str,  # abnormality
     seeds: Iterable,  # keys of patients
@@ -648,10 +641,9 @@ def twin_auc(
 
     with_, without = [], []
     for s in seeds:
-        a = synthesize_chest(s, only=name, **kw)
-        mask = a.findings[0].mask
-        with_.append(region_features(a.hu, mask))
-        without.append(region_features(_healthy_hu(s, **kw), mask))
+        a, b, m = synthesize_pair(name, s, **kw)
+        with_.append(region_features(a.hu, m))
+        without.append(region_features(b.hu, m))
     y = [1] * len(with_) + [0] * len(without)
     aucs = [roc_auc_score(y, column) for column in np.array(with_ + without).T]
     return max(max(a, 1 - a) for a in aucs)

@@ -77,14 +77,48 @@ def _parse_assignments(
     return dict(p.split("=", 1) for p in pairs)
 
 
-def _peak_memory_gb() -> float | None:
-    "Peak GB of the stage's largest process; None where the system does not report it"
+def _usage_of_children() -> tuple[float, float] | None:  # CPU seconds, peak GB of the largest one
+    "Of the processes that a stage started and that have ended; None where it is not reported"
     try:
         import resource
     except ImportError:
         return None
     unit = 1e9 if sys.platform == "darwin" else 1e6
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / unit
+
+# %% ../nbs/98_cli.ipynb #clifam01
+@contextlib.contextmanager
+def _sample_memory(
+    every: float = 0.5,  # seconds
+) -> Iterator[list[float]]:  # GB, one value: the highest sum so far; empty where psutil is missing
+    "Memory of this process and of all that it started, at the same time"
+    if importlib.util.find_spec("psutil") is None:
+        yield []
+        return
+    import psutil
+
+    me, done, peak = psutil.Process(), threading.Event(), [0.0]
+
+    def total() -> float:
+        sizes = []
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                sizes.append(process.memory_info().rss)
+        return sum(sizes) / 1e9
+
+    def watch() -> None:
+        while not done.wait(every):
+            peak[0] = max(peak[0], total())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], total())
 
 # %% ../nbs/98_cli.ipynb #clistg01
 def _stage_notebook(name: str) -> Path:  # source
@@ -110,15 +144,18 @@ def _set_environment() -> None:
 def _record_cost(
     name: str,  # of the stage
     minutes: float,
-    peak: float | None,  # GB
+    together: float | None = None,  # GB of all processes at the same time
 ) -> None:
     "Write runs/minutes, and log it"
     row: dict[str, Any] = dict(stage=name, minutes=round(minutes, 2))
     row["at_a_time"] = int(os.environ.get("ASAP_STAGES", 1))
-    if peak:
-        row["peak_gb"] = round(peak, 2)
+    memory = ""
+    if used := _usage_of_children():
+        row |= dict(cpu_seconds=round(used[0], 1), peak_gb=round(used[1], 2))
+        memory = f", {used[1]:.1f} GB at most in one process"
+    if together:
+        row["total_gb"] = round(together, 2)
     write_json(row, project_root() / "runs/minutes" / f"{name.replace('@', '-')}.json")
-    memory = f", {peak:.1f} GB at most in one process" if peak else ""
     log_message(f"{name}: {minutes:.1f} min{memory}")
 
 # %% ../nbs/98_cli.ipynb #cliknl01
@@ -158,11 +195,11 @@ def execute_stage(
     values = dict(parameters or {}, stage=name)
     kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
     start = time.monotonic()
-    with _relay_output():
+    with _relay_output(), _sample_memory() as together:
         papermill.execute_notebook(
             source, target, values, progress_bar=False, cwd=project_root(), **kernel
         )
-    _record_cost(name, (time.monotonic() - start) / 60, _peak_memory_gb())
+    _record_cost(name, (time.monotonic() - start) / 60, *together)
     return target
 
 # %% ../nbs/98_cli.ipynb #d4db1d11

@@ -152,9 +152,10 @@ def segment_field(
 
 
 def _branch(s: Scene, r, lobe: int, generation: int) -> int:
+    "A branch of a generation; a lobe beside a large heart may end before it"
     t = s.trees["airway"]
-    rows = np.flatnonzero((t.lobe == lobe) & (t.generation == generation))
-    return int(r.choice(rows))
+    deepest = t.generation[(t.lobe == lobe) & (t.generation <= generation)].max()
+    return int(r.choice(np.flatnonzero((t.lobe == lobe) & (t.generation == deepest))))
 
 
 def _reopen(s: Scene, mask: np.ndarray) -> None:

@@ -96,7 +96,7 @@ def test_the_sampling_follows_what_is_left_out():
 
 @pytest.mark.parametrize("change", [dict(findings_prob=0.1), dict(leave_out=["trees"])])
 def test_bodies_are_drawn_again_after_a_change(tmp_path, change):
-    c = OrgansConfig(spacing=COARSE, num_phantoms=1)
+    c = OrgansConfig(spacing=[*COARSE], num_phantoms=1)
     OrganDataset(c, GROUPS, 0, tmp_path / "bodies").body(0)
     OrganDataset(c, GROUPS, 0, tmp_path / "bodies")
     assert (tmp_path / "bodies/0.npz").exists()

@@ -105,11 +105,11 @@ def test_bodies_are_drawn_again_after_a_change(tmp_path, change):
 
 
 def test_half_of_the_bodies_have_findings(monkeypatch):
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def found(*args):
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(ob, "sample_findings", found)
     monkeypatch.setattr(ob, "lung_trees", lambda *a, **k: {})
@@ -118,7 +118,7 @@ def test_half_of_the_bodies_have_findings(monkeypatch):
     for i in range(60):
         try:
             ob.draw_body(i, COARSE, GROUPS, 0.5)
-        except Stop:
+        except StopError:
             hits += 1
         except ZeroDivisionError:
             pass

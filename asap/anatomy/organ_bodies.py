@@ -61,7 +61,7 @@ def organ_classes(
 Part = Literal["pose", "randomization", "anatomy", "trees", "scanner", "findings"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-AVERAGE = dict(  # fields of `Patient`
+AVERAGE: dict[str, Any] = dict(  # fields of `Patient`
     age=56,
     sex="M",
     stretch=(0.97, 0.97, 0.97),
@@ -218,7 +218,7 @@ def draw_body(
         settings=settings,
         heart=heart,
         trees=trees,
-        finish=found and found.paint,
+        finish=None if found is None else found.paint,
     )
     outside = ~field_mask(b.hu.shape, spacing, b.view)
     tissues = np.where(outside, np.uint8(TISSUE_IDS["air"]), b.tissues)

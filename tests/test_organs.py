@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from asap.anatomy import segmenter as sg
+from asap.anatomy.organ_bodies import field_mask
 from asap.anatomy.organ_training import (
     OrganDataset,
     OrgansConfig,
-    field_mask,
     sample_center,
     train_segmenter,
 )

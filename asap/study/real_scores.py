@@ -181,6 +181,8 @@ def head_shares(
     hu_range: Sequence[float],  # of its input
 ) -> ScanShares:
     "Organs by the organ head of a pre-trained model: cells are patches"
+    if predictor.extent is None:
+        raise ValueError("a predictor of patches has an extent, found none")
     size = np.rint(np.divide(predictor.extent, predictor.spacing)).astype(int).tolist()
     start = time.monotonic()
     box, place = center_box(case.volume, size, predictor.spacing, hu_range)

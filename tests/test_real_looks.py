@@ -103,7 +103,11 @@ def write_weights(folder, seed):
 
     torch.manual_seed(seed)
     config = SegmenterConfig(
-        roi_size=[16, 16, 16], channels=[4, 8], min_lung=1e-6, min_confidence=1e-6
+        spacing=[12.0, 12.0, 12.0],
+        roi_size=[16, 16, 16],
+        channels=[4, 8],
+        min_lung=1e-6,
+        min_confidence=1e-6,
     )
     model = build_segmenter(config.channels, len(GROUPS)).eval()
     save_segmenter(Segmenter(model, config, GROUPS), folder, "# Random\n")
@@ -219,7 +223,7 @@ def test_the_truth_scores_high_and_what_was_moved_does_not(scanned):
             assert t[0][at] > 0.85 > t[6][at]
         else:
             assert t[0][name, "false lung"] == 0
-            assert t[0][name, scores.RATIO] == 0
+            assert t[0][name, scores.RATIO] < 0.01
 
 
 def test_lung_in_an_abdomen_is_false(scanned):

@@ -248,7 +248,7 @@ def record_looks(
     for name in scores.scan.unique():
         scored_region(name)
     old = read_looks(path, LEDGER)
-    new = scores.assign(date=date, commit=commit)[LEDGER]
+    new = scores.assign(date=date, commit=commit, value=scores.value.round(6))[LEDGER]
     new = new.astype({k: str for k in LEDGER if k != "value"})
     seen = set(map(tuple, old[LOOK].to_numpy()))
     new = new[[tuple(r) not in seen for r in new[LOOK].to_numpy()]]

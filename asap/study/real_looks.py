@@ -203,7 +203,6 @@ def read_looks(
         path,
         dtype={c: str for c in columns if c != "value"},
         keep_default_na=False,
-        float_precision="round_trip",
     )
     if list(t.columns) != columns:
         raise ValueError(f"{path.name} has columns {list(t.columns)}, expected {columns}")

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from asap.anatomy.organ_training import train_segmenter, validate_on_chests
+from asap.anatomy.predictors import segmenter_predictor
 from asap.anatomy.segmenter import save_segmenter
 from asap.anatomy.stress import (
-    segmenter_predictor,
     stress_no_lung,
     stress_partial,
     stress_shift,

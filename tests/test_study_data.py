@@ -74,7 +74,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     text = run("dvc", "repro", cwd=clone)
     assert not ran(text) & {
         "synthesize",
-        "real",
+        "real_scans",
         "text",
         "pretrain@asap",
         "pretrain@scratch",

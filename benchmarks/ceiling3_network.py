@@ -56,7 +56,11 @@ class Finder(nn.Module):
         fine = self.join[1](fine + F.interpolate(self.up[1](half), fine.shape[2:]))
         maps = self.maps(fine)
         flat, far = maps.flatten(2), deep.flatten(2)
-        parts = [flat.amax(-1), flat.topk(24, -1)[0].mean(-1), flat.sigmoid().mean(-1).add(1e-5).log()]
+        parts = [
+            flat.amax(-1),
+            flat.topk(24, -1)[0].mean(-1),
+            flat.sigmoid().mean(-1).add(1e-5).log(),
+        ]
         return self.head(torch.cat([*parts, far.mean(-1), far.amax(-1)], 1)), maps
 
 

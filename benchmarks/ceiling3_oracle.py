@@ -51,7 +51,7 @@ def twin_of(split: str, i: int, name: str) -> BodyChest:
 def detectability(c: BodyChest, twin: BodyChest) -> float:  # d, in units of noise
     "Strength of what distinguishes a patient from its twin"
     s, spacing = c.body.settings, c.body.spacing
-    fx, fy = (np.fft.fftfreq(n, d) for n, d in zip(c.hu.shape, spacing))
+    fx, fy = (np.fft.fftfreq(n, d) for n, d in zip(c.hu.shape[:2], spacing))
     kernel = kernel_response(np.hypot(fx[:, None], fy[None]), s)[..., None]
     change = np.fft.fft2(c.clean - twin.clean, axes=(0, 1)) * kernel
     signal = np.fft.ifft2(change, axes=(0, 1)).real

@@ -6,7 +6,6 @@ INSPECT and RSPECT are), and scans of a general hospital with COVID-19, other pn
 lungs (as STOIC and CC-CCII are). A label that a patient's data set would not give is NaN.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import joblib
@@ -158,5 +157,5 @@ def cases(folder: Path, split: str, n: int, jobs: int = 1, **kw: object) -> dict
     made = joblib.Parallel(jobs, return_as="generator")(
         joblib.delayed(keep)(path, split, i, **kw) for i, path in enumerate(todo)
     )
-    parts: Iterable = [np.load(p) for p in progress_bar(made, total=n, label=f"{split} patients")]
+    parts = [np.load(p) for p in progress_bar(made, total=n, label=f"{split} patients")]
     return {k: np.stack([p[k] for p in parts]) for k in ("hu", "maps", "y", "q")}

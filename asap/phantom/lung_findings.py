@@ -153,8 +153,9 @@ def segment_field(
 
 def _branch(s: Scene, r, lobe: int, generation: int) -> int:
     t = s.trees["airway"]
-    rows = np.flatnonzero((t.lobe == lobe) & (t.generation == generation))
-    return int(r.choice(rows))
+    rows = np.flatnonzero((t.lobe == lobe) & (t.generation <= generation))
+    last = t.generation[rows].max()  # a small lobe may have no branch of a generation
+    return int(r.choice(rows[t.generation[rows] == last]))
 
 
 def _reopen(s: Scene, mask: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from scipy.ndimage import label as connected
 from asap.abnormalities import ABNORMALITIES, NO_SHIFT, DomainShift
 from asap.core import atomic_write, code_hash, progress_bar, rng
 from asap.data.cohorts.cc_ccii import CCCCII, class_shift
-from asap.data.cohorts.inspect import HORIZONS
+from asap.data.cohorts.inspect import FLAGS, HORIZONS
 from asap.phantom.abnormalities3 import (
     BodyChest,
     lung_involvement,
@@ -37,11 +37,7 @@ OWN = {  # label of a task that is none of the 18: where it comes from
     "severe": "STOIC: COVID-19 with a severity above 0.5",
     **dict(zip(CCCCII.labels, ("CC-CCII: COVID-19", "CC-CCII: other pneumonia", "CC-CCII: none"))),
     "Calcification": "RadChestCT: of the aorta or the coronary arteries",
-    **{
-        f"{what} {m}": f"INSPECT: within {d} days"
-        for what in ("mortality", "readmission")
-        for m, d in HORIZONS.items()
-    },
+    **dict(zip(FLAGS.values(), [f"INSPECT: within {d} days" for d in HORIZONS.values()] * 2)),
 }
 LABELS = [*ABNORMALITIES, *OWN]
 ALIASES = {"nodule": "Lung nodule"}  # LUNA16: the same as one of the 18

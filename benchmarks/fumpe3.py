@@ -1,9 +1,9 @@
 """A U-Net that segments emboli in angiographies of generation 3: Dice on held-out patients.
 
-The bar is a Dice of 0.45. Each patient is an angiography with emboli (as FUMPE's are), drawn at 2 mm
-in a box of 160 mm round the heart and the hila, in a window of -100 to 500 HU. Patients are kept on
-disk, the state of the U-Net is written after each epoch: a run that was stopped goes on. Writes
-benchmarks/fumpe3.json.
+The bar is a Dice of 0.45. Each patient is an angiography with emboli (as FUMPE's are), drawn at
+2 x 2 x 2.5 mm in a box of 160 mm round the heart and the hila, in a window of -100 to 500 HU.
+Patients are kept on disk, the state of the U-Net is written after each epoch: a run that was
+stopped goes on. Writes benchmarks/fumpe3.json.
 
     python benchmarks/fumpe3.py --jobs 1
 """

@@ -178,7 +178,7 @@ SPLITS = ("train", "val", "test")
 KEPT = (*SPLITS, "twins", "epochs", "lr", "widths")
 DEFAULTS = {  # by generation
     2: dict(train=1000, val=150, test=300, epochs=26, lr=0.002, widths=[16, 32, 64, 128]),
-    3: dict(train=500, val=100, test=200, epochs=14, lr=0.004, widths=[16, 32, 64]),
+    3: dict(train=500, val=100, test=200, epochs=14, lr=0.003, widths=[16, 32, 64]),
 }
 
 

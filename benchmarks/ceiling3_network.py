@@ -21,6 +21,7 @@ from asap.core import atomic_write, fingerprint, log_message, progress_bar, rng
 
 WINDOWS = ((-1050, -250), (-150, 350), (-1000, 1500))  # HU: lung, mediastinum, all
 SHIFT = (4, 4, 2)  # voxels
+MAP_FACTOR = 4.0  # of the loss of the maps, a mean over all findings, against that of the labels
 
 
 class Finder(nn.Module):
@@ -40,7 +41,7 @@ class Finder(nn.Module):
         nn.init.constant_(self.maps.bias, -4.0)
         n = 3 * len(MAPS) + 2 * c
         self.head = nn.Sequential(
-            nn.BatchNorm1d(n),
+            nn.LayerNorm(n),
             nn.Dropout(0.2),
             nn.Linear(n, 96),
             nn.ReLU(),
@@ -138,8 +139,7 @@ class Training:
         self.rate = torch.optim.lr_scheduler.OneCycleLR(
             self.opt, settings["lr"], steps, pct_start=0.2
         )
-        self.weights = positive_weights(train)
-        self.weights = tuple(self.weights)
+        self.weights = tuple(positive_weights(train))
         self.log: list = []
         self.kept, self.best, self.seconds = None, 0.0, 0.0
         self.mark = fingerprint(n=len(train["hu"]), val=len(val["hu"]), **settings)
@@ -172,7 +172,8 @@ class Training:
             index = order[k * size : (k + 1) * size]
             x, maps, y = batch(self.train, index, (number, k))
             labels, drawn = self.net(x)
-            loss = label_loss(labels, y, self.weights[0]) + map_loss(drawn, maps, self.weights[1])
+            loss = label_loss(labels, y, self.weights[0])
+            loss = loss + MAP_FACTOR * map_loss(drawn, maps, self.weights[1])
             self.opt.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)

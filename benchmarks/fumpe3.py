@@ -84,8 +84,8 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:  # NaN: both empty
 
 
 def unet(width: int) -> UNet:
-    widths = [width * k for k in (1, 2, 4, 8)]
-    return UNet(3, 1, 1, widths, (2, 2, 2), num_res_units=1, norm="batch")
+    widths = [width * k for k in (1, 2, 4, 8, 16)]
+    return UNet(3, 1, 1, widths, (1, 2, 2, 2), num_res_units=1, norm="batch")
 
 
 def crops(hu: np.ndarray, masks: np.ndarray, index, key: tuple, size=(48, 48, 48)) -> tuple:
@@ -156,7 +156,7 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, n in dict(train=60, val=10, test=25, epochs=40, jobs=1, width=16).items():
+    for name, n in dict(train=60, val=10, test=25, epochs=40, jobs=1, width=12).items():
         p.add_argument(f"--{name}", type=int, default=n)
     p.add_argument("--lr", type=float, default=0.003)
     p.add_argument("--cache", type=Path, default=project_root() / "build/ceiling/fumpe3")

@@ -12,12 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ceiling3_patients import LABELS, MAPS
+from ceiling3_patients import CODE, LABELS, MAPS
 from monai.networks.blocks import Convolution, ResidualUnit
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from asap.core import atomic_write, fingerprint, log_message, progress_bar, rng
+from asap.core import (
+    atomic_write,
+    code_hash,
+    file_hash,
+    fingerprint,
+    log_message,
+    progress_bar,
+    rng,
+)
 
 WINDOWS = ((-1050, -250), (-150, 350), (-1000, 1500))  # HU: lung, mediastinum, all
 SHIFT = (4, 4, 2)  # voxels
@@ -142,7 +150,8 @@ class Training:
         self.weights = tuple(positive_weights(train))
         self.log: list = []
         self.kept, self.best, self.seconds = None, 0.0, 0.0
-        self.mark = fingerprint(n=len(train["hu"]), val=len(val["hu"]), **settings)
+        code = (code_hash(*CODE), file_hash(__file__))
+        self.mark = fingerprint(n=len(train["hu"]), val=len(val["hu"]), code=code, **settings)
         if path.exists():
             self.resume()
 

@@ -193,8 +193,9 @@ def bounds(sets, cache, twins):
     table["histogram_auc"] = histogram_auc(*plain)
     if twins:
         found = ceiling3_oracle.twins(cache, "test", test["y"], twins)
-        rows = [found.get("pulmonary embolism" if n == "PE" else n, {}) for n in labels]
-        table["twin_auc"] = [ceiling3_oracle.twin_auc(r) for r in rows]
+        pairs = ceiling3_oracle.plain_twins(cache, twins)
+        aucs = {n: ceiling3_oracle.twin_auc(p) for n, p in pairs.items()}
+        table["twin_auc"] = table.label.map(aucs)
         table["oracle_auc"] = [
             ceiling3_oracle.oracle_auc(n, test["y"], test["q"], found) for n in labels
         ]

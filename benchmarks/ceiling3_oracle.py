@@ -14,6 +14,7 @@ the true masks measures (depth, foci, lobes, sides, share of solid). Mortality a
 AUC of the true risk. Severe: the probability of COVID-19 of that regression times the severity.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,11 @@ from sklearn.preprocessing import StandardScaler
 from asap.abnormalities import ABNORMALITIES
 from asap.core import code_hash, progress_bar, read_json, rng, write_json
 from asap.phantom.abnormalities import region_features
-from asap.phantom.abnormalities3 import BodyChest
-from asap.phantom.scanner import kernel_response, scanner_noise
+from asap.phantom.abnormalities3 import BodyChest, chest_view, paint_findings, sample_phase
+from asap.phantom.chest_findings import heart_factor, paint_distractors
+from asap.phantom.lesions import Scene, copy_scene, draw_scene
+from asap.phantom.patient import sample_patient
+from asap.phantom.scanner import kernel_response, sample_settings, scan_body, scanner_noise
 
 PLACES = 1000  # that a reader looks at
 FEWEST = 8  # of both classes; with fewer an AUC says nothing
@@ -49,7 +53,7 @@ def twin_of(split: str, i: int, name: str) -> BodyChest:
 
 
 def detectability(c: BodyChest, twin: BodyChest) -> float:  # d, in units of noise
-    "Strength of what distinguishes a patient from its twin"
+    "Strength of what tells a patient from its twin"
     s, spacing = c.body.settings, c.body.spacing
     fx, fy = (np.fft.fftfreq(n, d) for n, d in zip(c.hu.shape[:2], spacing))
     kernel = kernel_response(np.hypot(fx[:, None], fy[None]), s)[..., None]
@@ -59,18 +63,13 @@ def detectability(c: BodyChest, twin: BodyChest) -> float:  # d, in units of noi
     return float(np.sqrt((signal**2 / (gaussian_filter(noise**2, 3) + 1)).sum()))
 
 
-def compare(split: str, i: int, names: list) -> dict:  # name -> d, features with, without
-    "One patient and its twins"
-    c, out = draw(split, i), {}
-    masks = {f.name: f.mask for f in [*c.findings, *(f for f in c.diseases.values() if f)]}
-    for name in names:
-        t = twin_of(split, i, name)
-        features = [[float(v) for v in region_features(x.hu, masks[name])] for x in (c, t)]
-        out[name] = dict(d=detectability(c, t), features=features)
-    return out
+def strengths(split: str, i: int, names: list) -> dict:  # name -> d
+    "Strength of some findings of one patient"
+    c = draw(split, i)
+    return {n: detectability(c, twin_of(split, i, n)) for n in names}
 
 
-def twins(folder: Path, split: str, y: np.ndarray, count: int) -> dict:  # name -> {i: result}
+def twins(folder: Path, split: str, y: np.ndarray, count: int) -> dict:  # name -> {i: d}
     "The first patients with each finding and their twins; one file a patient"
     names = {n: LABELS.index("PE" if n == EMBOLISM else n) for n in [*ABNORMALITIES, EMBOLISM]}
     first = {n: np.flatnonzero(y[:, k] == 1)[:count] for n, k in names.items()}
@@ -80,18 +79,55 @@ def twins(folder: Path, split: str, y: np.ndarray, count: int) -> dict:  # name 
         path, asked = where / f"{i}.json", [n for n in names if i in first[n]]
         have = read_json(path) if path.exists() else {}
         if lost := [n for n in asked if n not in have]:
-            have |= compare(split, i, lost)
+            have |= strengths(split, i, lost)
             write_json(have, path)
         for n in asked:
             found[n][i] = have[n]
     return found
 
 
-def twin_auc(rows: dict) -> float:  # {i: result} of one finding
+def _pair(base: Scene, s: Scene, name: str, scan: Callable) -> list | None:
+    "Features of the region with and without one finding, in an otherwise healthy body"
+    found = paint_findings(s, [name])
+    if not found:
+        return None
+    return [[float(v) for v in region_features(scan(x), found[0].mask)] for x in (s, base)]
+
+
+def plain_pairs(i: int) -> dict:  # name -> features with, without; None: out of view
+    "The twins of page 11 in one body of generation 3: each abnormality alone against none"
+    seed = ("development", "twin", i)
+    p = sample_patient(seed, phase=sample_phase(seed))
+    view, st = chest_view(seed, p), sample_settings(seed, 7.0)
+    severity = float(rng("twin severity", seed).beta(1.6, 1.4))
+
+    def scan(s: Scene) -> np.ndarray:
+        return scan_body(copy_scene(s).canvas, st)
+
+    grid = ((3.5, 3.5, 7.0), (96, 96, 48), st.thickness)
+    base = draw_scene(seed, p, view, *grid)
+    paint_distractors(base)
+    large = draw_scene(seed, p, view, *grid, heart=heart_factor(severity))
+    paint_distractors(large)
+    bodies = {n: large if n == "Cardiomegaly" else base for n in ABNORMALITIES}
+    return {n: _pair(base, copy_scene(s, severity), n, scan) for n, s in bodies.items()}
+
+
+def plain_twins(folder: Path, count: int) -> dict:  # name -> features (n,2,4)
+    "Twins of some bodies; one file a body"
+    where, rows = folder / code_hash(*CODE) / "twins/plain", []
+    for i in progress_bar(range(count), label="plain twins"):
+        path = where / f"{i}.json"
+        if not path.exists():
+            write_json(plain_pairs(i), path)
+        rows.append(read_json(path))
+    return {n: np.array([r[n] for r in rows if r[n]]) for n in ABNORMALITIES}
+
+
+def twin_auc(pairs: np.ndarray) -> float:  # (n,2,4): features with, without
     "Best of four features of the region between patients and twins"
-    if not rows:
+    if not len(pairs):
         return float("nan")
-    pairs = np.array([r["features"] for r in rows.values()])
     y = np.repeat([1, 0], len(pairs))
     aucs = [roc_auc_score(y, np.r_[a, b]) for a, b in zip(pairs[:, 0].T, pairs[:, 1].T)]
     return max(max(a, 1 - a) for a in aucs)
@@ -130,7 +166,7 @@ def oracle_auc(
         return float(roc_auc_score(own, q[:, QUANTITIES.index("heart_ratio")]))
     if label in SEEN:
         rows = [found[n] for n in SEEN[label]]
-        d = [max(r[i]["d"] for r in rows if i in r) for i in sorted({i for r in rows for i in r})]
+        d = [max(r[i] for r in rows if i in r) for i in sorted({i for r in rows for i in r})]
         return search_auc(np.array(d), int((own == 0).sum()), label)
     if label.startswith(("mortality", "readmission")):
         return float(roc_auc_score(own, risk))

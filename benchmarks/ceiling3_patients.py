@@ -153,5 +153,5 @@ def cases(folder: Path, split: str, n: int, jobs: int = 1, **kw: object) -> dict
     made = joblib.Parallel(jobs, return_as="generator")(
         joblib.delayed(keep)(path, split, i, **kw) for i, path in enumerate(todo)
     )
-    parts = [np.load(p) for p in progress_bar(made, total=n, label=f"{split} patients")]
+    parts = [dict(np.load(p)) for p in progress_bar(made, total=n, label=f"{split} patients")]
     return {k: np.stack([p[k] for p in parts]) for k in ("hu", "maps", "y", "q")}

@@ -69,7 +69,7 @@ def cases(folder: Path, split: str, n: int, jobs: int = 1) -> tuple:  # (n,W,H,D
     made = joblib.Parallel(jobs, return_as="generator")(
         joblib.delayed(keep)(path, split, i) for i, path in enumerate(todo)
     )
-    parts = [np.load(f) for f in progress_bar(made, total=n, label=f"{split} angiographies")]
+    parts = [dict(np.load(f)) for f in progress_bar(made, total=n, label=f"{split} angiographies")]
     return np.stack([p["hu"] for p in parts]), np.stack([p["mask"] for p in parts])
 
 

@@ -277,3 +277,23 @@ def test_wrong_names_are_errors():
         p3.synthesize_body_chest(0, only="Pneumothorax")
     with pytest.raises(ValueError, match="none of the diseases"):
         p3.synthesize_body_chest(0, diseases=["measles"])
+
+
+def test_a_small_lobe_has_a_branch_of_every_generation(bodies):
+    t = bodies[0].trees["airway"]
+    s = lesions.copy_scene(bodies[0])
+    keep = (t.lobe != 13) | (t.generation != 7)
+    own = {n: getattr(t, n) for n in ("start", "end", "radius", "parent", "generation", "lobe")}
+    short = type(t)(t.kind, *(v[keep] for v in own.values()))
+    s.trees = s.trees | {"airway": short}
+    row = lung_findings._branch(s, rng("test", "branch"), 13, 7)
+    assert short.lobe[row] == 13 and short.generation[row] == 6
+
+
+def test_outcomes_follow_the_risk():
+    sick = p3.synthesize_body_chest(("test", 4), present=["Consolidation"], **COARSE)
+    well = p3.synthesize_body_chest(("test", 4), present=[], **COARSE)
+    assert p3.visible_risk(sick) > p3.visible_risk(well)
+    days = [[p3.visible_readmission(c, i)[0] for i in range(40)] for c in (sick, well)]
+    assert np.mean(days[0]) < np.mean(days[1])
+    assert p3.visible_readmission(well, 1) == p3.visible_readmission(well, 1)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISEASES', 'LESION_ORDER', 'sample_diseases', 'BodyChest', 'paint_findings', 'chest_view', 'sample_phase',
-           'synthesize_body_chest', 'lung_involvement', 'visible_outcome', 'synthesize_body_case']
+           'synthesize_body_chest', 'lung_involvement', 'visible_risk', 'visible_outcome', 'visible_readmission',
+           'synthesize_body_case']
 
 # %% ../../nbs/1_phantom/19e_abnormalities3.ipynb #p3q00003
 from collections.abc import Iterable, Mapping, Sequence
@@ -217,22 +218,39 @@ def lung_involvement(
     return float((np.any(masks, 0) & lung).sum() / lung.sum())
 
 
+def visible_risk(
+    c: BodyChest,
+) -> float:  # log hazard
+    "What the findings of an image say of the outcome"
+    risk = sum(LOG_HAZARDS.get(f.name, 0.1) * (0.5 + f.severity) for f in c.findings)
+    risk += 4 * lung_involvement(c) + 0.012 * (c.traits["age"] - 60)
+    clot = c.diseases.get("pulmonary embolism")
+    return float(risk + (0.6 * (0.5 + clot.severity) if clot else 0.0))
+
+
 def visible_outcome(
     c: BodyChest,
     seed: Any,  # any key of `asap.core.rng`
 ) -> dict:  # severity 0..1, time_days, event
     "Severity, survival time and whether it was observed, from what the image shows"
-    r = rng("visible outcome", seed)
-    risk = sum(LOG_HAZARDS.get(f.name, 0.1) * (0.5 + f.severity) for f in c.findings)
-    risk += 4 * lung_involvement(c) + 0.012 * (c.traits["age"] - 60)
-    clot = c.diseases.get("pulmonary embolism")
-    risk += 0.6 * (0.5 + clot.severity) if clot else 0.0
+    r, risk = rng("visible outcome", seed), visible_risk(c)
     time, end = 1500 * np.exp(-risk) * r.weibull(2.5), r.uniform(120, 1500)
     return dict(
         severity=float(1 / (1 + np.exp(1.6 - risk))),
         time_days=int(np.ceil(min(time, end))),
         event=int(time <= end),
     )
+
+
+def visible_readmission(
+    c: BodyChest,
+    seed: Any,  # any key of `asap.core.rng`
+) -> tuple[int, int]:  # days, 1 if readmitted
+    "Time to readmission or to the end of follow-up, from what the image shows"
+    r = rng("visible readmission", seed)
+    time = 900 * np.exp(-visible_risk(c)) * r.weibull(2.5)
+    end = r.uniform(100, 1500)
+    return int(np.ceil(min(time, end))), int(time <= end)
 
 # %% ../../nbs/1_phantom/19e_abnormalities3.ipynb #p3k00055
 def _chest_on(key, n: int, size, spacing, shift: DomainShift, **kw) -> BodyChest:

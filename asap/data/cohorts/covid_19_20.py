@@ -50,7 +50,7 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write image and target of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_case
 
     k = synthesize_case(
         f"{COVID1920.name} {seed}",
@@ -58,6 +58,8 @@ def write_case(
         i,
         shift=COVID1920.domain_shift,
         masks=LESIONS,
+        diseases={"COVID-19": 1},
+        showing=LESIONS,
         **{**kw, "second_recon_prob": 0},
     )
     stem = d / folder / f"volume-covid19-A-{i:04d}"

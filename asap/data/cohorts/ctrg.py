@@ -111,7 +111,7 @@ def write_case(
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #09cb0992
 def _write_patient(split, i, name, root, seed, pictures, kw):
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_case
 
     return write_case(
         synthesize_case(f"{CTRG.name} {seed}", split, i, shift=CTRG.domain_shift, **kw),

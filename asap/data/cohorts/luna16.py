@@ -158,7 +158,7 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> list:  # rows of annotations.csv
     "Write scan and lungs of one patient into a fold of the split"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_case
 
     k = synthesize_case(
         f"{LUNA16.name} {seed}",

@@ -70,7 +70,7 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write test and retest CT of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_case
 
     k = synthesize_case(
         f"{RIDER.name} {seed}",
@@ -78,6 +78,7 @@ def write_case(
         i,
         shift=RIDER.domain_shift,
         masks=["Lung nodule"],
+        showing=["Lung nodule"],
         **{**kw, "second_recon_prob": 1},
     )
     r = rng(RIDER.name, seed, i)

@@ -70,7 +70,7 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> dict:  # its entry in dataset.json
     "Write image and target of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_case
 
     k = synthesize_case(
         f"{SegTHOR.name} {seed}",

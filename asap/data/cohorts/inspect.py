@@ -98,8 +98,11 @@ def sample_readmission(
     from asap.phantom.cases import generation
 
     r = rng("readmission", *key)
-    scale = 900 * np.exp(-2 * k.outcome["severity"])
-    days = r.exponential(scale) if generation(k) == 2 else 1.5 * scale * r.weibull(5)
+    severity = k.outcome["severity"]
+    if generation(k) == 3:  # decided by what the image shows, with little chance
+        days = 4000 * np.exp(-5 * severity) * r.weibull(3)
+    else:
+        days = r.exponential(900 * np.exp(-2 * severity))
     end = r.uniform(100, 1500)
     return int(np.ceil(min(days, end))), int(days <= end)
 

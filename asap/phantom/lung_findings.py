@@ -152,9 +152,11 @@ def segment_field(
 
 
 def _branch(s: Scene, r, lobe: int, generation: int) -> int:
+    "An airway of a lobe, of a generation or of the nearest that the lobe has"
     t = s.trees["airway"]
-    rows = np.flatnonzero((t.lobe == lobe) & (t.generation == generation))
-    return int(r.choice(rows))
+    own = np.flatnonzero(t.lobe == lobe)
+    off = np.abs(t.generation[own] - generation)
+    return int(r.choice(own[off == off.min()]))
 
 
 def _reopen(s: Scene, mask: np.ndarray) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBOLISM_TEMPLATES', 'DISEASE_WORDS', 'ABDOMEN', 'TRIES', 'reported_diseases', 'synthesize_report', 'abdomen_view',
-           'visible_names', 'synthesize_case', 'generation', 'has_disease']
+           'body_chest', 'visible_names', 'synthesize_case', 'generation', 'has_disease']
 
 # %% ../../nbs/1_phantom/19g_cases.ipynb #p3c00003
 from collections.abc import Iterable, Mapping
@@ -83,11 +83,20 @@ def abdomen_view(
 TRIES = 40  # patients until one shows what is asked for
 
 
+def body_chest(
+    k: PhantomCase,
+) -> BodyChest:
+    "The chest of a case of generation 3"
+    if not isinstance(k.chest, BodyChest):
+        raise TypeError(f"case {k.name} is of generation 2, whose image shows no disease")
+    return k.chest
+
+
 def visible_names(
     k: PhantomCase,  # of generation 3
 ) -> set[str]:  # abnormalities and diseases
     "What the image of a case shows"
-    return {n for n, present in k.labels.items() if present} | set(k.chest.diseases)
+    return {n for n, present in k.labels.items() if present} | set(body_chest(k).diseases)
 
 
 def _draw_patient(seed, split, index, shift, diseases, region, **kw) -> PhantomCase:
@@ -95,9 +104,9 @@ def _draw_patient(seed, split, index, shift, diseases, region, **kw) -> PhantomC
     have = sample_abnormalities(key, sample_patient(key).age, shift)
     have, sick = sample_diseases(key, have, diseases)
     view = abdomen_view(key) if region == "abdomen" else None
-    shown = dict(present=have, diseases=sick, view=view)
+    shown: dict[str, Any] = dict(present=have, diseases=sick, view=view)
     k = synthesize_body_case(seed, split, index, shift=shift, **shown, **kw)
-    return replace(k, report=synthesize_report(k.chest, key))
+    return replace(k, report=synthesize_report(body_chest(k), key))
 
 
 def _draw_visible(seed, split, index, showing, **kw) -> PhantomCase:
@@ -129,7 +138,9 @@ def synthesize_case(
         return synthesize_case_2(seed, split, index, shift=shift, **kw)
     if version != 3:
         raise ValueError(f"`version` is {version!r}, expected 2 or 3 (`phantom.version`)")
-    asked = dict(diseases=diseases, region=region, phase=phase, showing=tuple(showing))
+    asked: dict[str, Any] = dict(
+        diseases=diseases, region=region, phase=phase, showing=tuple(showing)
+    )
     return _draw_visible(seed, split, index, shift=shift, **asked, **kw)
 
 # %% ../../nbs/1_phantom/19g_cases.ipynb #p3c00013
@@ -145,4 +156,4 @@ def has_disease(
     name: str,  # of `asap.phantom.abnormalities3.DISEASES`
 ) -> bool:
     "Whether a disease is in the image"
-    return name in k.chest.diseases
+    return name in body_chest(k).diseases

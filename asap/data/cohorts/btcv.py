@@ -127,7 +127,7 @@ def _draw_scan(key, kw) -> tuple:
     from asap.phantom.body import sample_traits
     from asap.phantom.cases import generation, synthesize_case
 
-    own = dict(shift=BTCV.domain_shift, region="abdomen", phase="venous")
+    own: dict[str, Any] = dict(shift=BTCV.domain_shift, region="abdomen", phase="venous")
     k = synthesize_case(*key, **own, **{**kw, "second_recon_prob": 0})
     r = k.recons[0]
     if generation(k) == 3:

@@ -164,7 +164,9 @@ def _draw_scan(key, kw) -> tuple:
     from asap.phantom.cases import synthesize_case
 
     clots = "pulmonary embolism"
-    own = dict(shift=FUMPE.domain_shift, diseases={clots: 1}, showing=[clots], masks=[clots])
+    own: dict[str, Any] = dict(
+        shift=FUMPE.domain_shift, diseases={clots: 1}, showing=[clots], masks=[clots]
+    )
     k = synthesize_case(*key, **own, **{**kw, "second_recon_prob": 0})
     r, mask = k.recons[0], k.masks.get(clots)
     if mask is not None:

@@ -129,7 +129,7 @@ def _write_patient(
 ) -> dict:  # `n`: number of the study; a row a table
     from asap.phantom.cases import synthesize_case
 
-    own = dict(shift=INSPECT.domain_shift, diseases={"pulmonary embolism": 0.2})
+    own: dict[str, Any] = dict(shift=INSPECT.domain_shift, diseases={"pulmonary embolism": 0.2})
     k = synthesize_case(f"{INSPECT.name} {seed}", split, i, **own, **kw)
     key = (INSPECT.name, seed, split, i)
     image = f"PE{derive_seed('image', *key):08x}"

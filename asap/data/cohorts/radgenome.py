@@ -167,6 +167,7 @@ def _patient_rows(
 
     key, name = (seed, split, i), f"{split}_{i}_a_1.nii.gz"
     c = synthesize_case(*key, **{**how, "second_recon_prob": 0}).chest
+    assert c is not None
     if name not in tree.index:
         raise ValueError(
             f"the CT-RATE tree beside has no {name}: write it with as many patients, or "

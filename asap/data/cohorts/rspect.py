@@ -185,7 +185,7 @@ def _write_patient(
 ) -> pd.DataFrame:  # the rows of an exam
     from asap.phantom.cases import synthesize_case
 
-    own = dict(diseases={_CLOTS: 0.3}, masks=[_CLOTS])  # of generation 3
+    own: dict[str, Any] = dict(diseases={_CLOTS: 0.3}, masks=[_CLOTS])  # of generation 3
     shift = RSPECT.domain_shift
     k = synthesize_case(f"{RSPECT.name} {seed}", "test", i, shift=shift, **own, **kw)
     key = (RSPECT.name, seed, i)

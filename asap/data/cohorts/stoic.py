@@ -84,7 +84,7 @@ def write_mha(
 def _write_patient(i, root, seed, kw):
     from asap.phantom.cases import synthesize_case
 
-    own = dict(shift=STOIC.domain_shift, diseases=DISEASES)
+    own: dict[str, Any] = dict(shift=STOIC.domain_shift, diseases=DISEASES)
     k = synthesize_case(f"{STOIC.name} {seed}", "train", i, **own, **kw)
     write_mha(k.recons[0], Path(root) / f"data/mha/{i}.mha")
     return dict(PatientID=i, **sample_labels(k, STOIC.name, seed, i))

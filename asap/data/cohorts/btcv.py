@@ -127,8 +127,10 @@ def _draw_scan(key, kw) -> tuple:
     from asap.phantom.body import sample_traits
     from asap.phantom.cases import generation, synthesize_case
 
-    own: dict[str, Any] = dict(shift=BTCV.domain_shift, region="abdomen", phase="venous")
-    k = synthesize_case(*key, **own, **{**kw, "second_recon_prob": 0})
+    own: dict[str, Any] = dict(
+        shift=BTCV.domain_shift, region="abdomen", phase="venous", second_recon_prob=0
+    )
+    k = synthesize_case(*key, **(kw | own))
     r = k.recons[0]
     if generation(k) == 3:
         return r, r.hu, organ_labels(r.labels)

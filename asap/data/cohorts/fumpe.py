@@ -165,9 +165,13 @@ def _draw_scan(key, kw) -> tuple:
 
     clots = "pulmonary embolism"
     own: dict[str, Any] = dict(
-        shift=FUMPE.domain_shift, diseases={clots: 1}, showing=[clots], masks=[clots]
+        shift=FUMPE.domain_shift,
+        diseases={clots: 1},
+        showing=[clots],
+        masks=[clots],
+        second_recon_prob=0,
     )
-    k = synthesize_case(*key, **own, **{**kw, "second_recon_prob": 0})
+    k = synthesize_case(*key, **(kw | own))
     r, mask = k.recons[0], k.masks.get(clots)
     if mask is not None:
         return r.hu, mask, r.affine

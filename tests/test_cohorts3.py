@@ -21,7 +21,7 @@ from asap.data.volumes import open_nifti
 from asap.phantom import cases
 from asap.phantom.abnormalities3 import lung_involvement
 from asap.phantom.canvas import TISSUE_IDS
-from asap.phantom.words import synthesize_case as synthesize_case_2
+from asap.phantom.words import synthesize_case
 
 SMALL = dict(size=(48, 48, 24), spacing=(7.0, 7.0, 14.0), second_recon_prob=0.0)
 THREE = dict(SMALL, version=3)
@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_bytes(name, made, tmp_path):
 
 def draw(adapter, index, **kw):
     key = (f"{adapter.name} 3", "train", index)
-    return cases.synthesize_case(*key, 3, adapter.domain_shift, **kw, **SMALL)
+    return cases.synthesize_patient(*key, 3, adapter.domain_shift, **kw, **SMALL)
 
 
 def test_embolism_is_a_label_of_clots_in_pulmonary_arteries():
@@ -157,7 +157,7 @@ def test_death_and_readmission_come_earlier_with_more_findings():
     for i in (1, 2, 3):
         for out, odds in ((few, -30), (many, 30)):
             shift = cases.DomainShift(odds=dict.fromkeys(ill, odds))
-            k = cases.synthesize_case("outcome", "train", i, 3, shift, {}, **SMALL)
+            k = cases.synthesize_patient("outcome", "train", i, 3, shift, {}, **SMALL)
             days = inspect.sample_readmission(k, "any", i)[0]
             out.append((k.outcome["severity"], k.outcome["time_days"], days))
     few, many = np.mean(few, 0), np.mean(many, 0)
@@ -205,14 +205,14 @@ def test_generation_2_is_drawn_as_before():
     kw = dict(SMALL, masks=["Lung nodule"])
     own = dict(diseases={"COVID-19": 1}, showing=["COVID-19"], region="abdomen", phase="venous")
     a, b = (
-        cases.synthesize_case("x", "train", 1, **own, **kw),
-        synthesize_case_2("x", "train", 1, **kw),
+        cases.synthesize_patient("x", "train", 1, **own, **kw),
+        synthesize_case("x", "train", 1, **kw),
     )
     assert (a.recons[0].hu == b.recons[0].hu).all() and a.report == b.report
     assert (a.outcome, a.labels, a.questions) == (b.outcome, b.labels, b.questions)
-    assert cases.generation(a) == 2 and cases.synthesize_report(a.chest, ("x", "train", 1)) == (
-        b.report
-    )
+    assert cases.generation(a) == 2 and cases.synthesize_full_report(
+        a.chest, ("x", "train", 1)
+    ) == (b.report)
 
 
 def test_a_record_of_one_generation_is_not_kept_for_the_other(tmp_path):
@@ -244,6 +244,6 @@ def test_radgenome_lists_emboli_among_the_disorders():
     shift = cases.DomainShift(contrast=1.0)
     clots = "pulmonary embolism"
     kw = dict(diseases={clots: 1}, showing=[clots], **SMALL)
-    k = cases.synthesize_case("q", "train", 1, 3, shift, **kw)
+    k = cases.synthesize_patient("q", "train", 1, 3, shift, **kw)
     rows = pd.DataFrame(_question_rows(k.chest, ("q", "train", 1))["disorder"])
     assert clots in rows.Disorders[0]

@@ -125,12 +125,12 @@ def synthesize_abdomen(
 def _draw_scan(key, kw) -> tuple:
     "Reconstruction, HU and classes; the abdomen of generation 2 is added here"
     from asap.phantom.body import sample_traits
-    from asap.phantom.cases import generation, synthesize_case
+    from asap.phantom.cases import generation, synthesize_patient
 
     own: dict[str, Any] = dict(
         shift=BTCV.domain_shift, region="abdomen", phase="venous", second_recon_prob=0
     )
-    k = synthesize_case(*key, **(kw | own))
+    k = synthesize_patient(*key, **(kw | own))
     r = k.recons[0]
     if generation(k) == 3:
         return r, r.hu, organ_labels(r.labels)

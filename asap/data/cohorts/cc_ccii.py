@@ -99,11 +99,11 @@ def _write_patient(seed, split, i, n, root, kw):
     "One patient, the n-th of all"
     from PIL import Image
 
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     kind = CCCCII.labels[n % 3]
     own = _DISEASES.get(kind)
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{CCCCII.name} {seed}",
         split,
         i,

@@ -50,9 +50,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write image and target of one patient"
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{COVID1920.name} {seed}",
         folder,
         i,

@@ -59,9 +59,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write scan, lungs and lesions of one patient"
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{COVIDCTSeg.name} {seed}",
         name.split("_")[0],
         i,

@@ -161,7 +161,7 @@ def _flip_axes(array, affine):
 
 def _draw_scan(key, kw) -> tuple:
     "HU, clots, affine; generation 2 has no pulmonary arteries, and gets its clots here"
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     clots = "pulmonary embolism"
     own: dict[str, Any] = dict(
@@ -171,7 +171,7 @@ def _draw_scan(key, kw) -> tuple:
         masks=[clots],
         second_recon_prob=0,
     )
-    k = synthesize_case(*key, **(kw | own))
+    k = synthesize_patient(*key, **(kw | own))
     r, mask = k.recons[0], k.masks.get(clots)
     if mask is not None:
         return r.hu, mask, r.affine

@@ -127,10 +127,10 @@ def _write_patient(
     seed,
     kw,
 ) -> dict:  # `n`: number of the study; a row a table
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     own: dict[str, Any] = dict(shift=INSPECT.domain_shift, diseases={"pulmonary embolism": 0.2})
-    k = synthesize_case(f"{INSPECT.name} {seed}", split, i, **own, **kw)
+    k = synthesize_patient(f"{INSPECT.name} {seed}", split, i, **own, **kw)
     key = (INSPECT.name, seed, split, i)
     image = f"PE{derive_seed('image', *key):08x}"
     write_lps(k.recons[0], Path(root) / f"CTPA/{image}.nii.gz")

@@ -51,9 +51,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> dict:  # its entry in dataset.json
     "Write image and target of one patient"
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{MSDLung.name} {seed}",
         "train" if folder == "Tr" else "hidden",
         i,

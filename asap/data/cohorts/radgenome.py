@@ -148,11 +148,11 @@ def _region_rows(
     c,
     key,
 ) -> list:  # rows of the region report
-    from asap.phantom.cases import synthesize_report
+    from asap.phantom.cases import synthesize_full_report
 
     return [
         dict(Anatomy="", Sentence=f"{s.rstrip('.')}.")
-        for s in synthesize_report(c, key).findings.split(". ")
+        for s in synthesize_full_report(c, key).findings.split(". ")
     ]
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #c4d22847
@@ -163,17 +163,17 @@ def _patient_rows(
     i,
     how,
 ) -> dict:  # file -> rows
-    from asap.phantom.cases import synthesize_case, synthesize_report
+    from asap.phantom.cases import synthesize_full_report, synthesize_patient
 
     key, name = (seed, split, i), f"{split}_{i}_a_1.nii.gz"
-    c = synthesize_case(*key, **{**how, "second_recon_prob": 0}).chest
+    c = synthesize_patient(*key, **{**how, "second_recon_prob": 0}).chest
     assert c is not None
     if name not in tree.index:
         raise ValueError(
             f"the CT-RATE tree beside has no {name}: write it with as many patients, or "
             "take it away"
         )
-    if tree[name] != synthesize_report(c, key).findings:
+    if tree[name] != synthesize_full_report(c, key).findings:
         raise ValueError(
             f"the CT-RATE tree beside tells another report of {name}: it was written with "
             "another seed or size"

@@ -120,13 +120,13 @@ def _finding_sentences(
     c, key, report: str
 ) -> list:  # (finding, its sentence) of what is in lungs and pleura
     "Sentence of the report for each finding"
-    from asap.phantom.cases import synthesize_report
+    from asap.phantom.cases import synthesize_full_report
     from asap.phantom.words import finding_sentence
 
     r = rng("report", key)  # as `asap.phantom.words.synthesize_report` draws
     pairs = [(f, finding_sentence(f, r)) for f in c.findings]
     lost = [s for _, s in pairs if s not in report]
-    if lost or synthesize_report(c, key).findings != report:
+    if lost or synthesize_full_report(c, key).findings != report:
         raise ValueError(
             f"the CT-RATE tree beside tells another report of {key[1]}_{key[2]}: it was "
             "written with another seed or size"
@@ -160,10 +160,10 @@ def _write_entry(
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #91dc6cd4
 def _write_patient(split, i, root, image, report, seed, how):
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     key = (seed, split, i)
-    c = synthesize_case(*key, **{**how, "second_recon_prob": 0}).chest
+    c = synthesize_patient(*key, **{**how, "second_recon_prob": 0}).chest
     return _write_entry(c, key, image, report, root)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #375a2dd5
@@ -177,9 +177,9 @@ def write_alongside(
     patients: tuple[int, int] | None = None,  # numbers of patients, train and test
 ) -> dict | None:  # entry of dataset.json; None without findings
     "Write the masks of one patient; called by `ct_rate.write` while the phantom is in memory"
-    from asap.phantom.cases import synthesize_report
+    from asap.phantom.cases import synthesize_full_report
 
-    return _write_entry(c, key, image, synthesize_report(c, key).findings, root)
+    return _write_entry(c, key, image, synthesize_full_report(c, key).findings, root)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8e8aeef1
 def _read_reports(

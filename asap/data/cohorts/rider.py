@@ -70,9 +70,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write test and retest CT of one patient"
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{RIDER.name} {seed}",
         "test",
         i,

@@ -183,11 +183,11 @@ def _write_patient(
     seed,
     kw,
 ) -> pd.DataFrame:  # the rows of an exam
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     own: dict[str, Any] = dict(diseases={_CLOTS: 0.3}, masks=[_CLOTS])  # of generation 3
     shift = RSPECT.domain_shift
-    k = synthesize_case(f"{RSPECT.name} {seed}", "test", i, shift=shift, **own, **kw)
+    k = synthesize_patient(f"{RSPECT.name} {seed}", "test", i, shift=shift, **own, **kw)
     key = (RSPECT.name, seed, i)
     names = (make_uid("study", *key), make_uid("series", *key))
     said = sample_answer(k, *key)

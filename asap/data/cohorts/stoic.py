@@ -82,10 +82,10 @@ def write_mha(
 
 # %% ../../../nbs/2_data/cohorts/stoic.ipynb #f402a372
 def _write_patient(i, root, seed, kw):
-    from asap.phantom.cases import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     own: dict[str, Any] = dict(shift=STOIC.domain_shift, diseases=DISEASES)
-    k = synthesize_case(f"{STOIC.name} {seed}", "train", i, **own, **kw)
+    k = synthesize_patient(f"{STOIC.name} {seed}", "train", i, **own, **kw)
     write_mha(k.recons[0], Path(root) / f"data/mha/{i}.mha")
     return dict(PatientID=i, **sample_labels(k, STOIC.name, seed, i))
 

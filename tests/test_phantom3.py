@@ -388,14 +388,4 @@ def test_generation_2_does_not_use_generation_3():
     from asap.data.synthesize import GENERATOR_MODULES
 
     pages = "canvas patient skeleton thorax trees abdomen scanner whole_body".split()
-    assert not {f"asap.phantom.{m}" for m in pages} & set(GENERATOR_MODULES)
-
-
-def test_version_3_is_refused_so_far():
-    from asap.data.synthesize import PhantomConfig
-
-    plain = dict(n_patients={}, second_recon_prob=0.0, size=[8, 8, 8], spacing=[1.0, 1.0, 1.0])
-    assert PhantomConfig(**plain).version == 2
-    PhantomConfig(**plain).check(None)
-    with pytest.raises(ValueError, match=r"`phantom.version` is 3"):
-        PhantomConfig(**plain, version=3).check(None)
+    assert not {f"asap.phantom.{m}" for m in pages} & set(GENERATOR_MODULES[2])

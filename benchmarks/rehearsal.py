@@ -190,11 +190,14 @@ def tasks_without_predictions(folder: Path) -> list[str]:  # of study.tasks
     import pandas as pd
     import yaml
 
+    from asap.registry import all_tasks
+
     tasks = yaml.safe_load((folder / "params.yaml").read_text())["study"]["tasks"]
+    wanted = [name for task in tasks for name in all_tasks()[task].scored]
     found: set[str] = set()
     for path in (folder / "runs").rglob("predictions.parquet"):
         found |= set(pd.read_parquet(path, columns=["task"]).task.astype(str))
-    return [t for t in tasks if t not in found]
+    return [name for name in wanted if name not in found]
 
 
 def save(folder: Path) -> int:  # exit code

@@ -177,10 +177,12 @@ def test_the_papers_work_is_counted():
 
 
 def test_a_task_without_predictions_is_named(tmp_path):
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(study=dict(tasks=["a", "b", "c"]))))
-    for folder, tasks in (("classify", ["a", "a"]), ("vqa/asap", ["c"])):
+    names = ["classify_ct_rate", "zero_shot_own", "external_segment_covid_ct_seg"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(dict(study=dict(tasks=names))))
+    found = dict(classify=names[:1] * 2, segment=[f"{names[2]}_lung"])
+    for folder, tasks in found.items():
         (tmp_path / "runs" / folder).mkdir(parents=True)
         table = pd.DataFrame(dict(task=tasks))
         table.to_parquet(tmp_path / "runs" / folder / "predictions.parquet")
     script = load_script(TOP / "benchmarks/rehearsal.py")
-    assert script.tasks_without_predictions(tmp_path) == ["b"]
+    assert script.tasks_without_predictions(tmp_path) == [names[1], f"{names[2]}_lesion"]

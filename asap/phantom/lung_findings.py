@@ -152,10 +152,11 @@ def segment_field(
 
 
 def _branch(s: Scene, r, lobe: int, generation: int) -> int:
-    "A branch of a generation; a lobe beside a large heart may end before it"
+    "An airway of a lobe, of a generation or of the nearest that the lobe has"
     t = s.trees["airway"]
-    deepest = t.generation[(t.lobe == lobe) & (t.generation <= generation)].max()
-    return int(r.choice(np.flatnonzero((t.lobe == lobe) & (t.generation == deepest))))
+    own = np.flatnonzero(t.lobe == lobe)
+    off = np.abs(t.generation[own] - generation)
+    return int(r.choice(own[off == off.min()]))
 
 
 def _reopen(s: Scene, mask: np.ndarray) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("params.yaml", "weights/asap", "weights/organs", "weights/text")  # read by `asap.core.resource_path`
+# read by `asap.core.resource_path`
+SHIPPED = ("params.yaml", "weights/asap", "weights/organs", "weights/text")
 
 
 class BuildWithWeights(build_py):

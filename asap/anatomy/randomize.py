@@ -8,12 +8,11 @@ __all__ = ['Range', 'RandomizeConfig', 'random_displacement', 'sample_grid', 're
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #d2f03e1e
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
@@ -22,29 +21,29 @@ from ..params import BaseConfig, Fraction
 from ..phantom.canvas import TISSUES
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #ce494165
-Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+Range = tuple[float, float]
 
 
 class RandomizeConfig(BaseConfig):
     "Domain randomization"
 
     prob: Fraction = 0.5  # of the samples; the others keep physical HU
-    warp: Range = [15.0, 25.0]  # mm, largest displacement of a warp
+    warp: Range = (15.0, 25.0)  # mm, largest displacement of a warp
     warp_distance: PositiveFloat = 60.0  # mm between the control points of a warp
-    scale: Range = [0.9, 1.1]  # size of every sample
+    scale: Range = (0.9, 1.1)  # size of every sample
     turn: float = 10.0  # degrees around each axis, of every sample
-    hu_spread: Range = [20.0, 300.0]  # HU, standard deviation around the physical HU; log-uniform
+    hu_spread: Range = (20.0, 300.0)  # HU, standard deviation around the physical HU; log-uniform
     any_hu_prob: Fraction = 0.15  # of the tissues: any HU of `hu_range`
-    hu_range: Range = [-1000.0, 1000.0]  # mapped to [-1, 1]
-    texture: Range = [0.0, 60.0]  # HU, standard deviation of noise within a tissue
+    hu_range: Range = (-1000.0, 1000.0)  # mapped to [-1, 1]
+    texture: Range = (0.0, 60.0)  # HU, standard deviation of noise within a tissue
     merge_prob: Fraction = 0.1  # of the tissues: the HU of another tissue
     split_prob: Fraction = 0.15  # of the tissues: two HU, divided by a smooth random surface
     blobs: NonNegativeInt = 6  # at most
-    blob_radius: Range = [4.0, 40.0]  # mm
-    noise: Range = [0.0, 60.0]  # HU
-    blur: Range = [0.8, 3.0]  # mm, standard deviation
-    gamma: Range = [0.7, 1.5]  # exponent
-    resolution: Range = [1.0, 8.0]  # mm of the slices, along one random axis
+    blob_radius: Range = (4.0, 40.0)  # mm
+    noise: Range = (0.0, 60.0)  # HU
+    blur: Range = (0.8, 3.0)  # mm, standard deviation
+    gamma: Range = (0.7, 1.5)  # exponent
+    resolution: Range = (1.0, 8.0)  # mm of the slices, along one random axis
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #a6bc2272
 def random_displacement(

@@ -97,7 +97,7 @@ def paint_findings(
     names: Iterable[str],  # abnormalities
 ) -> list[Finding]:  # in CT-RATE's order; those that can be seen
     "Paint the abnormalities of a patient"
-    out = []
+    out: list[Finding] = []
     for name in [n for n in LESION_ORDER if n in set(names)]:
         sev = s.severities[name]
         if not len(s.region) and name in (*LUNG_FINDINGS, "Pleural effusion"):
@@ -195,9 +195,10 @@ def _scan(s: Scene, v: View, st: ScannerSettings, findings: list, extra: list) -
         r = rng("paint", s.seed, "emboli")
         sev = float(r.beta(1.6, 1.4))
         clots = paint_embolism(s, r, sev)
-        found["pulmonary embolism"] = clots and Finding("pulmonary embolism", severity=sev, **clots)
         if clots is None:
             del found["pulmonary embolism"]
+        else:
+            found["pulmonary embolism"] = Finding("pulmonary embolism", severity=sev, **clots)
     c, p = s.canvas, s.p
     hu = scan_body(c, st, v.padding, v.field, v.round_field)
     affine = np.diag([*map(float, c.spacing), 1.0])
@@ -279,7 +280,7 @@ def synthesize_body_case(
     count = 1 + int(rng("recons", key).random() < second_recon_prob)
     chests = [_chest_on(key, n, size, spacing, shift, **kw) for n in range(count)]
     c = chests[0]
-    kernels = ["sharp" if x.body.settings.sharp > 0.4 else "standard" for x in chests]
+    kernels = ["sharp" if x.body and x.body.settings.sharp > 0.4 else "standard" for x in chests]
     recons = [Reconstruction(x.hu, x.labels, x.affine, k) for x, k in zip(chests, kernels)]
     every = [*c.findings, *(f for f in c.diseases.values() if f)]
     return PhantomCase(

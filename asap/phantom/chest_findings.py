@@ -106,7 +106,7 @@ def _plaque(s: Scene, r, share, path, radius, start: int, length: float, wide: f
             u, v = _frame(path, i)
             line.append(path[i] + (radius[i] - 0.4) * (np.cos(a) * u + np.sin(a) * v))
         if len(line) > 1:
-            add_tubes(s.canvas, share, line, thick * r.uniform(0.6, 1.1, len(line)))
+            add_tubes(s.canvas, share, np.array(line), thick * r.uniform(0.6, 1.1, len(line)))
 
 
 def _calcify(s: Scene, r, vessels: list, n: int, longest: float, widest: float) -> tuple:
@@ -248,7 +248,7 @@ STATIONS = {  # name: point, canonical mm
 _SOFT = ("mediastinal_fat", "lung", "fissure", "diaphragm", "airway_wall")
 
 
-def _node(s: Scene, r, at, mm: float) -> tuple:  # share and its real diameter
+def _node(s: Scene, r, at, mm: float) -> np.ndarray:  # share
     "Share of one lymph node of a short axis, real mm"
     radii = np.array([1.0, 1.0, r.uniform(1.2, 1.7)]) * mm / 2 / s.scale
     turn = np.linalg.qr(np.eye(3) + 0.5 * r.standard_normal((3, 3)))[0]

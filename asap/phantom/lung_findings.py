@@ -198,7 +198,7 @@ def _foci(s: Scene, r, sev: float, n: int) -> tuple:  # field (n,) and lobes
         weight = np.exp(-deep / 10) * np.exp(-cloud[:, 1] / 45) + 1e-9
         at = cloud[r.choice(len(cloud), p=weight / weight.sum())]
         mm = r.uniform(9, 17 + 15 * sev) / s.k
-        m = (s.q - at[:, None].astype(np.float32)) / np.float32([[1.25], [0.85], [1.1]])
+        m = (s.q - at[:, None].astype(np.float32)) / np.array([[1.25], [0.85], [1.1]], np.float32)
         one = np.sqrt((m**2).sum(0)) - np.float32(mm)
         if (one[s.lobe == lobe] < 0).any():
             lobes.append(lobe)

@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 
 from asap.anatomy.organs import map_to_groups
+from asap.anatomy.predictors import head_predictor
 from asap.anatomy.stress import (
-    head_predictor,
     stress_no_lung,
     stress_partial,
     stress_shift,

@@ -28,9 +28,9 @@ from asap.anatomy.organ_training import (
     validate_on_bodies3b,
     validate_on_chests,
 )
+from asap.anatomy.predictors import segmenter_predictor
 from asap.anatomy.segmenter import Segmenter
 from asap.anatomy.stress import (
-    segmenter_predictor,
     stress_no_lung,
     stress_partial,
     stress_shift,
@@ -44,6 +44,7 @@ NONE = "nothing"
 CODE = [
     *GENERATOR,
     "asap.anatomy.organ_training",
+    "asap.anatomy.predictors",
     "asap.anatomy.randomize",
     "asap.anatomy.segmenter",
     "asap.anatomy.stress",

@@ -58,7 +58,7 @@ class OrgansConfig(SegmenterConfig):
     leave_out: list[Part] = []  # parts of the generator, for an ablation
 
     def check(self, params: BaseConfig) -> None:
-        if list(self.randomize.hu_range) != self.hu_range:
+        if self.randomize.hu_range != self.hu_range:
             raise ValueError(
                 f"`organs.randomize.hu_range` is {self.randomize.hu_range}, but "
                 f"`organs.hu_range` is {self.hu_range}: give one range"
@@ -80,7 +80,7 @@ class OrgansConfig(SegmenterConfig):
         if "randomization" in self.leave_out:
             changed |= dict(prob=0.0)
         if "pose" in self.leave_out:
-            changed |= dict(scale=(1.0, 1.0), turn=0.0)
+            changed |= dict(scale=[1.0, 1.0], turn=0.0)
         return self.randomize.model_copy(update=changed)
 
 # %% ../../nbs/3_anatomy/35_organ_training.ipynb #b359c69a

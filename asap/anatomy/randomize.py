@@ -8,11 +8,12 @@ __all__ = ['Range', 'RandomizeConfig', 'random_displacement', 'sample_grid', 're
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #d2f03e1e
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
@@ -21,29 +22,34 @@ from ..params import BaseConfig, Fraction
 from ..phantom.canvas import TISSUES
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #ce494165
-Range = tuple[float, float]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class RandomizeConfig(BaseConfig):
     "Domain randomization"
 
     prob: Fraction = 0.5  # of the samples; the others keep physical HU
-    warp: Range = (15.0, 25.0)  # mm, largest displacement of a warp
+    warp: Range = [15.0, 25.0]  # mm, largest displacement of a warp
     warp_distance: PositiveFloat = 60.0  # mm between the control points of a warp
-    scale: Range = (0.9, 1.1)  # size of every sample
+    scale: Range = [0.9, 1.1]  # size of every sample
     turn: float = 10.0  # degrees around each axis, of every sample
-    hu_spread: Range = (20.0, 300.0)  # HU, standard deviation around the physical HU; log-uniform
+    hu_spread: Range = [20.0, 300.0]  # HU, standard deviation around the physical HU; log-uniform
     any_hu_prob: Fraction = 0.15  # of the tissues: any HU of `hu_range`
-    hu_range: Range = (-1000.0, 1000.0)  # mapped to [-1, 1]
-    texture: Range = (0.0, 60.0)  # HU, standard deviation of noise within a tissue
+    hu_range: Range = [-1000.0, 1000.0]  # mapped to [-1, 1]
+    texture: Range = [0.0, 60.0]  # HU, standard deviation of noise within a tissue
     merge_prob: Fraction = 0.1  # of the tissues: the HU of another tissue
     split_prob: Fraction = 0.15  # of the tissues: two HU, divided by a smooth random surface
     blobs: NonNegativeInt = 6  # at most
-    blob_radius: Range = (4.0, 40.0)  # mm
-    noise: Range = (0.0, 60.0)  # HU
-    blur: Range = (0.8, 3.0)  # mm, standard deviation
-    gamma: Range = (0.7, 1.5)  # exponent
-    resolution: Range = (1.0, 8.0)  # mm of the slices, along one random axis
+    blob_radius: Range = [4.0, 40.0]  # mm
+    noise: Range = [0.0, 60.0]  # HU
+    blur: Range = [0.8, 3.0]  # mm, standard deviation
+    gamma: Range = [0.7, 1.5]  # exponent
+    resolution: Range = [1.0, 8.0]  # mm of the slices, along one random axis
+
+
+def _between(r: np.random.Generator, limits: Sequence[float], n: int | None = None) -> Any:
+    "One value between two limits, or an array of n"
+    return r.uniform(limits[0], limits[1], n)
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #a6bc2272
 def random_displacement(
@@ -72,10 +78,10 @@ def sample_grid(
     axes = [(torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * s for n, s in zip(size, spacing)]
     mm = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     turn = Rotation.from_euler("xyz", r.uniform(-c.turn, c.turn, 3), degrees=True).as_matrix()
-    matrix = torch.from_numpy((turn / r.uniform(*c.scale)).astype(np.float32))
+    matrix = torch.from_numpy((turn / _between(r, c.scale)).astype(np.float32))
     mm = torch.einsum("ij,j...->i...", matrix, mm)
     if warped:
-        mm += random_displacement(r, size, spacing, r.uniform(*c.warp), c.warp_distance)
+        mm += random_displacement(r, size, spacing, _between(r, c.warp), c.warp_distance)
     column = (3, 1, 1, 1)
     middle = torch.tensor(np.asarray(center, np.float32)).reshape(column)
     return mm / torch.tensor(tuple(map(float, spacing))).reshape(column) + middle
@@ -106,7 +112,7 @@ def sample_hu(
     n = len(physical)
     spread = np.exp(r.uniform(*np.log(c.hu_spread)))
     hu = physical + r.normal(0, spread, n)
-    hu = np.where(r.random(n) < c.any_hu_prob, r.uniform(*c.hu_range, n), hu)
+    hu = np.where(r.random(n) < c.any_hu_prob, _between(r, c.hu_range, n), hu)
     hu = np.where(r.random(n) < c.merge_prob, hu[r.integers(0, n, n)], hu)
     return hu.astype(np.float32)
 
@@ -137,7 +143,7 @@ def paint_tissues(
     step = r.normal(0, 150, n) * (r.random(n) < c.split_prob)
     half = smooth_field(r, size, spacing, r.uniform(20, 80)) > 0
     image = mean[tissues] + torch.from_numpy(step.astype(np.float32))[tissues] * half
-    rough = torch.from_numpy(r.uniform(*c.texture, n).astype(np.float32))
+    rough = torch.from_numpy(_between(r, c.texture, n).astype(np.float32))
     fine = smooth_field(r, size, spacing, r.uniform(3, 15))
     return image + rough[tissues] * fine
 
@@ -152,7 +158,7 @@ def add_blobs(
     for _ in range(r.integers(0, c.blobs + 1)):
         radii = np.exp(r.uniform(*np.log(c.blob_radius))) * r.uniform(0.6, 1.6, 3)
         at = r.uniform(0, 1, 3) * image.shape
-        hu, soft, opacity = r.uniform(*c.hu_range), r.uniform(0.05, 0.5), r.uniform(0.4, 1)
+        hu, soft, opacity = _between(r, c.hu_range), r.uniform(0.05, 0.5), r.uniform(0.4, 1)
         half = radii * (1 + soft) / spacing
         low = np.maximum(np.floor(at - half), 0).astype(int)
         high = np.minimum(np.ceil(at + half) + 1, image.shape).astype(int)
@@ -190,16 +196,16 @@ def degrade(
     "Blur, resolution, noise and gamma; scaled to the model's input"
     from monai.transforms import AdjustContrast
 
-    sigma = r.uniform(*c.blur) / np.asarray(spacing)
+    sigma = _between(r, c.blur) / np.asarray(spacing)
     image = torch.from_numpy(gaussian_filter(image.numpy(), sigma, mode="nearest"))
     axis = int(r.integers(3))
-    image = coarsen(image, axis, r.uniform(*c.resolution) / spacing[axis])
+    image = coarsen(image, axis, _between(r, c.resolution) / spacing[axis])
     noise = r.standard_normal(image.shape, dtype=np.float32)
     noise = gaussian_filter(noise, r.uniform(0, 0.8))
-    image = image + torch.from_numpy(noise * np.float32(r.uniform(*c.noise) / noise.std()))
+    image = image + torch.from_numpy(noise * np.float32(_between(r, c.noise) / noise.std()))
     x = torch.from_numpy(scale_intensity(image.numpy(), *c.hu_range))
     unit = (x + 1) / 2
-    return torch.as_tensor(AdjustContrast(gamma=r.uniform(*c.gamma))(unit[None]))[0] * 2 - 1
+    return torch.as_tensor(AdjustContrast(gamma=_between(r, c.gamma))(unit[None]))[0] * 2 - 1
 
 # %% ../../nbs/3_anatomy/33_randomize.ipynb #e19508ac
 def randomize(

@@ -61,6 +61,8 @@ class Markup:
     which takes a third of the time of all pages"""
 
     FOCUS = re.compile(r'<div class="(?:[^"]* )?(?:jp-Cell-inputWrapper|jp-OutputArea-output)[ "]')
+    NAMELESS = re.compile(r"<img(?![^>]*\salt=)")
+    NO_NAME = "No description has been provided for this image"  # nbconvert's words
 
     def __init__(self, body: str, features: str):
         self.body = body

@@ -19,10 +19,9 @@ from urllib.parse import quote, unquote, urlsplit
 import api
 import jinja2
 from latex2mathml.converter import convert
-from material.plugins.search import plugin as search
 from mkdocs.structure.files import File
 from mkdocs.utils import get_relative_url
-from nbconvert.exporters import html as html_exporter, templateexporter
+from nbconvert.exporters import templateexporter
 
 TOP = Path(__file__).resolve().parent.parent
 log = logging.getLogger("mkdocs.hooks.docs")  # an error fails `mkdocs build --strict`
@@ -37,8 +36,6 @@ SCRIPT = re.compile(
     r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>'
     r"((?:(?!</script>).)*)</script>"
 )
-CODE = re.compile(r"(?s)<pre\b.*?</pre>")
-COLOR = re.compile(r"</?span\b[^>]*>")
 WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 
 
@@ -56,41 +53,9 @@ class Compiled(jinja2.BytecodeCache):
         self.kept[bucket.key] = bucket.bytecode_to_string()
 
 
-class Markup:
-    """What nbconvert adds to a notebook's HTML, without a tree of its elements (BeautifulSoup),
-    which takes a third of the time of all pages"""
-
-    FOCUS = re.compile(r'<div class="(?:[^"]* )?(?:jp-Cell-inputWrapper|jp-OutputArea-output)[ "]')
-    NAMELESS = re.compile(r"<img(?![^>]*\salt=)")
-    NO_NAME = "No description has been provided for this image"  # nbconvert's words
-
-    def __init__(self, body: str, features: str):
-        self.body = body
-
-    def select(self, selector: str) -> list:
-        return []
-
-    def __str__(self) -> str:
-        body = self.FOCUS.sub(lambda m: m[0].replace("<div", '<div tabindex="0"', 1), self.body)
-        return re.sub(
-            r"<img(?![^>]*\salt=)",
-            '<img alt="No description has been provided for this image"',
-            body,
-        )
-
-
-class Words(search.Parser):
-    "Reads a page for the search without the colors of its code: the words are the same"
-
-    def feed(self, body: str) -> None:
-        super().feed(CODE.sub(lambda m: COLOR.sub("", m[0]), body))
-
-
 def on_startup(command, dirty):
     once = functools.partial(jinja2.Environment, bytecode_cache=Compiled())
     templateexporter.Environment = once
-    html_exporter.BeautifulSoup = Markup
-    search.Parser = Words
 
 
 def on_files(files, config):

@@ -86,31 +86,6 @@ def start_code():
     exec(compile(code, "<string>", "exec"), main.__dict__)
 
 
-def quick_lock():
-    """Let DVC rewrite dvc.lock, which it does after each stage, with libyaml: it keeps comments,
-    of which a lock has none, with a parser in Python that takes two seconds"""
-    from collections import OrderedDict
-
-    from dvc import dvcfile
-    from dvc.utils.serialize._common import _modify_data
-    from dvc.utils.serialize._yaml import parse_yaml
-    from ruamel.yaml import YAML
-
-    def dump(data, stream):
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False
-        yaml.Representer.add_representer(OrderedDict, yaml.Representer.represent_dict)
-        yaml.dump(data, stream)
-
-    def modify(path, fs=None):
-        if Path(path).name != "dvc.lock":
-            return with_comments(path, fs=fs)
-        return _modify_data(path, parse_yaml, dump, fs=fs)
-
-    with_comments, dvcfile.modify_yaml = dvcfile.modify_yaml, modify
-
-
 def start_module():
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
@@ -269,7 +244,6 @@ def main(address):
     print("listens", flush=True)
     for name in [*LOADED, *KERNEL, *STAGE, *DVC]:
         importlib.import_module(name)
-    quick_lock()
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

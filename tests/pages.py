@@ -25,7 +25,9 @@ SIZE = 0.05  # pictures: other fonts change the margins that a tight bounding bo
 ALONE = {
     "03_train"
 }  # what it shows of the memory allocator is true of a process that is nobody's child
-multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded", *LOADED, "pages"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["preloaded", *LOADED, "pages", "frozen"]
+)
 
 
 # What an output says

@@ -54,8 +54,13 @@ LOADED = [  # other people's libraries alone: a child brings its own modules
     "nbdev.test",
     "PIL.Image",
 ]
+MEMORY = dict(  # glibc: keep what is freed, up to half a gigabyte, in place of fresh pages
+    MALLOC_MMAP_THRESHOLD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**29)
+)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 KERNEL = ["ipykernel.kernelapp", "ipykernel.ipkernel", "matplotlib_inline.backend_inline"]
+STAGE = ["papermill", "papermill.execute", "psutil"]  # what `asap stage` starts a kernel with
+DVC = ["dvc.cli", "dvc.repo", "dvc.commands.repro"]
 
 
 # What a fork does
@@ -81,7 +86,16 @@ def start_code():
     exec(compile(code, "<string>", "exec"), main.__dict__)
 
 
-START = {"kernel": start_kernel, "script": start_script, "code": start_code}
+def start_module():
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+START = {
+    "kernel": start_kernel,
+    "script": start_script,
+    "code": start_code,
+    "module": start_module,
+}
 
 
 def become(request, streams):
@@ -204,7 +218,7 @@ def preloaded():
         return
     with tempfile.TemporaryDirectory(prefix="preloaded-") as folder:
         address = os.path.join(folder, "socket")
-        own = dict(PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        own = dict(PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **MEMORY)
         process = subprocess.Popen(
             [sys.executable, __file__, address],
             stdin=subprocess.PIPE,
@@ -228,7 +242,7 @@ def kernels(env):
 def main(address):
     server = Preloaded(address)  # requests wait until all is imported
     print("listens", flush=True)
-    for name in [*LOADED, *KERNEL]:
+    for name in [*LOADED, *KERNEL, *STAGE, *DVC]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()

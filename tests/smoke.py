@@ -24,7 +24,7 @@ ENV = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "ASAP_ROOT": "",
 }
-FORKED = dict(ENV)  # the same, with kernels that are forks of one process (tests/preloaded.py)
+FORKED = dict(ENV)  # the same; DVC, stages and kernels are forks (tests/preloaded.py, kernels/)
 
 STUDY = (sys.executable, "-m", "asap.cli", "study")  # as `make study` does
 

@@ -48,7 +48,7 @@ def stand_in(kind, arguments):
 
 def end(code):
     "As the fork ended: with an exit code, or by a signal"
-    if code > 128:
+    if 128 < code < 128 + signal.NSIG:
         if code - 128 in (signal.SIGINT, signal.SIGTERM):
             signal.signal(code - 128, signal.SIG_DFL)
         os.kill(os.getpid(), code - 128)

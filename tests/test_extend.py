@@ -1,7 +1,6 @@
 "Extensions of the study: which files a person edits for each, and that the result runs"
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,8 +18,9 @@ LEFT_OUT = ("weights/", "benchmarks/", "nbs/images/", "nbs/tutorials/", "asap/in
 class Tree:
     "A copy of the project in git, in which files are edited as a person would"
 
-    def __init__(self, folder):
+    def __init__(self, folder, forks):
         self.folder = folder
+        self.env = forks | dict(PYTHONPATH=str(folder), ASAP_ROOT=str(folder))
         self.edited: set[str] = set()
 
     def git(self, *words) -> str:
@@ -56,11 +56,10 @@ class Tree:
                 code,
             ]
         )
-        env = os.environ | dict(PYTHONPATH=str(self.folder), ASAP_ROOT=str(self.folder))
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, TOP / "tests/stand_in.py", "-c", program],
             cwd=self.folder,
-            env=env,
+            env=self.env,
             capture_output=True,
             text=True,
         )
@@ -69,8 +68,8 @@ class Tree:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    tree = Tree(tmp_path_factory.mktemp("extend"))
+def copy(tmp_path_factory, forks):
+    tree = Tree(tmp_path_factory.mktemp("extend"), forks)
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True
     ).stdout.splitlines()

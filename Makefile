@@ -51,7 +51,7 @@ test: .venv/done  ## every check; the last line reads `N passed, N failed`
 weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
 	@python -c 'from asap.params import load_params; from asap.pretrain.checkpoint import export_weights; [print(n, export_weights(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
 
-organs: .venv/done  ## train the organ segmenter on phantoms, hours on one core (writes weights/organs)
+organs: .venv/done  ## train the organ segmenter on phantoms (writes weights/organs)
 	@python benchmarks/organs.py --keep
 
 ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)

@@ -25,9 +25,7 @@ SIZE = 0.05  # pictures: other fonts change the margins that a tight bounding bo
 ALONE = {
     "03_train"
 }  # what it shows of the memory allocator is true of a process that is nobody's child
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["preloaded", *LOADED, "pages", "frozen"]
-)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded", *LOADED, "pages"])
 
 
 # What an output says

@@ -44,10 +44,10 @@ from ..train import get_device
 class SegmenterConfig(BaseConfig):
     "Use of the organ segmenter"
 
-    spacing: Spacing3D = [3.0, 3.0, 3.0]  # mm of the grid on which it works
+    spacing: Spacing3D = [5.0, 5.0, 5.0]  # mm of the grid on which it works
     hu_range: Annotated[list[float], Field(min_length=2, max_length=2)] = [-1000.0, 1000.0]
     roi_size: Shape3D = [64, 64, 64]  # voxels of a training sample and of a window
-    channels: list[PositiveInt] = [24, 48, 80, 96, 96]  # of the U-Net, from fine to coarse
+    channels: list[PositiveInt] = [24, 48, 80, 96, 96, 96]  # of the U-Net, from fine to coarse
     overlap: OpenFraction = 0.25  # of sliding windows
     min_piece: OpenFraction = 0.1  # of the largest piece of an organ; smaller ones are removed
     min_lung: PositiveFloat = 150.0  # ml; a scan with less has no chest
@@ -80,12 +80,10 @@ def save_segmenter(
     folder: Path | str,  # replaced as a whole
     card: str,  # Markdown
 ) -> None:
-    "Write model.safetensors, config.json and card.md"
+    "Write model.safetensors in half precision, config.json and card.md"
     with atomic_write(folder) as tmp:
         tmp.mkdir()
-        weights = {
-            k: v.detach().cpu().contiguous().clone() for k, v in s.model.state_dict().items()
-        }
+        weights = {k: v.detach().cpu().half().contiguous() for k, v in s.model.state_dict().items()}
         save_file(weights, tmp / "model.safetensors")
         groups = [[name, list(classes)] for name, classes in s.groups.items()]  # order matters
         write_json(dict(use=s.config.model_dump(), groups=groups), tmp / "config.json")

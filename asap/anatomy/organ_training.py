@@ -50,7 +50,7 @@ class OrgansConfig(SegmenterConfig):
 
     num_phantoms: PositiveInt = 300  # bodies, drawn once and kept on disk
     bodies_seed: int = 1  # of the bodies; trainings with other seeds see the same ones
-    steps: PositiveInt = 5000
+    steps: PositiveInt = 3000
     batch_size: PositiveInt = 1
     lr: PositiveFloat = 0.02  # of Muon for kernels and of AdamW for the rest
     warmup_steps: NonNegativeInt = 50

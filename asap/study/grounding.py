@@ -56,7 +56,7 @@ from ..model.asap import ASAP, build_asap
 from ..model.vit import ViT3D, patchify
 from ..params import BaseConfig, reference_arm
 from ..pretrain.embed import load_image
-from .figures import save_figure
+from .figures import GRAYS, add_legend, arm_styles, save_figure
 from ..tasks.metrics import bootstrap_weights, ci
 from ..text.encoder import TextEncoder
 from ..train import get_device
@@ -592,7 +592,7 @@ def _describe_targets(
 def evaluate_grounding(
     models: dict[str, ASAP],  # arms with alignment, of `checkpoint.load_aligned_models`
     text: TextEncoder,  # frozen encoder
-    p: Any,  # params: study.cohorts, study.seed, volumes, tables
+    p: Any,  # params: study.cohorts, arms and seed; volumes, tables
     root: Path,  # the project's folder
     out: Path,  # runs/grounding
 ) -> dict[str, Any]:  # content of status.json
@@ -647,7 +647,7 @@ def write_grounding(
     models: dict[str, ASAP],  # arms with alignment
     text: TextEncoder,  # frozen encoder
     status: dict[str, Any],  # of `evaluate_grounding`
-    p: Any,  # params: study.seed, tables
+    p: Any,  # params: study.arms, study.seed, tables
     out: Path,  # runs/grounding
 ) -> None:
     "Write hits.parquet, hits.csv, differences.csv, extent_correlation.csv, figure, status.json"
@@ -667,19 +667,20 @@ def write_grounding(
 
     rows = [dict(arm=a, **extent_correlation(g, heads(m, g), n, level)) for a, m, g in adaptive]
     write_csv(pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5), out / "extent_correlation.csv")
-    plot_hit_rates(t[t.arm == arm], arm, status, out)
+    style = arm_styles(p.study.arms)[arm]
+    plot_hit_rates(t[t.arm == arm], arm, style, status, out)
     write_json(dict(status, reference_arm=arm), out / "status.json")
 
 # %% ../../nbs/9_study/92_grounding.ipynb #10560297
 def plot_hit_rates(
     t: pd.DataFrame,  # rows of `hit_rate_table` of one arm
     arm: str,
+    style: dict[str, str],  # of the arm, of `figures.arm_styles`
     status: dict[str, Any],  # num_patches, patch_mm
     out: Path,  # runs/grounding
-) -> None:
-    "Hit rates of an arm and of the baselines by label"
+) -> Any:  # matplotlib figure, closed
+    "Hit rates of an arm, in its color, and of the baselines, in grays, by label"
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
     set_style()
     names = {
@@ -690,21 +691,23 @@ def plot_hit_rates(
         "random": "random patch",
     }
     y = np.arange(len(t))[::-1]
-    fig, ax = plt.subplots(figsize=(6.6, 0.62 * len(t) + 1.3))
-    for i, ((k, name), color) in enumerate(zip(names.items(), sns.color_palette("colorblind"))):
+    colors = (style["color"], *GRAYS)
+    size = (8.2, 0.62 * len(t) + 1)
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    for i, ((k, name), color) in enumerate(zip(names.items(), colors)):
         at = y + 0.32 - 0.16 * i
         ax.barh(at, t[k], 0.15, color=color, label=name)
         if f"{k}_lo" in t:
-            ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0.2", lw=0.9)
+            ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0", lw=1)
     ax.set(yticks=y, xlabel="hit rate (fraction of sentences)", xlim=(0, 1))
+    ax.set(ylim=(-0.6, len(t) - 0.4))
     ax.set_yticklabels([f"{label} ({n})" for label, n in zip(t.label, t.sentences)])
     title = f"Pointing game, {status['num_patches']} patches of {status['patch_mm']} mm"
     ax.set_title(title, fontsize=9)
-    below = -0.5 / (0.62 * len(t) + 1.3) - 0.03
-    anchor = dict(loc="upper center", bbox_to_anchor=(0.4, below))
-    ax.legend(**anchor, ncol=5, frameon=False, fontsize=8)
     ax.grid(axis="y", visible=False)
-    save_figure(fig, None, out, "pointing")
+    add_legend(fig)
+    save_figure(fig, t.round(5), out, "pointing")
+    return fig
 
 # %% ../../nbs/9_study/92_grounding.ipynb #eea6d246
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WEIGHTS_MB', 'write_checkpoint', 'read_config',
            'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'ReleasedASAPHubModel',
            'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'load_image_mae', 'code_license',
-           'git_revision', 'model_card', 'export_weights']
+           'git_revision', 'code_version', 'model_card', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
 import argparse
@@ -588,17 +588,28 @@ def code_license() -> str:  # SPDX identifier
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c5dfc3d5
 def git_revision() -> str | None:  # commit, with `-dirty` if files differ from it
-    "Commit of the project's folder; None outside git"
+    "Commit of the project's folder; None outside git and where git does not trust the folder"
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True)
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=project_root(),
-            capture_output=True,
-            text=True,
-        )
+        if git("ls-files", "--error-unmatch", ".").returncode:
+            return None  # also in another repository, which does not track this folder
+        described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except FileNotFoundError:
         return None  # git is not installed
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None
+
+
+def code_version() -> str:
+    "The commit as a card states it, or why there is none"
+    if commit := git_revision():
+        return f"code at commit `{commit}`"
+    return (
+        "commit of the code unknown: that needs git (this folder is no clone, or belongs to "
+        "somebody whom git does not trust)"
+    )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #ee66ba00
 _GROUNDING_WARNING = (
@@ -703,8 +714,7 @@ def _trained_files(
 
 def _training_origin(stage: str, minutes: Path) -> str:  # line of the card
     took = f"{read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores"
-    commit = git_revision() or "unknown"
-    return f"- Trained by the stage `{stage}` in {took}; code at commit `{commit}`.\n"
+    return f"- Trained by the stage `{stage}` in {took}; {code_version()}.\n"
 
 
 _TEXT_CARD = (

@@ -406,7 +406,7 @@ def plot_forest(
     data = t.assign(value=t.difference, arm=t.other)
     _plot_intervals(ax, data, rows, others, styles, middle=0)
     first = t.arm.iloc[0]
-    ax.set(xlabel=f"difference in the task's headline metric; right of 0: {first} is higher")
+    ax.set(xlabel=f"difference in the task's headline metric\n(right of 0: {first} is higher)")
     names = {a: f"{first} - {a}" for a in others}
     for line in ax.lines:
         line.set_label(names.get(line.get_label(), line.get_label()))

@@ -137,13 +137,13 @@ def set_up_git(
 
     folder = Path(folder).resolve()
     config = Config(str(folder / ".dvc"))
-    if config.read("repo")["core"].get("no_scm"):
-        return  # the project's own setting
-    known, inside = config.read("local")["core"].get("no_scm", False), _is_in_git(folder)
-    if known == inside:
+    ours, inside = "no_scm" in config.read("local")["core"], _is_in_git(folder)
+    if config["core"].get("no_scm") and not ours:
+        return  # somebody's own setting
+    if ours == inside:
         with config.edit("local") as local:
             local["core"].pop("no_scm", None)
-            local["core"] |= {} if inside else {"no_scm": True}
+            local["core"] |= {} if inside else {"no_scm": "true"}
     if not inside:
         first = "git init && git add -A && git commit -m start"
         log_message(f"No git repository here: the study runs without. {_NEED_GIT}: {first}")

@@ -89,6 +89,10 @@ class PretrainConfig(BaseConfig):
     crop_padding: Literal["air", "reflect"] = "air"
     align_text: Literal["report", "findings"] = "report"  # sentences that the alignment uses
     sentence_features: Literal["alone", "context"] = "alone"  # context: within their report
+    # share of patches hidden in an encoder pass of the alignment alone; null: no such pass
+    align_mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    # sentences whose lesion is hidden enter no contrast; needs lesion masks: an upper bound
+    skip_hidden_lesions: bool = False
 
     def check(self, params: BaseConfig) -> None:
         "Check that the cohorts are part of the study"
@@ -137,6 +141,8 @@ def fit_stem(
     images = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
     patches = patchify(torch.stack(images)[:, None], model.vit.patch_size)
     model.vit.patch_embed.fit_whitening(patches[:, ::5])
+    if model.config["model"].get("stem_init", "random") == "windows":
+        model.vit.patch_embed.init_kernels(patches, rng("stem", data.seed))
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #9a3aff54
 def is_trained(

@@ -29,8 +29,8 @@ SPLITS = {"train": "train", "val": "valid", "test": "valid"}  # of the cache -> 
 def draw_case(seed: int, split: str, i: int, folder: Path, p) -> dict:  # row of the table
     "One patient: standard volume, organ map, lesion masks and report"
     from asap.anatomy.organs import map_to_groups
-    from asap.data.cohorts.rex_grounding_ct import LABEL_RULES
     from asap.core import rng
+    from asap.data.cohorts.rex_grounding_ct import LABEL_RULES
     from asap.data.volumes import Volume, resample, standardize, write
     from asap.phantom.words import finding_sentence, synthesize_case
 
@@ -248,8 +248,9 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
 
     torch.set_num_threads(1)
     base = settings(a, load_params())
-    folder = a.cache / f"seed_{seed}"
-    table = draw(seed, dict(zip(SPLITS, a.patients)), a.cache, base)
+    corpus = a.corpus or seed
+    folder = a.cache / f"seed_{corpus}"
+    table = draw(corpus, dict(zip(SPLITS, a.patients)), a.cache, base)
     row = arm_row(VARIANTS[variant][1], a.losses, base)
     p = arm_params(base, row)
     text = encoder.load(a.text, p.text.max_length)
@@ -281,6 +282,7 @@ def key(variant: str, seed: int, a) -> dict:  # identifies a row
     return dict(
         variant=variant,
         seed=seed,
+        corpus=a.corpus or seed,
         losses=a.losses,
         steps=a.steps,
         train=a.patients[0],
@@ -313,6 +315,7 @@ def arguments() -> argparse.Namespace:
     )
     a.add_argument("--cache", type=Path, required=True, help="folder outside the repository")
     a.add_argument("--seeds", type=int, nargs="+", default=[4001, 4002, 4003])
+    a.add_argument("--corpus", type=int, help="draw the patients with this seed for all of --seeds")
     a.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     a.add_argument("--patients", type=int, nargs=3, default=[600, 40, 160], help="train val test")
     a.add_argument("--steps", type=int, default=300)
@@ -330,8 +333,8 @@ def main():
     from asap.params import load_params
 
     a, p = arguments(), load_params()
-    if p.study.seed in a.seeds:
-        raise SystemExit(f"--seeds names {p.study.seed}, the study's own: use others, such as 4001")
+    if p.study.seed in {*a.seeds, a.corpus}:
+        raise SystemExit(f"{p.study.seed} is the study's own seed: use others, such as 4001")
     env = dict(os.environ, OMP_NUM_THREADS="1")
     for variant in a.variants:
         for seed in a.seeds:

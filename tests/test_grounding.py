@@ -18,12 +18,11 @@ from asap.data.cohorts.rex_grounding_ct import ReXGroundingCT
 from asap.data.crops import apply_crop, center_crop
 from asap.data.table import save
 from asap.data.volumes import resample, standardize
-from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
+from asap.inference.ground import patch_dice, topk_patches
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import synthesize_chest
+from asap.pretrain.pointing import FOCAL_LESIONS, build_atlas, hit_patches, patch_coverage
 from asap.study.grounding import (
-    FOCAL_LESIONS,
-    build_atlas,
     build_sentence_queries,
     evaluate_grounding,
     label_groups,

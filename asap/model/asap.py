@@ -8,7 +8,7 @@ __all__ = ['ReleasedBug', 'ArmsConfig', 'ARM_OVERRIDES', 'ModelConfig', 'ArmConf
            'is_released', 'build_asap', 'build_config']
 
 # %% ../../nbs/5_model/54_asap.ipynb #75058ea9
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Annotated, Any, Literal, TypedDict, cast
 
@@ -283,6 +283,11 @@ class EncoderOutput:
     embedded: torch.Tensor  # (B,1+V,C) before attention, class token first
     latent: torch.Tensor  # (B,1+V,C) after all blocks
     candidates: torch.Tensor | None = None  # (B,V) bool, patches that sentences can select
+
+    def case(self, i: int) -> "EncoderOutput":  # with B = 1
+        "The output for one image"
+        values = (getattr(self, f.name) for f in fields(self))
+        return EncoderOutput(*(None if v is None else v[i : i + 1] for v in values))
 
 # %% ../../nbs/5_model/54_asap.ipynb #w25spl01
 def split_batch(
@@ -578,7 +583,7 @@ class ASAP(nn.Module):
         self,
         encoded: EncoderOutput,
         sentence_embeds: torch.Tensor,  # (B,S,C')
-        sentence_mask: torch.Tensor,  # (B,S) bool, False for padding
+        sentence_mask: torch.Tensor | None = None,  # (B,S) bool, False for padding
         hard: bool = False,  # as `AlignmentHead.forward`
     ) -> AlignmentOutput:
         "Patch-sentence similarity and the region of each sentence"

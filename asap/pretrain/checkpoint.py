@@ -614,6 +614,18 @@ def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
     return bool(known["steps"]) and arm["contrast_level"] == "region" and on_phantoms
 
 
+def _pointing_statement(found: dict) -> str:  # `pointing` of the metrics
+    below = found["pointing"] < found["pointing_atlas"]
+    return (
+        f"Pointing on validation cases of this training: {found['pointing']:.3f} of the sentences "
+        f"about focal lesions hit (an atlas by position: {found['pointing_atlas']:.3f}), "
+        f"{found['points_outside_body']:.1%} of all points lie outside the body, "
+        f"{found['distinct_points']} different patches, rank correlation of k with the extent "
+        f"{found['k_extent_correlation']:.2f}."
+        + (" Below the atlas: do not rely on its regions." if below else "")
+    )
+
+
 def _training_statement(known: dict) -> str:
     if not known["steps"]:
         return f"Not trained: initial weights, seed {known['seed']}."
@@ -656,7 +668,8 @@ def _model_statement(config: dict, known: dict) -> str:
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
+    # steps; optional pointing, num_parameters, num_encoder_parameters, seconds
+    metrics: dict,
     # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
     # optional pretrain, data (hash), revision, license, seconds
     study: dict,
@@ -674,6 +687,7 @@ def model_card(
         _training_statement(known),
         *(f"{name}: `{known[k]}`." for k, name in optional.items() if known.get(k)),
         f"{_data_statement(known['phantom'])} Not for clinical use.",
+        *([_pointing_statement(known["pointing"])] if known.get("pointing") else []),
         *([_GROUNDING_WARNING] if _is_grounded_on_phantoms(known, config["arm"]) else []),
         f"License of code and weights: {known['license']}.",
         "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",

@@ -6,8 +6,8 @@
 __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECIPE_KEYS', 'PretrainConfig', 'build_model',
            'fit_stem', 'is_trained', 'add_text_features', 'fit_options', 'train', 'positional_baseline',
            'organ_fraction_errors', 'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate',
-           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches',
-           'load_shipped', 'summarize', 'count_parameters']
+           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'validation_targets', 'run', 'recipe',
+           'recipe_matches', 'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
 import contextlib
@@ -51,6 +51,12 @@ from asap.model.asap import (
 from ..model.vit import ConvStem, gather_patches, patchify
 from ..params import BaseConfig, CohortName, Fraction, OpenFraction, PositiveFraction
 from .batches import ImageReportDataset, collate
+from asap.pretrain.pointing import (
+    LesionTargets,
+    describe_pointing,
+    load_targets,
+    measure_pointing,
+)
 from ..train import fit, get_device
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cfg61c00
@@ -486,13 +492,15 @@ def make_eval_callback(
     data: ImageReportDataset,  # held-out cases, center crops
     guesses: dict,  # of `positional_baseline`
     p: Any,  # params with pretrain
+    targets: LesionTargets | None = None,  # lesions of held-out cases; None: no masks
 ) -> Callable:  # (model, step) -> dict of floats
-    "`on_eval` of `fit`: the means of `evaluate` over some held-out cases"
+    "`on_eval` of `fit`: the means of `evaluate` over some held-out cases, and pointing"
 
     def on_eval(model, step):
         t = p.pretrain
         rows = evaluate(model, data, guesses, t.mask_ratio, t.mlm_probability, label=None)
-        return {k: round(float(rows[k].mean()), 5) for k in EVAL_COLUMNS if k in rows}
+        out = {k: round(float(rows[k].mean()), 5) for k in EVAL_COLUMNS if k in rows}
+        return out | measure_pointing(model, data.text_encoder, targets, p)
 
     return on_eval
 
@@ -581,6 +589,35 @@ def _untrained(name: str, model: ASAP) -> tuple:  # as `run`
         dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
     )
 
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #d5ab3045
+def _train_lesions(p: Any, lesions: Callable | None) -> Callable | None:  # of the data set
+    if not p.pretrain.skip_hidden_lesions:
+        return None
+    if lesions is None:
+        raise ValueError(
+            "pretrain.skip_hidden_lesions is true, but there are no lesion masks: add "
+            "rex_grounding_ct to data/, or set it to false"
+        )
+
+    def masks(row: dict) -> tuple:  # sentences, masks
+        found = lesions(row)
+        return ([], []) if found is None else found[::2]
+
+    return masks
+
+
+def validation_targets(
+    parts: dict,  # split -> rows of the cohort table
+    lesions: Callable | None,  # as `load_targets`
+    p: Any,  # params with volumes, model
+    arm: dict,  # row of the arm
+) -> LesionTargets | None:  # None without masks, or for an arm without regions
+    "Lesions of some validation cases, and the atlas of some train cases"
+    if lesions is None or not arm["align_weight"] or arm["contrast_level"] != "region":
+        return None
+    held_out, train = (parts[k].to_dict("records") for k in ("val", "train"))
+    return load_targets(held_out, train, lesions, p)
+
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #40078160
 def run(
     name: str,  # of the arm
@@ -591,6 +628,7 @@ def run(
     folder: Path,  # of the resume state
     inputs: dict,  # hashes: `asap.data.corpus.corpus_digest`, and that of the text encoder
     shipped: Path | None = None,  # checkpoint folder with a recipe; used if the recipe matches
+    lesions: Callable | None = None,  # as `load_targets`; None: no lesion masks
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or load its shipped weights, and evaluate it on the test split"
     seed, fp = p.study.seed, recipe(arm, p, inputs, p.study.seed)
@@ -598,7 +636,7 @@ def run(
     t = p.pretrain
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build_model(p, arm, text, seed)
-    data = ImageReportDataset(parts["train"], p, text, seed)
+    data = ImageReportDataset(parts["train"], p, text, seed, lesions=_train_lesions(p, lesions))
     _log_truncated(data)
 
     def center_crops(rows):
@@ -608,11 +646,17 @@ def run(
     if not is_trained(arm):
         return _untrained(name, model)
     guesses = positional_baseline(center_crops(parts["train"])) if arm["organ_weight"] else {}
-    on_eval = make_eval_callback(center_crops(parts["val"].head(t.num_eval_cases)), guesses, p)
+    targets = validation_targets(parts, lesions, p, arm)
+    watched = center_crops(parts["val"].head(t.num_eval_cases))
+    on_eval = make_eval_callback(watched, guesses, p, targets)
     log, eval_log, source = _train_or_load(name, model, data, fp, folder, shipped, on_eval)
     rows = evaluate(model, center_crops(parts["test"]), guesses, t.mask_ratio, t.mlm_probability)
     metrics = dict(arm=name, steps=int(t.steps), weights_source=source, recipe=fp)
-    return model, log, eval_log, rows, metrics | summarize(rows) | count_parameters(model)
+    metrics |= summarize(rows) | count_parameters(model)
+    if pointing := measure_pointing(model, text, targets, p):
+        log_message(f"{name}: {describe_pointing(pointing)}")
+        metrics["pointing"] = pointing
+    return model, log, eval_log, rows, metrics
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #c48226b6
 # how much means of the same corpus, prepared on two machines, may differ

@@ -1,0 +1,289 @@
+"""Pointing during training, and the params of the alignment that were searched for the cause of
+trainings that do not ground: each changes what it says, and none of them anything by default"""
+
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import TOP
+from tiny_cases import cases
+
+from asap.core import project_root
+from asap.inference.ground import align_sentences
+from asap.model.asap import ARM_OVERRIDES, ArmConfig, arm_params, build_asap, build_config
+from asap.model.vit import body_candidates
+from asap.params import load_params
+from asap.phantom.abnormalities import synthesize_chest
+from asap.pretrain.batches import ImageReportDataset, collate
+from asap.pretrain.pointing import body_patches
+from asap.pretrain.pretrain import add_text_features, build_model, fit_stem, recipe, run
+from asap.text.encoder import load, train_text_encoder
+from asap.text.sentences import join_report, split_sentences
+
+P = load_params(project_root() / "params/smoke.yaml")
+CHANGES = dict(
+    align_position=0.0,
+    align_tokens=False,
+    align_before_attention=False,
+    align_candidates="body",
+    nowhere_slot=True,
+    rank_noise=0.5,
+    stem_init="windows",
+    mask_ratio=0.5,
+    align_mask_ratio=0.0,
+    skip_hidden_lesions=True,
+    max_k_ratio=0.4,
+    init_k_ratio=0.1,
+    temperature=0.2,
+)
+
+
+def row(**changes) -> dict:
+    return P.arms["asap"].model_dump() | changes
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):  # nine phantoms, their text encoder, a mask for one sentence of each
+    here = tmp_path_factory.mktemp("pointing")
+    table = cases(here, "pointing", 9, P.anatomy.groups)
+    table["patient"] = table.case
+    table["split"] = ["train"] * 5 + ["val"] * 2 + ["test"] * 2
+    said = [split_sentences(join_report(f, i)) for f, i in zip(table.findings, table.impression)]
+    train_text_encoder(said, said, P.text, 0, here / "text")
+    sentences = dict(zip(table.case, said))
+
+    def lesions(r):  # a lesion of one patch at a place of the case
+        mask = np.zeros((1, 48, 48, 24), bool)
+        i = int(r["case"][-1]) % 3
+        mask[:, 12 * i : 12 * i + 12, 12:24, 6:12] = True
+        return [sentences[r["case"]][0]], ["Lung nodule"], mask
+
+    text = load(here / "text")
+    return SimpleNamespace(table=table, text=text, lesions=lesions, here=here)
+
+
+def batch(study, p, masks=True):
+    data = ImageReportDataset(
+        study.table, p, study.text, 0, lesions=(lambda r: study.lesions(r)[::2]) if masks else None
+    )
+    samples = [data[(0, i)] for i in range(5)]
+    return data, add_text_features(collate(samples, study.text, 0.75), study.text, True)
+
+
+def model_of(study, **changes):
+    p = arm_params(P, row(**changes))
+    data, b = batch(study, p)
+    m = build_model(P, row(**changes), study.text, 0)
+    fit_stem(m, data)
+    return m, b
+
+
+def test_masks_change_no_bit_of_a_training(study):
+    args = "asap", row(), P, study.table, study.text
+    without = run(*args, study.here / "a", {})
+    found = run(*args, study.here / "b", {}, lesions=study.lesions)
+    for a, b in zip(without[0].state_dict().values(), found[0].state_dict().values()):
+        assert torch.equal(a, b)
+    pd.testing.assert_frame_equal(without[1], found[1])
+    pd.testing.assert_frame_equal(without[3], found[3])
+    new = {"pointing", "pointing_atlas", "points_outside_body", "distinct_points"}
+    assert new <= set(found[2]) and not new & set(without[2])
+    pd.testing.assert_frame_equal(without[2], found[2][list(without[2])])
+    assert "pointing" not in without[4]
+    assert without[4] == {k: v for k, v in found[4].items() if k != "pointing"}
+    last = found[2].iloc[-1]
+    assert found[4]["pointing"]["pointing"] == last.pointing
+    assert found[2].step.tolist() == [5, 10, 12]
+
+
+def test_the_last_line_names_a_training_below_the_atlas(study, capfd):
+    where = {"a": 0}
+
+    def same(r):  # every lesion at one place: the atlas always hits
+        sentences, labels, mask = study.lesions(dict(r, case="c0"))
+        where["a"] += 1
+        return [split_sentences(r["findings"])[0]], labels, mask
+
+    run("asap", row(), P, study.table, study.text, study.here / "c", {}, lesions=same)
+    lines = [x for x in capfd.readouterr().err.splitlines() if "pointing accuracy" in x]
+    assert where["a"] and len(lines) == 1
+    assert "atlas 1.000" in lines[0] and "BELOW the atlas by position" in lines[0]
+
+
+def test_arms_without_regions_and_cohorts_without_masks_are_not_measured(study):
+    clip = P.arms["clip"].model_dump()
+    out = run("clip", clip, P, study.table, study.text, study.here / "d", {}, lesions=study.lesions)
+    assert "pointing" not in out[4] and "pointing" not in out[2]
+    args = "asap", row(), P, study.table, study.text, study.here / "e", {}
+    out = run(*args, lesions=lambda r: None)
+    assert "pointing" not in out[4] and "pointing" not in out[2]
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_param_changes_the_loss_and_leaves_no_parameter_without_gradient(study, key):
+    torch.manual_seed(0)
+    today, b = model_of(study)
+    before = today(b)[0]
+    changed, b = model_of(study, **{key: CHANGES[key]})
+    if key == "skip_hidden_lesions":
+        changed.load_state_dict(today.state_dict())
+    value = changed(b)[0]
+    assert value.isfinite() and value != before
+    value.backward()
+    for name, q in changed.named_parameters():
+        assert q.requires_grad == (q.grad is not None), name
+    whole = [q.grad.clone() for q in changed.parameters() if q.grad is not None]
+    if key == "rank_noise":  # random
+        return
+    changed.zero_grad()
+    changed(b, 2)[0].backward()
+    parts = [q.grad for q in changed.parameters() if q.grad is not None]
+    largest = max(float(g.abs().max()) for g in whole)
+    assert max(float((g - h).abs().max()) for g, h in zip(whole, parts)) < 1e-4 * largest
+
+
+@pytest.mark.parametrize("key", [k for k in ARM_OVERRIDES if k in ArmConfig.model_fields])
+def test_each_override_reaches_its_section(key):
+    section = getattr(P, ARM_OVERRIDES[key])
+    now = getattr(section, key)
+    other = CHANGES.get(key, dict(steps=7, batch_size=3).get(key))
+    if other is None or other == now:
+        return
+    assert getattr(getattr(arm_params(P, row(**{key: other})), ARM_OVERRIDES[key]), key) == other
+    assert recipe(row(**{key: other}), P, {}, 0)["arm"][key] == other
+
+
+def test_defaults_enter_neither_recipe_nor_config():
+    found = recipe(row(), P, {}, 0)
+    config = build_config(P, row(), 20, 50)
+    for part in (found["arm"], found["model"], found["pretrain"]):
+        assert not {*CHANGES} & {*part} - {"mask_ratio", "max_k_ratio", "init_k_ratio"} - {
+            "temperature",
+            "align_before_attention",
+        }
+    assert "align_mask_ratio" not in config["pretrain"] and "stem_init" not in config["model"]
+
+
+def test_candidates_are_the_only_patches_that_are_selected(study):
+    m, b = model_of(study, align_candidates="body")
+    m.eval()
+    encoded = m.encode(b["image"])
+    assert 0 < encoded.candidates.float().mean() < 1
+    for hard in (True, False):
+        a = m.forward_alignment(encoded, b["sentence_embeds"], b["sentence_mask"], hard=hard)
+        outside = ~encoded.candidates[:, None].expand_as(a.weights)
+        assert (a.weights[outside] == 0).all()
+    sim = align_sentences(m, b["image"], b["sentence_embeds"][0]).similarity
+    assert encoded.candidates.gather(1, sim.argmax(-1)).all()
+
+
+def test_the_body_in_a_batch_is_that_of_the_connected_component():
+    hu = np.stack([synthesize_chest((0, "body", i)).hu for i in range(3)]).astype(np.float32)
+    x = torch.from_numpy(hu.clip(-1000, 1000) / 1000)[:, None]
+    found = body_candidates(x, (12, 12, 6)).numpy()
+    exact = np.stack([body_patches(v, (12, 12, 6)) for v in hu])
+    assert (found == exact).mean() > 0.95 and found.mean() < 0.9
+
+
+def test_equal_patches_are_equally_similar_without_positions(study):
+    for factor, same in ((0.0, True), (1.0, False)):
+        m, b = model_of(study, align_position=factor)
+        m.eval()
+        image = torch.full_like(b["image"], -1.0)  # air everywhere
+        sim = align_sentences(m, image, b["sentence_embeds"][0]).similarity[0]
+        assert (sim.std(-1).max() < 1e-5) == same
+
+
+def test_the_slot_is_there_in_training_and_gone_at_use(study):
+    m, b = model_of(study, nowhere_slot=True)
+    encoded = m.encode(b["image"])
+    n = encoded.embedded.shape[1] - 1
+    soft = m.forward_alignment(encoded, b["sentence_embeds"], b["sentence_mask"])
+    hard = m.forward_alignment(encoded, b["sentence_embeds"], b["sentence_mask"], hard=True)
+    assert (soft.weights.shape[-1], soft.similarity.shape[-1]) == (n + 1, n)
+    assert (hard.weights.shape[-1], hard.similarity.shape[-1]) == (n, n)
+
+
+def test_sentences_whose_lesion_is_hidden_enter_no_contrast(study):
+    m, b = model_of(study, skip_hidden_lesions=True)
+    encoded = m.forward_encoder(b["image"], b["patch_order"])
+    mask = m.forward_parts(b)["aligned"].contrast_mask
+    lesions = b["lesion_patches"]
+    assert lesions.any(-1).sum() == 5 and lesions.any(1).sum(1).max() <= 4
+    for i in range(5):
+        for s in range(lesions.shape[1]):
+            seen = {*encoded.ids_keep[i].tolist()} & {*lesions[i, s].nonzero()[:, 0].tolist()}
+            expected = bool(b["sentence_mask"][i, s]) and (bool(seen) or not lesions[i, s].any())
+            assert mask[i, s] == expected
+    assert (mask != b["sentence_mask"]).any(), "no lesion is hidden"
+
+
+def test_masks_that_are_missing_are_named(study):
+    args = "asap", row(skip_hidden_lesions=True), P, study.table, study.text, study.here / "f", {}
+    with pytest.raises(ValueError, match="skip_hidden_lesions is true, but there are no lesion"):
+        run(*args)
+
+
+def test_an_own_pass_sees_its_own_share_of_patches(study):
+    m, b = model_of(study, align_mask_ratio=0.0)
+    out = m.forward_parts(b)
+    n = len(m.vit.pos_embed)
+    assert out["encoded"].ids_keep.shape[1] == n // 4
+    assert out["aligned"].similarity.shape[-1] == n
+
+
+def test_noise_is_drawn_in_training_alone(study):
+    m, b = model_of(study, rank_noise=0.5)
+    a = [float(m(b)[1]["align"]) for _ in range(3)]
+    m.eval()
+    e = [float(m(b)[1]["align"]) for _ in range(3)]
+    assert len({*a}) == 3 and len({*e}) == 1
+    today, b = model_of(study)
+    state = torch.get_rng_state()
+    today(b)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_kernels_are_windows_and_keep_their_size(study):
+    random, windows = (
+        model_of(study, stem_init=k)[0].vit.patch_embed for k in ("random", "windows")
+    )
+    a, b = random.fc1.weight, windows.fc1.weight
+    assert torch.allclose(b.norm(dim=1), a.norm(dim=1).mean().expand(len(b)), rtol=1e-4)
+    assert not torch.allclose(a, b)
+
+
+def driver():
+    spec = importlib.util.spec_from_file_location("causes", TOP / "benchmarks/grounding_causes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_variant_of_the_search_is_one_row_of_arms():
+    causes, p = driver(), load_params()
+    for name, (why, changes) in causes.VARIANTS.items():
+        found = causes.arm_row(changes, "all", p)
+        assert why and {k for k in found if found[k] != causes.arm_row({}, "all", p)[k]} == {
+            *changes
+        }
+        build_asap(build_config(p, found, 20, 50))
+        assert name == "today" or changes
+
+
+def test_the_search_goes_on_where_it_stopped_and_refuses_the_studys_seed(tmp_path, monkeypatch):
+    causes, out = driver(), tmp_path / "x.csv"
+    argv = ["x", "--cache", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", argv)
+    k = causes.key("today", 4001, causes.arguments())
+    assert not causes.is_done(k, out)
+    causes.append(k | dict(pointing=0.1), out)
+    causes.append(causes.key("body", 4001, causes.arguments()) | dict(pointing=0.2), out)
+    assert causes.is_done(k, out) and len(pd.read_csv(out)) == 2
+    assert not causes.is_done(causes.key("today", 4002, causes.arguments()), out)
+    monkeypatch.setattr("sys.argv", [*argv, "--seeds", "1"])
+    with pytest.raises(SystemExit, match="the study's own seed"):
+        causes.main()

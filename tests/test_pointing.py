@@ -18,7 +18,7 @@ from asap.model.vit import body_candidates
 from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
-from asap.pretrain.pointing import body_patches
+from asap.pretrain.pointing import body_patches, collect_targets
 from asap.pretrain.pretrain import add_text_features, build_model, fit_stem, recipe, run
 from asap.text.encoder import load, train_text_encoder
 from asap.text.sentences import join_report, split_sentences
@@ -65,6 +65,11 @@ def study(tmp_path_factory):  # nine phantoms, their text encoder, a mask for on
     return SimpleNamespace(table=table, text=text, lesions=lesions, here=here)
 
 
+def targets(study, lesions):
+    parts = [study.table[study.table.split == k].to_dict("records") for k in ("val", "train")]
+    return collect_targets(*parts, lesions, P)
+
+
 def batch(study, p, masks=True):
     data = ImageReportDataset(
         study.table, p, study.text, 0, lesions=(lambda r: study.lesions(r)[::2]) if masks else None
@@ -84,7 +89,7 @@ def model_of(study, **changes):
 def test_masks_change_no_bit_of_a_training(study):
     args = "asap", row(), P, study.table, study.text
     without = run(*args, study.here / "a", {})
-    found = run(*args, study.here / "b", {}, lesions=study.lesions)
+    found = run(*args, study.here / "b", {}, targets=targets(study, study.lesions))
     for a, b in zip(without[0].state_dict().values(), found[0].state_dict().values()):
         assert torch.equal(a, b)
     pd.testing.assert_frame_equal(without[1], found[1])
@@ -107,7 +112,16 @@ def test_the_last_line_names_a_training_below_the_atlas(study, capfd):
         where["a"] += 1
         return [split_sentences(r["findings"])[0]], labels, mask
 
-    run("asap", row(), P, study.table, study.text, study.here / "c", {}, lesions=same)
+    run(
+        "asap",
+        row(),
+        P,
+        study.table,
+        study.text,
+        study.here / "c",
+        {},
+        targets=targets(study, same),
+    )
     lines = [x for x in capfd.readouterr().err.splitlines() if "pointing accuracy" in x]
     assert where["a"] and len(lines) == 1
     assert "atlas 1.000" in lines[0] and "BELOW the atlas by position" in lines[0]
@@ -115,11 +129,10 @@ def test_the_last_line_names_a_training_below_the_atlas(study, capfd):
 
 def test_arms_without_regions_and_cohorts_without_masks_are_not_measured(study):
     clip = P.arms["clip"].model_dump()
-    out = run("clip", clip, P, study.table, study.text, study.here / "d", {}, lesions=study.lesions)
+    found = targets(study, study.lesions)
+    out = run("clip", clip, P, study.table, study.text, study.here / "d", {}, targets=found)
     assert "pointing" not in out[4] and "pointing" not in out[2]
-    args = "asap", row(), P, study.table, study.text, study.here / "e", {}
-    out = run(*args, lesions=lambda r: None)
-    assert "pointing" not in out[4] and "pointing" not in out[2]
+    assert targets(study, lambda r: None) is None
 
 
 @pytest.mark.parametrize("key", CHANGES)
@@ -223,7 +236,7 @@ def test_sentences_whose_lesion_is_hidden_enter_no_contrast(study):
 
 def test_masks_that_are_missing_are_named(study):
     args = "asap", row(skip_hidden_lesions=True), P, study.table, study.text, study.here / "f", {}
-    with pytest.raises(ValueError, match="skip_hidden_lesions is true, but there are no lesion"):
+    with pytest.raises(ValueError, match="skip_hidden_lesions is true, but a study trains without"):
         run(*args)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECIPE_KEYS', 'PretrainConfig', 'build_model',
            'fit_stem', 'is_trained', 'add_text_features', 'fit_options', 'train', 'positional_baseline',
            'organ_fraction_errors', 'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate',
-           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'validation_targets', 'run', 'recipe',
+           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'has_regions', 'run', 'recipe',
            'recipe_matches', 'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
@@ -51,12 +51,7 @@ from asap.model.asap import (
 from ..model.vit import ConvStem, gather_patches, patchify
 from ..params import BaseConfig, CohortName, Fraction, OpenFraction, PositiveFraction
 from .batches import ImageReportDataset, collate
-from asap.pretrain.pointing import (
-    LesionTargets,
-    describe_pointing,
-    load_targets,
-    measure_pointing,
-)
+from .pointing import LesionTargets, describe_pointing, measure_pointing
 from ..train import fit, get_device
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cfg61c00
@@ -589,34 +584,20 @@ def _untrained(name: str, model: ASAP) -> tuple:  # as `run`
         dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
     )
 
-# %% ../../nbs/6_pretrain/61_pretrain.ipynb #d5ab3045
-def _train_lesions(p: Any, lesions: Callable | None) -> Callable | None:  # of the data set
-    if not p.pretrain.skip_hidden_lesions:
-        return None
-    if lesions is None:
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #57f88974
+def _check_masks(p: Any) -> None:
+    if p.pretrain.skip_hidden_lesions:
         raise ValueError(
-            "pretrain.skip_hidden_lesions is true, but there are no lesion masks: add "
-            "rex_grounding_ct to data/, or set it to false"
+            "pretrain.skip_hidden_lesions is true, but a study trains without lesion masks: set it "
+            "to false, or train that upper bound with benchmarks/grounding_causes.py"
         )
 
-    def masks(row: dict) -> tuple:  # sentences, masks
-        found = lesions(row)
-        return ([], []) if found is None else found[::2]
 
-    return masks
-
-
-def validation_targets(
-    parts: dict,  # split -> rows of the cohort table
-    lesions: Callable | None,  # as `load_targets`
-    p: Any,  # params with volumes, model
+def has_regions(
     arm: dict,  # row of the arm
-) -> LesionTargets | None:  # None without masks, or for an arm without regions
-    "Lesions of some validation cases, and the atlas of some train cases"
-    if lesions is None or not arm["align_weight"] or arm["contrast_level"] != "region":
-        return None
-    held_out, train = (parts[k].to_dict("records") for k in ("val", "train"))
-    return load_targets(held_out, train, lesions, p)
+) -> bool:
+    "Whether the contrast of the arm trains the regions of sentences"
+    return bool(arm["align_weight"]) and arm["contrast_level"] == "region"
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #40078160
 def run(
@@ -628,15 +609,16 @@ def run(
     folder: Path,  # of the resume state
     inputs: dict,  # hashes: `asap.data.corpus.corpus_digest`, and that of the text encoder
     shipped: Path | None = None,  # checkpoint folder with a recipe; used if the recipe matches
-    lesions: Callable | None = None,  # as `load_targets`; None: no lesion masks
+    targets: LesionTargets | None = None,  # lesions of held-out cases; None: no masks
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or load its shipped weights, and evaluate it on the test split"
     seed, fp = p.study.seed, recipe(arm, p, inputs, p.study.seed)
     p = arm_params(p, arm)
+    _check_masks(p)
     t = p.pretrain
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build_model(p, arm, text, seed)
-    data = ImageReportDataset(parts["train"], p, text, seed, lesions=_train_lesions(p, lesions))
+    data = ImageReportDataset(parts["train"], p, text, seed)
     _log_truncated(data)
 
     def center_crops(rows):
@@ -646,7 +628,7 @@ def run(
     if not is_trained(arm):
         return _untrained(name, model)
     guesses = positional_baseline(center_crops(parts["train"])) if arm["organ_weight"] else {}
-    targets = validation_targets(parts, lesions, p, arm)
+    targets = targets if has_regions(arm) else None
     watched = center_crops(parts["val"].head(t.num_eval_cases))
     on_eval = make_eval_callback(watched, guesses, p, targets)
     log, eval_log, source = _train_or_load(name, model, data, fp, folder, shipped, on_eval)

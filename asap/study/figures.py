@@ -59,25 +59,38 @@ def plot_and_save(
 # %% ../../nbs/9_study/91_figures.ipynb #fb80aeb4
 _LOSSES = ("loss", "recon", "organ", "align", "mlm", "mlm_accuracy", "k_ratio")
 _LOSS_TITLES = dict(loss="total", mlm_accuracy="MLM accuracy", k_ratio="k ratio")
+_POINTING = {
+    "pointing": "pointing, focal lesions",
+    "points_outside_body": "points outside the body",
+    "distinct_points": "different patches",
+    "k_extent_correlation": "correlation of k, extent",
+}
 
 
 def plot_loss_curves(
     logs: dict[str, pd.DataFrame],  # arm -> log of pre-training
     out: Path,  # folder
+    evals: dict[str, pd.DataFrame] | None = None,  # arm -> evaluations on held-out cases
 ) -> None:
-    "Each loss by step"
+    "Each loss by step, and pointing on validation cases where it was measured"
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     set_style()
     data = pd.concat([t.melt("step", var_name="part").assign(arm=a) for a, t in logs.items()])
-    parts = [p for p in _LOSSES if p in set(data.part)]
+    pointing = [
+        t[["step", *found]].melt("step", var_name="part").assign(arm=a)
+        for a, t in (evals or {}).items()
+        if (found := [k for k in _POINTING if k in t])
+    ]
+    data = pd.concat([data, *pointing])
+    parts = [p for p in (*_LOSSES, *_POINTING) if p in set(data.part)]
     columns = -(-len(parts) // 2)
     fig, axes = plt.subplots(2, columns, figsize=(2.6 * columns, 4.2), squeeze=False)
     for ax, part in zip(axes.flat, parts):
         rows = data[data.part == part]
         sns.lineplot(rows, x="step", y="value", hue="arm", ax=ax, legend=part == parts[0], lw=1)
-        ax.set(title=_LOSS_TITLES.get(part, part), ylabel="")
+        ax.set(title=(_LOSS_TITLES | _POINTING).get(part, part), ylabel="")
     for ax in axes.flat[len(parts) :]:
         ax.axis("off")
     fig.tight_layout()

@@ -99,8 +99,9 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "today": ("hits between none and as many as the atlas, by the first weights", {}),
     "all_visible": (
         "a lesion of one to four patches is hidden in most steps, and its sentence must choose "
-        "another patch, whose vector is pulled to the sentence; with all patches visible every "
-        "positive pair holds its lesion: more hits, fewer failures",
+        "another patch, whose vector is pulled to the sentence; where the embeddings of all "
+        "patches are ranked (tokens: those of the quarter that is seen), every positive pair "
+        "holds its lesion: more hits, fewer failures",
         dict(align_mask_ratio=0.0),
     ),
     "half_visible": (
@@ -161,15 +162,34 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "kernels that respond to edges from the start make content weigh more than position",
         dict(stem_init="windows"),
     ),
-    "all_visible_body": ("both effects", dict(align_mask_ratio=0.0, align_candidates="body")),
+    "all_visible_body": (
+        "both effects; the stem is not run on air, so that a step costs less than with all patches",
+        dict(align_mask_ratio=0.0, align_candidates="body"),
+    ),
     "all_visible_embeddings": (
-        "both effects, and the pass needs no blocks",
+        "both effects",
         dict(align_mask_ratio=0.0, align_tokens=False),
     ),
     "all_visible_no_position": (
-        "both effects",
+        "both effects: no patch can be owned by its place, and each lesion is there",
         dict(align_mask_ratio=0.0, align_position=0.0),
     ),
+    "all_visible_body_no_position": (
+        "the three together: what a repair could be made of",
+        dict(align_mask_ratio=0.0, align_candidates="body", align_position=0.0),
+    ),
+    "all_visible_small_k": (
+        "k and the soft border are shares of the visible patches, so that with four times as many "
+        "a region starts with eight patches and dilutes a small lesion: k in patches as today",
+        dict(align_mask_ratio=0.0, max_k_ratio=0.05, init_k_ratio=0.00125),
+    ),
+    "tenth_position": (
+        "positions stay as a weak cue that breaks ties between equal patches: between today and "
+        "no_position",
+        dict(align_position=0.1),
+    ),
+    "more_steps": ("failures are final: twice the steps change nothing", dict(steps=600)),
+    "large_batch": ("more negatives separate images sooner: small gain", dict(batch_size=32)),
 }
 
 

@@ -223,7 +223,7 @@ def test_the_slot_is_there_in_training_and_gone_at_use(study):
 def test_sentences_whose_lesion_is_hidden_enter_no_contrast(study):
     m, b = model_of(study, skip_hidden_lesions=True)
     encoded = m.forward_encoder(b["image"], b["patch_order"])
-    mask = m.forward_parts(b)["aligned"].contrast_mask
+    mask = m.forward_parts(b)["aligned"][0].contrast_mask
     lesions = b["lesion_patches"]
     assert lesions.any(-1).sum() == 5 and lesions.any(1).sum(1).max() <= 4
     for i in range(5):
@@ -244,8 +244,22 @@ def test_an_own_pass_sees_its_own_share_of_patches(study):
     m, b = model_of(study, align_mask_ratio=0.0)
     out = m.forward_parts(b)
     n = len(m.vit.pos_embed)
-    assert out["encoded"].ids_keep.shape[1] == n // 4
-    assert out["aligned"].similarity.shape[-1] == n
+    local, tokens = out["aligned"]
+    assert out["encoded"].ids_keep.shape[1] == tokens.num_patches == n // 4
+    assert local.num_patches == n and len(local.patch_embeds) == 1
+    assert (local.first_pooled, tokens.first_pooled) == (0, 1)
+    only, b = model_of(study, align_mask_ratio=0.0, align_tokens=False)
+    assert len(only.forward_parts(b)["aligned"]) == 1
+
+
+def test_air_is_not_embedded_where_it_is_no_candidate(study):
+    m, b = model_of(study, align_mask_ratio=0.0, align_candidates="body")
+    m.eval()
+    every = m.encode(b["image"])
+    own = m.forward_encoder(b["image"], b["patch_order"], 0.0, blocks=False)
+    body = every.candidates
+    assert torch.allclose(own.embedded[:, 1:][body], every.embedded[:, 1:][body], atol=1e-5)
+    assert (own.embedded[:, 1:] == m.vit.pos_embed)[~body].all()
 
 
 def test_noise_is_drawn_in_training_alone(study):

@@ -104,6 +104,7 @@ def inter_report_loss(
     most: int,  # as `soft_topk`
     candidates: torch.Tensor | None = None,  # (B,V) bool, as `select_patches`
     noise: float = 0.0,  # as `select_patches`
+    first: int = 0,  # of `patches` that are pooled; those before it rank only
 ) -> torch.Tensor:  # scalar
     "Symmetric sentence-image InfoNCE over the batch; sentences select patches in every image"
     patches = [all_gather(x) for x in patches]
@@ -125,7 +126,7 @@ def inter_report_loss(
     eye = torch.eye(len(t), dtype=torch.bool, device=t.device)
     no_negative = (same | (report[:, None] == report)) & ~eye
     total = 0.0
-    for x in patches:
+    for x in patches[first:]:
         score = torch.einsum("bmc,mc->mb", weighted_pool(x, weights), t) * scale
         positive = score[own]
         images = score.masked_fill(in_report & ~own, -torch.inf).logsumexp(1) - positive
@@ -133,7 +134,7 @@ def inter_report_loss(
         in_image = score[:, report].T.masked_fill(no_negative, -torch.inf)
         sentences = in_image.logsumexp(1) - positive
         total = total + (images.mean() + sentences.mean()) / 2
-    return total / len(patches)
+    return total / len(patches[first:])
 
 # %% ../../nbs/5_model/52_align.ipynb #91c1c13d
 def intra_report_loss_with_padding(
@@ -174,6 +175,12 @@ class AlignmentOutput:
     candidates: torch.Tensor | None = None  # (B,V) bool, patches that may be selected; None: all
     # (B,S) bool, sentences that enter the contrasts; None: those of `sentence_mask`
     contrast_mask: torch.Tensor | None = None
+    first_pooled: int = 0  # of `patch_embeds` that are contrasted; those before it rank only
+
+    @property
+    def num_patches(self) -> int:
+        "Visible patches"
+        return self.similarity.shape[-1]
 
 # %% ../../nbs/5_model/52_align.ipynb #w25cat01
 def _concat_optional(parts: list) -> torch.Tensor | None:
@@ -194,6 +201,7 @@ def concat_aligned(
         sentence_mask=_concat_optional([a.sentence_mask for a in parts]),
         candidates=_concat_optional([a.candidates for a in parts]),
         contrast_mask=_concat_optional([a.contrast_mask for a in parts]),
+        first_pooled=parts[0].first_pooled,
     )
 
 # %% ../../nbs/5_model/52_align.ipynb #8450b448
@@ -302,11 +310,12 @@ class AlignmentHead(nn.Module):
         sentence_mask: torch.Tensor | None = None,  # (B,S) bool, passed through
         hard: bool = False,  # weights are 1 for the patches of the region, 0 for others
         candidates: torch.Tensor | None = None,  # (B,V) bool, as `select_patches`
+        with_tokens: bool = True,  # False: `tokens` are not projected; needs `embedded`
     ) -> AlignmentOutput:
         "Similarity of each sentence to each patch, and the region of each sentence"
         num_patches = tokens.shape[1]
         text_embeds = F.normalize(self.text_proj(sentence_embeds).float(), dim=-1)
-        patch_embeds = self.project_patches(tokens, embedded)
+        patch_embeds = self.project_patches(tokens if with_tokens else None, embedded)
         if self.nowhere is not None and not hard:
             patch_embeds, candidates = self.add_nowhere(patch_embeds, candidates)
         similarity = text_embeds @ patch_embeds[0].transpose(1, 2)
@@ -334,14 +343,14 @@ class AlignmentHead(nn.Module):
 
     def project_patches(
         self,
-        tokens: torch.Tensor,  # (B,V,C)
+        tokens: torch.Tensor | None,  # (B,V,C); None: not projected
         embedded: torch.Tensor | None,  # (B,V,C) if `align_before_attention`
     ) -> list:  # of (B,V,proj_dim), unit norm; the first ranks the patches
         "Patches in the shared space: embeddings before attention, tokens after it, or both"
         out = []
         if self.local_proj:
             out.append(F.normalize(self.local_proj(embedded).float(), dim=-1))
-        if self.align_tokens:
+        if self.align_tokens and tokens is not None:
             out.append(F.normalize(self.image_proj(tokens).float(), dim=-1))
         return out
 
@@ -381,11 +390,11 @@ class AlignmentHead(nn.Module):
         *args,  # as `intra_loss`, from `sentence_embeds`
     ) -> torch.Tensor:  # scalar
         "Contrast within each report, averaged over `aligned.patch_embeds`"
+        pooled = aligned.patch_embeds[aligned.first_pooled :]
         total = sum(
-            self.intra_loss(weighted_pool(x, aligned.weights), aligned, *args)
-            for x in aligned.patch_embeds
+            self.intra_loss(weighted_pool(x, aligned.weights), aligned, *args) for x in pooled
         )
-        return total / len(aligned.patch_embeds)
+        return total / len(pooled)
 
     def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
         "Arguments `soft` and `most` of `inter_report_loss`"
@@ -415,6 +424,7 @@ class AlignmentHead(nn.Module):
             *self.ranks(aligned.similarity.shape[-1]),
             aligned.candidates,
             self.rank_noise if self.training else 0.0,
+            aligned.first_pooled,
         )
         return (within * intra + across * inter) / (within + across)
 

@@ -451,19 +451,14 @@ class ASAP(nn.Module):
         encoded = self.forward_encoder(
             image=batch["image"],
             patch_order=batch["patch_order"],
-            mask_ratio=None if others else self.align_mask_ratio,
             blocks=bool(others) or self.alignment.align_tokens,
         )
         organ_logits = pred = aligned = fused = contrast = None
         if arm["recon_weight"] or arm["organ_weight"]:
             organ_logits, pred = self.forward_decoder(encoded=encoded)
         if arm["align_weight"] or arm["mlm_weight"]:
-            aligned = self.forward_alignment(
-                encoded=encoded,
-                sentence_embeds=batch["sentence_embeds"],
-                sentence_mask=batch["sentence_mask"],
-            )
-            contrast = self.forward_contrast(batch, encoded, aligned, bool(others))
+            aligned = self.align_sentences(batch, encoded)
+            contrast = self.forward_contrast(batch, encoded, aligned)
             if arm["mlm_weight"]:
                 fused = self.forward_fusion(
                     encoded=encoded,
@@ -490,13 +485,14 @@ class ASAP(nn.Module):
         losses, extra = {}, {}
         for name in ("recon", "organ", "align", "mlm"):
             if name == "align" and arm["align_weight"]:
-                losses["align"] = self.alignment_loss(concat_aligned(list(aligned)), batch)
+                whole = [concat_aligned(list(parts)) for parts in zip(*aligned)]
+                losses["align"] = self.alignment_loss(whole, batch)
             elif name in totals[0]:
                 n = sum(c[name] for c in counts)
                 losses[name] = global_mean(sum(t[name] for t in totals), n)
         if aligned[0] is not None:
-            k = torch.cat([a.k for a in aligned])[batch["sentence_mask"]].mean()
-            extra["k_ratio"] = k / aligned[0].similarity.shape[-1]
+            k = torch.cat([a[0].k for a in aligned])[batch["sentence_mask"]].mean()
+            extra["k_ratio"] = k / aligned[0][0].num_patches
         if arm["mlm_weight"]:
             n = torch.stack([c["mlm"] for c in counts])
             extra["mlm_accuracy"] = (torch.stack(accuracies) * n).sum() / n.sum().clamp(min=1)
@@ -530,12 +526,13 @@ class ASAP(nn.Module):
         patches = patchify(image, self.vit.patch_size)
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, ids_mask = random_masking(patch_order, ratio)
-        embedded = self.vit.embed_patches(patches, ids_keep)
-        latent = self.vit.forward_blocks(embedded) if blocks else embedded
         candidates = None
         if self.align_candidates == "body":
             candidates = body_candidates(image, self.vit.patch_size, self.hu_range)
             candidates = candidates.gather(1, ids_keep)
+        # without blocks only the candidates are used
+        embedded = self.vit.embed_patches(patches, ids_keep, None if blocks else candidates)
+        latent = self.vit.forward_blocks(embedded) if blocks else embedded
         return EncoderOutput(patches, ids_keep, ids_mask, embedded, latent, candidates)
 
     def forward_decoder(self, encoded: EncoderOutput) -> tuple:  # each None if unused
@@ -558,20 +555,39 @@ class ASAP(nn.Module):
     def forward_contrast(
         self,
         batch: Batch,
-        encoded: EncoderOutput,  # of the other losses
+        encoded: EncoderOutput,
         aligned: AlignmentOutput,  # of `encoded`
-        others: bool = True,  # whether the arm has other losses, with a pass of their own
-    ) -> AlignmentOutput:  # that the contrasts compare
-        "With `align_mask_ratio`, the alignment of an encoder pass of its own"
-        if self.align_mask_ratio is not None and self.arm["align_weight"] and others:
-            encoded = self.forward_encoder(
-                batch["image"],
-                batch["patch_order"],
-                self.align_mask_ratio,
-                blocks=self.alignment.align_tokens,
-            )
-            sentences = batch["sentence_embeds"], batch["sentence_mask"]
-            aligned = self.forward_alignment(encoded, *sentences)
+    ) -> list[AlignmentOutput]:  # whose contrasts are averaged
+        "What the contrasts compare; with `align_mask_ratio`, patches of a pass of its own"
+        if self.align_mask_ratio is None or not self.arm["align_weight"]:
+            return [self._skip_hidden(batch, encoded, aligned)]
+        local = self.alignment.local_proj is not None
+        own = self.forward_encoder(
+            batch["image"], batch["patch_order"], self.align_mask_ratio, blocks=not local
+        )
+        if not local:
+            return [self._skip_hidden(batch, own, self.align_sentences(batch, own))]
+        # embeddings of the own pass, and tokens at the patches that the other losses see
+        out = self.align_sentences(batch, own, tokens=False)
+        both = [self._skip_hidden(batch, own, out)]
+        if self.alignment.align_tokens:
+            seen = self._skip_hidden(batch, encoded, aligned)
+            both.append(replace(seen, first_pooled=1))
+        return both
+
+    def align_sentences(
+        self,
+        batch: Batch,
+        encoded: EncoderOutput,
+        tokens: bool = True,  # project the tokens after attention too, if the head does
+    ) -> AlignmentOutput:
+        "The sentences of a batch and the patches of an encoder pass"
+        sentences = batch["sentence_embeds"], batch["sentence_mask"]
+        return self.forward_alignment(encoded, *sentences, tokens=tokens)
+
+    def _skip_hidden(
+        self, batch: Batch, encoded: EncoderOutput, aligned: AlignmentOutput
+    ) -> AlignmentOutput:  # with `contrast_mask` if selected
         if not self.skip_hidden_lesions or "lesion_patches" not in batch:
             return aligned
         lesions = batch["lesion_patches"]
@@ -585,6 +601,7 @@ class ASAP(nn.Module):
         sentence_embeds: torch.Tensor,  # (B,S,C')
         sentence_mask: torch.Tensor | None = None,  # (B,S) bool, False for padding
         hard: bool = False,  # as `AlignmentHead.forward`
+        tokens: bool = True,  # as `AlignmentHead.forward`
     ) -> AlignmentOutput:
         "Patch-sentence similarity and the region of each sentence"
         return self.alignment(
@@ -594,6 +611,7 @@ class ASAP(nn.Module):
             sentence_mask=sentence_mask,
             hard=hard,
             candidates=encoded.candidates,
+            with_tokens=tokens,
         )
 
     def ranking_features(self, encoded: EncoderOutput) -> torch.Tensor:  # (B,V,C)
@@ -620,7 +638,7 @@ class ASAP(nn.Module):
         encoded: EncoderOutput,
         organ_logits: torch.Tensor | None = None,  # (B,N,1+groups)
         pred: torch.Tensor | None = None,  # (B,N-V,voxels)
-        aligned: AlignmentOutput | None = None,
+        aligned: list[AlignmentOutput] | None = None,  # of `forward_contrast`
         fused: torch.Tensor | None = None,  # (B,L,C')
     ) -> tuple:  # scalar, dict of the parts
         "The weighted sum of the arm's losses, and the values to log"
@@ -633,8 +651,8 @@ class ASAP(nn.Module):
             assert aligned is not None, "an arm with `align_weight` needs `aligned`"
             losses["align"] = self.alignment_loss(aligned, batch)
         if aligned is not None:
-            k = aligned.k[batch["sentence_mask"]].mean()
-            extra["k_ratio"] = k / encoded.ids_keep.shape[1]
+            k = aligned[0].k[batch["sentence_mask"]].mean()
+            extra["k_ratio"] = k / aligned[0].num_patches
         if arm["mlm_weight"]:
             losses["mlm"], extra["mlm_accuracy"] = self.mlm_loss(fused, batch)
         return self._total(batch, losses, extra)
@@ -671,9 +689,9 @@ class ASAP(nn.Module):
         "Cross-entropy at the masked words"
         return mlm_loss(self.fusion, fused, batch["mlm_labels"])
 
-    def alignment_loss(self, aligned: AlignmentOutput, batch: Batch) -> torch.Tensor:
+    def alignment_loss(self, aligned: list[AlignmentOutput], batch: Batch) -> torch.Tensor:
         "Contrast of regions and sentences, or of images and reports (`contrast_level`)"
-        mean = self._mean_alignment_loss(aligned, batch)
+        mean = sum(self._mean_alignment_loss(a, batch) for a in aligned) / len(aligned)
         return 2 * mean if self.arm["align_reduction"] == "sum" else mean
 
     def _mean_alignment_loss(self, aligned, batch) -> torch.Tensor:  # mean of both directions

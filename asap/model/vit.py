@@ -372,13 +372,19 @@ class ViT3D(nn.Module):
         self,
         patches: torch.Tensor,  # (B,N,voxels)
         ids_keep: torch.Tensor | None = None,  # (B,V) visible patches; all when None
+        # (B,V) bool, visible patches that are embedded; the others are their positions alone
+        needed: torch.Tensor | None = None,
     ) -> torch.Tensor:  # (B,1+V,C)
         "Tokens of the visible patches before attention, class token first"
         pos = self.pos_embed[None].expand(len(patches), -1, -1)
         if ids_keep is not None:
             patches, pos = gather_patches(patches, ids_keep), gather_patches(pos, ids_keep)
         cls_token = self.cls_token.expand(len(patches), -1, -1)
-        return torch.cat([cls_token, self.patch_embed(patches) + pos], 1)
+        if needed is None:
+            return torch.cat([cls_token, self.patch_embed(patches) + pos], 1)
+        some = self.patch_embed(patches[needed][None])[0]
+        x = torch.zeros(pos.shape, dtype=some.dtype, device=some.device)
+        return torch.cat([cls_token, x.masked_scatter(needed[..., None], some) + pos], 1)
 
     def forward_blocks(
         self,

@@ -18,6 +18,7 @@ from asap.model.vit import body_candidates
 from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
+from asap.pretrain.checkpoint import model_card
 from asap.pretrain.pointing import body_patches, collect_targets
 from asap.pretrain.pretrain import add_text_features, build_model, fit_stem, recipe, run
 from asap.text.encoder import load, train_text_encoder
@@ -314,3 +315,29 @@ def test_the_search_goes_on_where_it_stopped_and_refuses_the_studys_seed(tmp_pat
     monkeypatch.setattr("sys.argv", [*argv, "--seeds", "1"])
     with pytest.raises(SystemExit, match="the study's own seed"):
         causes.main()
+
+
+def test_the_card_states_how_sentences_point():
+    config = build_config(P, row(), 20, 50)
+    known = dict(
+        spacing=P.volumes.spacing,
+        hu_range=P.volumes.hu_range,
+        train=dict(ct_rate=9),
+        cohorts=["ct_rate"],
+        seed=4001,
+        phantom="2",
+    )
+    found = dict(
+        pointing=0.1,
+        pointing_atlas=0.2,
+        points_outside_body=0.34,
+        distinct_points=7,
+        k_extent_correlation=0.5,
+    )
+    card = model_card("asap", config, dict(steps=9, pointing=found), known)
+    assert "0.100 of the sentences about focal lesions hit (an atlas by position: 0.200)" in card
+    assert "34.0% of all points lie outside the body, 7 different patches" in card
+    assert "Below the atlas" in card
+    above = model_card("asap", config, dict(steps=9, pointing=found | dict(pointing=0.3)), known)
+    assert "Below the atlas" not in above
+    assert "Pointing on validation" not in model_card("asap", config, dict(steps=9), known)

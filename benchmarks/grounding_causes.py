@@ -35,7 +35,7 @@ def draw_case(seed: int, split: str, i: int, folder: Path, p) -> dict:  # row of
     from asap.phantom.words import finding_sentence, synthesize_case
 
     key = (seed, SPLITS[split], i)
-    k = synthesize_case(*key, second_recon_prob=0.0)
+    k = synthesize_case(*key, p.phantom.size, p.phantom.spacing, second_recon_prob=0.0)
     r, groups = k.recons[0], dict(p.anatomy.groups)
     v = standardize(Volume(r.hu, r.affine), p.volumes.spacing, p.volumes.hu_range)
     grid = (v.hu.shape, v.affine)
@@ -201,16 +201,16 @@ def load_masks(row: dict) -> tuple:  # sentences, labels, masks (F,W,H,D) bool
     return z["sentences"].tolist(), z["labels"].tolist(), masks
 
 
-def shared_targets(table: pd.DataFrame, split: str, folder: Path, p):  # of `load_targets`
+def shared_targets(table: pd.DataFrame, split: str, folder: Path, p):  # of `collect_targets`
     "Lesion targets of a split, kept in the cache"
     import pickle
 
-    from asap.pretrain.pointing import load_targets
+    from asap.pretrain.pointing import collect_targets
 
     path = folder / f"targets_{split}_{len(table)}.pkl"
     if not path.exists():
         rows = {k: table[table.split == k].to_dict("records") for k in (split, "train")}
-        made = load_targets(rows[split], rows["train"], load_masks, p)
+        made = collect_targets(rows[split], rows["train"], load_masks, p)
         path.write_bytes(pickle.dumps(made))
     return pickle.loads(path.read_bytes())  # own file of the line above
 
@@ -267,7 +267,7 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     from asap.text import encoder
 
     torch.set_num_threads(1)
-    base = settings(a, load_params())
+    base = settings(a, load_params(a.params))
     corpus = a.corpus or seed
     folder = a.cache / f"seed_{corpus}"
     table = draw(corpus, dict(zip(SPLITS, a.patients)), a.cache, base)
@@ -294,7 +294,7 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     found = measure(model.eval(), text, final, p)
     found |= dict(loss=float(log.loss.tail(5).mean()), cpu_seconds=round(cpu))
     if a.losses == "all":
-        found["macro_auc"] = probe_auc(model.eval(), table[table.split != "val"], p)
+        found["macro_auc"] = probe_auc(model.eval(), table, p)
     return found
 
 
@@ -341,6 +341,7 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--steps", type=int, default=300)
     a.add_argument("--eval-every", type=int, default=100)
     a.add_argument("--stride", type=int, nargs=3, help="of the stem; larger is faster")
+    a.add_argument("--params", type=Path, help="a params file; default: the study's")
     a.add_argument("--losses", choices=["align", "all"], default="align")
     a.add_argument("--text", default="weights/text")
     a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
@@ -352,7 +353,8 @@ def arguments() -> argparse.Namespace:
 def main():
     from asap.params import load_params
 
-    a, p = arguments(), load_params()
+    a = arguments()
+    p = load_params(a.params)
     if p.study.seed in {*a.seeds, a.corpus}:
         raise SystemExit(f"{p.study.seed} is the study's own seed: use others, such as 4001")
     env = dict(os.environ, OMP_NUM_THREADS="1")

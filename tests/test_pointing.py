@@ -341,3 +341,21 @@ def test_the_card_states_how_sentences_point():
     above = model_card("asap", config, dict(steps=9, pointing=found | dict(pointing=0.3)), known)
     assert "Below the atlas" not in above
     assert "Pointing on validation" not in model_card("asap", config, dict(steps=9), known)
+
+
+def test_one_row_of_the_search_from_the_draw_to_the_table(study, tmp_path, monkeypatch):
+    causes, out = driver(), tmp_path / "x.csv"
+    small = ["--patients", "4", "2", "2", "--steps", "2", "--losses", "all", "--eval-every", "1"]
+    places = ["--cache", str(tmp_path), "--out", str(out), "--text", str(study.here / "text")]
+    which = ["--variants", "all_visible_body", "--seeds", "4001", "--one", "--params"]
+    argv = ["x", *places, *small, *which, str(TOP / "params/smoke.yaml")]
+    monkeypatch.setattr("sys.argv", argv)
+    causes.main()
+    before = out.read_bytes()
+    found = pd.read_csv(out).iloc[0]
+    assert found.variant == "all_visible_body" and found.points_outside_body == 0
+    assert 0 <= found.pointing <= 1 and found.cpu_seconds >= 0
+    table = pd.read_parquet(tmp_path / "seed_4001/table.parquet")
+    assert table.split.value_counts().to_dict() == dict(train=4, val=2, test=2)
+    causes.main()  # nothing is left to do
+    assert out.read_bytes() == before

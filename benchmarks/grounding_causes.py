@@ -216,11 +216,14 @@ def shared_targets(table: pd.DataFrame, split: str, folder: Path, p):  # of `col
 
 
 def arm_row(changes: dict, losses: str, p) -> dict:
-    "The row of a variant; `align`: without the losses of voxels, organs and words"
+    """The row of a variant; `align`: without the losses of voxels, organs and words; `embeddings`:
+    with the contrasts of embeddings before attention alone, which need no blocks and are fast"""
     from asap.model.asap import complete_arm
 
     row = p.arms["asap"].model_dump() | changes
-    if losses == "align":
+    if losses == "embeddings":
+        row |= dict(align_tokens=False) | changes
+    if losses != "all":
         row |= dict(recon_weight=0, organ_weight=0, mlm_weight=0)
     return complete_arm(row)
 
@@ -342,7 +345,7 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--eval-every", type=int, default=100)
     a.add_argument("--stride", type=int, nargs=3, help="of the stem; larger is faster")
     a.add_argument("--params", type=Path, help="a params file; default: the study's")
-    a.add_argument("--losses", choices=["align", "all"], default="align")
+    a.add_argument("--losses", choices=["embeddings", "align", "all"], default="align")
     a.add_argument("--text", default="weights/text")
     a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     a.add_argument("--draw", action="store_true", help="draw the patients and stop")

@@ -26,13 +26,33 @@ from asap.core import log_message, write_csv, write_parquet
 SPLITS = {"train": "train", "val": "valid", "test": "valid"}  # of the cache -> of the phantom
 
 
+def save_lesions(k, key: tuple, grid: tuple, path: Path) -> None:  # grid: shape, affine
+    "The lesion masks of a phantom on a grid, with their sentences and labels"
+    from asap.core import rng
+    from asap.data.cohorts.rex_grounding_ct import LABEL_RULES
+    from asap.data.volumes import resample
+    from asap.phantom.words import finding_sentence
+
+    words = rng("report", key)  # as `synthesize_report` draws
+    pairs = [(f, finding_sentence(f, words)) for f in k.findings]
+    pairs = [(f, s) for f, s in pairs if f.name in LABEL_RULES]
+    boxes = [f.mask.astype(np.uint8) for f, _ in pairs]
+    masks = [resample(m, k.chest.affine, *grid, order=0, fill=0) for m in boxes]
+    flat = np.array(masks, bool).reshape(len(pairs), int(np.prod(grid[0])))
+    np.savez_compressed(
+        path,
+        masks=np.packbits(flat, axis=1),
+        shape=np.array(grid[0]),
+        sentences=np.array([s for _, s in pairs], dtype=str),
+        labels=np.array([f.name for f, _ in pairs], dtype=str),
+    )
+
+
 def draw_case(seed: int, split: str, i: int, folder: Path, p) -> dict:  # row of the table
     "One patient: standard volume, organ map, lesion masks and report"
     from asap.anatomy.organs import map_to_groups
-    from asap.core import rng
-    from asap.data.cohorts.rex_grounding_ct import LABEL_RULES
     from asap.data.volumes import Volume, resample, standardize, write
-    from asap.phantom.words import finding_sentence, synthesize_case
+    from asap.phantom.words import synthesize_case
 
     key = (seed, SPLITS[split], i)
     k = synthesize_case(*key, p.phantom.size, p.phantom.spacing, second_recon_prob=0.0)
@@ -44,28 +64,15 @@ def draw_case(seed: int, split: str, i: int, folder: Path, p) -> dict:  # row of
     files = {n: folder / n / f"{name}.nii" for n in ("volumes", "organs")}
     write(v.hu, v.affine, files["volumes"])
     write(organs, v.affine, files["organs"])
-    words = rng("report", key)  # as `synthesize_report` draws
-    pairs = [(f, finding_sentence(f, words)) for f in k.findings]
-    pairs = [(f, s) for f, s in pairs if f.name in LABEL_RULES]
-    chest = k.chest.affine
-    masks = [resample(f.mask.astype(np.uint8), chest, *grid, order=0, fill=0) for f, _ in pairs]
-    (folder / "lesions").mkdir(exist_ok=True)
-    np.savez_compressed(
-        folder / f"lesions/{name}.npz",
-        masks=np.packbits(np.array(masks, bool).reshape(len(pairs), v.hu.size), axis=1),
-        shape=np.array(v.hu.shape),
-        sentences=np.array([s for _, s in pairs], dtype=str),
-        labels=np.array([f.name for f, _ in pairs], dtype=str),
-    )
+    lesions = folder / f"lesions/{name}.npz"
+    save_lesions(k, key, grid, lesions)
     labels = {f"label:{n}": float(x) for n, x in k.labels.items()}
     return dict(
-        case=name,
-        patient=name,
-        scan=name,
+        dict.fromkeys(("case", "patient", "scan"), name),
         split=split,
         image=str(files["volumes"]),
         organ_map=str(files["organs"]),
-        lesions=str(folder / f"lesions/{name}.npz"),
+        lesions=str(lesions),
         findings=k.report.findings,
         impression=k.report.impression,
         **labels,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_NAME_BYTES', 'MISSING_WORDS', 'project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everything',
            'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text', 'write_json', 'read_json',
-           'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'fingerprint', 'first_difference',
+           'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults', 'fingerprint', 'first_difference',
            'reuse_or_set_aside', 'log_message', 'progress_bar', 'parallel_backend', 'parallel_map', 'is_system_error',
            'Quarantine', 'decode_escapes']
 
@@ -267,16 +267,23 @@ def code_hash(*modules: str) -> str:  # names such as "asap.model.vit"
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
+def drop_defaults(
+    section: Any,  # of the params or a row of one: a model, the params of a stage, or a mapping
+    schema: type[BaseModel] | None = None,  # of a mapping; the others have theirs
+) -> dict:  # plain, nested
+    "The keys of a section that differ from their schema's default: what a fingerprint holds of it"
+    if isinstance(section, BaseModel):
+        return section.model_dump(by_alias=True, exclude_defaults=True)
+    if hasattr(section, "model_dump"):
+        return section.model_dump(exclude_defaults=True)
+    fields = schema.model_fields if schema else {}
+    defaults = {k: f.get_default(call_default_factory=True) for k, f in fields.items()}
+    return {k: v for k, v in section.items() if k not in defaults or v != defaults[k]}
+
+
 def fingerprint(**parts) -> dict:  # nested, plain JSON types
     "What a result depends on, as plain JSON; keys of params at their schema's default are left out"
-    parts = {
-        k: v.model_dump(
-            exclude_defaults=True, **({"by_alias": True} if isinstance(v, BaseModel) else {})
-        )
-        if hasattr(v, "model_dump")
-        else v
-        for k, v in parts.items()
-    }
+    parts = {k: drop_defaults(v) if hasattr(v, "model_dump") else v for k, v in parts.items()}
     return json.loads(json.dumps(parts, sort_keys=True, default=_json_default))
 
 

@@ -11,7 +11,7 @@ __all__ = ['DEFAULT_ASSUMPTIONS', 'COHORT_VOLUMES', 'CT_RATE_TRAIN_VOLUMES', 'LU
 
 # %% ../nbs/96_cost.ipynb #co02imports
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import pandas as pd
@@ -220,12 +220,12 @@ PAIR_BYTES = 48  # of a query and a candidate: arrays of 21 bytes, and freed one
 
 
 def pretrain_memory(p: Any, a: CostAssumptions = DEFAULT_ASSUMPTIONS) -> StageMemory:  # p: params
-    "Batches, also those that workers read ahead; ids and sentence features of the reports"
+    "One process: batches, also those that workers read ahead; ids and sentences of the reports"
     n, groups = count_patches(p), len(p.anatomy.groups)
     sample = 4 * prod(p.volumes.roi_size) + n * (4 * (groups + 1) + 8 + 1)
     batches = 2 + 2 * p.pretrain.num_workers
     text = 16 * a.report_pieces + 4 * p.text.embed_dim * a.report_sentences
-    fixed = p.pretrain.batch_size * sample * batches + 3 * BLOCK
+    fixed = ceil(p.pretrain.batch_size / a.num_gpus) * sample * batches + 3 * BLOCK
     return StageMemory(fixed, text, 12 * n * (groups + 1))
 
 
@@ -284,7 +284,7 @@ def memory_table(
     most = COHORT_VOLUMES["ct_rate"]
     test = 1 - CT_RATE_TRAIN_VOLUMES / most
     stages = {
-        "pretrain": (CT_RATE_TRAIN_VOLUMES, pretrain_memory(p, a)),
+        "pretrain, one process": (CT_RATE_TRAIN_VOLUMES, pretrain_memory(p, a)),
         "embed": (most, embed_memory(p)),
         "classify": (most, classify_memory(p)),
         "retrieve": (most, retrieve_memory(p, test)),

@@ -260,6 +260,48 @@ def test_a_new_key_that_is_null_leaves_fingerprints_as_they_were(answers):
     assert first_difference(fingerprint(vqa=old), fingerprint(vqa=limited))
 
 
+def test_a_new_key_at_its_default_leaves_trained_answers_as_they_were(answers, monkeypatch):
+    class NewConfig(type(answers[0])):
+        new_key: int = 3
+
+    p, q, _, folder = answers
+    lm, tokenizer = language.load(folder)
+
+    def found(config):
+        return vqa._training_fingerprint("asap", q, config, 0, {}, lm, tokenizer)
+
+    old = found(p)
+    monkeypatch.setattr(vqa, "VQAConfig", NewConfig)
+    dumped = p.model_dump()
+    assert found(NewConfig(**dumped)) == old == found(dumped | dict(new_key=3))
+    assert found(NewConfig(**dumped, new_key=4)) != old != found(dumped | dict(new_key=4))
+    assert found(p.model_copy(update=dict(lr=0.5))) != old
+
+
+def test_a_new_key_at_its_default_leaves_trained_segmentations_as_they_were(monkeypatch):
+    class NewConfig(segment.SegmentConfig):
+        new_key: int = 3
+
+    class NewDataset(segment.SegmentDatasetConfig):
+        new_key: float = 0.5
+
+    section = load_params().segment.model_dump()
+    row = segment.dataset_settings(
+        "acdc", dict(segment=section, volumes={"hu_range": [-1, 1], "roi_size": [8, 8, 8]})
+    )[0]
+
+    def found(section, row):
+        p = dict(segment=section)
+        return segment.training_fingerprint("acdc", row, [-1, 1], [8] * 3, p, None, {}, 0)
+
+    old = found(section, row)
+    monkeypatch.setattr(segment, "SegmentConfig", NewConfig)
+    monkeypatch.setattr(segment, "SegmentDatasetConfig", NewDataset)
+    assert found(section | dict(new_key=3), row | dict(new_key=0.5)) == old
+    assert found(section | dict(new_key=4), row) != old
+    assert found(section, row | dict(new_key=0.7)) != old
+
+
 def ranks_of_the_whole(score, table, number):
     "As retrieval ranked before it did so by blocks"
     scan, scans = pd.factorize(table.scan)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core import fit_name, list_files, log_message
 from .series import DICOM_SUFFIXES, SliceHeader, is_dicom_file, is_slice, read_header
-from .volumes import PICTURE_SUFFIXES, READERS, file_suffix
+from .volumes import READERS, file_suffix, is_picture
 
 # %% ../../nbs/2_data/20a_scans.ipynb #bef28c91
 def is_volume_file(
@@ -25,10 +25,6 @@ def is_volume_file(
 ) -> bool:
     "Whether the suffix is that of a whole volume"
     return file_suffix(path) in READERS and file_suffix(path) not in DICOM_SUFFIXES
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def _header_or_none(path: Path) -> SliceHeader | None:  # None also where it is broken
@@ -80,7 +76,7 @@ class _Search:
     def add(self, path: Path) -> None:  # an argument
         if path.is_dir():
             self.add_given_folder(path)
-        elif _is_picture(path) or (is_dicom_file(path) and not is_volume_file(path)):
+        elif is_picture(path) or (is_dicom_file(path) and not is_volume_file(path)):
             self.slices.append(path)
         else:
             self.add_file(path)
@@ -90,7 +86,7 @@ class _Search:
         self.add_folder(folder)
         if is_known or len(self.found) + len(self.links) > n:
             return
-        if any(_is_picture(f) or is_dicom_file(f) for f in list_files(folder)):
+        if any(is_picture(f) or is_dicom_file(f) for f in list_files(folder)):
             self.found.append(_found_file(folder))  # given by name, so that it is refused by name
 
     def add_file(self, path: Path) -> None:
@@ -106,7 +102,7 @@ class _Search:
             self.found.append(_found_file(folder))
             return
         volumes = [f for f in files if is_volume_file(f) and not f.is_dir()]
-        pictures = [f for f in files if _is_picture(f) and not f.is_dir()]
+        pictures = [f for f in files if is_picture(f) and not f.is_dir()]
         lost = [f for f in files if f.is_symlink() and not f.exists()]
         if _is_series(files, lost, bool(volumes)):
             self.found.append(_found_file(folder))
@@ -169,7 +165,7 @@ class _Group:
 def _group_slices(slices: list[Path]) -> list[FoundScan]:
     groups: dict[tuple, _Group] = defaultdict(_Group)
     for f in slices:
-        picture = _is_picture(f)
+        picture = is_picture(f)
         h = None if picture else _header_or_none(f)
         series = "" if picture else (h.series if h and h.series else f.name)
         g = groups[f.parent, picture, series]
@@ -205,7 +201,7 @@ def _found_group(g: _Group) -> FoundScan:
     if len(g.files) == 1:
         return one
     folder = Path(os.path.abspath(first.parent))
-    path = folder if first.suffix.lower() in PICTURE_SUFFIXES else first
+    path = folder if is_picture(first) else first
     name = _printable(folder.name)
     return FoundScan(path, name, f"{name}_{one.name}", _folders(folder))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPARE_BYTES', 'RAS_TO_LPS', 'PICTURE_SUFFIXES', 'READERS', 'VolumesConfig', 'Volume', 'orthogonal_planes', 'Source',
            'make_affine', 'to_hu', 'StoredVoxels', 'compact_slabs', 'read_stored', 'single_volume', 'open_nifti',
-           'compact_dtype', 'is_informative_affine', 'is_sound_affine', 'read_voxels', 'file_suffix', 'padding_to_air',
-           'read', 'write', 'standard_grid', 'resample', 'standardize', 'read_crop', 'crop_or_pad']
+           'compact_dtype', 'is_informative_affine', 'is_sound_affine', 'read_voxels', 'is_picture', 'file_suffix',
+           'padding_to_air', 'read', 'write', 'standard_grid', 'resample', 'standardize', 'read_crop', 'crop_or_pad']
 
 # %% ../../nbs/2_data/20_volumes.ipynb #db46559b
 import gzip
@@ -666,6 +666,13 @@ def _read_dicom(path, source):
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
+def is_picture(
+    path: str | Path,  # need not exist
+) -> bool:
+    "Whether the suffix of a file is that of a PNG or JPEG"
+    return Path(path).suffix.lower() in PICTURE_SUFFIXES
+
+
 def _read_gray(f) -> np.ndarray:  # (columns, rows)
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -706,9 +713,7 @@ def _natural_key(f) -> list:  # text and numbers of a file name, so that 10 sort
 
 
 def _read_pictures(folder, source):
-    files = sorted(
-        (f for f in list_files(folder) if f.suffix.lower() in PICTURE_SUFFIXES), key=_natural_key
-    )
+    files = sorted(filter(is_picture, list_files(folder)), key=_natural_key)
     slices = [_read_gray(f) for f in files]
     sizes = {s.shape for s in slices}
     if len(sizes) > 1:
@@ -743,7 +748,7 @@ def file_suffix(path: str | Path) -> str:  # ".nii.gz", lower case
 def _find_reader(path: Path):
     if path.is_dir():
         files = [f for f in list_files(path) if f.is_file()]
-        pictures = any(f.suffix.lower() in PICTURE_SUFFIXES for f in files)
+        pictures = any(map(is_picture, files))
         return _read_pictures if pictures and not any(map(is_slice, files)) else _read_dicom
     if not path.exists():
         raise FileNotFoundError(f"{path} {missing_reason(path)}")

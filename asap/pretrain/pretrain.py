@@ -73,7 +73,7 @@ class PretrainConfig(BaseConfig):
     max_k_ratio: PositiveFraction  # of the visible patches; a sentence selects at least one
     init_k_ratio: PositiveFraction  # initial k ratio; constant if `region_size: fixed`
     temperature: PositiveFloat  # initial
-    false_negative_threshold: Annotated[float, Field(ge=-1, le=1)]  # cosine similarity
+    false_negative_threshold: Annotated[float, Field(ge=-1, le=2)]  # cosine; above 1: none
     intra_report_weight: NonNegativeFloat  # the loss across reports has weight 1
     norm_pix_loss: bool  # normalize each target patch to mean 0 and variance 1
     crop_scale: Annotated[list[PositiveFraction], Field(min_length=2, max_length=2)]  # of roi_size

@@ -219,8 +219,12 @@ CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, claim, limitations
     ),
     "bug_fixes": (
         "Bug fixes",
-        "Not a claim of the paper: this code compared with the behavior of the released code.",
-        "All six bugs are switched together; their effects are not separated.",
+        "Not a claim of the paper: asap minus released, which keeps the released objective with "
+        "the data and layers of all arms.",
+        (
+            "Six bugs, the untrained number of patches, the unused similarity and the missing "
+            "contrast across reports change together; their effects are not separated."
+        ),
     ),
 }
 

@@ -18,7 +18,7 @@ import yaml
 from ..core import project_root
 from ..params import select_row
 from ..tasks import report, segment
-from ..tasks.released_probe import fit_options
+from ..tasks.released_probe import head_options
 
 # %% ../../nbs/9_study/89_protocols.ipynb #prto0006
 def read_protocols(
@@ -49,7 +49,7 @@ def probe_settings(
     train: int,  # labeled train cases, for the length of an epoch
 ) -> list:  # lr, batch, steps, warmup, weight_decay, patience, start_epoch
     "Settings of a released probe, as it passes them to the training loop"
-    o = fit_options(select_row(rows, fraction), train)
+    o = head_options(select_row(rows, fraction), train)
     start = o["validate_from"] // o["validate_every"]
     return [*(o[k] for k in ("lr", "batch", "steps", "warmup", "weight_decay", "patience")), start]
 

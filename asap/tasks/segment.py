@@ -31,6 +31,7 @@ from asap.core import (
     atomic_write,
     code_hash,
     derive_seed,
+    drop_defaults,
     file_hash,
     fingerprint,
     fit_name,
@@ -849,14 +850,15 @@ def training_fingerprint(
     seed: int,
 ) -> dict[str, Any]:
     "Fingerprint of all that a training depends on"
-    kept = {k: v for k, v in p["segment"].items() if k not in _UNTRAINED_KEYS}
+    section = drop_defaults(p["segment"], SegmentConfig)
+    kept = {k: v for k, v in section.items() if k not in _UNTRAINED_KEYS}
     paths = {
         s: [[c.case, c.image_hash, file_hash(c.mask_path)] for c in these]
         for s, these in parts.items()
     }
     return fingerprint(
         cohort=cohort,
-        row=row,
+        row=drop_defaults(row, SegmentDatasetConfig),
         hu=hu,
         size=size,
         recipe=kept,

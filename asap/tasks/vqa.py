@@ -25,6 +25,7 @@ from torch import nn
 
 from asap.core import (
     derive_seed,
+    drop_defaults,
     fingerprint,
     log_message,
     progress_bar,
@@ -859,10 +860,10 @@ def _training_fingerprint(
 ) -> dict:
     "What a trained model depends on; params of the answers are left out"
     ignored = ("arms", "tiny_lm", "max_new_tokens", "num_beams")
-    params = p if isinstance(p, dict) else p.model_dump()
+    kept = {k: v for k, v in drop_defaults(p, VQAConfig).items() if k not in ignored}
     return fingerprint(
         arm=arm,
-        vqa={k: v for k, v in params.items() if k not in ignored},
+        vqa=kept,
         seed=seed,
         tokens=made,
         questions=derive_seed(*q[["case", "split", "question", "answer"]].to_numpy().ravel()),

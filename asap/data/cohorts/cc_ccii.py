@@ -21,7 +21,7 @@ from ..adapter import CohortAdapter, register_cohort
 from ..layouts import warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..volumes import PICTURE_SUFFIXES, Source, resample, standard_grid
+from ..volumes import Source, is_picture, resample, standard_grid
 
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #eab268ef
 TEST_FRACTION = 1008 / 3393  # of the patients, as of the paper's scans
@@ -128,7 +128,7 @@ def _list_slices(
     scan,
 ) -> list:  # sorted by number
     "Slices of a scan; a gap in their numbers is an error"
-    files = [f for f in list_files(scan) if f.suffix.lower() in PICTURE_SUFFIXES]
+    files = [f for f in list_files(scan) if is_picture(f)]
     if not files:
         raise ValueError(f"{scan}: no picture in it, expected one a slice: unpack it again")
     number = {f: re.findall(r"\d+", f.stem) for f in files}

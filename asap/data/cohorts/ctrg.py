@@ -21,7 +21,7 @@ from ..adapter import CohortAdapter, CohortOptions, register_cohort
 from ..layouts import read_csv_table, warn_unverified
 from ..splits import hold_out
 from ..table import check_table
-from ..volumes import PICTURE_SUFFIXES, Source, make_affine, resample, write as write_volume
+from ..volumes import Source, is_picture, make_affine, resample, write as write_volume
 
 if TYPE_CHECKING:
     from asap.phantom.words import PhantomCase
@@ -216,9 +216,7 @@ def _find_image(
 ) -> str:  # "" where there is none
     d = Path(root).absolute() / "images"
     found = [p for p in (d / f"{name}.nii.gz", d / f"{name}.nii") if p.is_file()]
-    if (d / name).is_dir() and any(
-        f.suffix.lower() in PICTURE_SUFFIXES for f in list_files(d / name)
-    ):
+    if (d / name).is_dir() and any(map(is_picture, list_files(d / name))):
         found.append(d / name)
     return str(found[0]) if found else ""
 

@@ -7,8 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
+REHEARSAL := build/rehearsal
 
-.PHONY: help study quick graph test lab docs readme export weights ceiling lint hooks clean
+.PHONY: help study quick rehearsal graph test lab docs readme export weights organs ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +37,11 @@ quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 	@cd $(QUICK) && python -m asap.cli study
 	@echo "The study page: $(CURDIR)/$(QUICK)/runs/study/index.html"
 
+rehearsal: .venv/done  ## each stage once at the paper's sizes, in build/rehearsal (an hour); writes benchmarks/rehearsal.csv
+	@bash tests/smoke.sh $(REHEARSAL) params/rehearsal.yaml
+	@cd $(REHEARSAL) && python benchmarks/rehearsal.py models && python -m asap.cli study
+	@python benchmarks/rehearsal.py save $(REHEARSAL)
+
 graph: .venv/done  ## write the modules and params of each stage, and the stages of task families, to dvc.yaml
 	@python -m asap.cli graph
 
@@ -44,6 +50,9 @@ test: .venv/done  ## every check; the last line reads `N passed, N failed`
 
 weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
 	@python -c 'from asap.params import load_params; from asap.pretrain.checkpoint import export_weights; [print(n, export_weights(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
+
+organs: .venv/done  ## train the organ segmenter on phantoms (writes weights/organs)
+	@python benchmarks/organs.py --keep
 
 ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
 	@python benchmarks/ceiling.py

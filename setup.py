@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("params.yaml", "weights/asap", "weights/text")  # read by `asap.core.resource_path`
+# read by `asap.core.resource_path`
+SHIPPED = ("params.yaml", "weights/asap", "weights/organs", "weights/text")
 
 
 class BuildWithWeights(build_py):
@@ -19,6 +20,8 @@ class BuildWithWeights(build_py):
         for name in SHIPPED:
             source = Path(__file__).parent / name
             (target / name).parent.mkdir(parents=True, exist_ok=True)
+            if not source.exists():
+                continue
             copy = shutil.copytree if source.is_dir() else shutil.copyfile
             copy(source, target / name)
 

@@ -77,14 +77,48 @@ def _parse_assignments(
     return dict(p.split("=", 1) for p in pairs)
 
 
-def _peak_memory_gb() -> float | None:
-    "Peak GB of the stage's largest process; None where the system does not report it"
+def _usage_of_children() -> tuple[float, float] | None:  # CPU seconds, peak GB of the largest one
+    "Of the processes that a stage started and that have ended; None where it is not reported"
     try:
         import resource
     except ImportError:
         return None
     unit = 1e9 if sys.platform == "darwin" else 1e6
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / unit
+
+# %% ../nbs/98_cli.ipynb #clifam01
+@contextlib.contextmanager
+def _sample_memory(
+    every: float = 0.5,  # seconds
+) -> Iterator[list[float]]:  # GB, one value: the highest sum so far; empty where psutil is missing
+    "Memory of this process and of all that it started, at the same time"
+    if importlib.util.find_spec("psutil") is None:
+        yield []
+        return
+    import psutil
+
+    me, done, peak = psutil.Process(), threading.Event(), [0.0]
+
+    def total() -> float:
+        sizes = []
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                sizes.append(process.memory_info().rss)
+        return sum(sizes) / 1e9
+
+    def watch() -> None:
+        while not done.wait(every):
+            peak[0] = max(peak[0], total())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], total())
 
 # %% ../nbs/98_cli.ipynb #clistg01
 def _stage_notebook(name: str) -> Path:  # source
@@ -110,15 +144,18 @@ def _set_environment() -> None:
 def _record_cost(
     name: str,  # of the stage
     minutes: float,
-    peak: float | None,  # GB
+    together: float | None = None,  # GB of all processes at the same time
 ) -> None:
     "Write runs/minutes, and log it"
     row: dict[str, Any] = dict(stage=name, minutes=round(minutes, 2))
     row["at_a_time"] = int(os.environ.get("ASAP_STAGES", 1))
-    if peak:
-        row["peak_gb"] = round(peak, 2)
+    memory = ""
+    if used := _usage_of_children():
+        row |= dict(cpu_seconds=round(used[0], 1), peak_gb=round(used[1], 2))
+        memory = f", {used[1]:.1f} GB at most in one process"
+    if together:
+        row["total_gb"] = round(together, 2)
     write_json(row, project_root() / "runs/minutes" / f"{name.replace('@', '-')}.json")
-    memory = f", {peak:.1f} GB at most in one process" if peak else ""
     log_message(f"{name}: {minutes:.1f} min{memory}")
 
 # %% ../nbs/98_cli.ipynb #cliknl01
@@ -158,11 +195,11 @@ def execute_stage(
     values = dict(parameters or {}, stage=name)
     kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
     start = time.monotonic()
-    with _relay_output():
+    with _relay_output(), _sample_memory() as together:
         papermill.execute_notebook(
             source, target, values, progress_bar=False, cwd=project_root(), **kernel
         )
-    _record_cost(name, (time.monotonic() - start) / 60, _peak_memory_gb())
+    _record_cost(name, (time.monotonic() - start) / 60, *together)
     return target
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
@@ -472,16 +509,19 @@ def run_standardize(a: argparse.Namespace) -> int:
 
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
-    from asap.anatomy import segment
+    from asap.anatomy.segmenter import choose_source
 
     p: Any = load_params(sections=["anatomy"])
-    segment.ensure_weights(not a.full, a.download)
+    groups = {g: list(names) for g, names in p.anatomy.groups.items()}
+    wanted = "totalsegmentator" if a.full or a.download else a.source
+    source = choose_source(groups, wanted, not a.full, a.download)
+    log_message(f"organ maps by {source.name}")
     scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
     for name, _ in scans:
         _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
 
     def one(name: str, path: Path) -> None:
-        _organs_one(a, path, out / f"{name}_organs.nii.gz", p.anatomy.groups)
+        _organs_one(a, path, out / f"{name}_organs.nii.gz", source, groups)
 
     close = _list_refused(out / "quarantine.csv", always=True)
     return _exit_code(_map_scans(scans, "organs", one, close=close)[1], len(scans))
@@ -491,17 +531,31 @@ def _organs_one(
     a: argparse.Namespace,
     path: Path,  # of the scan
     out: Path,  # the organ map
-    groups: Any,  # anatomy.groups of the params
+    source: Any,  # MapSource
+    groups: dict[str, list[str]],  # anatomy.groups of the params
 ) -> None:
-    from asap.anatomy import segment
-    from asap.anatomy.organs import map_to_groups
+    import numpy as np
+
     from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
     v, _ = checks.load_checked(path, _source_from_args(a))
-    found = map_to_groups(segment.segment(v, groups, fast=not a.full), groups)
-    shape, affine = standard_grid(v.hu.shape, v.affine, _standard_options(a)["spacing"])
-    write(resample(found, v.affine, shape, affine, order=0, fill=0), affine, out)
+    made, name = source.predict(v), out.name.removesuffix("_organs.nii.gz")
+    masks = {"organs": made.organs}
+    if a.body and made.body is not None:
+        masks["body"] = made.body.astype(np.uint8)
+    shape, affine = v.hu.shape, v.affine
+    if a.to or made.body is None:
+        shape, affine = standard_grid(shape, affine, _standard_options(a)["spacing"])
+    for kind, mask in masks.items():
+        on_grid = resample(mask, v.affine, shape, affine, order=0, fill=0)
+        write(on_grid, affine, out.with_name(f"{name}_{kind}.nii.gz"))
+    ml = np.bincount(made.organs.ravel(), minlength=len(groups) + 1) * np.prod(v.spacing) / 1000
+    rows = {
+        group: dict(volume_ml=round(float(ml[k]), 1), confidence=made.confidence.get(group))
+        for k, group in enumerate(groups, 1)
+    }
+    write_json(dict(source=made.source, organs=rows), out.with_name(f"{name}_organs.json"))
     print(out, flush=True)
 
 # %% ../nbs/98_cli.ipynb #c1100001
@@ -895,12 +949,24 @@ def _add_organs(sub: Any) -> None:
         sub,
         "organs",
         run_organs,
-        "organ maps by TotalSegmentator, where its weights are on disk",
+        "organ maps by TotalSegmentator where its weights are on disk, else by the repository's",
         "asap organs scan.nii.gz -o maps/",
     )
     c.add_argument("-o", "--out", required=True, metavar="FOLDER")
     c.add_argument(
-        "--to", type=float, nargs=3, metavar="MM", help="spacing of the map (default: params.yaml)"
+        "--to",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="spacing of the map (default: params.yaml; shipped weights: the scan's own grid)",
+    )
+    c.add_argument(
+        "--source",
+        choices=["totalsegmentator", "shipped"],
+        help="what makes the maps (default: totalsegmentator if it can run, else shipped)",
+    )
+    c.add_argument(
+        "--body", action="store_true", help="write SCAN_body.nii.gz too (shipped weights)"
     )
     c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
     c.add_argument("--download", action="store_true", help="fetch weights that are missing")

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_ASSUMPTIONS', 'COHORT_VOLUMES', 'CT_RATE_TRAIN_VOLUMES', 'LUNA16_TRAIN_VOLUMES', 'BLOCK', 'QUERIES',
-           'PAIR_BYTES', 'CostAssumptions', 'count_steps', 'block_flops', 'count_patches', 'forward_flops',
-           'train_flops', 'embedding_flops', 'gpu_hours_table', 'disk_usage', 'StageMemory', 'pretrain_memory',
-           'embed_memory', 'classify_memory', 'retrieve_memory', 'report_memory', 'segment_memory', 'vqa_memory',
-           'memory_table', 'estimate_preprocessing']
+           'PAIR_BYTES', 'QUESTIONS_PER_CASE', 'LM_RATIO', 'CostAssumptions', 'count_steps', 'block_flops',
+           'count_patches', 'forward_flops', 'train_flops', 'embedding_flops', 'gpu_hours_table', 'disk_usage',
+           'StageMemory', 'pretrain_memory', 'embed_memory', 'classify_memory', 'retrieve_memory', 'report_memory',
+           'segment_memory', 'vqa_memory', 'memory_table', 'estimate_preprocessing', 'Cases', 'paper_cases',
+           'count_windows', 'segment_voxels', 'count_units', 'rehearsal_table']
 
 # %% ../nbs/96_cost.ipynb #co02imports
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
 import pandas as pd
 
+from .params import select_row
 from .registry import cohorts_of, families_with
 
 # %% ../nbs/96_cost.ipynb #co05assumed
@@ -317,3 +320,195 @@ def estimate_preprocessing(
         hours=round(scans * measured["whole"]["ours"] / 3600 / p.study.n_jobs, 1),
         crops_a_second=round(p.pretrain.num_workers / measured["crop"]["ours"]),
     )
+
+# %% ../nbs/96_cost.ipynb #rehearse01
+@dataclass
+class Cases:
+    "Cases of one cohort by split"
+
+    train: int
+    val: int
+    test: int
+
+    @property
+    def all(self) -> int:
+        "Of all splits"
+        return self.train + self.val + self.test
+
+
+def paper_cases() -> dict[str, Cases]:  # cohort -> cases
+    "Published volumes; where no list is published, 63 % train, 7 % validation and 30 % test"
+    out = {}
+    for name, n in COHORT_VOLUMES.items():
+        train = {"ct_rate": CT_RATE_TRAIN_VOLUMES, "luna16": LUNA16_TRAIN_VOLUMES}.get(name)
+        external = name in ("rspect", "rider", "covid_ct_seg")
+        train = 0 if external else train or round(0.7 * n)
+        val = round(0.1 * train)
+        out[name] = Cases(train - val, val, n - train)
+    return out
+
+
+def _cohorts(p: Any, *families: str) -> list[str]:
+    return cohorts_of(p.study.tasks, *families)
+
+
+def _total(cases: dict[str, Cases], cohorts: Iterable[str], part: str = "all") -> int:
+    return sum(getattr(cases[c], part) for c in cohorts if c in cases)
+
+# %% ../nbs/96_cost.ipynb #rehearse02
+def count_windows(
+    shape: Sequence[float],  # voxels of a volume
+    size: Sequence[int],  # voxels of a window
+    overlap: float,  # fraction of a side
+) -> int:
+    "Windows of `sliding_window_inference`"
+    return prod(
+        max(1, ceil((n - s) / max(1, int(s * (1 - overlap)))) + 1) for n, s in zip(shape, size)
+    )
+
+
+def segment_voxels(
+    p: Any,  # params
+    cases: dict[str, Cases],
+    shape_mm: Sequence[float],  # field of view
+) -> float:  # millions; forward passes, a trained crop counts three
+    "Voxels that pass through one arm's networks: training, validation, test"
+    s, voxels = p.segment, 0.0
+    for name, row in s.datasets.items():
+        size = row.roi_size or p.volumes.roi_size
+        spacing = p.cohorts[name].spacing or p.volumes.spacing
+        shape = [v / m for v, m in zip(shape_mm, spacing)]
+        whole = count_windows(shape, size, s.overlap) * prod(size)
+        fractions = (row.label_fractions or s.label_fractions) if row.low_label else [1.0]
+        for f in fractions:
+            one = select_row(row.fractions, f)
+            steps, batch = (one.get(k) or getattr(row, k) for k in ("steps", "batch_size"))
+            every = one.get("eval_every") or row.eval_every or max(1, steps // s.num_validations)
+            seeds = s.label_fraction_seeds if f < 1 else s.all_labels_seeds or [0]
+            volumes = ceil(steps / every) * cases[name].val + cases[name].test
+            trained = 3 * steps * batch * (row.crops_per_volume or 1) * prod(size)
+            voxels += len(seeds) * (trained + volumes * whole)
+    return voxels / 1e6
+
+# %% ../nbs/96_cost.ipynb #rehearse03
+def _head_steps(p: Any, family: str) -> int:
+    "Optimization steps of all heads of `classify` or `prognosis`"
+    encoders = len(p.study.arms) + len(p.study.encoders)
+    steps = 0
+    for rows in getattr(p, family).datasets.values():
+        for row in rows:
+            seeds = 1 if row.label_fraction == 1 else len(p.splits.label_fraction_seeds)
+            steps += row.steps * seeds
+    return encoders * steps
+
+
+def _map_steps(p: Any, family: str) -> int:
+    "Optimization steps of `vocabulary` or `retrieve`"
+    encoders = len(p.study.arms) + len(p.study.encoders)
+    return encoders * len(_cohorts(p, family)) * getattr(p, family).steps
+
+
+def _report_texts(p: Any, cases: dict[str, Cases]) -> int:
+    "Reports of one arm: trained ones count three; six validations, and each test report once"
+    total = 0
+    for name in _cohorts(p, "report"):
+        row, c = p.report.datasets.get(name), cases[name]
+        epochs = (row and row.epochs) or p.report.epochs
+        batch = min((row and row.batch_size) or p.report.batch_size, c.train)
+        steps = min(p.report.steps, max(10, epochs * c.train // batch))
+        total += 3 * steps * batch + 6 * c.val + c.test
+    return total
+
+
+def _answers(p: Any, questions: float) -> float:
+    "Answers of one arm: trained ones count three, each test question is answered twice"
+    v = p.vqa
+    return 3 * v.steps * v.batch_size * v.questions_per_volume + 2 * questions
+
+
+def _pairs(p: Any, cases: dict[str, Cases]) -> int:
+    "Pairs of pre-training: trained ones count three"
+    t = p.pretrain
+    held = min(t.num_eval_cases, _total(cases, t.cohorts, "val"))
+    evaluated = ceil(t.steps / t.eval_every) * held + _total(cases, t.cohorts, "test")
+    return 3 * t.steps * t.batch_size * t.accum_iter + evaluated
+
+# %% ../nbs/96_cost.ipynb #rehearse04
+QUESTIONS_PER_CASE = 85_357 / 1_564  # of RadGenome-ChestCT's validation scans
+
+
+def count_units(
+    p: Any,  # params
+    cases: dict[str, Cases],
+    native_mvoxels: float,  # of a scan as it is acquired, millions
+    shape_mm: Sequence[float],  # field of view
+    questions: float,  # of a test case
+) -> dict[str, tuple[str, float]]:  # stage without its item -> unit, number for one item
+    "Work of each stage; those that are not here are done once, whatever the number of cases"
+    mean = _total(cases, p.study.cohorts) / len(p.study.cohorts)
+    embedded = dict.fromkeys(
+        [*_cohorts(p, *families_with("features")), *_cohorts(p, "report", "vqa")]
+    )
+    shown = _total(cases, _cohorts(p, "zero_shot"), "test")
+    asked = _total(cases, _cohorts(p, "vqa"), "test") * questions
+    return {
+        "prepare": ("million native voxels", native_mvoxels * mean),
+        "corpus": ("volume", _total(cases, p.pretrain.cohorts)),
+        "pretrain": ("pair", _pairs(p, cases)),
+        "embed": ("volume", _total(cases, embedded)),
+        "encode": ("volume", _total(cases, embedded)),
+        "classify": ("step of a head", _head_steps(p, "classify")),
+        "prognosis": ("step of a head", _head_steps(p, "prognosis")),
+        "vocabulary": ("step", _map_steps(p, "vocabulary")),
+        "retrieve": ("step", _map_steps(p, "retrieve")),
+        "zero_shot": ("volume", shown * len(p.study.arms)),
+        "segment": ("million voxels", segment_voxels(p, cases, shape_mm)),
+        "report": ("report", _report_texts(p, cases)),
+        "report_blind": ("report", _report_texts(p, cases)),
+        "vqa": ("answer", _answers(p, asked)),
+        "tables": ("draw", p.tables.n_bootstrap),
+    }
+
+# %% ../nbs/96_cost.ipynb #rehearse05
+LM_RATIO = 3.6e9 / 62.9e6  # Qwen3-4B to 4 layers of 1024 channels, without embeddings
+
+
+def _items(p: Any, stage: str) -> int:
+    "Items of a stage in a study"
+    one = dict(
+        prepare=p.study.cohorts,
+        pretrain=p.study.arms,
+        embed=p.study.arms,
+        encode=p.study.encoders,
+        segment=p.segment.arms,
+        report=p.report.arms,
+        vqa=p.vqa.arms,
+    )
+    return len(one.get(stage, [None]))
+
+
+def rehearsal_table(
+    record: pd.DataFrame,  # stage, cpu_seconds, work_seconds, total_gb: benchmarks/rehearsal.csv
+    here: dict[str, tuple[str, float]],  # of `count_units`, in the rehearsal
+    paper: dict[str, tuple[str, float]],  # at the paper's numbers
+    p: Any,  # params of the paper's study
+) -> pd.DataFrame:  # by stage
+    "Seconds per unit and peak memory as rehearsed, and processor hours at the paper's numbers"
+    rows = {}
+    for stage, t in record.groupby(record.stage.str.split("@").str[0], sort=False):
+        unit, done = here.get(stage, ("run", 1.0))
+        seconds = t.work_seconds if stage in here else t.cpu_seconds
+        slowest = seconds.mean() if stage == "prepare" else seconds.max()
+        units = paper[stage][1] if stage in here else 1.0
+        items, each = _items(p, stage), float(slowest) / max(done, 1)
+        ratio = LM_RATIO if stage == "vqa" else 1.0
+        rows[stage] = dict(
+            unit=unit,
+            rehearsed=done,
+            seconds_per_unit=each,
+            peak_gb=float(t.total_gb.max()),
+            units=units,
+            items=items,
+            core_hours=items * each * units * ratio / 3600,
+        )
+    return pd.DataFrame(rows).T

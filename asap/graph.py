@@ -148,7 +148,7 @@ _DATA_STAGES: dict[str, Params] = {
         "cohorts.${item}",
     ),
     "corpus": ("pretrain.cohorts", *_CROP, "model.patch_size"),
-    "real": ("real", *_VOLUMES, "anatomy.groups"),
+    "real_scans": ("real", *_VOLUMES, "anatomy.groups"),
 }
 
 # %% ../nbs/94_graph.ipynb #gra00023
@@ -190,6 +190,7 @@ _RESULT_STAGES: dict[str, Params] = {
         "tables",
         "grounding",
     ),
+    "real": (*_VOLUMES, "volumes.roi_size", "anatomy.groups", "model.patch_size"),
     "page": tuple(SECTIONS),
 }
 STAGE_PARAMS: dict[str, Params] = _DATA_STAGES | _MODEL_STAGES | _RESULT_STAGES

@@ -177,6 +177,7 @@ SECTIONS = {
     "volumes": "asap.data.volumes:VolumesConfig",
     "splits": "asap.data.splits:SplitsConfig",
     "anatomy": "asap.anatomy.organs:AnatomyConfig",
+    "organs": "asap.anatomy.organ_training:OrgansConfig",
     "real": "asap.data.real:RealConfig",
     "text": "asap.text.encoder:TextConfig",
     "model": "asap.model.asap:ModelConfig",

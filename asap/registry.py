@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,12 +193,16 @@ def register_family(cls: type[TaskFamily]) -> type[TaskFamily]:
     return cls
 
 
+@cache
+def _external_modules() -> list[str]:  # of other packages; all that is installed is read for them
+    return [e.value for e in entry_points(group="asap.task_families")]
+
+
 def _load_families() -> None:
     "Import the modules that register families, once"
     package = importlib.import_module("asap.tasks")
     names = [f"asap.tasks.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
-    names += [e.value for e in entry_points(group="asap.task_families")]
-    for name in names:
+    for name in [*names, *_external_modules()]:
         if name not in _SOURCES:
             importlib.import_module(name)
             _SOURCES.add(name)

@@ -1,9 +1,14 @@
 """Upper bound of classification on the phantoms, on development seeds: a supervised CNN with all
-labels, a histogram baseline, and twins.
+labels, a histogram baseline, twins and, for generation 3, an oracle.
 
 This is the reference for every probe of the study on this data and compute. Writes
 benchmarks/ceiling.csv (one row per label) and benchmarks/ceiling.json (settings). Run it with
-`make ceiling`.
+`make ceiling`. With --generation 3, the labels are the 18 abnormalities and every label of a task
+that is none of them, the files are ceiling3.csv and ceiling3.json, and a run that was stopped goes
+on: patients, twins and the state after each epoch lie in --cache.
+
+    python benchmarks/ceiling.py --generation 3 --jobs 1
+    python benchmarks/ceiling.py --generation 3 --epochs 0    # without the CNN
 """
 
 import argparse
@@ -11,6 +16,9 @@ import os
 import time
 from pathlib import Path
 
+import ceiling3_network
+import ceiling3_oracle
+import ceiling3_patients
 import joblib
 import numpy as np
 import pandas as pd
@@ -53,18 +61,22 @@ def histogram(x):  # 64 bins of HU over the volume, as shares
 
 
 def histogram_auc(train, val, test):
-    "Per label: logistic regression on the histogram, its C chosen on val"
-    (xt, yt), (xv, yv), (xs, ys) = [(histogram(x), y) for x, y in (train, val, test)]
+    "Per label: logistic regression on the histogram, its C chosen on val; NaN: too few of a class"
+    sets = [(histogram(x), y) for x, y in (train, val, test)]
     out = []
-    for k in range(yt.shape[1]):
+    for k in range(train[1].shape[1]):
+        own = [(x[known], y[known, k]) for x, y in sets for known in [~np.isnan(y[:, k])]]
+        if any(len(np.unique(y)) < 2 for _, y in own):
+            out.append(np.nan)
+            continue
+        (xt, yt), (xv, yv), (xs, ys) = own
         fits = [
-            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
-                xt, yt[:, k]
-            )
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(xt, yt)
             for c in (0.01, 0.1, 1, 10)
         ]
-        best = max(fits, key=lambda m: roc_auc_score(yv[:, k], m.decision_function(xv)))
-        out.append(roc_auc_score(ys[:, k], best.decision_function(xs)))
+        scores = [roc_auc_score(yv, m.decision_function(xv)) for m in fits]
+        best = fits[int(np.argmax(scores))]
+        out.append(roc_auc_score(ys, best.decision_function(xs)))
     return out
 
 
@@ -162,21 +174,56 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.0):
     )
 
 
-def main():
-    a = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    a.add_argument("--train", type=int, default=1000)
-    a.add_argument("--val", type=int, default=150)
-    a.add_argument("--test", type=int, default=300)
-    a.add_argument("--epochs", type=int, default=26)
-    a.add_argument("--lr", type=float, default=0.002)
-    a.add_argument("--jobs", type=int, default=os.cpu_count())
-    a.add_argument("--widths", type=int, nargs=4, default=[16, 32, 64, 128])
-    a.add_argument("--twins", type=int, default=30)
-    a.add_argument("--out", type=Path, default=Path(__file__).parent)
-    a = a.parse_args()
-    os.environ["ASAP_PROGRESS"] = "1"
+SPLITS = ("train", "val", "test")
+KEPT = (*SPLITS, "twins", "epochs", "lr", "widths")
+DEFAULTS = {  # by generation
+    2: dict(train=1000, val=150, test=300, epochs=26, lr=0.002, widths=[16, 32, 64, 128]),
+    3: dict(train=500, val=100, test=200, epochs=14, lr=0.003, widths=[16, 32, 64]),
+}
+
+
+def bounds(sets, cache, twins):
+    "Every label of generation 3: how often it is known, histogram, twins, oracle"
+    labels, test = ceiling3_patients.LABELS, sets["test"]
+    table = pd.DataFrame(dict(label=labels))
+    table["source"] = table.label.map(ceiling3_patients.OWN).fillna("CT-RATE")
+    table["known"] = (~np.isnan(test["y"])).sum(0)
+    table["positive"] = np.nansum(test["y"], 0).astype(int)
+    plain = [(np.clip(sets[s]["hu"], -1000, 1000), sets[s]["y"]) for s in SPLITS]
+    table["histogram_auc"] = histogram_auc(*plain)
+    if twins:
+        found = ceiling3_oracle.twins(cache, "test", test["y"], twins)
+        pairs = ceiling3_oracle.plain_twins(cache, twins)
+        aucs = {n: ceiling3_oracle.twin_auc(p) for n, p in pairs.items()}
+        table["twin_auc"] = table.label.map(aucs)
+        table["oracle_auc"] = [
+            ceiling3_oracle.oracle_auc(n, test["y"], test["q"], found) for n in labels
+        ]
+    return table
+
+
+def generation_3(a):
+    "Bounds, then the CNN; writes ceiling3.csv and ceiling3.json"
+    sizes = dict(test=a.test, val=a.val, train=a.train)
+    sets = {s: ceiling3_patients.cases(a.cache, s, n, a.jobs) for s, n in sizes.items()}
+    table = bounds(sets, a.cache, a.twins)
+    log_message(table.drop(columns="source").round(3).to_string())
+    how = dict(phantom="3", seeds="development", **{n: getattr(a, n) for n in KEPT})
+    if a.epochs:
+        settings = dict(epochs=a.epochs, lr=a.lr, size=4, widths=tuple(a.widths))
+        training = ceiling3_network.Training(
+            sets["train"], sets["val"], a.cache / "cnn.pt", **settings
+        )
+        scores = ceiling3_network.predict(training.run(), sets["test"])
+        table["cnn_auc"] = ceiling3_network.aucs(sets["test"]["y"], scores, ceiling3_oracle.FEWEST)
+        how |= dict(cpu_seconds=round(training.seconds), val=training.log)
+        log_message(table.drop(columns="source").round(3).to_string())
+    high = table[(table.histogram_auc > 0.9) & table.label.isin(ABNORMALITIES)].label
+    write_csv(table.round(4), a.out / "ceiling3.csv")
+    write_json(dict(how, histogram_above_0_9=list(high)), a.out / "ceiling3.json")
+
+
+def generation_2(a):
     sets = [cases(s, n, a.jobs) for s, n in (("train", a.train), ("val", a.val), ("test", a.test))]
     table = pd.DataFrame(
         dict(label=ABNORMALITIES, prevalence=sets[2][1].mean(0), histogram_auc=histogram_auc(*sets))
@@ -209,6 +256,27 @@ def main():
             ),
             a.out / "ceiling.json",
         )
+
+
+def main():
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    a.add_argument("--generation", type=int, choices=DEFAULTS, default=2)
+    for name in (*SPLITS, "epochs"):
+        a.add_argument(f"--{name}", type=int)
+    a.add_argument("--lr", type=float)
+    a.add_argument("--jobs", type=int, default=os.cpu_count())
+    a.add_argument("--widths", type=int, nargs="+")
+    a.add_argument("--cache", type=Path, default=project_root() / "build/ceiling/3")
+    a.add_argument("--twins", type=int, default=30)
+    a.add_argument("--out", type=Path, default=Path(__file__).parent)
+    a = a.parse_args()
+    for name, value in DEFAULTS[a.generation].items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    os.environ["ASAP_PROGRESS"] = "1"
+    (generation_3 if a.generation == 3 else generation_2)(a)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ folder one to its first page, and a linked file is copied into `files/`. Nothing
 network.
 """
 
+import functools
 import hashlib
 import html
 import logging
@@ -16,9 +17,11 @@ from posixpath import join, normpath
 from urllib.parse import quote, unquote, urlsplit
 
 import api
+import jinja2
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from mkdocs.utils import get_relative_url
+from nbconvert.exporters import templateexporter
 
 TOP = Path(__file__).resolve().parent.parent
 log = logging.getLogger("mkdocs.hooks.docs")  # an error fails `mkdocs build --strict`
@@ -34,6 +37,25 @@ SCRIPT = re.compile(
     r"((?:(?!</script>).)*)</script>"
 )
 WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
+
+
+class Compiled(jinja2.BytecodeCache):
+    "Compiled templates: nbconvert would compile all of its templates for each notebook"
+
+    def __init__(self):
+        self.kept: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket):
+        if bucket.key in self.kept:
+            bucket.bytecode_from_string(self.kept[bucket.key])
+
+    def dump_bytecode(self, bucket):
+        self.kept[bucket.key] = bucket.bytecode_to_string()
+
+
+def on_startup(command, dirty):
+    once = functools.partial(jinja2.Environment, bytecode_cache=Compiled())
+    templateexporter.Environment = once
 
 
 def on_files(files, config):

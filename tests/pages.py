@@ -16,39 +16,16 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+from preloaded import LOADED
+
 RELATIVE = 1e-3  # numbers: other processors and library builds sum in another order
 ABSOLUTE = 1e-6  # numbers next to zero: what is left of a sum that cancels
 SIZE = 0.05  # pictures: other fonts change the margins that a tight bounding box cuts
 
-LOADED = [  # other people's libraries alone: a page brings its own modules
-    "torch",
-    "pandas",
-    "scipy.ndimage",
-    "sklearn.linear_model",
-    "matplotlib.pyplot",
-    "seaborn",
-    "nibabel",
-    "pydantic",
-    "joblib",
-    "einops",
-    "tokenizers",
-    "accelerate",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.auto",
-    "monai.losses",
-    "monai.metrics",
-    "monai.transforms",
-    "monai.networks.nets",
-    "monai.inferers",
-    "fastcore.test",
-    "nbdev.test",
-    "PIL.Image",
-    "pages",
-]
 ALONE = {
     "03_train"
 }  # what it shows of the memory allocator is true of a process that is nobody's child
-multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded", *LOADED, "pages"])
 
 
 # What an output says

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import MEMORY, preloaded
 
 os.chdir(Path(__file__).resolve().parent.parent)
-os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false", **MEMORY)
 
 
 class Count:
@@ -28,21 +29,37 @@ class Count:
             self.failed += 1
 
 
+class Share:
+    "What one worker runs in a row: a file of tests, or one page"
+
+    def pytest_xdist_make_scheduler(self, config, log):
+        from xdist.scheduler import LoadScopeScheduling
+
+        class Units(LoadScopeScheduling):
+            def _split_scope(self, nodeid):
+                file, name = nodeid.split("::", 1)
+                return nodeid if name.startswith("test_page[") else file
+
+        return Units(config, log)
+
+
 count = Count()
-code = pytest.main(
-    [
-        "-q",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        "--durations",
-        "15",
-        *sys.argv[1:],
-    ],
-    plugins=[count],
-)
+with preloaded() as env:
+    os.environ.update(env)
+    code = pytest.main(
+        [
+            "-q",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--no-loadscope-reorder",
+            "--durations",
+            "15",
+            *sys.argv[1:],
+        ],
+        plugins=[count, Share()],
+    )
 if code and not count.failed:
     count.failed = 1
 print(

@@ -17,20 +17,22 @@ import pytest
 import yaml
 from conftest import TOP
 from filelock import FileLock
+from preloaded import kernels
 
 ENV = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "ASAP_ROOT": "",
 }
+FORKED = dict(ENV)  # the same; DVC, stages and kernels are forks (tests/preloaded.py, kernels/)
 
 STUDY = (sys.executable, "-m", "asap.cli", "study")  # as `make study` does
 
 
-def run(*args, cwd, check=True) -> str:
+def run(*args, cwd, check=True, env=FORKED) -> str:
     "Output of a command, both streams"
     done = subprocess.run(
-        args, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        args, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert not check or done.returncode == 0, done.stdout[-8000:]
     return done.stdout
@@ -88,9 +90,10 @@ def kill_when(clone, there, *args):
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, worker_id):
+def clone(tmp_path_factory, worker_id, forks):
     """A clone at smoke scale in which the whole study has run once; each file of tests has a
     copy of its own"""
+    FORKED.update(kernels({**forks, **ENV}))
     shared = (
         tmp_path_factory.getbasetemp()
         if worker_id == "master"

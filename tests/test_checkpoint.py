@@ -767,12 +767,13 @@ c.save(m, sys.argv[2], "# Never whole")
 
 
 @pytest.mark.parametrize("moment", ["save_file", "write_text"])
-def test_a_killed_save_leaves_the_old_folder_or_none(folder, tmp_path, moment):
+def test_a_killed_save_leaves_the_old_folder_or_none(folder, tmp_path, moment, forks):
     before = content(folder)
     for to in (folder, tmp_path / "new"):
         done = subprocess.run(
-            [sys.executable, "-c", KILLED, folder, to, moment],
+            [sys.executable, "tests/stand_in.py", "-c", KILLED, folder, to, moment],
             cwd=TOP,
+            env=forks,
             capture_output=True,
             text=True,
         )

@@ -1,7 +1,6 @@
 "Extensions of the study: which files a person edits for each, and that the result runs"
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,8 @@ import sys
 import pytest
 from conftest import TOP
 
+from asap import registry
+from asap.params import load_params
 from asap.registry import task_families
 
 LEFT_OUT = ("weights/", "benchmarks/", "nbs/images/", "nbs/tutorials/", "asap/inference/niivue/")
@@ -17,8 +18,9 @@ LEFT_OUT = ("weights/", "benchmarks/", "nbs/images/", "nbs/tutorials/", "asap/in
 class Tree:
     "A copy of the project in git, in which files are edited as a person would"
 
-    def __init__(self, folder):
+    def __init__(self, folder, forks):
         self.folder = folder
+        self.env = forks | dict(PYTHONPATH=str(folder), ASAP_ROOT=str(folder))
         self.edited: set[str] = set()
 
     def git(self, *words) -> str:
@@ -54,11 +56,10 @@ class Tree:
                 code,
             ]
         )
-        env = os.environ | dict(PYTHONPATH=str(self.folder), ASAP_ROOT=str(self.folder))
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, TOP / "tests/stand_in.py", "-c", program],
             cwd=self.folder,
-            env=env,
+            env=self.env,
             capture_output=True,
             text=True,
         )
@@ -67,8 +68,8 @@ class Tree:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    tree = Tree(tmp_path_factory.mktemp("extend"))
+def copy(tmp_path_factory, forks):
+    tree = Tree(tmp_path_factory.mktemp("extend"), forks)
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True
     ).stdout.splitlines()
@@ -213,6 +214,8 @@ def test_a_family_is_a_page_and_a_stage(tree):
         page,
         code="""
 import yaml
+from asap import registry
+from asap.params import load_params
 from asap.registry import task_families
 stages = yaml.safe_load(open("dvc.yaml"))["stages"]
 assert stages["age"]["outs"] == ["runs/age/predictions.parquet"]
@@ -275,3 +278,14 @@ print("cases:", *table.case)
 """,
     )
     assert re.search(r"cases: a b$", out, re.M)
+
+
+def test_what_is_installed_is_read_once(monkeypatch):
+    "Each task that params name is looked up: reading all that is installed for each took a second"
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [])
+    registry._external_modules.cache_clear()
+    load_params()
+    load_params()
+    registry._external_modules.cache_clear()
+    assert asked == ["asap.task_families"]

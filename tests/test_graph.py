@@ -82,3 +82,13 @@ def test_a_stage_reads_params_by_its_name(stage):
     if body(stage.stem).get("params"):
         assert "load_stage_params(stage)" in code
     assert " load_params" not in code, "a stage reads what it declares, by load_stage_params(stage)"
+
+
+def test_what_an_encoder_writes_are_outputs_of_its_stage():
+    "Reports, questions and segmentation read them, so their stages come after it"
+    stages = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+    outs = {str(o).replace("key", "item") for o in stages["encode"]["do"]["outs"]}
+    assert set(stages["report"]["do"]["deps"]) & outs == {"build/tokens/${item}"}
+    for stage, folder in (("vqa", "build/tokens"), ("segment", "runs/pretrain")):
+        assert folder in stages[stage]["do"]["deps"]
+        assert any(o.startswith(f"{folder}/") for o in outs)

@@ -16,7 +16,7 @@ GRID = (4, 4, 2)
 
 
 class P(SimpleNamespace):
-    def model_dump(self):
+    def model_dump(self, exclude_defaults=False):
         return dict(vars(self))
 
 

@@ -149,7 +149,7 @@ def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
     )
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
     assert (
-        main(command) == 1
+        main([*command, "--source", "totalsegmentator"]) == 1
         and "TotalSegmentator's weights are incomplete" in capsys.readouterr().err
     )
 

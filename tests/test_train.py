@@ -17,14 +17,15 @@ sys.path.insert(0, str(TOP / "tests"))
 from trains import cohort
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
-SCRIPT = str(TOP / "tests/trains.py")
+SCRIPT = [str(TOP / "tests/stand_in.py"), str(TOP / "tests/trains.py")]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def here(tmp_path_factory, forks):
     d = tmp_path_factory.mktemp("trains")
     (d / "cohort").mkdir()
     cohort(d / "cohort")
+    ENV.update(forks, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
     return d
 
 
@@ -43,7 +44,7 @@ def run(*args, processes=1, check=True):
         ]
     )
     r = subprocess.run(
-        [*launch, SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
+        [*launch, *SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
     )
     assert not check or r.returncode == 0, r.stderr[-3000:]
     return r
@@ -60,7 +61,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
         4
     ):  # a state is written at every step, so many of these fall into the writing of one
         p = subprocess.Popen(
-            [sys.executable, SCRIPT, "asap", str(folder), "24", "2", "1"],
+            [sys.executable, *SCRIPT, "asap", str(folder), "24", "2", "1"],
             env=ENV,
             stderr=subprocess.DEVNULL,
         )

@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -36,6 +36,7 @@ class AnatomyConfig(BaseConfig):
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1, max_length=254)]
     totalsegmentator: TotalSegmentatorConfig
+    source: Literal["totalsegmentator", "shipped"] = "totalsegmentator"  # for cases without a map
 
 # %% ../../nbs/3_anatomy/30_organs.ipynb #0f509615
 UNKNOWN = 255

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['required_models', 'weights_dir', 'missing_models', 'find_weights', 'ensure_weights', 'isolate_totalsegmentator',
-           'totalsegmentator_device', 'run_totalsegmentator', 'segment', 'fill_organ_maps']
+           'totalsegmentator_device', 'run_totalsegmentator', 'segment', 'OrganPrediction', 'MapSource',
+           'totalsegmentator_source', 'fill_organ_maps']
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #1a2d05b6
 import contextlib
@@ -12,7 +13,8 @@ import importlib.metadata
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -241,24 +243,58 @@ def _map_provenance(groups: dict, fast: bool) -> dict:  # what all maps of a run
     )
 
 
+@dataclass
+class OrganPrediction:
+    "Organs of a scan on its own grid, and what made them"
+
+    organs: np.ndarray  # uint8: 0 background, 1..n groups
+    source: str
+    body: np.ndarray | None = None  # bool; None: not given
+    confidence: dict = field(default_factory=dict)  # group -> 0..1; None: not found
+
+
+@dataclass
+class MapSource:
+    "A program that makes organ maps"
+
+    name: str
+    predict: Callable[[Volume], OrganPrediction]
+    origin: dict  # what its maps depend on
+
+
+def totalsegmentator_source(
+    groups: dict,  # as in params.yaml
+    fast: bool = True,  # as `required_models`
+    download: bool = False,  # allow downloading missing weights
+    device: Any = None,  # of torch; Accelerate's choice when None
+) -> MapSource:
+    "TotalSegmentator as a source of organ maps; `FileNotFoundError` without weights"
+    ensure_weights(fast, download)
+    name = f"TotalSegmentator {importlib.metadata.version('totalsegmentator')}"
+
+    def predict(v: Volume) -> OrganPrediction:
+        labels = run_totalsegmentator(v, groups, fast, totalsegmentator_device(device))
+        return OrganPrediction(map_to_groups(labels, groups), name)
+
+    return MapSource(name, predict, _map_provenance(groups, fast))
+
+
 def _segment_case(
     row: dict,  # of the cohort table
     out: Path,  # folder of organ maps
-    origin: dict,  # of `_map_provenance`
-    device: str,
+    source: MapSource,
 ) -> str | None:  # why an existing map was computed again
     mask, record = out / f"{row['case']}.nii.gz", out / f"{row['case']}.json"
     open_nifti(row["image"])  # raises an error that names a missing or broken file
-    fp = fingerprint(**origin, volume=file_hash(row["image"]))
+    fp = fingerprint(**source.origin, volume=file_hash(row["image"]))
     old = read_json(record) if record.exists() else None
     if old == fp and mask.exists():
         return None
-    v, groups = read(row["image"]), origin["groups"]
-    organs = map_to_groups(run_totalsegmentator(v, groups, origin["fast"], device), groups)
+    v = read(row["image"])
+    organs = source.predict(v).organs
     if not organs.any():
         raise ValueError(
-            f"TotalSegmentator found none of the study's organs in {row['image']}: "
-            "is this a chest CT?"
+            f"{source.name} found none of the study's organs in {row['image']}: is this a chest CT?"
         )
     write(organs, v.affine, mask)
     write_json(fp, record)
@@ -267,17 +303,14 @@ def _segment_case(
 # %% ../../nbs/3_anatomy/32_segment.ipynb #36d37443
 def _segment_cases(
     rows: list[dict],  # of the cohort table
-    groups: dict,
-    fast: bool,
+    source: MapSource,
     out: Path,  # folder of organ maps
     quarantine: Quarantine,
-    device: str,
 ) -> set:  # the cases that failed
-    origin, remade = _map_provenance(groups, fast), []
-    _warn_slow(len(rows), fast, device)
+    remade = []
     for row in progress_bar(rows, label="organ maps"):
         try:
-            remade.append(_segment_case(row, out, origin, device))
+            remade.append(_segment_case(row, out, source))
         except Exception as e:
             quarantine.add(row["case"], e)
     if reasons := [r for r in remade if r]:
@@ -291,30 +324,34 @@ def _segment_cases(
     return {r["case"] for r in quarantine.rows}
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #82dbd7f7
+def _cohort_source(p: Any, n: int, device: Any) -> MapSource:
+    "TotalSegmentator with the options of the params, for `n` scans"
+    options = p.totalsegmentator
+    source = totalsegmentator_source(
+        {g: list(p.groups[g]) for g in p.groups}, options.fast, options.download, device
+    )
+    _warn_slow(n, options.fast, totalsegmentator_device(device))
+    return source
+
+
 def fill_organ_maps(
     table: pd.DataFrame,  # of `asap.data.prepare.prepare_cases`
     p: Any,  # params `anatomy`: groups, totalsegmentator
     out: Path,  # folder of organ maps
     quarantine: Path | None = None,  # CSV of the cases without a map
     device: Any = None,  # of torch; Accelerate's choice when None
+    source: MapSource | None = None,  # None: TotalSegmentator
 ) -> pd.DataFrame:  # the table, `organ_map` filled where it was empty
     "Segment the cases without an organ map; without weights the table is returned unchanged"
     rows = table[table.organ_map == ""][["case", "image"]].to_dict("records")
     if not rows:
         return table
     try:
-        ensure_weights(p.totalsegmentator.fast, p.totalsegmentator.download)
+        source = source or _cohort_source(p, len(rows), device)
     except FileNotFoundError as e:
         log_message(f"{len(rows)} of {len(table)} cases have no organ map: {e}")
         return table
-    failed = _segment_cases(
-        rows,
-        {g: list(p.groups[g]) for g in p.groups},
-        p.totalsegmentator.fast,
-        Path(out),
-        Quarantine(quarantine),
-        totalsegmentator_device(device),
-    )
+    failed = _segment_cases(rows, source, Path(out), Quarantine(quarantine))
     cases = [r["case"] for r in rows if r["case"] not in failed]
     maps = {c: str(Path(out) / f"{c}.nii.gz") for c in cases}
     return table.assign(organ_map=[maps.get(c, m) for c, m in zip(table.case, table.organ_map)])

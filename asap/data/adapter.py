@@ -68,7 +68,7 @@ class CohortAdapter:
         n_train: int,  # patients
         n_test: int,  # patients
         jobs: int = 1,  # processes
-        **phantom,  # size, spacing, second_recon_prob
+        **phantom,  # size, spacing, second_recon_prob, and `version` unless it is 2
     ) -> Any:  # `companions` of its companions, or None
         "Write a miniature of phantoms in the owners' layout"
         raise NotImplementedError(f"cohort {self.name} has no `write`")

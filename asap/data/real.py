@@ -54,6 +54,7 @@ class RealScan:
     archive: str  # package on PyPI
     image: str
     what: str  # description
+    region: str = ""  # chest or abdomen; a scan without one is never scored
     labels: str = ""  # multi-label file of TotalSegmentator's `total` classes
     masks: tuple = ()  # folders with one file per class
     lesion: str = ""  # mask of a lesion
@@ -65,6 +66,7 @@ SCANS = dict(
         "totalsegmentator",
         "aorta_report/example_ct.nii.gz",
         "chest CT with contrast, 1.5 mm",
+        region="chest",
         masks=("aorta_report/test_result/models", "pulmonary_report/models"),
         reports=(
             "aorta_report/example_ct_report/aorta_report.json",
@@ -75,12 +77,14 @@ SCANS = dict(
         "totalsegmentator",
         "example_ct.nii.gz",
         "abdomen CT, 3 mm",
+        region="abdomen",
         labels="example_seg_fast_force_split.nii.gz",
     ),
     totalsegmentator_part=RealScan(
         "totalsegmentator",
         "example_ct_sm.nii.gz",
         "the lowest 90 mm of that abdomen",
+        region="abdomen",
         labels="example_seg_fast.nii.gz",
         masks=("example_seg_fast",),
     ),
@@ -91,10 +95,18 @@ SCANS = dict(
         labels="example_seg_dicom.nii.gz",
     ),
     pyradiomics_lung1=RealScan(
-        "pyradiomics", "lung1_image.nrrd", "chest CT, slices of 5 mm", lesion="lung1_label.nrrd"
+        "pyradiomics",
+        "lung1_image.nrrd",
+        "chest CT, slices of 5 mm",
+        region="chest",
+        lesion="lung1_label.nrrd",
     ),
     pyradiomics_lung2=RealScan(
-        "pyradiomics", "lung2_image.nrrd", "chest CT, slices of 5 mm", lesion="lung2_label.nrrd"
+        "pyradiomics",
+        "lung2_image.nrrd",
+        "chest CT, slices of 5 mm",
+        region="chest",
+        lesion="lung2_label.nrrd",
     ),
 )
 
@@ -267,12 +279,23 @@ def _make_organ_map(s, files, masks, std, organs) -> np.ndarray | None:  # None:
     return None
 
 
-def _write_lesion(s, files, out, v, std) -> None:  # on the grid of the standard volume
+def _write_lesion(s, files, path, v, grid) -> None:  # on the grid of a volume
     lesion = read(files / s.lesion)
     check_mask(lesion.hu.shape, lesion.affine, v, s.lesion)
     mask = (lesion.hu > 0).astype(np.uint8)
-    mask = resample(mask, lesion.affine, std.hu.shape, std.affine, order=0, fill=0)
-    write(mask, std.affine, out / "lesion.nii.gz")
+    mask = resample(mask, lesion.affine, grid.hu.shape, grid.affine, order=0, fill=0)
+    write(mask, grid.affine, path)
+
+
+def _write_own_grid(s, files, out, v, masks, organs) -> None:  # voxels of the scan, axes RAS
+    ras = v.ras()
+    own = Volume(np.rint(ras.hu).astype(np.int16), ras.affine)
+    write(own.hu, own.affine, out / "scan.nii.gz")
+    organ_map = _make_organ_map(s, files, masks, own, organs)
+    if organ_map is not None:
+        write(organ_map, own.affine, out / "scan_organs.nii.gz")
+    if s.lesion:
+        _write_lesion(s, files, out / "scan_lesion.nii.gz", v, own)
 
 
 def prepare_scan(
@@ -286,7 +309,9 @@ def prepare_scan(
     """Check and standardize one scan with the files that come with it
 
     Writes `image.nii` and `view.nii.gz` (for display), and if the scan has them
-    `organ_map.nii.gz`, `lesion.nii.gz`, `sentences.json` and the measurements.
+    `organ_map.nii.gz`, `lesion.nii.gz`, `sentences.json` and the measurements. A scan with a
+    region is also written on its own grid, for scores: `scan.nii.gz`, `scan_organs.nii.gz`,
+    `scan_lesion.nii.gz`.
     `organs["masks"]` maps (masks, shape, affine, hu) to an organ map and takes precedence;
     `organs["labels"]` maps (path, shape, affine) to one.
     """
@@ -301,7 +326,9 @@ def prepare_scan(
     if organ_map is not None:
         write(organ_map, std.affine, out / "organ_map.nii.gz")
     if s.lesion:
-        _write_lesion(s, files, out, v, std)
+        _write_lesion(s, files, out / "lesion.nii.gz", v, std)
+    if s.region:
+        _write_own_grid(s, files, out, v, masks, organs)
     rows = scan_sentences(s, files, v)
     if rows:
         write_json(rows, out / "sentences.json")

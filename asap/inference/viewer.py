@@ -176,7 +176,7 @@ def _read_sentences(
 def list_real_scans(
     folder: Path | str,  # build/real
 ) -> dict[str, dict]:  # name -> paths and sentences, for `plot_scan`
-    "Real chest CTs that the stage `real` prepared"
+    "Real chest CTs that the stage `real_scans` prepared"
     out = {}
     for f in sorted(Path(folder).glob("*/image.nii")):
         status = read_json(Path(folder) / "status.json")["scans"][f.parent.name]

@@ -110,6 +110,8 @@ def inter_report_loss(
     patches = [all_gather(x) for x in patches]
     text, k, frozen, real = map(all_gather, (text, k, frozen, real))
     t, f, report = text[real], frozen[real], real.nonzero()[:, 0]
+    if not len(t):  # a batch of images without a report
+        return 0.0 * torch.stack([x.sum() for x in patches]).sum()
     allowed = None if candidates is None else all_gather(candidates)[:, None]
     weights = select_patches(
         t @ patches[0].transpose(1, 2),

@@ -261,7 +261,7 @@ def _embed_sentences(
     rows: list[dict],  # samples
     text_encoder,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B,S) bool, (B,S,C')
-    longest = max(len(r["sentences"]) for r in rows)
+    longest = max(1, *(len(r["sentences"]) for r in rows))
     sentence_mask = torch.tensor([[s < len(r["sentences"]) for s in range(longest)] for r in rows])
     sentence_embeds = torch.zeros(len(rows), longest, text_encoder.dim)
     if "align_input_ids" not in rows[0]:

@@ -65,6 +65,9 @@ _ODDS = {
     "Normal": {n: -12 for n in _LUNG},
 }
 
+
+_DISEASES = {"NCP": "COVID-19", "CP": "common pneumonia"}  # of generation 3
+
 # %% ../../../nbs/2_data/cohorts/cc_ccii.ipynb #f150f958
 def class_shift(
     kind: str,  # NCP, CP or Normal
@@ -96,10 +99,19 @@ def _write_patient(seed, split, i, n, root, kw):
     "One patient, the n-th of all"
     from PIL import Image
 
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     kind = CCCCII.labels[n % 3]
-    k = synthesize_case(f"{CCCCII.name} {seed}", split, i, shift=class_shift(kind), **kw)
+    own = _DISEASES.get(kind)
+    k = synthesize_patient(
+        f"{CCCCII.name} {seed}",
+        split,
+        i,
+        shift=class_shift(kind),
+        diseases={d: float(d == own) for d in _DISEASES.values()},
+        showing=[own] if own else [],
+        **kw,
+    )
     for j, r in enumerate(k.recons):
         with atomic_write(Path(root) / kind / str(n) / str(3000 + 2 * n + j)) as tmp:
             tmp.mkdir()

@@ -50,14 +50,16 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write image and target of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{COVID1920.name} {seed}",
         folder,
         i,
         shift=COVID1920.domain_shift,
         masks=LESIONS,
+        diseases={"COVID-19": 1},
+        showing=LESIONS,
         **{**kw, "second_recon_prob": 0},
     )
     stem = d / folder / f"volume-covid19-A-{i:04d}"

@@ -59,14 +59,16 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write scan, lungs and lesions of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{COVIDCTSeg.name} {seed}",
         name.split("_")[0],
         i,
         shift=COVIDCTSeg.domain_shift,
         masks=LESIONS,
+        diseases={"COVID-19": 1},
+        showing=LESIONS,
         **{**kw, "second_recon_prob": 0},
     )
     r = k.recons[0]

@@ -159,9 +159,9 @@ def write_case(
 def _write_patient(
     split, i, root, seed, release, kw, also
 ) -> tuple:  # rows, what each of `also` gives
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(seed, split, i, **kw)
+    k = synthesize_patient(seed, split, i, **kw)
     rows = write_case(k, root, release)
     image = (
         Path(root)

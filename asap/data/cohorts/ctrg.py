@@ -111,10 +111,10 @@ def write_case(
 
 # %% ../../../nbs/2_data/cohorts/ctrg.ipynb #09cb0992
 def _write_patient(split, i, name, root, seed, pictures, kw):
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     return write_case(
-        synthesize_case(f"{CTRG.name} {seed}", split, i, shift=CTRG.domain_shift, **kw),
+        synthesize_patient(f"{CTRG.name} {seed}", split, i, shift=CTRG.domain_shift, **kw),
         name,
         root,
         pictures,

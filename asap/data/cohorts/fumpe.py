@@ -159,17 +159,32 @@ def _flip_axes(array, affine):
     return np.ascontiguousarray(array[::-1, ::-1, ::-1]), a
 
 
+def _draw_scan(key, kw) -> tuple:
+    "HU, clots, affine; generation 2 has no pulmonary arteries, and gets its clots here"
+    from asap.phantom.cases import synthesize_patient
+
+    clots = "pulmonary embolism"
+    own: dict[str, Any] = dict(
+        shift=FUMPE.domain_shift,
+        diseases={clots: 1},
+        showing=[clots],
+        masks=[clots],
+        second_recon_prob=0,
+    )
+    k = synthesize_patient(*key, **(kw | own))
+    r, mask = k.recons[0], k.masks.get(clots)
+    if mask is not None:
+        return r.hu, mask, r.affine
+    mask = synthesize_clots(r, key)
+    return paint_clots(r.hu, mask, key), mask, r.affine
+
+
 def _write_patient(seed, split, i, n, root, kw):
     "One patient"
-    from asap.phantom.words import synthesize_case
-
     key = (f"{FUMPE.name} {seed}", split, i)
-    r = synthesize_case(*key, shift=FUMPE.domain_shift, **kw).recons[0]
-    mask = synthesize_clots(r, key)
-    _write_dicom_series(
-        *_flip_axes(paint_clots(r.hu, mask, key), r.affine), root / f"CT_scans/PAT{n:03d}", key
-    )
-    _write_mat(_flip_axes(mask, r.affine)[0], root / f"GroundTruth/PAT{n:03d}.mat")
+    hu, mask, affine = _draw_scan(key, kw)
+    _write_dicom_series(*_flip_axes(hu, affine), root / f"CT_scans/PAT{n:03d}", key)
+    _write_mat(_flip_axes(mask, affine)[0], root / f"GroundTruth/PAT{n:03d}.mat")
 
 # %% ../../../nbs/2_data/cohorts/fumpe.ipynb #be3cda2e
 @patch

@@ -69,7 +69,11 @@ def sample_pe(
     k: "PhantomCase",  # a phantom
     *key: object,  # seed, split, number of the patient
 ) -> int:  # 0 or 1
-    "Sample a PE label from the seed, more likely with a pleural effusion"
+    "PE, which generation 2 tosses with a pleural effusion as cause"
+    from asap.phantom.cases import generation, has_disease
+
+    if generation(k) == 3:
+        return int(has_disease(k, "pulmonary embolism"))
     return int(rng("PE", *key).random() < (0.45 if k.labels["Pleural effusion"] else 0.1))
 
 
@@ -91,8 +95,14 @@ def sample_readmission(
     *key: object,  # seed, split, number of the patient
 ) -> tuple:  # days, 1 if readmitted
     "Sample the time to readmission or to the end of follow-up"
+    from asap.phantom.cases import generation
+
     r = rng("readmission", *key)
-    days = r.exponential(900 * np.exp(-2 * k.outcome["severity"]))
+    severity = k.outcome["severity"]
+    if generation(k) == 3:  # decided by what the image shows, with little chance
+        days = 4000 * np.exp(-5 * severity) * r.weibull(3)
+    else:
+        days = r.exponential(900 * np.exp(-2 * severity))
     end = r.uniform(100, 1500)
     return int(np.ceil(min(days, end))), int(days <= end)
 
@@ -117,9 +127,10 @@ def _write_patient(
     seed,
     kw,
 ) -> dict:  # `n`: number of the study; a row a table
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(f"{INSPECT.name} {seed}", split, i, shift=INSPECT.domain_shift, **kw)
+    own: dict[str, Any] = dict(shift=INSPECT.domain_shift, diseases={"pulmonary embolism": 0.2})
+    k = synthesize_patient(f"{INSPECT.name} {seed}", split, i, **own, **kw)
     key = (INSPECT.name, seed, split, i)
     image = f"PE{derive_seed('image', *key):08x}"
     write_lps(k.recons[0], Path(root) / f"CTPA/{image}.nii.gz")

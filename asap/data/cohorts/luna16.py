@@ -158,9 +158,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> list:  # rows of annotations.csv
     "Write scan and lungs of one patient into a fold of the split"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{LUNA16.name} {seed}",
         split,
         i,

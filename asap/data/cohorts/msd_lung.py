@@ -51,14 +51,15 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> dict:  # its entry in dataset.json
     "Write image and target of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{MSDLung.name} {seed}",
         "train" if folder == "Tr" else "hidden",
         i,
         shift=MSDLung.domain_shift,
         masks=["Lung nodule"],
+        showing=["Lung nodule"],
         **{**kw, "second_recon_prob": 0},
     )
     name, r = f"lung_{i:03d}.nii.gz", k.recons[0]

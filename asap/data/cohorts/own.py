@@ -182,10 +182,12 @@ def write_case(
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #69352e72
 def _write_patient(split, i, number, root, seed, kw):
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
     return write_case(
-        synthesize_case(f"{OwnCohort.name} {seed}", split, i, shift=OwnCohort.domain_shift, **kw),
+        synthesize_patient(
+            f"{OwnCohort.name} {seed}", split, i, shift=OwnCohort.domain_shift, **kw
+        ),
         number,
         split,
         root,

@@ -129,9 +129,9 @@ def write_npz(
 
 # %% ../../../nbs/2_data/cohorts/rad_chest_ct.ipynb #afb6a9b5
 def _write_patient(prefix, i, root, seed, kw):
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{RadChestCT.name} {seed}", TABLES[prefix][0], i, shift=RadChestCT.domain_shift, **kw
     )
     write_npz(k.recons[0], Path(root) / f"{prefix}{i:05d}.npz")

@@ -117,8 +117,11 @@ def _question_rows(
     c,
     key,
 ) -> dict:  # kind -> rows without Volumename
+    from asap.phantom.cases import reported_diseases
+
     place: dict[str, list] = {}
     names = [f.name for f in c.findings]
+    disorders = [n.lower() for n in names + reported_diseases(c)]
     for f in c.findings:
         place.setdefault(f.place, []).append(f.name.lower())
     absent = [n for n in ABNORMALITIES if not c.has(n)]
@@ -137,7 +140,7 @@ def _question_rows(
             dict(Anatomy="", Abnormality=f.name.lower(), Size=f"{round(f.size_mm)} mm")
             for f in c.findings
         ],
-        disorder=[dict(Disorders=", ".join(n.lower() for n in names) or "no findings")],
+        disorder=[dict(Disorders=", ".join(disorders) or "no findings")],
     )
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #8c7c34c1
@@ -145,11 +148,11 @@ def _region_rows(
     c,
     key,
 ) -> list:  # rows of the region report
-    from asap.phantom.words import synthesize_report
+    from asap.phantom.cases import synthesize_full_report
 
     return [
         dict(Anatomy="", Sentence=f"{s.rstrip('.')}.")
-        for s in synthesize_report(c, key).findings.split(". ")
+        for s in synthesize_full_report(c, key).findings.split(". ")
     ]
 
 # %% ../../../nbs/2_data/cohorts/radgenome.ipynb #c4d22847
@@ -158,20 +161,19 @@ def _patient_rows(
     seed,
     split,
     i,
-    size,
-    spacing,
+    how,
 ) -> dict:  # file -> rows
-    from asap.phantom.abnormalities import synthesize_chest
-    from asap.phantom.words import synthesize_report
+    from asap.phantom.cases import synthesize_full_report, synthesize_patient
 
     key, name = (seed, split, i), f"{split}_{i}_a_1.nii.gz"
-    c = synthesize_chest(key, size, spacing)
+    c = synthesize_patient(*key, **{**how, "second_recon_prob": 0}).chest
+    assert c is not None
     if name not in tree.index:
         raise ValueError(
             f"the CT-RATE tree beside has no {name}: write it with as many patients, or "
             "take it away"
         )
-    if tree[name] != synthesize_report(c, key).findings:
+    if tree[name] != synthesize_full_report(c, key).findings:
         raise ValueError(
             f"the CT-RATE tree beside tells another report of {name}: it was written with "
             "another seed or size"
@@ -226,12 +228,12 @@ def write(
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
     companions: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
-    **kw: Any,  # second_recon_prob
+    **kw: Any,  # second_recon_prob, version
 ) -> None:
     "Write the tables of a miniature RadGenome-ChestCT of phantoms"
-    beside = Path(root).parent / "ct_rate"
+    beside, how = Path(root).parent / "ct_rate", dict(size=size, spacing=spacing, **kw)
     if not (beside / "dataset").is_dir():
-        CTRATE().write(beside, seed, n_train, n_test, jobs, size=size, spacing=spacing, **kw)
+        CTRATE().write(beside, seed, n_train, n_test, jobs, **how)
     for split, (ours, n) in dict(train=("train", n_train), validation=("valid", n_test)).items():
         said = (
             read_csv_table(
@@ -245,7 +247,7 @@ def write(
             if companions
             else parallel_map(
                 _patient_rows,
-                [(said, seed, ours, i, size, spacing) for i in range(1, n + 1)],
+                [(said, seed, ours, i, how) for i in range(1, n + 1)],
                 jobs,
                 "questions",
             )

@@ -120,12 +120,13 @@ def _finding_sentences(
     c, key, report: str
 ) -> list:  # (finding, its sentence) of what is in lungs and pleura
     "Sentence of the report for each finding"
-    from asap.phantom.words import finding_sentence, synthesize_report
+    from asap.phantom.cases import synthesize_full_report
+    from asap.phantom.words import finding_sentence
 
     r = rng("report", key)  # as `asap.phantom.words.synthesize_report` draws
     pairs = [(f, finding_sentence(f, r)) for f in c.findings]
     lost = [s for _, s in pairs if s not in report]
-    if lost or synthesize_report(c, key).findings != report:
+    if lost or synthesize_full_report(c, key).findings != report:
         raise ValueError(
             f"the CT-RATE tree beside tells another report of {key[1]}_{key[2]}: it was "
             "written with another seed or size"
@@ -158,12 +159,12 @@ def _write_entry(
     )
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #91dc6cd4
-def _write_patient(split, i, root, image, report, seed, size, spacing):
-    from asap.phantom.abnormalities import synthesize_chest
+def _write_patient(split, i, root, image, report, seed, how):
+    from asap.phantom.cases import synthesize_patient
 
-    return _write_entry(
-        synthesize_chest((seed, split, i), size, spacing), (seed, split, i), image, report, root
-    )
+    key = (seed, split, i)
+    c = synthesize_patient(*key, **{**how, "second_recon_prob": 0}).chest
+    return _write_entry(c, key, image, report, root)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #375a2dd5
 @patch
@@ -176,9 +177,9 @@ def write_alongside(
     patients: tuple[int, int] | None = None,  # numbers of patients, train and test
 ) -> dict | None:  # entry of dataset.json; None without findings
     "Write the masks of one patient; called by `ct_rate.write` while the phantom is in memory"
-    from asap.phantom.words import synthesize_report
+    from asap.phantom.cases import synthesize_full_report
 
-    return _write_entry(c, key, image, synthesize_report(c, key).findings, root)
+    return _write_entry(c, key, image, synthesize_full_report(c, key).findings, root)
 
 # %% ../../../nbs/2_data/cohorts/rex_grounding_ct.ipynb #8e8aeef1
 def _read_reports(
@@ -205,10 +206,10 @@ def write(
     size: tuple[int, int, int] = (96, 96, 48),  # of the phantom
     spacing: tuple[float, float, float] = (3.5, 3.5, 7.0),  # mm
     companions: dict | None = None,  # split of CT-RATE -> results of `write_alongside`
-    **kw: Any,  # second_recon_prob
+    **kw: Any,  # second_recon_prob, version
 ) -> None:
     "Write masks and list of a miniature ReXGroundingCT of phantoms"
-    tree = Path(root).parent / CTRATE.name
+    tree, how = Path(root).parent / CTRATE.name, dict(size=size, spacing=spacing, **kw)
     entries: dict[str, list] = dict(train=[], val=[], test=[])
     for split, to, n in (("train", "train", n_train), ("valid", "val", n_test)):
         if not n:
@@ -222,7 +223,7 @@ def write(
                 "patients, or take it away"
             )
         todo = [
-            (split, i, root, _volume_file(tree, x), told[x], seed, size, spacing)
+            (split, i, root, _volume_file(tree, x), told[x], seed, how)
             for i, x in enumerate(names, 1)
         ]
         entries[to] = [

@@ -70,14 +70,15 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> None:
     "Write test and retest CT of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{RIDER.name} {seed}",
         "test",
         i,
         shift=RIDER.domain_shift,
         masks=["Lung nodule"],
+        showing=["Lung nodule"],
         **{**kw, "second_recon_prob": 1},
     )
     r = rng(RIDER.name, seed, i)

@@ -83,9 +83,13 @@ def sample_answer(
     k: "PhantomCase",  # a phantom
     *key: object,  # seed, split, number of the patient
 ) -> dict:  # the exam's columns of train.csv
-    "Sample PE from the seed, more likely with a pleural effusion; few exams are indeterminate"
+    "PE, which generation 2 tosses with a pleural effusion as cause; few exams are indeterminate"
+    from asap.phantom.cases import generation, has_disease
+
     r = rng("PE", *key)
     positive = r.random() < (0.6 if k.labels["Pleural effusion"] else 0.2)
+    if generation(k) == 3:
+        positive = has_disease(k, "pulmonary embolism")
     unclear = r.random() < 1 / 15
     return dict(negative_exam_for_pe=int(not positive and not unclear), indeterminate=int(unclear))
 
@@ -159,15 +163,31 @@ def write_series(
     return slices
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #95b60a51
+_CLOTS = "pulmonary embolism"  # of `asap.phantom.abnormalities3.DISEASES`
+
+
+def _clot_columns(k, positive: int, n: int) -> dict:  # column -> 0 or 1, or one a slice
+    "Where the clots are; generation 2 has none, and names the middle slices"
+    slices = np.arange(n)
+    middle = (slices >= n // 2 - 2) & (slices <= n // 2 + 2)
+    sides, mask = dict(rightsided_pe=positive), k.masks.get(_CLOTS)
+    if mask is not None:
+        middle, side = mask.any((0, 1)), k.chest.diseases[_CLOTS].side
+        sides = {f"{s}sided_pe": positive * (side in (s, "both sides")) for s in ("right", "left")}
+    return dict(pe_present_on_image=positive * middle, rv_lv_ratio_lt_1=positive, **sides)
+
+
 def _write_patient(
     i,
     root,
     seed,
     kw,
 ) -> pd.DataFrame:  # the rows of an exam
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(f"{RSPECT.name} {seed}", "test", i, shift=RSPECT.domain_shift, **kw)
+    own: dict[str, Any] = dict(diseases={_CLOTS: 0.3}, masks=[_CLOTS])  # of generation 3
+    shift = RSPECT.domain_shift
+    k = synthesize_patient(f"{RSPECT.name} {seed}", "test", i, shift=shift, **own, **kw)
     key = (RSPECT.name, seed, i)
     names = (make_uid("study", *key), make_uid("series", *key))
     said = sample_answer(k, *key)
@@ -177,11 +197,7 @@ def _write_patient(
     t = pd.DataFrame(
         0, index=range(len(slices)), columns=[*UID_COLUMNS, *OTHER_COLUMNS, *ANSWER_COLUMNS]
     ).assign(**dict(zip(UID_COLUMNS, names)), SOPInstanceUID=slices, **said)
-    positive = int(not any(said.values()))
-    middle = (t.index >= len(t) // 2 - 2) & (t.index <= len(t) // 2 + 2)
-    return t.assign(
-        pe_present_on_image=positive * middle, rightsided_pe=positive, rv_lv_ratio_lt_1=positive
-    )
+    return t.assign(**_clot_columns(k, int(not any(said.values())), len(t)))
 
 # %% ../../../nbs/2_data/cohorts/rspect.ipynb #87d2db44
 @patch

@@ -70,9 +70,9 @@ def write_case(
     kw: dict,  # size, spacing of the phantom
 ) -> dict:  # its entry in dataset.json
     "Write image and target of one patient"
-    from asap.phantom.words import synthesize_case
+    from asap.phantom.cases import synthesize_patient
 
-    k = synthesize_case(
+    k = synthesize_patient(
         f"{SegTHOR.name} {seed}",
         "train" if labelled else "hidden",
         i,

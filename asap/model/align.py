@@ -398,7 +398,7 @@ class AlignmentHead(nn.Module):
         )
         return total / len(pooled)
 
-    def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
+    def ranks(self, num_patches: int) -> tuple[float, int]:  # softness, upper bound on k
         "Arguments `soft` and `most` of `inter_report_loss`"
         return self.softness(num_patches), int(self.max_k(num_patches)) + 1
 
@@ -460,7 +460,7 @@ class ReleasedAlignmentHead(AlignmentHead):
         "0, hard selection, if the region size is released"
         return 0.0 if self.region_size == "released" else super().softness(num_patches)
 
-    def ranks(self, num_patches: int) -> tuple:  # softness, upper bound on k
+    def ranks(self, num_patches: int) -> tuple[float, int]:  # softness, upper bound on k
         "A fixed softness and no bound if the region size is released"
         return (0.5, num_patches) if self.region_size == "released" else super().ranks(num_patches)
 

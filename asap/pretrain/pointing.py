@@ -179,7 +179,7 @@ def read_lesions(
         return None
     try:
         folders = [find_raw_dir(n, root / "data") for n in (name, parent)]
-        said, _ = ReXGroundingCT().read(*folders)  # type: ignore[call-arg] # added by `@patch`
+        said, _ = ReXGroundingCT().read(*folders)
     except FileNotFoundError:
         return None
     by_case = dict(iter(said.groupby("case")))

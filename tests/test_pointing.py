@@ -4,6 +4,7 @@ trainings that do not ground: each changes what it says, and none of them anythi
 import importlib.util
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from tiny_cases import cases
 
 from asap.core import project_root
 from asap.inference.ground import align_sentences
+from asap.model.align import select_patches, soft_topk, weighted_pool
 from asap.model.asap import ARM_OVERRIDES, ArmConfig, arm_params, build_asap, build_config
 from asap.model.vit import body_candidates
 from asap.params import load_params
@@ -32,6 +34,7 @@ CHANGES = dict(
     align_candidates="body",
     nowhere_slot=True,
     rank_noise=0.5,
+    soft_selection=0.05,
     stem_init="windows",
     mask_ratio=0.5,
     align_mask_ratio=0.0,
@@ -40,6 +43,9 @@ CHANGES = dict(
     init_k_ratio=0.1,
     temperature=0.2,
 )
+
+
+SEARCH = dict(corpus=None, losses="align", steps=2, patients=[2, 1, 1], stride=None)
 
 
 def row(**changes) -> dict:
@@ -275,6 +281,31 @@ def test_noise_is_drawn_in_training_alone(study):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_soft_selection_reaches_the_similarity_and_its_default_changes_no_bit():
+    torch.manual_seed(0)
+    k, x = torch.full((3, 4), 2.6, requires_grad=True), torch.randn(3, 20, 8)
+    sim = (2 * torch.rand(3, 4, 20) - 1).requires_grad_()
+    today = select_patches(sim, k, 0.5, 6)
+    assert torch.equal(today, soft_topk(sim, k, 0.5, 6))
+    assert torch.equal(select_patches(sim, k, 0.0, 6, temperature=0.1), soft_topk(sim, k, 0.0, 6))
+    assert torch.autograd.grad(today.sum(), sim, allow_unused=True, retain_graph=True)[0] is None
+    soft = select_patches(sim, k, 0.5, 6, temperature=0.1)
+    assert torch.equal(soft, select_patches(sim, k, 0.5, temperature=0.1)), "`most` saves time only"
+    for_sim, for_k = torch.autograd.grad(weighted_pool(x, soft)[..., 0].sum(), (sim, k))
+    assert for_sim.abs().amax(-1).min() > 0 and for_k.abs().min() > 0
+    assert torch.equal(soft.detach().argsort(-1), sim.detach().argsort(-1))
+    assert ((soft > 0.5).sum(-1) == 3).all()  # 2.6 patches
+
+
+def test_soft_selection_among_few_candidates_is_finite():
+    sim = torch.tensor([[0.1, 0.9, 0.5, 0.3]], requires_grad=True)
+    some = torch.tensor([[True, False, True, False]])
+    w = select_patches(sim, torch.tensor([3.0]), 0.5, None, some, temperature=0.05)
+    assert w[0, 1] == w[0, 3] == 0 and w[0, [0, 2]].min() > 0.99
+    w.sum().backward()
+    assert sim.grad.isfinite().all() and (sim.grad[~some] == 0).all()
+
+
 def test_kernels_are_windows_and_keep_their_size(study):
     random, windows = (
         model_of(study, stem_init=k)[0].vit.patch_embed for k in ("random", "windows")
@@ -306,12 +337,13 @@ def test_the_search_goes_on_where_it_stopped_and_refuses_the_studys_seed(tmp_pat
     causes, out = driver(), tmp_path / "x.csv"
     argv = ["x", "--cache", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr("sys.argv", argv)
-    k = causes.key("today", 4001, causes.arguments())
+    args = causes.arguments(), load_params()
+    k = causes.key("today", 4001, *args)
     assert not causes.is_done(k, out)
     causes.append(k | dict(pointing=0.1), out)
-    causes.append(causes.key("body", 4001, causes.arguments()) | dict(pointing=0.2), out)
+    causes.append(causes.key("body", 4001, *args) | dict(pointing=0.2), out)
     assert causes.is_done(k, out) and len(pd.read_csv(out)) == 2
-    assert not causes.is_done(causes.key("today", 4002, causes.arguments()), out)
+    assert not causes.is_done(causes.key("today", 4002, *args), out)
     monkeypatch.setattr("sys.argv", [*argv, "--seeds", "1"])
     with pytest.raises(SystemExit, match="the study's own seed"):
         causes.main()
@@ -355,7 +387,22 @@ def test_one_row_of_the_search_from_the_draw_to_the_table(study, tmp_path, monke
     found = pd.read_csv(out).iloc[0]
     assert found.variant == "all_visible_body" and found.points_outside_body == 0
     assert 0 <= found.pointing <= 1 and found.cpu_seconds >= 0
-    table = pd.read_parquet(tmp_path / "seed_4001/table.parquet")
+    table = pd.read_parquet(tmp_path / "seed_4001_phantom_2/table.parquet")
     assert table.split.value_counts().to_dict() == dict(train=4, val=2, test=2)
     causes.main()  # nothing is left to do
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_lesions_of_the_search_are_those_of_the_report(tmp_path, version):
+    causes, p = driver(), P
+    phantom = p.phantom.model_copy(update=dict(version=version))
+    p = p.model_copy(update=dict(phantom=phantom))
+    assert causes.key("today", 4001, SimpleNamespace(**SEARCH), p)["phantom"] == version
+    table = causes.draw(4001, dict(train=2, val=1, test=1), tmp_path, p)
+    found = [(r, *causes.load_masks(r)) for r in table.to_dict("records")]
+    assert any(len(labels) for _, _, labels, _ in found)
+    for r, sentences, labels, masks in found:
+        assert all(s in r["findings"] for s in sentences)
+        assert all(r[f"label:{k}"] for k in labels) and len(masks) == len(sentences)
+        assert masks.shape[1:] == nib.load(r["image"]).shape and masks.any((1, 2, 3)).all()

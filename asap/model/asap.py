@@ -69,6 +69,7 @@ class ModelConfig(BaseConfig):
     align_candidates: Literal["all", "body"] = "all"  # patches that a sentence can select
     nowhere_slot: bool = False  # a learned vector that a sentence can select, in training
     rank_noise: NonNegativeFloat = 0.0  # random values added to similarities, in training
+    soft_selection: NonNegativeFloat = 0.0  # temperature of weights by similarity; 0: by rank
     stem_init: Literal["random", "windows"] = "random"  # windows: kernels are windows of images
 
     def check(
@@ -124,6 +125,7 @@ class ArmConfig(BaseConfig):
     align_candidates: Literal["all", "body"] | None = None
     nowhere_slot: bool | None = None
     rank_noise: NonNegativeFloat | None = None
+    soft_selection: NonNegativeFloat | None = None
     stem_init: Literal["random", "windows"] | None = None
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     align_mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -152,6 +154,7 @@ ARM_OVERRIDES = dict(
     align_candidates="model",
     nowhere_slot="model",
     rank_noise="model",
+    soft_selection="model",
     stem_init="model",
     mask_ratio="pretrain",
     align_mask_ratio="pretrain",
@@ -316,6 +319,7 @@ def _alignment_args(config: dict) -> tuple:  # of `AlignmentHead`
         m["align_tokens"],
         m["nowhere_slot"],
         m["rank_noise"],
+        m["soft_selection"],
     )
 
 

@@ -2,6 +2,7 @@
 trainings that do not ground: each changes what it says, and none of them anything by default"""
 
 import importlib.util
+import json
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -21,7 +22,12 @@ from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
 from asap.pretrain.checkpoint import model_card
-from asap.pretrain.pointing import body_patches, collect_targets
+from asap.pretrain.pointing import (
+    body_patches,
+    collect_targets,
+    describe_pointing,
+    measure_pointing,
+)
 from asap.pretrain.pretrain import add_text_features, build_model, fit_stem, recipe, run
 from asap.text.encoder import load, train_text_encoder
 from asap.text.sentences import join_report, split_sentences
@@ -46,6 +52,16 @@ CHANGES = dict(
 
 
 SEARCH = dict(corpus=None, losses="align", steps=2, patients=[2, 1, 1], stride=None)
+
+
+KNOWN = dict(  # of a study, for `model_card`
+    spacing=P.volumes.spacing,
+    hu_range=P.volumes.hu_range,
+    train=dict(ct_rate=9),
+    cohorts=["ct_rate"],
+    seed=4001,
+    phantom="2",
+)
 
 
 def row(**changes) -> dict:
@@ -132,6 +148,23 @@ def test_the_last_line_names_a_training_below_the_atlas(study, capfd):
     lines = [x for x in capfd.readouterr().err.splitlines() if "pointing accuracy" in x]
     assert where["a"] and len(lines) == 1
     assert "atlas 1.000" in lines[0] and "BELOW the atlas by position" in lines[0]
+
+
+def test_what_cannot_be_measured_is_left_out_and_metrics_stay_valid_json(study):
+    m, _ = model_of(study, region_size="fixed")  # k is constant
+    found = measure_pointing(m, study.text, targets(study, study.lesions), P)
+    assert "pointing" in found and "k_extent_correlation" not in found
+
+    def large(r):
+        sentences, labels, masks = study.lesions(r)
+        return sentences, ["Pleural effusion"] * len(labels), masks
+
+    no_focal = measure_pointing(m, study.text, targets(study, large), P)
+    assert "pointing" not in no_focal and "pointing_all" in no_focal
+    json.dumps([found, no_focal], allow_nan=False)
+    card = model_card("asap", m.config, dict(steps=9, pointing=no_focal), KNOWN)
+    assert "of all points lie outside the body" in card and "Below the atlas" not in card
+    assert "no focal lesion" in describe_pointing(no_focal)
 
 
 def test_arms_without_regions_and_cohorts_without_masks_are_not_measured(study):
@@ -351,14 +384,6 @@ def test_the_search_goes_on_where_it_stopped_and_refuses_the_studys_seed(tmp_pat
 
 def test_the_card_states_how_sentences_point():
     config = build_config(P, row(), 20, 50)
-    known = dict(
-        spacing=P.volumes.spacing,
-        hu_range=P.volumes.hu_range,
-        train=dict(ct_rate=9),
-        cohorts=["ct_rate"],
-        seed=4001,
-        phantom="2",
-    )
     found = dict(
         pointing=0.1,
         pointing_atlas=0.2,
@@ -366,13 +391,13 @@ def test_the_card_states_how_sentences_point():
         distinct_points=7,
         k_extent_correlation=0.5,
     )
-    card = model_card("asap", config, dict(steps=9, pointing=found), known)
+    card = model_card("asap", config, dict(steps=9, pointing=found), KNOWN)
     assert "0.100 of the sentences about focal lesions hit (an atlas by position: 0.200)" in card
     assert "34.0% of all points lie outside the body, 7 different patches" in card
     assert "Below the atlas" in card
-    above = model_card("asap", config, dict(steps=9, pointing=found | dict(pointing=0.3)), known)
+    above = model_card("asap", config, dict(steps=9, pointing=found | dict(pointing=0.3)), KNOWN)
     assert "Below the atlas" not in above
-    assert "Pointing on validation" not in model_card("asap", config, dict(steps=9), known)
+    assert "Pointing on validation" not in model_card("asap", config, dict(steps=9), KNOWN)
 
 
 def test_one_row_of_the_search_from_the_draw_to_the_table(study, tmp_path, monkeypatch):

@@ -615,15 +615,20 @@ def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
 
 
 def _pointing_statement(found: dict) -> str:  # `pointing` of the metrics
-    below = found["pointing"] < found["pointing_atlas"]
-    return (
-        f"Pointing on validation cases of this training: {found['pointing']:.3f} of the sentences "
-        f"about focal lesions hit (an atlas by position: {found['pointing_atlas']:.3f}), "
-        f"{found['points_outside_body']:.1%} of all points lie outside the body, "
-        f"{found['distinct_points']} different patches, rank correlation of k with the extent "
-        f"{found['k_extent_correlation']:.2f}."
-        + (" Below the atlas: do not rely on its regions." if below else "")
-    )
+    ours, atlas = found.get("pointing"), found.get("pointing_atlas")
+    parts = [
+        f"{found['points_outside_body']:.1%} of all points lie outside the body",
+        f"{found['distinct_points']} different patches",
+    ]
+    if "k_extent_correlation" in found:
+        parts.append(f"rank correlation of k with the extent {found['k_extent_correlation']:.2f}")
+    below = False
+    if ours is not None and atlas is not None:
+        hits = f"{ours:.3f} of the sentences about focal lesions hit"
+        parts.insert(0, f"{hits} (an atlas by position: {atlas:.3f})")
+        below = ours < atlas
+    warning = " Below the atlas: do not rely on its regions." if below else ""
+    return f"Pointing on validation cases of this training: {', '.join(parts)}.{warning}"
 
 
 def _training_statement(known: dict) -> str:

@@ -321,7 +321,7 @@ def measure_pointing(
     text: Any,  # frozen text encoder
     targets: LesionTargets | None,  # None: nothing is measured
     p: Any,  # params with volumes
-) -> dict[str, float]:  # of `summarize_points`, rounded; empty without targets
+) -> dict[str, float]:  # of `summarize_points`, rounded, NaN left out; empty without targets
     "Pointing on held-out cases; changes neither the model nor a random stream"
     if targets is None:
         return {}
@@ -329,13 +329,16 @@ def measure_pointing(
     model.eval()
     rows = score_points(targets, predict_points(model, text, targets, p))
     model.train(was_training)
-    return {k: round(v, 5) for k, v in summarize_points(rows).items()}
+    return {k: round(v, 5) for k, v in summarize_points(rows).items() if not np.isnan(v)}
 
 
 def describe_pointing(
     found: dict,  # of `measure_pointing`
 ) -> str:  # one line
     "How the sentences point on validation cases, and whether the atlas points better"
+    outside = f"{found['points_outside_body']:.0%} of all points outside the body"
+    if not {"pointing", "pointing_atlas"} <= found.keys():
+        return f"validation cases have no focal lesion to compare with an atlas; {outside}"
     ours, atlas = found["pointing"], found["pointing_atlas"]
     verdict = (
         "BELOW the atlas by position: do not rely on its regions"
@@ -344,5 +347,5 @@ def describe_pointing(
     )
     return (
         f"pointing accuracy on validation cases {ours:.3f} for focal lesions (atlas {atlas:.3f}), "
-        f"{found['points_outside_body']:.0%} of all points outside the body: {verdict}"
+        f"{outside}: {verdict}"
     )

@@ -5,8 +5,8 @@ Each variant is a row of `arms` (asap with the changes of VARIANTS). For every v
 development seed one process trains it on one core and measures it on development patients; its
 row is appended to benchmarks/grounding_causes.csv at once, and rows that are there are not
 computed again. What the variants of a seed share (volumes, organ maps, lesion masks, sentence
-features) is kept in --cache, outside the repository. The study's seed is refused: no patient of
-the study is seen.
+features) is kept in --cache, outside the repository. The generation of phantoms is that of the
+params file (phantom.version). The study's seed is refused: no patient of the study is seen.
 
     python benchmarks/grounding_causes.py --cache /data/causes --seeds 4001 4002 4003
 """

@@ -33,6 +33,7 @@ from asap.core import (
     write_text,
 )
 from .params import load_params, read_params
+from .processes import LOCKS, hold_lock, lead
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -184,6 +185,12 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
+    with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
+        lead()
+        return _execute(name, parameters)
+
+
+def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill

@@ -1056,6 +1056,15 @@ def _run_study(a: argparse.Namespace) -> int:
     return run_study(project_root(), a.stages or p.study.max_parallel_stages)
 
 
+def _run_doctor(a: argparse.Namespace) -> int:
+    from asap.doctor import examine
+
+    found = examine(project_root())
+    for f in found:
+        print(f"{f.state:8}{f.check:12}{f.text}")
+    return int(any(f.state == "problem" for f in found))
+
+
 def _check_params(a: argparse.Namespace) -> int:
     load_params(a.file)
     if a.merged:
@@ -1098,6 +1107,13 @@ def _add_study_commands(sub: Any) -> None:
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
     c.add_argument("--merged", action="store_true", help="print it with what it takes from `base`")
     c.add_argument("-o", "--out", metavar="FILE", help="with --merged: write it there")
+    _add_command(
+        sub,
+        "doctor",
+        _run_doctor,
+        "say what stands in the way of a run: locks, disk space, versions",
+        "asap doctor",
+    )
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4

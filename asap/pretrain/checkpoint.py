@@ -625,6 +625,23 @@ def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
     return bool(known["steps"]) and arm["contrast_level"] == "region" and on_phantoms
 
 
+def _pointing_statement(found: dict) -> str:  # `pointing` of the metrics
+    ours, atlas = found.get("pointing"), found.get("pointing_atlas")
+    parts = [
+        f"{found['points_outside_body']:.1%} of all points lie outside the body",
+        f"{found['distinct_points']} different patches",
+    ]
+    if "k_extent_correlation" in found:
+        parts.append(f"rank correlation of k with the extent {found['k_extent_correlation']:.2f}")
+    below = False
+    if ours is not None and atlas is not None:
+        hits = f"{ours:.3f} of the sentences about focal lesions hit"
+        parts.insert(0, f"{hits} (an atlas by position: {atlas:.3f})")
+        below = ours < atlas
+    warning = " Below the atlas: do not rely on its regions." if below else ""
+    return f"Pointing on validation cases of this training: {', '.join(parts)}.{warning}"
+
+
 def _training_statement(known: dict) -> str:
     if not known["steps"]:
         return f"Not trained: initial weights, seed {known['seed']}."
@@ -667,7 +684,8 @@ def _model_statement(config: dict, known: dict) -> str:
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
+    # steps; optional pointing, num_parameters, num_encoder_parameters, seconds
+    metrics: dict,
     # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
     # optional pretrain, data (hash), revision, license, seconds
     study: dict,
@@ -685,6 +703,7 @@ def model_card(
         _training_statement(known),
         *(f"{name}: `{known[k]}`." for k, name in optional.items() if known.get(k)),
         f"{_data_statement(known['phantom'])} Not for clinical use.",
+        *([_pointing_statement(known["pointing"])] if known.get("pointing") else []),
         *([_GROUNDING_WARNING] if _is_grounded_on_phantoms(known, config["arm"]) else []),
         f"License of code and weights: {known['license']}.",
         "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",

@@ -103,6 +103,12 @@ _LOSS_TITLES = dict(
     mlm_accuracy="MLM accuracy",
     k_ratio="k ratio",
 )
+_POINTING = {
+    "pointing": "pointing, focal lesions",
+    "points_outside_body": "points outside the body",
+    "distinct_points": "different patches",
+    "k_extent_correlation": "correlation of k, extent",
+}
 
 
 def _plot_losses(
@@ -123,21 +129,28 @@ def plot_loss_curves(
     logs: dict[str, pd.DataFrame],  # arm -> log of pre-training
     styles: dict[str, dict[str, str]],  # of `arm_styles`
     out: Path,  # folder
+    evals: dict[str, pd.DataFrame] | None = None,  # arm -> evaluations on held-out cases
 ) -> Any:  # matplotlib figure, closed
-    "Each loss by step"
+    "Each loss by step, and pointing on validation cases where it was measured"
     import matplotlib.pyplot as plt
 
     set_style()
     data = pd.concat([t.melt("step", var_name="part").assign(arm=a) for a, t in logs.items()])
-    data = data[data.part.isin(_LOSSES) & data.value.notna()]
-    parts = [p for p in _LOSSES if p in set(data.part)]
+    pointing = [
+        t[["step", *found]].melt("step", var_name="part").assign(arm=a)
+        for a, t in (evals or {}).items()
+        if (found := [k for k in _POINTING if k in t])
+    ]
+    data = pd.concat([data, *pointing])
+    data = data[data.part.isin([*_LOSSES, *_POINTING]) & data.value.notna()]
+    parts = [p for p in (*_LOSSES, *_POINTING) if p in set(data.part)]
     columns = -(-len(parts) // 2)
     size = (2.4 * columns + 1.4, 4.2)
     fig, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, part in zip(axes.flat, parts):
         _plot_losses(ax, data[data.part == part], styles)
         scale = "log" if part == "loss" else "linear"  # arms sum different losses
-        ax.set(title=_LOSS_TITLES[part], yscale=scale, xlabel="step", gid=part)
+        ax.set(title=(_LOSS_TITLES | _POINTING)[part], yscale=scale, xlabel="step", gid=part)
     for ax in axes.flat[len(parts) :]:
         ax.remove()
     add_legend(fig, styles)

@@ -33,7 +33,7 @@ A 3-D U-Net for CT: organ groups and the body at {spacing} mm, RAS, HU -1000 to 
 
 - Trained for {steps} steps of {batch} {samples} on {n} bodies of phantom generation 3 alone, half \
 of them with domain randomization: these weights know no patient. For no clinical use.
-- Dice on {m} phantoms of generation 2, which it has not seen: {dice}.
+- Dice on {m} phantoms of generation 2, which it has not seen: {groups}.
 - Stress tests on {k} bodies of generation 3b, whose shapes share no code: a shift of 84 mm costs \
 at most {worst_loss:.2f} Dice of an organ; predicted over true lung volume in partial fields \
 {ratio_min:.2f} to {ratio_max:.2f}; at most {false_lung:.4f} of a box without lung is called lung.
@@ -63,7 +63,7 @@ def write_card(s, c, dice, m, stress, k) -> str:
         samples="sample" if c.batch_size == 1 else "samples",
         n=c.num_phantoms,
         m=m,
-        dice=", ".join(f"{name} {v:.2f}" for name, v in dice.items()),
+        groups=", ".join(f"{name} {v:.2f}" for name, v in dice.items()),
         code=code_version(),
         k=k,
         **stress,

@@ -1,1 +1,24 @@
+"ASAP: vision-language pre-training on chest CT and radiology reports"
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["Model", "Source", "embed", "ground", "organs", "zero_shot"]
+
+if TYPE_CHECKING:
+    from .data.volumes import Source
+    from .inference.api import Model, embed, ground, organs, zero_shot
+
+
+def __getattr__(name: str) -> Any:
+    "The functions on one scan are loaded at their first use: `import asap` loads no library"
+    if name not in __all__:
+        raise AttributeError(f"module 'asap' has no attribute {name!r}")
+    from importlib import import_module
+
+    module = "asap.data.volumes" if name == "Source" else "asap.inference.api"
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

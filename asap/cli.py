@@ -632,10 +632,10 @@ def _organs_one(
     from asap.inference.api import organs
 
     made = organs(path, _source_from_args(a), source)
-    files = _write_masks(a, made, Path(a.out), name)
+    masks = _write_masks(a, made, Path(a.out), name)
     record = Path(a.out) / f"{name}_organs.json"
     write_json(made.record(), record)
-    files = [*map(str, files), str(record)]
+    files = [*map(str, masks), str(record)]
     _print_result(a, name, path, files[0], warnings=made.warnings, files=files, **made.record())
 
 

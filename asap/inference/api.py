@@ -272,7 +272,8 @@ class Model:
         names = _distinct(labels)
         scan, words = self._load_ct(path, source), self.unknown_words(names)
         p: Any = load_params(sections=["vocabulary"])
-        table = classify_zero_shot(*self._model_and_text, scan, names, p.vocabulary)
+        model, text = self._model_and_text
+        table = classify_zero_shot(model, text, scan, names, p.vocabulary)
         table["unknown_words"] = self._words_column(names)
         return ScanLabels(Path(path), table, words, self._warnings(scan, words))
 
@@ -285,7 +286,8 @@ class Model:
         "Localize sentences"
         said = _distinct(sentences)
         scan, words = self._load_ct(path, source), self.unknown_words(said)
-        grounding = ground_sentences(*self._model_and_text, scan, said)
+        model, text = self._model_and_text
+        grounding = ground_sentences(model, text, scan, said)
         table = region_table(grounding, scan.volume)
         column = dict(zip(said, self._words_column(said)))
         table["unknown_words"] = table.sentence.map(column)

@@ -701,6 +701,7 @@ def run_embed(a: argparse.Namespace) -> int:
     _refuse_overwrite(a.out, scans)
     _check_features_file(a.out, a.tokens)
     model = _open_model(a)
+    _ = model.encoder  # loaded before the first scan
     done, bad = _map_scans(
         scans,
         "embed",
@@ -716,9 +717,11 @@ def run_embed(a: argparse.Namespace) -> int:
 def _open_model(a: argparse.Namespace) -> Any:  # Model
     "The model that the options name; log what it was trained on"
     from asap.inference.api import Model
+    from asap.inference.scan import CHECKPOINT_DIRS, resolve_folder
 
-    text = getattr(a, "text", None)
-    model = Model.from_pretrained(a.checkpoint, text, _roi_size_from_args(a), a.device)
+    _choose_device(a)
+    folder = resolve_folder(a.checkpoint, CHECKPOINT_DIRS, "--checkpoint")
+    model = Model(folder, getattr(a, "text", None), _roi_size_from_args(a))
     log_message(model.card)
     return model
 

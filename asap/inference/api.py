@@ -46,6 +46,7 @@ from asap.inference.zero_shot import (
     find_unknown_words,
     unknown_words_warning,
 )
+from ..model.vit import ViT3D
 from ..params import load_params
 
 # %% ../../nbs/8_inference/84_api.ipynb #532f01ad
@@ -208,7 +209,6 @@ class Model:
         size: tuple[int, int, int] | None = None,  # voxels of the box; None: as trained
     ):
         self.folder, self.text, self.size = folder, text, size
-        self.encoder = load_image_encoder(folder, size)
 
     @classmethod
     def from_pretrained(
@@ -221,7 +221,14 @@ class Model:
         "Load a checkpoint; `device` holds for the whole process"
         if device:
             use_device(device)
-        return cls(resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint"), text, size)
+        model = cls(resolve_folder(folder, CHECKPOINT_DIRS, "--checkpoint"), text, size)
+        _ = model.encoder  # here, so that a broken checkpoint is an error here
+        return model
+
+    @cached_property
+    def encoder(self) -> ViT3D:
+        "The image encoder, in eval mode on the device; loaded at its first use"
+        return load_image_encoder(self.folder, self.size)
 
     @cached_property
     def _model_and_text(self) -> tuple:  # ASAP, TextEncoder

@@ -320,6 +320,7 @@ def _map_scans(
     function: Callable[[str, Path], Any],  # takes name and path of a scan
     refuse: Callable[[str, Exception], None],  # names a refused scan
     write: Callable[[list], None] | None = None,  # writes the results so far
+    show: Callable[[str, Path, Any], None] | None = None,  # prints a result that is kept
     close: Callable[[list, Quarantine], None] | None = None,  # called last, also after Ctrl-C
 ) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
     "Process scans one by one; refused ones are named and left out"
@@ -328,7 +329,7 @@ def _map_scans(
     try:
         for name, path in progress_bar(scans, label=label) if len(scans) > 1 else scans:
             try:
-                done.append((name, function(name, path)))
+                result = function(name, path)
             except BrokenPipeError:
                 raise
             except Exception as e:
@@ -338,6 +339,9 @@ def _map_scans(
                 bad.add(name, reason)
                 refuse(name, reason)
                 continue
+            done.append((name, result))
+            if show:
+                show(name, path, result)
             save(done)
     finally:
         if write and done:
@@ -684,15 +688,25 @@ def _check_features_file(
 
 def _embed_one(
     a: argparse.Namespace,
-    name: str,  # of the scan
     path: Path,
     model: Any,  # Model
-) -> tuple[Any, Any]:  # (C,), (1+N,C) or None
+) -> Any:  # ScanEmbedding, without tokens if they are not kept: they take far more memory
     e = model.embed(path, _source_from_args(a))
+    if not a.tokens:
+        e.tokens = e.tokens[:0]
+    return e
+
+
+def _show_embedding(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    e: Any,  # ScanEmbedding
+) -> None:
     _log_warnings(path, e.warnings)
-    text = f"{name}: {len(e.features)} features, the mean of {len(e.tokens) - 1} patches"
+    n = "x".join(map(str, e.grid))
+    text = f"{name}: {len(e.features)} features, the mean of {n} patches"
     _print_result(a, name, path, text, warnings=e.warnings, files=[a.out], **e.record())
-    return e.features, e.tokens if a.tokens else None  # tokens take far more memory
 
 
 def run_embed(a: argparse.Namespace) -> int:
@@ -705,9 +719,10 @@ def run_embed(a: argparse.Namespace) -> int:
     done, bad = _map_scans(
         scans,
         "embed",
-        lambda name, path: _embed_one(a, name, path, model),
+        lambda name, path: _embed_one(a, path, model),
         _refuser(a, scans),
-        lambda done: _write_features(done, a.out, model.encoder.grid_size),
+        lambda done: _write_features(done, a.out, a.tokens),
+        lambda *result: _show_embedding(a, *result),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
     _print_file(a, done)
@@ -735,24 +750,23 @@ def _print_file(a: argparse.Namespace, done: list) -> None:
 def _write_features(
     done: list[tuple[str, Any]],  # of `_map_scans`, with results of `_embed_one`
     out: str,  # .npz, .csv or .parquet
-    grid: tuple,  # of the tokens
+    keep: bool,  # the tokens too
 ) -> None:
     import numpy as np
     import pandas as pd
 
     from asap.core import write_csv, write_parquet
 
-    cases, features = [n for n, _ in done], np.stack([f for _, (f, _) in done])
+    cases, features = [n for n, _ in done], np.stack([e.features for _, e in done])
     ending = Path(out).suffix.lower()
     if ending != ".npz":
         table = pd.DataFrame(features, columns=[f"f{i}" for i in range(features.shape[1])])
         table.insert(0, "case", cases)
         (write_csv if ending == ".csv" else write_parquet)(table, out)
         return
-    tokens = [t for _, (_, t) in done]
     more: dict[str, Any] = {}
-    if tokens[0] is not None:
-        more = dict(tokens=np.stack(tokens), grid=np.array(grid))
+    if keep:
+        more = dict(tokens=np.stack([e.tokens for _, e in done]), grid=np.array(done[0][1].grid))
     with atomic_write(out) as tmp, open(tmp, "wb") as f:
         np.savez(f, features=features, cases=np.array(cases), **more)
 
@@ -801,9 +815,10 @@ def run_zero_shot(a: argparse.Namespace) -> int:
     done, bad = _map_scans(
         scans,
         "zero-shot",
-        lambda name, path: _zero_shot_one(a, name, path, model, labels, warning),
+        lambda _, path: _on_ct(a, model.zero_shot, path, labels),
         _refuser(a, scans),
         lambda done: _write_zero_shot(done, a.out),
+        lambda *result: _show_labels(a, *result, warning),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
     _print_file(a, done)
@@ -825,20 +840,17 @@ def _check_labels(
         )
 
 
-def _zero_shot_one(
+def _show_labels(
     a: argparse.Namespace,
     name: str,  # of the scan
     path: Path,
-    model: Any,  # Model
-    labels: list[str],
+    z: Any,  # ScanLabels
     warning: str,  # logged before the first scan
-) -> Any:  # DataFrame of `classify_zero_shot`
-    z = _on_ct(a, model.zero_shot, path, labels)
+) -> None:
     _log_warnings(path, z.warnings, warning)
     top = z.table.nlargest(a.top, "probability").itertuples()
     text = f"{name}: " + ", ".join(f"{r.label} {r.probability:.2f}" for r in top)
     _print_result(a, name, path, text, warnings=z.warnings, files=[a.out], **z.record())
-    return z.table
 
 
 def _write_zero_shot(
@@ -849,7 +861,9 @@ def _write_zero_shot(
 
     from asap.core import write_csv
 
-    write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), out)
+    write_csv(
+        pd.concat([z.table.assign(scan=n)[["scan", *z.table]] for n, z in done]).round(5), out
+    )
 
 # %% ../nbs/98_cli.ipynb #c1100005
 def _ground_one(

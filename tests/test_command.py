@@ -55,7 +55,7 @@ def start(*args, **options):
 
 def ended(process):
     "Exit code, rest of standard output, standard error"
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=500)
     return process.returncode, out, err
 
 
@@ -114,7 +114,7 @@ def test_a_closed_pipe_ends_the_batch_silently(many):
     process = start("check", many)
     assert "s000" in process.stdout.readline()
     process.stdout.close()
-    assert process.wait(120) == 141 and process.stderr.read() == ""
+    assert process.wait(500) == 141 and process.stderr.read() == ""
     process.stderr.close()
 
 
@@ -124,7 +124,7 @@ def test_a_pipe_that_nobody_reads(args):
     os.close(reading)
     process = start(*args, stdout=writing)
     os.close(writing)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=500)
     assert err == ""
 
 

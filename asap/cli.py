@@ -818,7 +818,7 @@ def run_zero_shot(a: argparse.Namespace) -> int:
         lambda _, path: _on_ct(a, model.zero_shot, path, labels),
         _refuser(a, scans),
         lambda done: _write_zero_shot(done, a.out),
-        lambda *result: _show_labels(a, *result, warning),
+        lambda name, path, z: _show_labels(a, name, path, z, warning),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
     _print_file(a, done)

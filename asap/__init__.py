@@ -3,16 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Source", "embed", "ground", "organs", "zero_shot"]
+_LAZY = ["Model", "Source", "embed", "ground", "organs", "zero_shot"]
 
 if TYPE_CHECKING:
-    from .data.volumes import Source
-    from .inference.api import Model, embed, ground, organs, zero_shot
+    from .data.volumes import Source as Source
+    from .inference.api import (
+        Model as Model,
+        embed as embed,
+        ground as ground,
+        organs as organs,
+        zero_shot as zero_shot,
+    )
 
 
 def __getattr__(name: str) -> Any:
     "The functions on one scan are loaded at their first use: `import asap` loads no library"
-    if name not in __all__:
+    if name not in _LAZY:
         raise AttributeError(f"module 'asap' has no attribute {name!r}")
     from importlib import import_module
 
@@ -21,4 +27,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_LAZY]

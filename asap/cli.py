@@ -609,11 +609,11 @@ def _choose_device(a: argparse.Namespace) -> None:
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
     from asap.anatomy.segmenter import choose_source
-    from asap.inference.api import organ_classes
+    from asap.inference.api import map_groups
 
     _choose_device(a)
     wanted = "totalsegmentator" if a.full or a.download else a.source
-    source = choose_source(organ_classes(), wanted, not a.full, a.download)
+    source = choose_source(map_groups(), wanted, not a.full, a.download)
     log_message(f"organ maps by {source.name}")
     scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
     for name, _ in scans:

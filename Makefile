@@ -73,6 +73,7 @@ lint: .venv/done  ## ruff, codespell, mypy
 	@ruff check && ruff format --check nbs tests benchmarks && codespell && mypy asap
 
 hooks: .venv/done  ## install the pre-commit hooks: lint, types, exported and clean notebooks
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "make hooks needs a git clone; this folder is none"; exit 1; }
 	@pre-commit install
 
 clean:  ## remove what the study made (not .venv, not what git keeps)

@@ -2,7 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .processes import end_with_them
+
 __version__ = "0.1.0"
+end_with_them()
 _LAZY = ["Model", "Source", "embed", "ground", "organs", "zero_shot"]
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ from asap.core import (
     write_text,
 )
 from .params import load_params, read_params
+from .processes import LOCKS, hold_lock, lead
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -186,6 +187,12 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
+    with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
+        lead()
+        return _execute(name, parameters)
+
+
+def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
@@ -1209,6 +1216,15 @@ def _run_study(a: argparse.Namespace) -> int:
     return run_study(project_root(), a.stages or p.study.max_parallel_stages)
 
 
+def _run_doctor(a: argparse.Namespace) -> int:
+    from asap.doctor import examine
+
+    found = examine(project_root())
+    for f in found:
+        print(f"{f.state:8}{f.check:12}{f.text}")
+    return int(any(f.state == "problem" for f in found))
+
+
 def _check_params(a: argparse.Namespace) -> int:
     load_params(a.file)
     if a.merged:
@@ -1251,6 +1267,13 @@ def _add_study_commands(sub: Any) -> None:
     c.add_argument("file", nargs="?", default=None, help="default: params.yaml")
     c.add_argument("--merged", action="store_true", help="print it with what it takes from `base`")
     c.add_argument("-o", "--out", metavar="FILE", help="with --merged: write it there")
+    _add_command(
+        sub,
+        "doctor",
+        _run_doctor,
+        "say what stands in the way of a run: locks, disk space, versions",
+        "asap doctor",
+    )
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4

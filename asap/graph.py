@@ -147,7 +147,7 @@ _DATA_STAGES: dict[str, Params] = {
         "anatomy",
         "cohorts.${item}",
     ),
-    "corpus": ("pretrain.cohorts",),
+    "corpus": ("pretrain.cohorts", *_CROP, "model.patch_size"),
     "real_scans": ("real", *_VOLUMES, "anatomy.groups"),
 }
 

@@ -8,7 +8,6 @@ summary.json; with --keep also benchmarks/organs.csv.
 """
 
 import argparse
-import subprocess
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from asap.anatomy.stress import (
 )
 from asap.core import project_root, write_csv, write_json
 from asap.params import load_params
+from asap.pretrain.checkpoint import code_version
 
 CARD = """# Organ segmenter
 
@@ -36,7 +36,7 @@ of them with domain randomization: these weights know no patient. For no clinica
 - Dice on {m} phantoms of generation 2, which it has not seen: {dice}.
 - Licence of code and weights: Apache-2.0.
 - Load: `asap.anatomy.segmenter.load_segmenter()`.
-- Trained by `make organs`; code at commit `{commit}`.
+- Trained by `make organs`; {code}.
 """
 
 
@@ -52,9 +52,6 @@ def arguments():
 
 
 def write_card(s, c, dice, m) -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=project_root()
-    ).stdout.strip()
     return CARD.format(
         spacing="x".join(f"{x:g}" for x in c.spacing),
         size=sum(q.numel() for q in s.model.parameters()),
@@ -63,7 +60,7 @@ def write_card(s, c, dice, m) -> str:
         n=c.num_phantoms,
         m=m,
         dice=", ".join(f"{k} {v:.2f}" for k, v in dice.items()),
-        commit=commit,
+        code=code_version(),
     )
 
 

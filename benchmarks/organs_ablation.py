@@ -126,10 +126,10 @@ def todo(a: argparse.Namespace, c: OrgansConfig, groups: dict) -> Iterator[tuple
                 yield part, seed, own, fp
 
 
-def bodies_folder(a: argparse.Namespace, c: OrgansConfig, seed: int) -> Path:
+def bodies_folder(a: argparse.Namespace, c: OrgansConfig) -> Path:
     "Trainings whose bodies are the same share a folder"
     key = hashlib.sha256(json.dumps(c.bodies(), sort_keys=True).encode()).hexdigest()[:8]
-    return Path(a.folder) / f"bodies_{seed}_{key}"
+    return Path(a.folder) / f"bodies_{c.bodies_seed}_{key}"
 
 
 def run(a: argparse.Namespace) -> None:
@@ -141,12 +141,12 @@ def run(a: argparse.Namespace) -> None:
     print(f"{len(rows)} of {len(a.seeds) * len(a.leave_out)} rows to train", flush=True)
     for i, (part, seed, own, fp) in enumerate(rows):
         print(f"row {i + 1} of {len(rows)}: without {part}, seed {seed}", flush=True)
-        bodies = bodies_folder(a, own, seed)
+        bodies = bodies_folder(a, own)
         folder = Path(a.folder) / f"{part}_{seed}"
         s = train_segmenter(own, groups, seed, folder, bodies=bodies)
         row = dict(left_out=part, seed=seed, steps=a.steps, phantoms=a.phantoms, fingerprint=fp)
         add_row(Path(a.table), row | measure(accept_all(s), a))
-        if all(bodies_folder(a, other, k) != bodies for _, k, other, _ in rows[i + 1 :]):
+        if all(bodies_folder(a, other) != bodies for _, _, other, _ in rows[i + 1 :]):
             shutil.rmtree(bodies)
         left = (time.monotonic() - started) / (i + 1) * (len(rows) - i - 1) / 60
         print(f"without {part}: done; about {left:.0f} min left", flush=True)

@@ -51,7 +51,9 @@ def parse_model(text: str) -> dict:
 def clean_commit() -> str:
     "The commit, which must hold all that is scored"
     commit = git_revision()
-    if commit is None or commit.endswith("-dirty"):
+    if commit is None:
+        raise SystemExit("a look needs the commit of the code: run it in a git clone")
+    if commit.endswith("-dirty"):
         raise SystemExit(f"the working tree is at {commit}: commit what is frozen before a look")
     return commit
 

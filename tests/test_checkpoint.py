@@ -859,6 +859,7 @@ def test_the_card_says_what_it_is(model):
     )
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_license_and_revision(tmp_path, monkeypatch):
     assert checkpoint.code_license() == "Apache-2.0"
 

@@ -4,6 +4,7 @@ releases of CT-RATE, and what is not there"""
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -18,12 +19,20 @@ from asap.data.cohorts.rex_grounding_ct import ReXGroundingCT
 from asap.data.crops import apply_crop, center_crop
 from asap.data.table import save
 from asap.data.volumes import resample, standardize
-from asap.inference.ground import hit_patches, patch_coverage, patch_dice, topk_patches
+from asap.inference.ground import patch_dice, topk_patches
 from asap.model.vit import patchify
 from asap.phantom.abnormalities import synthesize_chest
-from asap.study.grounding import (
+from asap.pretrain.pointing import (
     FOCAL_LESIONS,
     build_atlas,
+    collect_targets,
+    hit_patches,
+    patch_coverage,
+    read_lesions,
+    read_targets,
+    write_targets,
+)
+from asap.study.grounding import (
     build_sentence_queries,
     evaluate_grounding,
     label_groups,
@@ -342,6 +351,33 @@ def test_splits_are_the_tables_and_not_the_lists(study):
         and (share.max(1) > 0).all()
         and body[(t.split == "test").to_numpy()].any(1).all()
     )
+
+
+def test_lesions_that_pretraining_watches_are_those_of_the_pointing_game(study, tmp_path):
+    root, cohort = study
+    corpus = cohort.assign(case="ct_rate:" + cohort.case, cohort="ct_rate")
+    p = SimpleNamespace(
+        volumes=SimpleNamespace(roi_size=HOW["size"], hu_range=HOW["hu"]),
+        model=SimpleNamespace(patch_size=HOW["patch"]),
+    )
+    lesions = read_lesions(corpus, root)
+    rows = [corpus[corpus.split == k].to_dict("records") for k in ("test", "train")]
+    write_targets(collect_targets(*rows, lesions, p), tmp_path, root)
+    found = read_targets(tmp_path, root)
+    said, _ = ReXGroundingCT().read(root / "data/rex_grounding_ct")
+    t, share, body, _ = load_lesion_targets(said, cohort, bad=Quarantine(), **HOW)
+    test, train = (t.split == k for k in ("test", "train"))
+    own = (found.table.case.str.removeprefix("ct_rate:") + found.table.sentence).tolist()
+    want = (t.case + t.sentence)[test].tolist()
+    assert sorted(own) == sorted(want) and len(want) > 3
+    order = [want.index(x) for x in own]
+    np.testing.assert_allclose(found.share, share[test][order], atol=1e-6)
+    assert (found.body == body[test][order]).all()
+    atlas = build_atlas(hit_patches(share[train]), t.label[train])
+    assert set(atlas) == set(found.atlas)
+    assert all((atlas[k] == found.atlas[k]).all() for k in atlas)
+    assert read_lesions(corpus.assign(cohort="own"), root) is None
+    assert read_lesions(corpus, tmp_path) is None
 
 
 def test_what_the_crop_does_not_show_is_counted(study):

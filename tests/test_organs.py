@@ -14,7 +14,10 @@ from asap.anatomy.organ_bodies import field_mask
 from asap.anatomy.organ_training import (
     OrganDataset,
     OrgansConfig,
+    flatten_kernels,
+    restore_kernels,
     sample_center,
+    segmenter_loss,
     train_segmenter,
 )
 from asap.anatomy.randomize import (
@@ -184,6 +187,53 @@ def test_an_interrupted_training_resumes(tmp_path):
     )
     a, b = whole.model.state_dict(), part.model.state_dict()
     assert all(a[k].equal(b[k]) for k in a)
+
+
+def test_trainings_share_bodies_and_differ_in_samples(tmp_path):
+    args = (TINY, GROUPS, 0, tmp_path / "bodies")
+    one, other = OrganDataset(*args, samples=1), OrganDataset(*args, samples=2)
+    assert np.array_equal(one.body(0)["hu"], other.body(0)["hu"])
+    assert not torch.equal(one[0, 0][0], other[0, 0][0])
+    assert torch.equal(one[0, 0][0], OrganDataset(*args, samples=1)[0, 0][0])
+
+
+def test_kernels_are_matrices_during_training():
+    torch.manual_seed(0)
+    model = sg.build_segmenter(TINY.channels, 8)
+    names, x = sorted(model.state_dict()), torch.randn(1, 1, 16, 16, 16)
+    before = model(x)
+    matrices = flatten_kernels(model)
+    kernels = sum(q.ndim == 5 for q in sg.build_segmenter(TINY.channels, 8).parameters())
+    assert len(matrices) == kernels > 0 and {q.ndim for q in matrices} == {2}
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        matrices[0].mul_(2)
+    changed = model(x)
+    restore_kernels(model)
+    assert torch.equal(model(x), changed) and not torch.equal(changed, before)
+    assert sorted(model.state_dict()) == names
+
+
+def test_voxels_of_organs_weigh_more():
+    logits = torch.zeros(1, 4, 2, 2, 2)
+    logits[:, 3] = 2.0  # everything is called the rest of the body
+    wrong = []
+    for truth in (3, 1):
+        target = torch.full((1, 2, 2, 2), 3)
+        target[0, 0, 0, 0] = truth
+        for weight in (1.0, 5.0):
+            loss, _ = segmenter_loss(lambda x: logits, (torch.zeros(1, 2, 2, 2), target), 0, weight)
+            wrong.append(float(loss))
+    right_1, right_5, missed_1, missed_5 = wrong
+    assert missed_1 > right_1 and missed_5 - right_5 > missed_1 - right_1
+
+
+def test_weights_are_kept_in_half_precision(weights):
+    saved = sg.load_file(weights / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float16}
+    loaded = sg.load_segmenter(weights).model.state_dict()
+    assert {t.dtype for t in loaded.values()} == {torch.float32}
+    assert all(torch.equal(loaded[k], t.float()) for k, t in saved.items())
 
 
 @pytest.fixture(scope="module")

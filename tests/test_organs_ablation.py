@@ -262,8 +262,8 @@ def test_bodies_are_shared_where_they_are_the_same(script):
     c = OrgansConfig()
     a = script.arguments([])
     folders = {
-        part: script.bodies_folder(a, c.model_copy(update=dict(leave_out=[part])), 1)
+        part: script.bodies_folder(a, c.model_copy(update=dict(leave_out=[part])))
         for part in ob.PARTS
     }
-    assert folders["randomization"] == script.bodies_folder(a, c, 1)
+    assert folders["randomization"] == script.bodies_folder(a, c)
     assert len({*folders.values()}) == len(ob.PARTS)

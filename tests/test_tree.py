@@ -12,20 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PAGES, STAGES, TOP
+from project_files import project_files
 
 from asap.params import load_params
 
 
 def tracked() -> list[Path]:
-    "Files of the tree: what git tracks and what is new"
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=TOP,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [TOP / n for n in names.stdout.splitlines() if (TOP / n).is_file()]
+    "Files of the tree: what git tracks and what is new; without git, what .gitignore leaves"
+    return [TOP / n for n in project_files()]
 
 
 def test_exports_are_fresh_and_notebooks_clean(tmp_path):

@@ -168,7 +168,7 @@ def flatten_kernels(
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
     for m in layers:
         parametrize.register_parametrization(m, "weight", Kernel(m.weight.shape))
-    return [m.parametrizations.weight.original for m in layers]  # type: ignore[union-attr, misc]
+    return [m.parametrizations.weight.original for m in layers]
 
 
 def restore_kernels(

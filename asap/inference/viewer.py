@@ -25,14 +25,9 @@ from jinja2 import Environment, PackageLoader
 from ..abnormalities import ABNORMALITIES
 from ..core import read_json, write_json, write_text
 from ..data.crops import apply_crop, center_crop, scale_intensity
-from asap.inference.ground import (
-    body_patches,
-    hit_patches,
-    patch_coverage,
-    patch_dice,
-    predict_scan,
-)
+from .ground import patch_dice, predict_scan
 from ..model.asap import ASAP
+from ..pretrain.pointing import body_patches, hit_patches, patch_coverage
 from ..text.encoder import TextEncoder
 from ..text.sentences import split_sentences
 

@@ -8,7 +8,7 @@ __all__ = ['ReleasedBug', 'ArmsConfig', 'ARM_OVERRIDES', 'ModelConfig', 'ArmConf
            'is_released', 'build_asap', 'build_config']
 
 # %% ../../nbs/5_model/54_asap.ipynb #75058ea9
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Annotated, Any, Literal, TypedDict, cast
 
@@ -32,6 +32,7 @@ from asap.model.vit import (
     PatchEmbed,
     StemConfig,
     ViT3D,
+    body_candidates,
     gather_patches,
     init_weights,
     patchify,
@@ -62,6 +63,14 @@ class ModelConfig(BaseConfig):
     zero_init_residual: bool = True  # blocks start as the identity; false: Xavier, as in MAE
     fusion_mlp: bool = False  # feed-forward block at the end of the fusion layer
     fusion_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of fusion layer and MLM blocks
+    # of the alignment, if `align_before_attention`
+    align_position: Annotated[float, Field(ge=0)] = 1.0  # factor of positions in ranking features
+    align_tokens: bool = True  # false: only embeddings before attention are contrasted
+    align_candidates: Literal["all", "body"] = "all"  # patches that a sentence can select
+    nowhere_slot: bool = False  # a learned vector that a sentence can select, in training
+    rank_noise: NonNegativeFloat = 0.0  # random values added to similarities, in training
+    soft_selection: NonNegativeFloat = 0.0  # temperature of weights by similarity; 0: by rank
+    stem_init: Literal["random", "windows"] = "random"  # windows: kernels are windows of images
 
     def check(
         self,
@@ -111,6 +120,21 @@ class ArmConfig(BaseConfig):
     align_before_attention: bool | None = None
     fusion_mlp: bool | None = None
     fusion_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    align_position: Annotated[float, Field(ge=0)] | None = None
+    align_tokens: bool | None = None
+    align_candidates: Literal["all", "body"] | None = None
+    nowhere_slot: bool | None = None
+    rank_noise: NonNegativeFloat | None = None
+    soft_selection: NonNegativeFloat | None = None
+    stem_init: Literal["random", "windows"] | None = None
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    align_mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    skip_hidden_lesions: bool | None = None
+    max_k_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    init_k_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
 
 
 ArmsConfig = dict[str, ArmConfig]
@@ -125,6 +149,21 @@ ARM_OVERRIDES = dict(
     align_before_attention="model",
     fusion_mlp="model",
     fusion_dropout="model",
+    align_position="model",
+    align_tokens="model",
+    align_candidates="model",
+    nowhere_slot="model",
+    rank_noise="model",
+    soft_selection="model",
+    stem_init="model",
+    mask_ratio="pretrain",
+    align_mask_ratio="pretrain",
+    skip_hidden_lesions="pretrain",
+    max_k_ratio="pretrain",
+    init_k_ratio="pretrain",
+    temperature="pretrain",
+    steps="pretrain",
+    batch_size="pretrain",
 )
 
 
@@ -234,6 +273,7 @@ class Batch(TypedDict, total=False):
     align_input_ids: torch.Tensor  # (B,L') text of the alignment; if `sentence_features: context`
     align_token_to_sentence: torch.Tensor  # (B,L'), as `token_to_sentence`
     token_embeds: torch.Tensor  # (B,L,C'), of the frozen text encoder; if the arm predicts words
+    lesion_patches: torch.Tensor  # (B,S,N) bool, of each sentence with a mask; where masks are read
 
 
 @dataclass
@@ -245,6 +285,12 @@ class EncoderOutput:
     ids_mask: torch.Tensor  # (B,N-V) hidden patches
     embedded: torch.Tensor  # (B,1+V,C) before attention, class token first
     latent: torch.Tensor  # (B,1+V,C) after all blocks
+    candidates: torch.Tensor | None = None  # (B,V) bool, patches that sentences can select
+
+    def case(self, i: int) -> "EncoderOutput":  # with B = 1
+        "The output for one image"
+        values = (getattr(self, f.name) for f in fields(self))
+        return EncoderOutput(*(None if v is None else v[i : i + 1] for v in values))
 
 # %% ../../nbs/5_model/54_asap.ipynb #w25spl01
 def split_batch(
@@ -270,6 +316,10 @@ def _alignment_args(config: dict) -> tuple:  # of `AlignmentHead`
         p["init_k_ratio"],
         m["align_before_attention"],
         config["arm"]["inter_report_weight"],
+        m["align_tokens"],
+        m["nowhere_slot"],
+        m["rank_noise"],
+        m["soft_selection"],
     )
 
 
@@ -314,6 +364,11 @@ class ASAP(nn.Module):
         self.mask_ratio = p["mask_ratio"]
         self.false_negative_threshold = p["false_negative_threshold"]
         self.norm_pix_loss = p["norm_pix_loss"]
+        self.align_position = m["align_position"]
+        self.align_candidates = m["align_candidates"]
+        self.align_mask_ratio = p.get("align_mask_ratio")
+        self.skip_hidden_lesions = p.get("skip_hidden_lesions", False)
+        self.hu_range = config["hu_range"]
         self.vit = ViT3D(
             config["img_size"],
             config["patch_size"],
@@ -371,6 +426,7 @@ class ASAP(nn.Module):
             "decoder.pred": recon,
             "decoder.norm": recon,
             "alignment.logit_scale": align and a["learn_temperature"],
+            "alignment.image_proj": self.alignment.align_tokens,
             "alignment.local_proj": region or mlm and a["similarity_bias"],
             "alignment.k_head": region and a["region_size"] == "adaptive",
             "fusion.beta": a["similarity_bias"],
@@ -395,16 +451,18 @@ class ASAP(nn.Module):
     def forward_parts(self, batch: Batch) -> dict:  # arguments of `forward_loss`
         "The outputs of encoder, decoder, alignment and fusion, as the arm needs"
         arm = self.arm
-        encoded = self.forward_encoder(image=batch["image"], patch_order=batch["patch_order"])
-        organ_logits = pred = aligned = fused = None
+        others = arm["recon_weight"] or arm["organ_weight"] or arm["mlm_weight"]
+        encoded = self.forward_encoder(
+            image=batch["image"],
+            patch_order=batch["patch_order"],
+            blocks=bool(others) or self.alignment.align_tokens,
+        )
+        organ_logits = pred = aligned = fused = contrast = None
         if arm["recon_weight"] or arm["organ_weight"]:
             organ_logits, pred = self.forward_decoder(encoded=encoded)
         if arm["align_weight"] or arm["mlm_weight"]:
-            aligned = self.forward_alignment(
-                encoded=encoded,
-                sentence_embeds=batch["sentence_embeds"],
-                sentence_mask=batch["sentence_mask"],
-            )
+            aligned = self.align_sentences(batch, encoded)
+            contrast = self.forward_contrast(batch, encoded, aligned)
             if arm["mlm_weight"]:
                 fused = self.forward_fusion(
                     encoded=encoded,
@@ -414,7 +472,11 @@ class ASAP(nn.Module):
                     token_to_sentence=batch["token_to_sentence"],
                 )
         return dict(
-            encoded=encoded, organ_logits=organ_logits, pred=pred, aligned=aligned, fused=fused
+            encoded=encoded,
+            organ_logits=organ_logits,
+            pred=pred,
+            aligned=contrast,
+            fused=fused,
         )
 
     def forward_micro_batches(self, batch: Batch, size: int) -> tuple:  # as `forward`
@@ -427,13 +489,14 @@ class ASAP(nn.Module):
         losses, extra = {}, {}
         for name in ("recon", "organ", "align", "mlm"):
             if name == "align" and arm["align_weight"]:
-                losses["align"] = self.alignment_loss(concat_aligned(list(aligned)), batch)
+                whole = [concat_aligned(list(parts)) for parts in zip(*aligned)]
+                losses["align"] = self.alignment_loss(whole, batch)
             elif name in totals[0]:
                 n = sum(c[name] for c in counts)
                 losses[name] = global_mean(sum(t[name] for t in totals), n)
         if aligned[0] is not None:
-            k = torch.cat([a.k for a in aligned])[batch["sentence_mask"]].mean()
-            extra["k_ratio"] = k / aligned[0].similarity.shape[-1]
+            k = torch.cat([a[0].k for a in aligned])[batch["sentence_mask"]].mean()
+            extra["k_ratio"] = k / aligned[0][0].num_patches
         if arm["mlm_weight"]:
             n = torch.stack([c["mlm"] for c in counts])
             extra["mlm_accuracy"] = (torch.stack(accuracies) * n).sum() / n.sum().clamp(min=1)
@@ -461,15 +524,20 @@ class ASAP(nn.Module):
         image: torch.Tensor,  # (B,1,H,W,D) in [-1,1]
         patch_order: torch.Tensor,  # (B,N), each row a permutation
         mask_ratio: float | None = None,  # None: the ratio of pre-training
+        blocks: bool = True,  # False: `latent` is that before attention
     ) -> EncoderOutput:
         "Tokens of the visible patches, before and after the encoder's blocks"
         patches = patchify(image, self.vit.patch_size)
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, ids_mask = random_masking(patch_order, ratio)
-        embedded = self.vit.embed_patches(patches, ids_keep)
-        return EncoderOutput(
-            patches, ids_keep, ids_mask, embedded, self.vit.forward_blocks(embedded)
-        )
+        candidates = None
+        if self.align_candidates == "body":
+            candidates = body_candidates(image, self.vit.patch_size, self.hu_range)
+            candidates = candidates.gather(1, ids_keep)
+        # without blocks only the candidates are used
+        embedded = self.vit.embed_patches(patches, ids_keep, None if blocks else candidates)
+        latent = self.vit.forward_blocks(embedded) if blocks else embedded
+        return EncoderOutput(patches, ids_keep, ids_mask, embedded, latent, candidates)
 
     def forward_decoder(self, encoded: EncoderOutput) -> tuple:  # each None if unused
         "Organ logits (B,N,1+groups) and voxels of hidden patches (B,N-V,voxels), as the arm needs"
@@ -480,21 +548,82 @@ class ASAP(nn.Module):
             bool(self.arm["organ_weight"]),
         )
 
+    def encode(
+        self,
+        image: torch.Tensor,  # (B,1,H,W,D) in [-1,1]
+    ) -> EncoderOutput:
+        "All patches of images, before and after the encoder's blocks"
+        order = torch.arange(len(self.vit.pos_embed), device=image.device)
+        return self.forward_encoder(image, order.expand(len(image), -1), 0.0)
+
+    def forward_contrast(
+        self,
+        batch: Batch,
+        encoded: EncoderOutput,
+        aligned: AlignmentOutput,  # of `encoded`
+    ) -> list[AlignmentOutput]:  # whose contrasts are averaged
+        "What the contrasts compare; with `align_mask_ratio`, patches of a pass of its own"
+        if self.align_mask_ratio is None or not self.arm["align_weight"]:
+            return [self._skip_hidden(batch, encoded, aligned)]
+        local = self.alignment.local_proj is not None
+        own = self.forward_encoder(
+            batch["image"], batch["patch_order"], self.align_mask_ratio, blocks=not local
+        )
+        if not local:
+            return [self._skip_hidden(batch, own, self.align_sentences(batch, own))]
+        # embeddings of the own pass, and tokens at the patches that the other losses see
+        out = self.align_sentences(batch, own, tokens=False)
+        both = [self._skip_hidden(batch, own, out)]
+        if self.alignment.align_tokens:
+            seen = self._skip_hidden(batch, encoded, aligned)
+            both.append(replace(seen, first_pooled=1))
+        return both
+
+    def align_sentences(
+        self,
+        batch: Batch,
+        encoded: EncoderOutput,
+        tokens: bool = True,  # project the tokens after attention too, if the head does
+    ) -> AlignmentOutput:
+        "The sentences of a batch and the patches of an encoder pass"
+        sentences = batch["sentence_embeds"], batch["sentence_mask"]
+        return self.forward_alignment(encoded, *sentences, tokens=tokens)
+
+    def _skip_hidden(
+        self, batch: Batch, encoded: EncoderOutput, aligned: AlignmentOutput
+    ) -> AlignmentOutput:  # with `contrast_mask` if selected
+        if not self.skip_hidden_lesions or "lesion_patches" not in batch:
+            return aligned
+        lesions = batch["lesion_patches"]
+        index = encoded.ids_keep[:, None].expand(-1, lesions.shape[1], -1)
+        hidden = lesions.any(-1) & ~lesions.gather(-1, index).any(-1)
+        return replace(aligned, contrast_mask=batch["sentence_mask"] & ~hidden)
+
     def forward_alignment(
         self,
         encoded: EncoderOutput,
         sentence_embeds: torch.Tensor,  # (B,S,C')
-        sentence_mask: torch.Tensor,  # (B,S) bool, False for padding
+        sentence_mask: torch.Tensor | None = None,  # (B,S) bool, False for padding
         hard: bool = False,  # as `AlignmentHead.forward`
+        tokens: bool = True,  # as `AlignmentHead.forward`
     ) -> AlignmentOutput:
         "Patch-sentence similarity and the region of each sentence"
         return self.alignment(
             encoded.latent[:, 1:],
             sentence_embeds,
-            encoded.embedded[:, 1:],
+            self.ranking_features(encoded),
             sentence_mask=sentence_mask,
             hard=hard,
+            candidates=encoded.candidates,
+            with_tokens=tokens,
         )
+
+    def ranking_features(self, encoded: EncoderOutput) -> torch.Tensor:  # (B,V,C)
+        "Embeddings before attention, with the positions scaled by `align_position`"
+        embedded = encoded.embedded[:, 1:]
+        if self.align_position == 1:
+            return embedded
+        return embedded - (1 - self.align_position) * self.vit.pos_embed[encoded.ids_keep]
 
     def forward_fusion(
         self,
@@ -513,7 +642,7 @@ class ASAP(nn.Module):
         encoded: EncoderOutput,
         organ_logits: torch.Tensor | None = None,  # (B,N,1+groups)
         pred: torch.Tensor | None = None,  # (B,N-V,voxels)
-        aligned: AlignmentOutput | None = None,
+        aligned: list[AlignmentOutput] | None = None,  # of `forward_contrast`
         fused: torch.Tensor | None = None,  # (B,L,C')
     ) -> tuple:  # scalar, dict of the parts
         "The weighted sum of the arm's losses, and the values to log"
@@ -526,8 +655,8 @@ class ASAP(nn.Module):
             assert aligned is not None, "an arm with `align_weight` needs `aligned`"
             losses["align"] = self.alignment_loss(aligned, batch)
         if aligned is not None:
-            k = aligned.k[batch["sentence_mask"]].mean()
-            extra["k_ratio"] = k / encoded.ids_keep.shape[1]
+            k = aligned[0].k[batch["sentence_mask"]].mean()
+            extra["k_ratio"] = k / aligned[0].num_patches
         if arm["mlm_weight"]:
             losses["mlm"], extra["mlm_accuracy"] = self.mlm_loss(fused, batch)
         return self._total(batch, losses, extra)
@@ -564,9 +693,9 @@ class ASAP(nn.Module):
         "Cross-entropy at the masked words"
         return mlm_loss(self.fusion, fused, batch["mlm_labels"])
 
-    def alignment_loss(self, aligned: AlignmentOutput, batch: Batch) -> torch.Tensor:
+    def alignment_loss(self, aligned: list[AlignmentOutput], batch: Batch) -> torch.Tensor:
         "Contrast of regions and sentences, or of images and reports (`contrast_level`)"
-        mean = self._mean_alignment_loss(aligned, batch)
+        mean = sum(self._mean_alignment_loss(a, batch) for a in aligned) / len(aligned)
         return 2 * mean if self.arm["align_reduction"] == "sum" else mean
 
     def _mean_alignment_loss(self, aligned, batch) -> torch.Tensor:  # mean of both directions
@@ -574,7 +703,7 @@ class ASAP(nn.Module):
             return self.alignment.loss(
                 aligned,
                 batch["sentence_embeds"],
-                batch["sentence_mask"],
+                batch["sentence_mask"] if aligned.contrast_mask is None else aligned.contrast_mask,
                 self.false_negative_threshold,
             )
         real = batch["sentence_mask"][..., None].float()
@@ -696,6 +825,9 @@ def build_config(
         "norm_pix_loss",
         "intra_report_weight",
     )
+    # keys that older checkpoints lack; left out at their default
+    added = {"align_mask_ratio": None, "skip_hidden_lesions": False}
+    changed = {k: pretrain[k] for k, v in added.items() if pretrain.get(k, v) != v}
     return dict(
         img_size=list(p.volumes.roi_size),
         spacing=list(p.volumes.spacing),
@@ -705,7 +837,7 @@ def build_config(
         arm=row.model_dump(exclude_defaults=True),
         num_organs=len(dump(p.anatomy.groups)),
         organ_names=list(dump(p.anatomy.groups)),
-        pretrain={k: pretrain[k] for k in kept},
+        pretrain={k: pretrain[k] for k in kept} | changed,
         text_dim=text_dim,
         vocab_size=vocab_size,
     )

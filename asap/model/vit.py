@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MAX_ATTENTION_SCORES', 'StemConfig', 'patchify', 'unpatchify', 'sincos_pos_embed', 'dot_product_attention',
            'Attention', 'Mlp', 'Block', 'init_weights', 'ConvStem', 'PatchEmbed', 'ViT3D', 'random_masking',
-           'gather_patches']
+           'gather_patches', 'body_candidates']
 
 # %% ../../nbs/5_model/50_vit.ipynb #d83f195a
 from collections.abc import Sequence
 from math import prod
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -279,6 +280,23 @@ class ConvStem(nn.Module):
         self.window_mean.copy_(x.mean(0))
         self.whitening.copy_(vector / (value + ridge * value.mean()) ** 0.5 @ vector.T)
 
+    @torch.no_grad()
+    def init_kernels(
+        self,
+        patches: torch.Tensor,  # (B,N,voxels), after `fit_whitening`
+        r: np.random.Generator,  # of the windows
+    ) -> None:
+        "Make the kernels of the first layer whitened windows of patches, with their mean norm kept"
+        n = len(self.fc1.weight)
+        rows, columns = (r.integers(k, size=20 * n) for k in patches.shape[:2])
+        place = r.integers(len(self.window_index), size=20 * n)
+        x = patches[rows[:, None], columns[:, None], self.window_index[place].numpy()]
+        x = (x - self.window_mean) @ self.whitening
+        # windows of large norm are edges and lesions rather than noise
+        x = x[x.norm(dim=1).argsort(descending=True)[: n * 5 : 5]]
+        size = self.fc1.weight.norm(dim=1, keepdim=True).mean()
+        self.fc1.weight.copy_(size * x / x.norm(dim=1, keepdim=True))
+
     def unwhitened_kernels(self) -> tuple:  # weights (kernels, voxels of a window), biases
         "Weights and biases of the first layer for windows that are not whitened"
         with torch.autocast(self.whitening.device.type, enabled=False):
@@ -354,13 +372,19 @@ class ViT3D(nn.Module):
         self,
         patches: torch.Tensor,  # (B,N,voxels)
         ids_keep: torch.Tensor | None = None,  # (B,V) visible patches; all when None
+        # (B,V) bool, visible patches that are embedded; the others are their positions alone
+        needed: torch.Tensor | None = None,
     ) -> torch.Tensor:  # (B,1+V,C)
         "Tokens of the visible patches before attention, class token first"
         pos = self.pos_embed[None].expand(len(patches), -1, -1)
         if ids_keep is not None:
             patches, pos = gather_patches(patches, ids_keep), gather_patches(pos, ids_keep)
         cls_token = self.cls_token.expand(len(patches), -1, -1)
-        return torch.cat([cls_token, self.patch_embed(patches) + pos], 1)
+        if needed is None:
+            return torch.cat([cls_token, self.patch_embed(patches) + pos], 1)
+        some = self.patch_embed(patches[needed][None])[0]
+        x = torch.zeros(pos.shape, dtype=some.dtype, device=some.device)
+        return torch.cat([cls_token, x.masked_scatter(needed[..., None], some) + pos], 1)
 
     def forward_blocks(
         self,
@@ -412,3 +436,21 @@ def gather_patches(
 ) -> torch.Tensor:  # (B,V,C)
     "Select rows of each sample"
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+# %% ../../nbs/5_model/50_vit.ipynb #2e8331e2
+def body_candidates(
+    image: torch.Tensor,  # (B,1,H,W,D) in [-1,1], axes R-L, A-P, S-I
+    patch_size: Sequence[int],  # voxels
+    hu_range: Sequence[float] = (-1000, 1000),  # HU of -1 and 1
+    tissue: float = -500.0,  # HU from which a voxel is tissue
+    step: int = 2,  # voxels are read at this distance
+) -> torch.Tensor:  # (B,N) bool
+    "Patches at least half of which lies between tissue on both sides, along both axes"
+    lo, hi = hu_range
+    dense = image[..., ::step, ::step, ::step] > 2 * (tissue - lo) / (hi - lo) - 1
+    inside = torch.ones_like(dense)
+    for axis in (2, 3):
+        before = dense.cumsum(axis) > 0
+        after = dense.flip(axis).cumsum(axis).flip(axis) > 0
+        inside &= before & after
+    return patchify(inside.float(), [max(1, n // step) for n in patch_size]).mean(-1) >= 0.5

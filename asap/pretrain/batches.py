@@ -7,6 +7,7 @@ __all__ = ['NEGATION', 'abnormal_organs', 'report_sentences', 'ImageReportDatase
 
 # %% ../../nbs/6_pretrain/60_batches.ipynb #4e75489b
 import re
+from collections.abc import Callable
 from typing import Any
 
 import nibabel as nib
@@ -79,7 +80,10 @@ class ImageReportDataset:
         text_encoder,  # frozen `asap.text.encoder.TextEncoder`
         seed: int,  # of crops, intensity shifts, patch orders and masked words
         augment: bool = True,  # False: center crops, no intensity shift
+        # row -> sentences of a report and their lesion masks, (F,W,H,D) bool; None: no masks
+        lesions: Callable | None = None,
     ):
+        self.lesions = lesions
         self.rows = table.to_dict("records")
         self.params = params
         self.text_encoder = text_encoder
@@ -208,7 +212,19 @@ class ImageReportDataset:
             sentences=self.sentences[i][: min(num_sentences, self.num_aligned[i])],
             seed=derive_seed("words", self.seed, draw, i),
             **self._alignment_text(i),
+            **self._lesion_patches(i, crop),
         )
+
+    def _lesion_patches(self, i: int, crop: dict) -> dict:  # patches of each sentence's lesion
+        if self.lesions is None:
+            return {}
+        p, out = self.params, np.zeros((len(self.sentences[i]), self.num_patches), bool)
+        for sentence, mask in zip(*self.lesions(self.rows[i])):
+            if sentence in self.sentences[i]:
+                inside = apply_crop(mask, crop, p.volumes.roi_size, 0, 0, **self._crop_options())
+                share = organ_fractions(inside.astype(np.uint8), p.model.patch_size, 1)[0][:, 1]
+                out[self.sentences[i].index(sentence)] |= (share > 0) & (share >= share.max() / 2)
+        return dict(lesion_patches=out)
 
     def _alignment_text(self, i: int) -> dict:  # tokens of the aligned sentences, for `context`
         if self.params.pretrain.sentence_features == "alone":
@@ -255,6 +271,16 @@ def _embed_sentences(
     return sentence_mask, sentence_embeds
 
 
+def _lesion_patches(rows: list[dict], num_sentences: int) -> dict:  # of samples with masks
+    if "lesion_patches" not in rows[0]:
+        return {}
+    out = torch.zeros(len(rows), num_sentences, rows[0]["lesion_patches"].shape[1]).bool()
+    for k, r in enumerate(rows):
+        found = torch.from_numpy(r["lesion_patches"][:num_sentences])
+        out[k, : len(found)] = found
+    return dict(lesion_patches=out)
+
+
 def _alignment_tokens(rows: list[dict], pad_token_id: int) -> dict:  # of samples with them
     if "align_input_ids" not in rows[0]:
         return {}
@@ -295,4 +321,5 @@ def collate(
         sentence_mask=sentence_mask,
         sentence_embeds=sentence_embeds,
         **_alignment_tokens(rows, pad_token_id),
+        **_lesion_patches(rows, sentence_mask.shape[1]),
     )

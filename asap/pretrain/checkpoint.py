@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WEIGHTS_MB', 'write_checkpoint', 'read_config',
            'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'ReleasedASAPHubModel',
            'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'load_image_mae', 'code_license',
-           'git_revision', 'model_card', 'export_weights']
+           'git_revision', 'code_version', 'model_card', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
 import argparse
@@ -588,17 +588,28 @@ def code_license() -> str:  # SPDX identifier
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #c5dfc3d5
 def git_revision() -> str | None:  # commit, with `-dirty` if files differ from it
-    "Commit of the project's folder; None outside git"
+    "Commit of the project's folder; None outside git and where git does not trust the folder"
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True)
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=project_root(),
-            capture_output=True,
-            text=True,
-        )
+        if git("ls-files", "--error-unmatch", ".").returncode:
+            return None  # also in another repository, which does not track this folder
+        described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except FileNotFoundError:
         return None  # git is not installed
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None
+
+
+def code_version() -> str:
+    "The commit as a card states it, or why there is none"
+    if commit := git_revision():
+        return f"code at commit `{commit}`"
+    return (
+        "commit of the code unknown: that needs git (this folder is no clone, or belongs to "
+        "somebody whom git does not trust)"
+    )
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #ee66ba00
 _GROUNDING_WARNING = (
@@ -612,6 +623,23 @@ _GROUNDING_WARNING = (
 def _is_grounded_on_phantoms(known: dict, arm: dict) -> bool:
     on_phantoms = not str(known["phantom"]).startswith("none")
     return bool(known["steps"]) and arm["contrast_level"] == "region" and on_phantoms
+
+
+def _pointing_statement(found: dict) -> str:  # `pointing` of the metrics
+    ours, atlas = found.get("pointing"), found.get("pointing_atlas")
+    parts = [
+        f"{found['points_outside_body']:.1%} of all points lie outside the body",
+        f"{found['distinct_points']} different patches",
+    ]
+    if "k_extent_correlation" in found:
+        parts.append(f"rank correlation of k with the extent {found['k_extent_correlation']:.2f}")
+    below = False
+    if ours is not None and atlas is not None:
+        hits = f"{ours:.3f} of the sentences about focal lesions hit"
+        parts.insert(0, f"{hits} (an atlas by position: {atlas:.3f})")
+        below = ours < atlas
+    warning = " Below the atlas: do not rely on its regions." if below else ""
+    return f"Pointing on validation cases of this training: {', '.join(parts)}.{warning}"
 
 
 def _training_statement(known: dict) -> str:
@@ -656,7 +684,8 @@ def _model_statement(config: dict, known: dict) -> str:
 def model_card(
     arm: str,
     config: dict,  # of the model
-    metrics: dict,  # steps; optional num_parameters, num_encoder_parameters, seconds
+    # steps; optional pointing, num_parameters, num_encoder_parameters, seconds
+    metrics: dict,
     # spacing, hu_range, cohorts, train (volumes, or {cohort: volumes}), seed, phantom;
     # optional pretrain, data (hash), revision, license, seconds
     study: dict,
@@ -674,6 +703,7 @@ def model_card(
         _training_statement(known),
         *(f"{name}: `{known[k]}`." for k, name in optional.items() if known.get(k)),
         f"{_data_statement(known['phantom'])} Not for clinical use.",
+        *([_pointing_statement(known["pointing"])] if known.get("pointing") else []),
         *([_GROUNDING_WARNING] if _is_grounded_on_phantoms(known, config["arm"]) else []),
         f"License of code and weights: {known['license']}.",
         "Load: `asap.pretrain.checkpoint.load(folder).forward_features(x)`.",
@@ -703,8 +733,7 @@ def _trained_files(
 
 def _training_origin(stage: str, minutes: Path) -> str:  # line of the card
     took = f"{read_json(minutes)['minutes']:.0f} minutes on {os.cpu_count()} cores"
-    commit = git_revision() or "unknown"
-    return f"- Trained by the stage `{stage}` in {took}; code at commit `{commit}`.\n"
+    return f"- Trained by the stage `{stage}` in {took}; {code_version()}.\n"
 
 
 _TEXT_CARD = (

@@ -6,8 +6,8 @@
 __all__ = ['PRETRAIN_MODULES', 'EVAL_COLUMNS', 'INPUT_TOLERANCES', 'IGNORED_RECIPE_KEYS', 'PretrainConfig', 'build_model',
            'fit_stem', 'is_trained', 'add_text_features', 'fit_options', 'train', 'positional_baseline',
            'organ_fraction_errors', 'mismatched_patients', 'mlm_accuracy', 'retrieval_accuracy', 'evaluate',
-           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'run', 'recipe', 'recipe_matches',
-           'load_shipped', 'summarize', 'count_parameters']
+           'make_eval_callback', 'compare_to_baseline', 'bootstrap_difference', 'has_regions', 'run', 'recipe',
+           'recipe_matches', 'load_shipped', 'summarize', 'count_parameters']
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #ba5c647c
 import contextlib
@@ -51,6 +51,7 @@ from asap.model.asap import (
 from ..model.vit import ConvStem, gather_patches, patchify
 from ..params import BaseConfig, CohortName, Fraction, OpenFraction, PositiveFraction
 from .batches import ImageReportDataset, collate
+from .pointing import LesionTargets, describe_pointing, measure_pointing
 from ..train import fit, get_device
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cfg61c00
@@ -89,6 +90,10 @@ class PretrainConfig(BaseConfig):
     crop_padding: Literal["air", "reflect"] = "air"
     align_text: Literal["report", "findings"] = "report"  # sentences that the alignment uses
     sentence_features: Literal["alone", "context"] = "alone"  # context: within their report
+    # share of patches hidden in an encoder pass of the alignment alone; null: no such pass
+    align_mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    # sentences whose lesion is hidden enter no contrast; needs lesion masks: an upper bound
+    skip_hidden_lesions: bool = False
 
     def check(self, params: BaseConfig) -> None:
         "Check that the cohorts are part of the study"
@@ -137,6 +142,8 @@ def fit_stem(
     images = [torch.from_numpy(data[(0, i)]["image"]) for i in range(len(data))]
     patches = patchify(torch.stack(images)[:, None], model.vit.patch_size)
     model.vit.patch_embed.fit_whitening(patches[:, ::5])
+    if model.config["model"].get("stem_init", "random") == "windows":
+        model.vit.patch_embed.init_kernels(patches, rng("stem", data.seed))
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #9a3aff54
 def is_trained(
@@ -480,13 +487,15 @@ def make_eval_callback(
     data: ImageReportDataset,  # held-out cases, center crops
     guesses: dict,  # of `positional_baseline`
     p: Any,  # params with pretrain
+    targets: LesionTargets | None = None,  # lesions of held-out cases; None: no masks
 ) -> Callable:  # (model, step) -> dict of floats
-    "`on_eval` of `fit`: the means of `evaluate` over some held-out cases"
+    "`on_eval` of `fit`: the means of `evaluate` over some held-out cases, and pointing"
 
     def on_eval(model, step):
         t = p.pretrain
         rows = evaluate(model, data, guesses, t.mask_ratio, t.mlm_probability, label=None)
-        return {k: round(float(rows[k].mean()), 5) for k in EVAL_COLUMNS if k in rows}
+        out = {k: round(float(rows[k].mean()), 5) for k in EVAL_COLUMNS if k in rows}
+        return out | measure_pointing(model, data.text_encoder, targets, p)
 
     return on_eval
 
@@ -575,6 +584,21 @@ def _untrained(name: str, model: ASAP) -> tuple:  # as `run`
         dict(arm=name, steps=0, weights_source="none", recipe={}, **count_parameters(model)),
     )
 
+# %% ../../nbs/6_pretrain/61_pretrain.ipynb #57f88974
+def _check_masks(p: Any) -> None:
+    if p.pretrain.skip_hidden_lesions:
+        raise ValueError(
+            "pretrain.skip_hidden_lesions is true, but a study trains without lesion masks: set it "
+            "to false, or train that upper bound with benchmarks/grounding_causes.py"
+        )
+
+
+def has_regions(
+    arm: dict,  # row of the arm
+) -> bool:
+    "Whether the contrast of the arm trains the regions of sentences"
+    return bool(arm["align_weight"]) and arm["contrast_level"] == "region"
+
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #40078160
 def run(
     name: str,  # of the arm
@@ -585,10 +609,12 @@ def run(
     folder: Path,  # of the resume state
     inputs: dict,  # hashes: `asap.data.corpus.corpus_digest`, and that of the text encoder
     shipped: Path | None = None,  # checkpoint folder with a recipe; used if the recipe matches
+    targets: LesionTargets | None = None,  # lesions of held-out cases; None: no masks
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or load its shipped weights, and evaluate it on the test split"
     seed, fp = p.study.seed, recipe(arm, p, inputs, p.study.seed)
     p = arm_params(p, arm)
+    _check_masks(p)
     t = p.pretrain
     parts = {k: table[table.split == k].reset_index(drop=True) for k in ("train", "val", "test")}
     model = build_model(p, arm, text, seed)
@@ -602,11 +628,17 @@ def run(
     if not is_trained(arm):
         return _untrained(name, model)
     guesses = positional_baseline(center_crops(parts["train"])) if arm["organ_weight"] else {}
-    on_eval = make_eval_callback(center_crops(parts["val"].head(t.num_eval_cases)), guesses, p)
+    targets = targets if has_regions(arm) else None
+    watched = center_crops(parts["val"].head(t.num_eval_cases))
+    on_eval = make_eval_callback(watched, guesses, p, targets)
     log, eval_log, source = _train_or_load(name, model, data, fp, folder, shipped, on_eval)
     rows = evaluate(model, center_crops(parts["test"]), guesses, t.mask_ratio, t.mlm_probability)
     metrics = dict(arm=name, steps=int(t.steps), weights_source=source, recipe=fp)
-    return model, log, eval_log, rows, metrics | summarize(rows) | count_parameters(model)
+    metrics |= summarize(rows) | count_parameters(model)
+    if pointing := measure_pointing(model, text, targets, p):
+        log_message(f"{name}: {describe_pointing(pointing)}")
+        metrics["pointing"] = pointing
+    return model, log, eval_log, rows, metrics
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #c48226b6
 # how much means of the same corpus, prepared on two machines, may differ

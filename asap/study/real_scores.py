@@ -29,7 +29,8 @@ from ..data.checks import body_mask
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.real import SCANS
 from ..data.volumes import Volume, open_nifti, read, resample, standardize
-from ..inference.ground import align_sentences, body_patches, patch_coverage, plot_contours
+from ..inference.ground import align_sentences, plot_contours
+from ..pretrain.pointing import body_patches, patch_coverage
 
 # %% ../../nbs/9_study/92a_real_scores.ipynb #1bcd5347
 LUNG_HU = -400.0  # air and lung lie below

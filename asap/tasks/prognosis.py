@@ -686,9 +686,12 @@ def plot_kaplan_meier(
     d: pd.DataFrame,  # predictions of one arm, label fraction and seed
     ax: Any,  # axes of matplotlib
 ) -> None:
-    "Plot the curves of the risk groups"
+    "Plot the curves of the risk groups, in grays: colors are for arms"
+    shades = dict(zip(RISK_GROUPS, (("0.65", ":"), ("0.4", "--"), ("0", "-"))))
     for name, g in kaplan_meier_by_risk(d).groupby("risk_group", sort=False):
-        ax.step(g.day, g.survival, where="post", label=f"{name} risk")
+        color, dashes = shades[name]
+        line = dict(where="post", color=color, ls=dashes, lw=1.6)
+        ax.step(g.day, g.survival, label=f"{name} risk", **line)
     ax.set(
         xlabel="day",
         ylabel="fraction alive",
@@ -696,7 +699,7 @@ def plot_kaplan_meier(
         ylim=(0, 1.02),
         title=f"log-rank p = {log_rank_test(d):.1g}",
     )
-    ax.legend()
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #prgfam01
 @register_family

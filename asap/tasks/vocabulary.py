@@ -11,6 +11,7 @@ __all__ = ['BATCH_SIZE', 'PromptTemplate', 'COLUMNS', 'TASKS', 'ZERO_SHOT_TASKS'
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #77403872
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from asap.html import (
     select_rows,
 )
 from ..model.align import weighted_pool
-from ..model.vit import patchify
 from ..params import BaseConfig
 from ..pretrain.embed import ImageDataset
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
@@ -338,11 +338,9 @@ def image_text_similarity(
 ) -> torch.Tensor:  # (B,M)
     "Cosine of each image with each sentence, all patches visible"
     with torch.autocast(x.device.type, torch.bfloat16, enabled=resolve_precision() == "bf16"):
-        first = model.vit.embed_patches(patchify(x, model.vit.patch_size))
-        tokens = model.vit.forward_blocks(first)
-    a = model.alignment(
-        tokens[:, 1:].float(), frozen.expand(len(x), -1, -1), first[:, 1:].float(), hard=True
-    )
+        encoded = model.encode(x)
+    encoded = replace(encoded, latent=encoded.latent.float(), embedded=encoded.embedded.float())
+    a = model.forward_alignment(encoded, frozen.expand(len(x), -1, -1), hard=True)
     if kind == "global":
         return torch.einsum(
             "bc,bmc->bm", F.normalize(a.patch_embeds[-1].mean(1), dim=-1), a.text_embeds

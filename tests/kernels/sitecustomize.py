@@ -15,6 +15,8 @@ def program(words: list[str]) -> tuple[str, list[str], str] | None:
     match words:
         case ["-m", name, *_] if name in KINDS:
             return KINDS[name], words[1:], os.getcwd()
+        case ["-c", code, *_] if "dvc.cli" in code:
+            return "code", words, ""
         case [script, *_] if Path(script).name == "dvc":
             return "script", words, os.path.dirname(script)
     return None

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from asap.core import (
     Quarantine,
     atomic_write,
@@ -253,8 +255,55 @@ def _one_line(
     return type(e)(text) if plain else ValueError(text)
 
 
-def _log_refused(name: str, e: Exception) -> None:
-    log_message(f"refused {name}: {e}")
+def _print_json(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    status: str,  # ok or refused
+    **more: Any,  # the keys of the command
+) -> None:
+    "One line of JSON on standard output"
+    row = dict(command=a.command, scan=name, path=str(path), status=status, **more)
+    print(json.dumps(row, allow_nan=False), flush=True)
+
+
+def _print_result(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    text: str,  # line or lines
+    **more: Any,  # the keys of the command, for `--json`
+) -> None:
+    "The result of a scan on standard output"
+    if a.json:
+        _print_json(a, name, path, "ok", **more)
+    else:
+        print(text, flush=True)
+
+
+def _refuser(
+    a: argparse.Namespace,
+    scans: list[tuple[str, Path]],  # of `find_scans`
+) -> Callable[[str, Exception], None]:  # `refuse` of `_map_scans`
+    "Log a refused scan, and print its line of JSON"
+    paths = dict(scans)
+
+    def refuse(name: str, e: Exception) -> None:
+        log_message(f"refused {name}: {e}")
+        if a.json:
+            _print_json(a, name, paths[name], "refused", reason=str(e), warnings=[])
+
+    return refuse
+
+
+def _log_warnings(
+    path: Path,
+    warnings: list[str],
+    known: str = "",  # a warning that was logged before the first scan
+) -> None:
+    for warning in warnings:
+        if warning != known:
+            log_message(f"warning: {Path(path).name}: {warning}")
 
 
 class _Saver:
@@ -276,8 +325,9 @@ def _map_scans(
     scans: list[tuple[str, Path]],  # of `find_scans`
     label: str,  # of the progress bar
     function: Callable[[str, Path], Any],  # takes name and path of a scan
+    refuse: Callable[[str, Exception], None],  # names a refused scan
     write: Callable[[list], None] | None = None,  # writes the results so far
-    refuse: Callable[[str, Exception], None] = _log_refused,
+    show: Callable[[str, Path, Any], None] | None = None,  # prints a result that is kept
     close: Callable[[list, Quarantine], None] | None = None,  # called last, also after Ctrl-C
 ) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
     "Process scans one by one; refused ones are named and left out"
@@ -286,7 +336,9 @@ def _map_scans(
     try:
         for name, path in progress_bar(scans, label=label) if len(scans) > 1 else scans:
             try:
-                done.append((name, function(name, path)))
+                result = function(name, path)
+            except BrokenPipeError:
+                raise
             except Exception as e:
                 if is_system_error(e) and not isinstance(e, MemoryError):
                     raise
@@ -294,6 +346,9 @@ def _map_scans(
                 bad.add(name, reason)
                 refuse(name, reason)
                 continue
+            done.append((name, result))
+            if show:
+                show(name, path, result)
             save(done)
     finally:
         if write and done:
@@ -422,6 +477,11 @@ def _review_cohort(a: argparse.Namespace, name: str) -> int:
 def run_check(a: argparse.Namespace) -> int:
     "`asap check`"
     name = _cohort_from_args(a)
+    if name and a.json:
+        raise ValueError(
+            f"--json is for loose scans: {a.paths[0]} was taken for the data set `{name}`, "
+            "whose report is --page"
+        )
     if name:
         return _review_cohort(a, name)
     if a.page:
@@ -437,9 +497,12 @@ def _check_scans(a: argparse.Namespace) -> int:
     scans = find_scans(a.paths, ".png")
 
     def refuse(name: str, e: Exception) -> None:
-        print(f"REFUSED  {name}: {e}", flush=True)
+        if a.json:
+            _print_json(a, name, dict(scans)[name], "refused", reason=str(e), warnings=[])
+        else:
+            print(f"REFUSED  {name}: {e}", flush=True)
 
-    done, bad = _map_scans(scans, "check", lambda n, p: _check_one(a, n, p), refuse=refuse)
+    done, bad = _map_scans(scans, "check", lambda n, p: _check_one(a, n, p), refuse)
     refused = len(bad) + sum(not usable for _, usable in done)
     if len(scans) > 1:
         log_message(f"{len(scans)} scans, {refused} refused")
@@ -457,14 +520,41 @@ def _check_one(
     v = read(path, _source_from_args(a))
     found = checks.check_volume(v)
     usable = all(f.level != "error" for f in found)
+    if a.json:
+        _print_json(a, name, path, "ok" if usable else "refused", **_check_record(v, found))
+    else:
+        print(_check_line(name, v, found), flush=True)
+    if a.pictures:
+        _save_picture(v, name, a.pictures)
+    return usable
+
+
+def _check_line(
+    name: str,  # of the scan
+    v: Any,  # Volume
+    found: list,  # of `check_volume`
+) -> str:
+    usable = all(f.level != "error" for f in found)
     shape = "x".join(map(str, v.hu.shape))
     mm = "x".join(f"{s:.3g}" for s in v.spacing)
     verdict = ("warning " if found else "ok      ") if usable else "REFUSED "
     facts = f"{v.facts['format']} {shape}, {mm} mm, {v.axes}"
-    print(f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found), flush=True)
-    if a.pictures:
-        _save_picture(v, name, a.pictures)
-    return usable
+    return f"{verdict} {name}: {facts}" + "".join(f"; {f}" for f in found)
+
+
+def _check_record(
+    v: Any,  # Volume
+    found: list,  # of `check_volume`
+) -> dict[str, Any]:
+    "Keys of `check` for `--json`"
+    errors = [str(f) for f in found if f.level == "error"]
+    return (dict(reason="; ".join(errors)) if errors else {}) | dict(
+        warnings=[str(f) for f in found if f.level != "error"],
+        format=v.facts["format"],
+        shape=[int(n) for n in v.hu.shape],
+        spacing_mm=[round(float(s), 4) for s in v.spacing],
+        axes=v.axes,
+    )
 
 
 def _save_picture(
@@ -508,47 +598,69 @@ def run_standardize(a: argparse.Namespace) -> int:
             raise ValueError(made.error.partition(": ")[2])
         if made.why:
             log_message(f"{name}: made anew, because {made.why}")
-        print(out / f"{name}.nii", flush=True)
+        files = [str(out / f"{name}.nii"), str(out / f"{name}.json")]
+        _print_result(a, name, path, files[0], warnings=[], files=files)
 
     close = _list_refused(out / "quarantine.csv", always=True)
-    return _exit_code(_map_scans(scans, "standardize", one, close=close)[1], len(scans))
+    _, bad = _map_scans(scans, "standardize", one, _refuser(a, scans), close=close)
+    return _exit_code(bad, len(scans))
+
+
+def _choose_device(a: argparse.Namespace) -> None:
+    if a.device:
+        from asap.inference.scan import use_device
+
+        use_device(a.device)
 
 
 def run_organs(a: argparse.Namespace) -> int:
     "`asap organs`"
     from asap.anatomy.segmenter import choose_source
+    from asap.inference.api import map_groups
 
-    p: Any = load_params(sections=["anatomy"])
-    groups = {g: list(names) for g, names in p.anatomy.groups.items()}
+    _choose_device(a)
     wanted = "totalsegmentator" if a.full or a.download else a.source
-    source = choose_source(groups, wanted, not a.full, a.download)
+    source = choose_source(map_groups(), wanted, not a.full, a.download)
     log_message(f"organ maps by {source.name}")
     scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
     for name, _ in scans:
         _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
 
     def one(name: str, path: Path) -> None:
-        _organs_one(a, path, out / f"{name}_organs.nii.gz", source, groups)
+        _organs_one(a, name, path, source)
 
     close = _list_refused(out / "quarantine.csv", always=True)
-    return _exit_code(_map_scans(scans, "organs", one, close=close)[1], len(scans))
+    _, bad = _map_scans(scans, "organs", one, _refuser(a, scans), close=close)
+    return _exit_code(bad, len(scans))
 
 
 def _organs_one(
     a: argparse.Namespace,
-    path: Path,  # of the scan
-    out: Path,  # the organ map
+    name: str,  # of the scan
+    path: Path,
     source: Any,  # MapSource
-    groups: dict[str, list[str]],  # anatomy.groups of the params
 ) -> None:
+    from asap.inference.api import organs
+
+    made = organs(path, _source_from_args(a), source)
+    masks = _write_masks(a, made, Path(a.out), name)
+    record = Path(a.out) / f"{name}_organs.json"
+    write_json(made.record(), record)
+    files = [*map(str, masks), str(record)]
+    _print_result(a, name, path, files[0], warnings=made.warnings, files=files, **made.record())
+
+
+def _write_masks(
+    a: argparse.Namespace,
+    made: Any,  # ScanOrgans
+    out: Path,  # folder
+    name: str,  # of the scan
+) -> list[Path]:  # the organ map first
     import numpy as np
 
-    from asap.data import checks
     from asap.data.volumes import resample, standard_grid, write
 
-    v, _ = checks.load_checked(path, _source_from_args(a))
-    made, name = source.predict(v), out.name.removesuffix("_organs.nii.gz")
-    masks = {"organs": made.organs}
+    v, masks = made.volume, {"organs": made.organs}
     if a.body and made.body is not None:
         masks["body"] = made.body.astype(np.uint8)
     shape, affine = v.hu.shape, v.affine
@@ -556,119 +668,147 @@ def _organs_one(
         shape, affine = standard_grid(shape, affine, _standard_options(a)["spacing"])
     for kind, mask in masks.items():
         on_grid = resample(mask, v.affine, shape, affine, order=0, fill=0)
-        write(on_grid, affine, out.with_name(f"{name}_{kind}.nii.gz"))
-    ml = np.bincount(made.organs.ravel(), minlength=len(groups) + 1) * np.prod(v.spacing) / 1000
-    rows = {
-        group: dict(volume_ml=round(float(ml[k]), 1), confidence=made.confidence.get(group))
-        for k, group in enumerate(groups, 1)
-    }
-    write_json(dict(source=made.source, organs=rows), out.with_name(f"{name}_organs.json"))
-    print(out, flush=True)
+        write(on_grid, affine, out / f"{name}_{kind}.nii.gz")
+    return [out / f"{name}_{kind}.nii.gz" for kind in masks]
 
 # %% ../nbs/98_cli.ipynb #c1100001
 def _roi_size_from_args(a: argparse.Namespace) -> Any:  # three numbers of voxels, or None
     return tuple(a.size) if a.size else None
 
 # %% ../nbs/98_cli.ipynb #9540f56d
+_FEATURE_ENDINGS = (".npz", ".csv", ".parquet")
+
+
+def _check_features_file(
+    out: str,
+    tokens: bool,  # keep every token
+) -> None:
+    ending = Path(out).suffix.lower()
+    if ending not in _FEATURE_ENDINGS:
+        raise ValueError(
+            f"-o {out}: expected a file that ends in {', '.join(_FEATURE_ENDINGS[:-1])} or "
+            f"{_FEATURE_ENDINGS[-1]}; the ending says what is written"
+        )
+    if tokens and ending != ".npz":
+        raise ValueError(f"-o {out}: a table has no place for --tokens; write an .npz")
+
+
 def _embed_one(
+    a: argparse.Namespace,
     path: Path,
-    source: Any,  # Source
-    encoder: Any,  # ViT3D
-) -> Any:  # (1+N,C) tokens
-    import torch
-
-    from asap.inference.scan import load_scan
-
-    s = load_scan(path, encoder, source)
-    for warning in s.warnings:
-        log_message(f"warning: {Path(path).name}: {warning}")
-    with torch.no_grad():
-        return encoder.forward_features(s.image, norm=False)[0].float().cpu().numpy()
+    model: Any,  # Model
+) -> Any:  # ScanEmbedding, without tokens if they are not kept: they take far more memory
+    e = model.embed(path, _source_from_args(a))
+    if not a.tokens:
+        e.tokens = e.tokens[:0]
+    return e
 
 
-def _pool_one(
-    tokens: Any,  # (1+N,C)
-    keep: bool,  # also return the tokens, which take far more memory
-) -> tuple[Any, Any]:  # (C,), (1+N,C) or None
-    return tokens[1:].mean(0), tokens if keep else None
+def _show_embedding(
+    a: argparse.Namespace,
+    name: str,  # of the scan
+    path: Path,
+    e: Any,  # ScanEmbedding
+) -> None:
+    _log_warnings(path, e.warnings)
+    n = "x".join(map(str, e.grid))
+    text = f"{name}: {len(e.features)} features, the mean of {n} patches"
+    _print_result(a, name, path, text, warnings=e.warnings, files=[a.out], **e.record())
 
 
 def run_embed(a: argparse.Namespace) -> int:
     "`asap embed`"
-    from asap.inference.scan import describe_checkpoint, load_image_encoder
-
     scans = find_scans(a.paths)
     _refuse_overwrite(a.out, scans)
-    encoder = load_image_encoder(a.checkpoint, _roi_size_from_args(a))
-    log_message(describe_checkpoint(a.checkpoint))
+    _check_features_file(a.out, a.tokens)
+    model = _open_model(a)
+    _ = model.encoder  # loaded before the first scan
     done, bad = _map_scans(
         scans,
         "embed",
-        lambda name, path: _pool_one(_embed_one(path, _source_from_args(a), encoder), a.tokens),
-        lambda done: _write_features(done, a.out, encoder.grid_size if a.tokens else None),
+        lambda name, path: _embed_one(a, path, model),
+        _refuser(a, scans),
+        lambda done: _write_features(done, a.out, a.tokens),
+        lambda *result: _show_embedding(a, *result),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
-    if done:
-        print(a.out)
+    _print_file(a, done)
     return _exit_code(bad, len(scans))
 
 
+def _open_model(a: argparse.Namespace) -> Any:  # Model
+    "The model that the options name; log what it was trained on"
+    from asap.inference.api import Model
+    from asap.inference.scan import CHECKPOINT_DIRS, resolve_folder
+
+    _choose_device(a)
+    folder = resolve_folder(a.checkpoint, CHECKPOINT_DIRS, "--checkpoint")
+    model = Model(folder, getattr(a, "text", None), _roi_size_from_args(a))
+    log_message(model.card)
+    return model
+
+
+def _print_file(a: argparse.Namespace, done: list) -> None:
+    "The path of the file that holds the results of all scans"
+    if done and not a.json:
+        print(a.out)
+
+
 def _write_features(
-    done: list[tuple[str, Any]],  # of `_map_scans`, with results of `_pool_one`
-    out: str,  # npz
-    grid: tuple | None,  # of the tokens; None: without tokens
+    done: list[tuple[str, Any]],  # of `_map_scans`, with results of `_embed_one`
+    out: str,  # .npz, .csv or .parquet
+    keep: bool,  # the tokens too
 ) -> None:
     import numpy as np
+    import pandas as pd
 
-    more = {}
-    if grid is not None:
-        more = dict(tokens=np.stack([t for _, (_, t) in done]), grid=np.array(grid))
-    with atomic_write(out) as tmp:
-        with open(tmp, "wb") as f:
-            np.savez(
-                f,
-                features=np.stack([f for _, (f, _) in done]),
-                cases=np.array([n for n, _ in done]),
-                **more,  # type: ignore[arg-type] # typed as a flag by numpy
-            )
+    from asap.core import write_csv, write_parquet
+
+    cases, features = [n for n, _ in done], np.stack([e.features for _, e in done])
+    ending = Path(out).suffix.lower()
+    if ending != ".npz":
+        table = pd.DataFrame(features, columns=[f"f{i}" for i in range(features.shape[1])])
+        table.insert(0, "case", cases)
+        (write_csv if ending == ".csv" else write_parquet)(table, out)
+        return
+    more: dict[str, Any] = {}
+    if keep:
+        more = dict(tokens=np.stack([e.tokens for _, e in done]), grid=np.array(done[0][1].grid))
+    with atomic_write(out) as tmp, open(tmp, "wb") as f:
+        np.savez(f, features=features, cases=np.array(cases), **more)
 
 # %% ../nbs/98_cli.ipynb #c1100003
-def _load_ct(
+def _on_ct(
     a: argparse.Namespace,
+    function: Callable,  # of `Model`
     path: Path,
-    model: Any,  # ASAP
-) -> Any:  # LoadedScan
-    "A CT as the model sees it"
-    from asap.inference.scan import load_scan
-
+    texts: list[str],  # labels or sentences
+) -> Any:  # its result
+    "Apply a function of a model that takes CT only"
     try:
-        s = load_scan(path, model.vit, _source_from_args(a))
+        return function(path, texts, _source_from_args(a))
     except ValueError as e:
         if "--mr" not in str(e):
             raise
         raise ValueError(
             f"{e}; {a.command} takes CT only: an MR is refused with --mr too"
         ) from None
-    for warning in s.warnings:
-        log_message(f"warning: {Path(path).name}: {warning}")
-    return s
 
 
-def _load_model_and_text(
+def _open_text_model(
     a: argparse.Namespace,
-    sentences: list[str],  # that the text encoder will read
-) -> tuple:  # model and text encoder
-    "The model and its text encoder; log the training data and unknown words"
-    from asap.inference.scan import describe_checkpoint, load_model_and_text, require_ct
-    from asap.inference.zero_shot import find_unknown_words
+    texts: list[str],  # labels or sentences
+) -> tuple[Any, str]:  # Model, warning of unknown words
+    "The model that the options name; log its training data and words that it does not know"
+    from asap.inference.scan import require_ct
+    from asap.inference.zero_shot import unknown_words_warning
 
     require_ct(_source_from_args(a))
-    model, text = load_model_and_text(a.checkpoint, a.text, _roi_size_from_args(a))
-    log_message(describe_checkpoint(a.checkpoint))
-    if odd := find_unknown_words(text, sentences):
-        words = ", ".join(f"`{w}`" for w in odd[:5])
-        log_message(f"warning: not in the vocabulary of the text encoder: {words}")
-    return model, text
+    model = _open_model(a)
+    warning = unknown_words_warning(model.unknown_words(texts))
+    if warning:
+        log_message(f"warning: {warning}")
+    return model, warning
 
 
 def run_zero_shot(a: argparse.Namespace) -> int:
@@ -678,16 +818,17 @@ def run_zero_shot(a: argparse.Namespace) -> int:
     labels, scans = list(dict.fromkeys(a.labels or ABNORMALITIES)), find_scans(a.paths)
     _check_labels(labels, a.out)
     _refuse_overwrite(a.out, scans)
-    model, text = _load_model_and_text(a, labels)
+    model, warning = _open_text_model(a, labels)
     done, bad = _map_scans(
         scans,
         "zero-shot",
-        lambda name, path: _zero_shot_one(a, name, path, model, text, labels),
+        lambda _, path: _on_ct(a, model.zero_shot, path, labels),
+        _refuser(a, scans),
         lambda done: _write_zero_shot(done, a.out),
+        lambda name, path, z: _show_labels(a, name, path, z, warning),
         close=_list_refused(Path(a.out).with_suffix(".quarantine.csv")),
     )
-    if done:
-        print(a.out)
+    _print_file(a, done)
     return _exit_code(bad, len(scans))
 
 
@@ -706,21 +847,17 @@ def _check_labels(
         )
 
 
-def _zero_shot_one(
+def _show_labels(
     a: argparse.Namespace,
     name: str,  # of the scan
     path: Path,
-    model: Any,  # ASAP
-    text: Any,  # TextEncoder
-    labels: list[str],
-) -> Any:  # DataFrame of `classify_zero_shot`
-    from asap.inference.zero_shot import classify_zero_shot
-
-    p: Any = load_params(sections=["vocabulary"])
-    z = classify_zero_shot(model, text, _load_ct(a, path, model), labels, p.vocabulary)
-    top = z.nlargest(a.top, "probability").itertuples()
-    print(f"{name}: " + ", ".join(f"{r.label} {r.probability:.2f}" for r in top), flush=True)
-    return z
+    z: Any,  # ScanLabels
+    warning: str,  # logged before the first scan
+) -> None:
+    _log_warnings(path, z.warnings, warning)
+    top = z.table.nlargest(a.top, "probability").itertuples()
+    text = f"{name}: " + ", ".join(f"{r.label} {r.probability:.2f}" for r in top)
+    _print_result(a, name, path, text, warnings=z.warnings, files=[a.out], **z.record())
 
 
 def _write_zero_shot(
@@ -731,53 +868,59 @@ def _write_zero_shot(
 
     from asap.core import write_csv
 
-    write_csv(pd.concat([z.assign(scan=n)[["scan", *z]] for n, z in done]).round(5), out)
+    write_csv(
+        pd.concat([z.table.assign(scan=n)[["scan", *z.table]] for n, z in done]).round(5), out
+    )
 
 # %% ../nbs/98_cli.ipynb #c1100005
 def _ground_one(
     a: argparse.Namespace,
     name: str,  # of the scan
     path: Path,
-    model: Any,  # ASAP
-    text: Any,  # TextEncoder
-    note: str,  # under the pictures
-) -> int:  # number of sentences
+    model: Any,  # Model
+    warning: str,  # logged before the first scan
+) -> None:
     "Localize the sentences in one scan, and write what was found"
-    import matplotlib
+    g, out = _on_ct(a, model.ground, path, a.sentence), Path(a.out)
+    _log_warnings(path, g.warnings, warning)
+    pictures = g.save(out, name, model.card)
+    kinds = [f"{i}_{k}" for i in range(1, len(pictures) + 1) for k in ("heat", "region")]
+    files = [str(out / f"{name}_{k}.nii.gz") for k in (*kinds, "field")]
+    files += [*map(str, pictures), str(out / f"{name}.csv")]
+    text = "\n".join(
+        line
+        for s, picture in zip(g.record()["sentences"], pictures)
+        for line in _ground_lines(name, s, picture)
+    )
+    _print_result(a, name, path, text, warnings=g.warnings, files=files, **g.record())
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    from asap.core import write_csv
-    from asap.data.volumes import write
-    from asap.inference.ground import ground_sentences, plot_grounding, region_table
+def _ground_lines(
+    name: str,  # of the scan
+    s: dict[str, Any],  # one of `sentences`, as with `--json`
+    picture: Path,
+) -> Iterator[str]:
+    "The peak of a sentence, then a line per piece of its region"
 
-    s, out = _load_ct(a, path, model), Path(a.out)
-    g = ground_sentences(model, text, s, list(dict.fromkeys(a.sentence)))
-    t = region_table(g, s.volume)
-    for i, r in enumerate(t.itertuples()):
-        heat, region = g.to_scan_space(i, s.volume)
-        write(heat, s.volume.affine, out / f"{name}_{i + 1}_heat.nii.gz")
-        write(region, s.volume.affine, out / f"{name}_{i + 1}_region.nii.gz")
-        fig = plot_grounding(g, i, s.volume, note)
-        with atomic_write(out / f"{name}_{i + 1}.png") as tmp:
-            fig.savefig(tmp, format="png", dpi=110)
-        plt.close(fig)
-        print(
-            f'{name}: "{r.sentence}" {r.num_patches} patches around '
-            f"{r.x_mm:.0f}, {r.y_mm:.0f}, {r.z_mm:.0f} mm (RAS), "
-            f"cosine up to {r.max_similarity:.2f}: {out / f'{name}_{i + 1}.png'}",
-            flush=True,
+    def place(row: dict[str, Any], prefix: str = "") -> str:
+        return ", ".join(f"{row[f'{prefix}{axis}_mm']:.0f}" for axis in "xyz") + " mm (RAS)"
+
+    yield (
+        f'{name}: "{s["sentence"]}" peak at {place(s, "peak_")}, '
+        f"cosine {s['max_similarity']:.2f}: {picture}"
+    )
+    for j, piece in enumerate(s["pieces"], 1):
+        yield (
+            f"{name}:   piece {j} of {len(s['pieces'])}: {piece['piece_patches']} patches at "
+            f"{place(piece)}, cosine up to {piece['piece_similarity']:.2f}"
         )
-    # Last: where the CSV exists, the other files do
-    write_csv(t.assign(scan=name)[["scan", *t]], out / f"{name}.csv")
-    return len(t)
 
 
 def run_ground(a: argparse.Namespace) -> int:
     "`asap ground`"
-    from asap.inference.scan import describe_checkpoint
+    import matplotlib
 
+    matplotlib.use("Agg")
     out = Path(a.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"-o {out} is a file, expected a folder")
@@ -787,16 +930,16 @@ def run_ground(a: argparse.Namespace) -> int:
             'such as "There is pleural effusion."'
         )
     scans = find_scans(a.paths, f"_{len(a.sentence)}_region.nii.gz")
+    kinds = [f"{i + 1}_{k}" for i in range(len(a.sentence)) for k in ("heat", "region")]
     for name, _ in scans:
-        for i in range(len(a.sentence)):
-            for kind in ("heat", "region"):
-                _refuse_overwrite(out / f"{name}_{i + 1}_{kind}.nii.gz", scans)
-    model, text = _load_model_and_text(a, a.sentence)
-    note = describe_checkpoint(a.checkpoint)
+        for kind in (*kinds, "field"):
+            _refuse_overwrite(out / f"{name}_{kind}.nii.gz", scans)
+    model, warning = _open_text_model(a, a.sentence)
     _, bad = _map_scans(
         scans,
         "ground",
-        lambda name, path: _ground_one(a, name, path, model, text, note),
+        lambda name, path: _ground_one(a, name, path, model, warning),
+        _refuser(a, scans),
         close=_list_refused(out / "quarantine.csv"),
     )
     return _exit_code(bad, len(scans))
@@ -853,7 +996,16 @@ def _add_source_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--mr", action="store_true", help="an MR: arbitrary units")
     p.add_argument(
+        "--json", action="store_true", help="print one line of JSON per scan (keys: nbs/98_cli)"
+    )
+    p.add_argument(
         "paths", nargs="+", metavar="PATH", help="a volume, a DICOM folder, or a folder with such"
+    )
+
+
+def _add_device_option(p: Any) -> None:  # a parser or a group of one
+    p.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
     )
 
 
@@ -880,6 +1032,7 @@ def _add_model_options(p: argparse.ArgumentParser, text: bool = False) -> None:
         help="voxels of the box that the model sees, at its spacing, whole patches "
         "(default: as trained)",
     )
+    _add_device_option(g)
 
 
 def _add_command(
@@ -977,6 +1130,7 @@ def _add_organs(sub: Any) -> None:
     )
     c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
     c.add_argument("--download", action="store_true", help="fetch weights that are missing")
+    _add_device_option(c)
     _add_source_options(c)
 
 # %% ../nbs/98_cli.ipynb #cliparse2
@@ -988,7 +1142,13 @@ def _add_embed(sub: Any) -> None:
         "features of scans from a checkpoint's encoder",
         "asap embed scan.nrrd -o scan.npz",
     )
-    c.add_argument("-o", "--out", required=True, metavar="FILE.npz")
+    c.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="ends in .npz, .csv or .parquet, and is that",
+    )
     c.add_argument("--tokens", action="store_true", help="keep every token, not the mean alone")
     _add_model_options(c)
     _add_source_options(c)
@@ -1001,7 +1161,7 @@ def _add_zero_shot(sub: Any) -> None:
         run_zero_shot,
         "zero-shot classification with text prompts",
         "asap zero-shot scan.nii.gz -o scan.csv; "
-        'asap zero-shot scans/ -o all.csv --labels "Pleural effusion" "Rib fracture"',
+        'asap zero-shot scans/ -o all.csv --labels "Pleural effusion" "Lung nodule"',
     )
     c.add_argument("-o", "--out", required=True, metavar="FILE.csv")
     c.add_argument(
@@ -1123,6 +1283,7 @@ def _build_parser() -> argparse.ArgumentParser:
         description="ASAP: vision-language pre-training on chest CT and reports.",
         epilog="The whole study: dvc repro. Its numbers: params.yaml.",
     )
+    p.add_argument("--version", action="version", version=f"asap {__version__}")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_check(sub)
     _add_standardize(sub)
@@ -1134,21 +1295,49 @@ def _build_parser() -> argparse.ArgumentParser:
     return p
 
 
+def _end_output() -> None:
+    "Write the rest of the output nowhere where its reader has ended, so that Python says nothing"
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(a: argparse.Namespace) -> int:  # exit code
+    "Run a command; what went wrong is one line"
+    try:
+        code = a.run(a) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        print("asap: stopped; the results so far are written", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as e:
+        if (e.name or "asap").startswith("asap"):
+            raise
+        print(
+            f"asap: {a.command} needs {e.name}, which is not installed: pip install 'asap[study]'",
+            file=sys.stderr,
+        )
+    except (ValueError, OSError) as e:
+        print(f"asap: {e}", file=sys.stderr)
+    return 1
+
+
 def main(
     argv: list[str] | None = None,
-) -> int:  # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage
+) -> int:  # exit code: 0 done, 1 refused or failed with a reason, 2 wrong usage, 130, 141
     "The `asap` command"
     for stream in (sys.stdout, sys.stderr):  # a name that a terminal cannot show ends no batch
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    a = _build_parser().parse_args(argv)
     try:
-        return a.run(a) or 0
-    except (ValueError, OSError) as e:
-        print(f"asap: {e}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("asap: stopped; the results so far are written", file=sys.stderr)
-    return 1
+        return _run(_build_parser().parse_args(argv))
+    finally:
+        _end_output()
 
 # %% ../nbs/98_cli.ipynb #05bbd2fe
 #| eval: false

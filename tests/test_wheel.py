@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
+import tomllib
 import zipfile
 
 import numpy as np
@@ -13,6 +15,8 @@ from conftest import TOP
 from asap.data.volumes import write
 from asap.phantom.abnormalities import synthesize_chest
 
+EXTRAS = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+IMPORTED = {"scikit-learn": "sklearn", "scikit-survival": "sksurv", "ruamel.yaml.clib": "ruamel"}
 SHIPPED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "params.yaml")
 
 
@@ -36,12 +40,18 @@ def unpacked(tmp_path_factory):
 
 
 def run(unpacked, folder, *args):
-    "`asap` in a folder, with the unpacked wheel alone on the path"
+    "Python in a folder, with the unpacked wheel on the path and no library of an extra"
+    extras = [IMPORTED.get(n, n) for e in ("study", "cluster") for n in EXTRAS[e]]
+    blocked = [n for n in extras if n not in ("setuptools", "fastcore")]  # torch uses the first
+    light = unpacked.parent / "light"
+    light.mkdir(exist_ok=True)
+    lines = ["import sys", f"sys.modules.update(dict.fromkeys({blocked}))"]
+    (light / "sitecustomize.py").write_text("\n".join(lines))
     env = {k: v for k, v in os.environ.items() if k != "ASAP_ROOT"}
     return subprocess.run(
-        [sys.executable, "-P", "-m", "asap.cli", *args],
+        [sys.executable, "-P", *args],
         cwd=folder,
-        env=env | {"PYTHONPATH": str(unpacked)},
+        env=env | {"PYTHONPATH": f"{unpacked}{os.pathsep}{light}"},
         capture_output=True,
         text=True,
     )
@@ -65,7 +75,7 @@ def test_package_data(unpacked):
 
 
 def test_embed(unpacked, scan):
-    done = run(unpacked, scan, "embed", "scan.nii.gz", "-o", "scan.npz")
+    done = run(unpacked, scan, "-m", "asap", "embed", "scan.nii.gz", "-o", "scan.npz")
     assert done.returncode == 0, done.stderr
     with np.load(scan / "scan.npz") as z:
         assert z["features"].shape[0] == 1 and np.isfinite(z["features"]).all()
@@ -73,6 +83,37 @@ def test_embed(unpacked, scan):
 
 
 def test_zero_shot(unpacked, scan):
-    done = run(unpacked, scan, "zero-shot", "scan.nii.gz", "-o", "scan.csv")
+    done = run(unpacked, scan, "-m", "asap", "zero-shot", "scan.nii.gz", "-o", "scan.csv")
     assert done.returncode == 0, done.stderr
     assert len((scan / "scan.csv").read_text().splitlines()) == 19
+
+
+def test_python(unpacked, scan):
+    "The functions work in a folder that holds nothing else, and are those of the wheel"
+    code = textwrap.dedent(
+        """
+        import asap
+        from pathlib import Path
+        assert "unpacked" in asap.__file__
+        e = asap.embed("scan.nii.gz")
+        assert e.features.shape == (e.tokens.shape[1],)
+        z = asap.zero_shot("scan.nii.gz")
+        assert len(z.table) == 18 and z.table.probability.between(0, 1).all()
+        g = asap.ground("scan.nii.gz", ["There is pleural effusion.", "There is a mass."])
+        assert g.region(0).any() and g.unknown_words == ["mass"]
+        m = asap.Model.from_pretrained(device="cpu")
+        assert (m.embed("scan.nii.gz").features == e.features).all() and "phantoms" in m.card
+        assert [p.name for p in Path().iterdir()] == ["scan.nii.gz"]
+        """
+    )
+    done = run(unpacked, scan, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_command_of_the_study_names_what_is_missing(unpacked, scan):
+    for name in ("params.yaml", "dvc.yaml"):  # a project
+        shutil.copyfile(TOP / name, scan / name)
+    shutil.copytree(TOP / "nbs/stages", scan / "nbs/stages")
+    done = run(unpacked, scan, "-m", "asap", "stage", "text")
+    said = "asap: stage needs papermill, which is not installed: pip install 'asap[study]'\n"
+    assert (done.returncode, done.stderr) == (1, said)

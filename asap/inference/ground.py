@@ -104,21 +104,36 @@ class GroundingResult:
         heat = self.similarity[i]
         return _mean_position(self.affine, [np.unravel_index(heat.argmax(), heat.shape)])
 
-    def region_center(self, i: int) -> np.ndarray:  # (3,) mm, RAS
-        "Center of the region of sentence i"
-        return _mean_position(self.affine, np.argwhere(self.region[i]))
+    def pieces(
+        self,
+        i: int,  # which sentence
+    ) -> list[np.ndarray]:  # (n,3) indices of patches; highest similarity first
+        "Connected pieces of the region of sentence i"
+        from scipy.ndimage import label
+
+        numbered, count = label(self.region[i])
+        found = [np.argwhere(numbered == j) for j in range(1, count + 1)]
+        return sorted(found, key=lambda patches: -self.similarity[i][tuple(patches.T)].max())
 
     def to_scan_space(
         self,
         i: int,  # which sentence
         v: Volume,  # the scan
-    ) -> tuple[np.ndarray, np.ndarray]:  # float32 (NaN outside the box), uint8, grid of `v`
+        fill: float = np.nan,  # of the heat map outside the box
+    ) -> tuple[np.ndarray, np.ndarray]:  # float32, uint8 (1 in the region), grid of `v`
         "The heat map and the region of sentence i on a scan's own grid"
+        heat = self._on_grid(self.similarity[i], v, fill)
+        return heat, self._on_grid(self.region[i].astype(np.uint8), v, 0)
 
-        def on(x: np.ndarray, fill: float) -> np.ndarray:
-            return resample(x, self.affine, v.hu.shape, v.affine, order=0, fill=fill)
+    def field_of_view(
+        self,
+        v: Volume,  # the scan
+    ) -> np.ndarray:  # uint8, grid of `v`: 1 inside the box
+        "The part of a scan that the model saw"
+        return self._on_grid(np.ones(self.region.shape[1:], np.uint8), v, 0)
 
-        return on(self.similarity[i], np.nan), on(self.region[i].astype(np.uint8), 0)
+    def _on_grid(self, x: np.ndarray, v: Volume, fill: float) -> np.ndarray:
+        return resample(x, self.affine, v.hu.shape, v.affine, order=0, fill=fill)
 
 
 def _mean_position(
@@ -158,31 +173,58 @@ def ground_sentences(
     )
 
 # %% ../../nbs/8_inference/82_ground.ipynb #s0000015
+def _nearest_to_mean(
+    patches: np.ndarray,  # (n,3) indices
+) -> np.ndarray:  # (1,3)
+    "The patch of a piece that is nearest to the mean of the piece; ties: the first"
+    distance = ((patches - patches.mean(0)) ** 2).sum(1)
+    return patches[distance.argmin()][None]
+
+
+def _columns_mm(
+    prefix: str,  # such as `peak_`
+    position: np.ndarray,  # (3,) mm
+) -> dict[str, float]:
+    return {f"{prefix}{axis}_mm": round(float(x), 1) for axis, x in zip("xyz", position)}
+
+
+def _inside_fraction(
+    g: GroundingResult,
+    patches: np.ndarray,  # (n,3) indices
+    v: Volume,
+) -> float:  # 0 to 1
+    "Share of a piece that lies inside the scan"
+    piece = np.zeros(g.region.shape[1:], np.uint8)
+    piece[tuple(patches.T)] = 1
+    inside = float(g._on_grid(piece, v, 0).sum() * np.prod(v.spacing))
+    return round(min(1.0, inside / (len(patches) * abs(np.linalg.det(g.affine[:3, :3])))), 3)
+
+
 def region_table(
     g: GroundingResult,
     v: Volume,  # the scan
-) -> pd.DataFrame:  # a row per sentence
-    "k, number of patches, center and peak in mm (RAS), similarities, share inside the scan"
-    size, rows = abs(np.linalg.det(g.affine[:3, :3])), []
+) -> pd.DataFrame:  # a row per sentence and connected piece of its region
+    "k, patches, peak and pieces in mm (RAS), similarities, share inside the scan"
+    rows = []
     for i, sentence in enumerate(g.sentences):
-        mm = {
-            f"{name}{axis}_mm": round(float(x), 1)
-            for name, of in (("", g.region_center(i)), ("peak_", g.peak_position(i)))
-            for axis, x in zip("xyz", of)
-        }
-        n = int(g.region[i].sum())
-        inside = float(g.to_scan_space(i, v)[1].sum() * np.prod(v.spacing))
-        rows.append(
-            dict(
-                sentence=sentence,
-                k=round(float(g.k[i]), 2),
-                num_patches=n,
-                **mm,
-                max_similarity=round(float(g.similarity[i].max()), 4),
-                mean_similarity=round(float(g.similarity[i].mean()), 4),
-                inside_fraction=round(min(1.0, inside / (n * size)), 3),
-            )
+        heat = g.similarity[i]
+        whole = dict(
+            sentence=sentence,
+            k=round(float(g.k[i]), 2),
+            num_patches=int(g.region[i].sum()),
+            **_columns_mm("peak_", g.peak_position(i)),
+            max_similarity=round(float(heat.max()), 4),
+            mean_similarity=round(float(heat.mean()), 4),
         )
+        for j, patches in enumerate(g.pieces(i), 1):
+            piece = dict(
+                piece=j,
+                piece_patches=len(patches),
+                **_columns_mm("", _mean_position(g.affine, _nearest_to_mean(patches))),
+                piece_similarity=round(float(heat[tuple(patches.T)].max()), 4),
+                inside_fraction=_inside_fraction(g, patches, v),
+            )
+            rows.append(whole | piece)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_inference/82_ground.ipynb #de6b3e58

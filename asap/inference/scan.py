@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_DIRS', 'TEXT_ENCODER_DIRS', 'resolve_folder', 'load_text_encoder', 'load_model_and_text',
-           'load_image_encoder', 'describe_checkpoint', 'LoadedScan', 'load_scan', 'require_ct']
+           'load_image_encoder', 'describe_checkpoint', 'use_device', 'LoadedScan', 'load_scan', 'require_ct']
 
 # %% ../../nbs/8_inference/80_scan.ipynb #s0000003
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,24 @@ def describe_checkpoint(
         "no card says what it was trained on.",
     )
     return f"{name}: {line} Not for patients"
+
+# %% ../../nbs/8_inference/80_scan.ipynb #ecb3cd8e
+def use_device(
+    name: str,  # of torch: cpu, cuda, cuda:1, mps
+) -> None:
+    "Compute on this device, in this process, instead of Accelerate's choice"
+    from accelerate import PartialState
+
+    here = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu", *([here.type] if here else [])]
+    kind, _, number = name.partition(":")
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()
+    if kind not in known or (number and not (number.isdigit() and int(number) < count)):
+        raise ValueError(
+            f"device {name!r}: this machine has {' and '.join(known)}; name one of them"
+        )
+    os.environ["ACCELERATE_TORCH_DEVICE"] = name
+    PartialState._reset_state()
 
 # %% ../../nbs/8_inference/80_scan.ipynb #s000000c
 @dataclass

@@ -48,6 +48,14 @@ def many(scan, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    "What a test starts hears SIGINT, also where the tests do not (a shell's `&`)"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*args, **options):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*ASAP, *map(str, args)], cwd=TOP, **(pipes | options))

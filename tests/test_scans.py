@@ -314,7 +314,7 @@ def test_results_are_written_as_they_come(command, tmp_path, monkeypatch):
     "A batch that is stopped at its third scan has the results of two on disk"
     for n in "abc":
         good(tmp_path / f"in/{n}.nii.gz")
-    one = cli._embed_one if command == "embed" else cli._zero_shot_one
+    one = cli._embed_one if command == "embed" else cli._on_ct
     out = tmp_path / COMMANDS[command][1]
 
     def stop(*a, **kw):
@@ -325,7 +325,7 @@ def test_results_are_written_as_they_come(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, one.__name__, stop)
     monkeypatch.chdir(tmp_path)
-    assert main([command, str(tmp_path / "in"), *COMMANDS[command]]) == 1
+    assert main([command, str(tmp_path / "in"), *COMMANDS[command]]) == 130
     if command == "embed":
         with np.load(out) as z:
             assert z["cases"].tolist() == ["a", "b"] and len(z["features"]) == 2

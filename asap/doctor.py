@@ -9,7 +9,6 @@ __all__ = ['LEAST', 'ALL_CHECKS', 'CheckResult', 'check_dvc_lock', 'check_runnin
 # %% ../nbs/97_doctor.ipynb #eb53d798
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from .core import resource_path
-from .processes import LOCKS, BusyError, hold_lock
-from .run import remove_broken_lock
+from .processes import LOCKS, hold_lock, is_held, lock_holder
+from .run import is_distrusted, is_in_git, remove_broken_lock
 
 # %% ../nbs/97_doctor.ipynb #29751f7f
 @dataclass(frozen=True)
@@ -59,11 +58,8 @@ def check_running(
     "The study and the stages that run"
     for path in sorted((root / LOCKS).glob("*.lock")):
         what = path.stem if path.stem == "study" else f"stage {path.stem}"
-        try:
-            with hold_lock(path, what, 0.0):
-                pass
-        except BusyError as e:
-            yield _ok("running", str(e).split(";")[0].replace(" is running already (", " runs ("))
+        if is_held(path):
+            yield _ok("running", f"{what} runs: {lock_holder(path)}")
 
 
 def check_file_locks(
@@ -155,11 +151,12 @@ def check_git(
     "Whether git knows the folder"
     if shutil.which("git") is None:
         yield _problem("git", "not installed: the study runs, `dvc exp` does not")
-        return
-    run = subprocess.run(["git", "rev-parse"], cwd=root, capture_output=True, text=True)
-    if run.returncode:
-        said = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[0]
-        yield _problem("git", f"{said}: the study runs, `dvc exp` does not")
+    elif not is_in_git(root):
+        yield _problem("git", "no repository: the study runs, `dvc exp` does not")
+    elif is_distrusted(root):
+        yield _problem(
+            "git", "the folder belongs to another user: the study runs, `dvc exp` does not"
+        )
     else:
         yield _ok("git", "the folder is a repository")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'INTERVAL', 'LOCKS', 'start_time', 'all_run', 'end_with_them', 'parent', 'started_by_dvc', 'lead',
-           'BusyError', 'hold_lock']
+           'BusyError', 'lock_holder', 'is_held', 'hold_lock']
 
 # %% ../nbs/06_processes.ipynb #fb19bd5c
 import contextlib
@@ -22,16 +22,20 @@ ABOVE = "ASAP_STARTED_BY"  # environment variable
 INTERVAL = 0.5  # seconds between two looks
 
 
+def _stat(pid: int) -> list[str]:  # from the state on; empty: there is no such process
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def start_time(
     pid: int,
 ) -> str | None:  # "" where it is not known; None: there is no such process
     "When a process was started, in ticks since the system was"
     if sys.platform == "linux":
-        try:
-            state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if state in "ZX" else rest[18]
+        fields = _stat(pid)
+        return None if not fields or fields[0] in "ZX" else fields[19]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -85,10 +89,8 @@ def parent(
     pid: int,
 ) -> int | None:  # None: not known
     "The process that started another one"
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError):
-        return None
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
 
 
 def _is_shell(pid: int) -> bool:
@@ -125,11 +127,27 @@ class BusyError(ValueError):
     "Something is running already"
 
 
-def _holder(path: Path) -> str:
+def lock_holder(
+    path: Path,  # of the lock file
+) -> str:
+    "Who holds a lock, as the holder wrote it"
     with contextlib.suppress(OSError, ValueError, KeyError):
         told = json.loads(path.with_suffix(".json").read_text())
         return f"process {told['pid']} on {told['host']} since {told['since']}"
     return "another process"
+
+
+def is_held(
+    path: Path,  # of an existing lock file
+) -> bool:
+    "Whether somebody holds a lock; what stands beside it is left alone"
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 @contextlib.contextmanager
@@ -147,7 +165,7 @@ def hold_lock(
         lock.acquire()
     except Timeout:
         raise BusyError(
-            f"{what} is running already ({_holder(path)}; lock {path}): "
+            f"{what} is running already ({lock_holder(path)}; lock {path}): "
             "wait until it ends, or stop it"
         ) from None
     try:

@@ -29,8 +29,10 @@ def test_the_command_mends_the_lock_of_dvc(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_named(tmp_path):
     with hold_lock(tmp_path / LOCKS / "prepare@stoic.lock", "stage prepare@stoic"):
+        told = next((tmp_path / LOCKS).glob("*.json")).read_bytes()
         (found,) = doctor.check_running(tmp_path)
-    assert found.text.startswith("stage prepare@stoic runs (process ")
+    assert found.text.startswith("stage prepare@stoic runs: process ")
+    assert next((tmp_path / LOCKS).glob("*.json")).read_bytes() == told
     assert not list(doctor.check_running(tmp_path))
 
 

@@ -34,6 +34,7 @@ from asap.core import (
     write_json,
     write_text,
 )
+from .contents import check_inputs, close_records, open_records
 from .params import load_params, read_params
 from .processes import LOCKS, hold_lock, lead
 
@@ -187,9 +188,14 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
+    root = project_root()
+    with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
         lead()
-        return _execute(name, parameters)
+        check_inputs(name, root)
+        open_records(name, root)
+        target = _execute(name, parameters)
+        close_records(name, root)
+        return target
 
 
 def _execute(name: str, parameters: dict[str, str] | None) -> Path:

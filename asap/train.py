@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,6 +304,9 @@ def _load_state(folder: Path, model, opts, scaler) -> _TrainState:
     if not path.exists():
         return _TrainState()
     try:
+        with zipfile.ZipFile(path) as z:
+            if damaged := z.testzip():  # PyTorch does not look at the check sums
+                raise ValueError(f"{damaged} has changed since it was written")
         saved = torch.load(path, weights_only=True)
     except Exception as e:
         raise ValueError(

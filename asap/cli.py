@@ -37,6 +37,7 @@ from asap.core import (
 from .contents import check_inputs, close_records, open_records
 from .params import load_params, read_params
 from .processes import LOCKS, hold_lock, lead
+from .resources import ResourceError, explain_failure, find_shortage
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -188,14 +189,29 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    root = project_root()
+    try:
+        return _execute_whole(name, parameters, project_root())
+    except OSError as e:
+        raise _explained(name, e) from None
+
+
+def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> Path:
     with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
         lead()
         check_inputs(name, root)
+        for shortage in find_shortage(name, root):
+            log_message(f"warning: {shortage}")
         open_records(name, root)
         target = _execute(name, parameters)
         close_records(name, root)
         return target
+
+
+def _explained(name: str, e: Exception, peak: float | None = None) -> Exception:
+    "The error itself, or a sentence where disk or memory ran out"
+    text = f"{getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}"
+    reason = explain_failure(name, text, project_root(), peak)
+    return ResourceError(reason) if reason else e
 
 
 def _execute(name: str, parameters: dict[str, str] | None) -> Path:
@@ -211,9 +227,13 @@ def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
     start = time.monotonic()
     with _relay_output(), _sample_memory() as together:
-        papermill.execute_notebook(
-            source, target, values, progress_bar=False, cwd=project_root(), **kernel
-        )
+        try:
+            papermill.execute_notebook(
+                source, target, values, progress_bar=False, cwd=project_root(), **kernel
+            )
+        except Exception as e:
+            explained = _explained(name, e, *together)
+            raise explained from (None if explained is not e else e.__cause__)
     _record_cost(name, (time.monotonic() - start) / 60, *together)
     return target
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_BLOCK', 'MAX_BLOCKS', 'SAMPLED_BLOCKS', 'CONTENTS', 'OWN_FILES', 'SUMS', 'FileRecord', 'has_changed',
-           'stage_inputs', 'stage_outputs', 'DamageError', 'Records', 'records_path', 'read_records', 'open_records',
-           'close_records', 'dvc_hash', 'find_damage', 'check_inputs', 'locked_outputs', 'cached_files', 'is_as_named',
-           'write_sums', 'find_changed_weights']
+           'dvc_stages', 'stage_inputs', 'stage_outputs', 'stage_params_read', 'path_size', 'DamageError', 'Records',
+           'records_path', 'read_records', 'open_records', 'close_records', 'dvc_hash', 'find_damage', 'check_inputs',
+           'locked_outputs', 'cached_files', 'is_as_named', 'write_sums', 'find_changed_weights']
 
 # %% ../nbs/07_contents.ipynb #039b0d8b
 import hashlib
@@ -84,6 +84,7 @@ OWN_FILES = {  # stage -> what it writes beside the outputs in dvc.yaml
     "synthesize": ["build/made"],
     "prepare": ["build/hashes/${item}", "build/kept/${item}"],
     "page": ["runs/study"],
+    "report_blind": ["build/resume/report/blind"],
 }
 
 
@@ -92,14 +93,17 @@ def _read_yaml(path: Path, time: int) -> dict:
     return yaml.load(path.read_text(encoding="utf8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def _stages(path: Path) -> dict:  # of dvc.yaml or dvc.lock; empty where it is missing
+def dvc_stages(
+    path: Path,  # of dvc.yaml or dvc.lock
+) -> dict:  # name -> entry; empty where the file is missing
+    "The stages of a file of DVC"
     found = _read_yaml(path, path.stat().st_mtime_ns) if path.exists() else {}
     return found.get("stages") or {}
 
 
 def _entries(name: str, root: Path, *keys: str) -> Iterator[tuple[str, dict]]:  # path, options
     stage, _, item = name.partition("@")
-    body = _stages(root / "dvc.yaml").get(stage, {})
+    body = dvc_stages(root / "dvc.yaml").get(stage, {})
     body = body.get("do", body)
     for entry in [e for k in keys for e in body.get(k, [])]:
         path, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
@@ -128,9 +132,25 @@ def stage_outputs(
     flat = name.replace("@", "-")
     own = [p.replace("${item}", item) for p in OWN_FILES.get(stage, [])]
     own += [f"runs/notebooks/{flat}.ipynb", f"runs/minutes/{flat}.json"]
+    own += [f"build/resume/{name.replace('@', '/')}"]
     return [*(p for p, _ in found), *own] if found else []
 
 # %% ../nbs/07_contents.ipynb #bdbd4211
+def stage_params_read(
+    name: str,  # of the stage
+    root: Path,  # of the project
+) -> list[str]:  # dotted keys
+    "Params that a stage reads"
+    return [p for p, _ in _entries(name, root, "params")]
+
+
+def path_size(
+    path: Path,  # file or folder, may be missing
+) -> int:  # bytes
+    "Size of a file, or of all files in a folder"
+    return sum(f.stat().st_size for f in _files(path))
+
+
 def _files(path: Path) -> list[Path]:  # itself, or all below it
     if not path.is_dir():
         return [path] if path.is_file() else []
@@ -252,7 +272,7 @@ def dvc_hash(
 
 
 def _as_in_lock(path: str, root: Path) -> str:  # the output that holds it; "": it is another one
-    for stage in _stages(root / "dvc.lock").values():
+    for stage in dvc_stages(root / "dvc.lock").values():
         for out in stage.get("outs", []):
             if _lies_in(path, [out["path"]]):
                 return out["path"] if dvc_hash(root / out["path"]) == out.get("md5") else ""
@@ -284,7 +304,7 @@ def find_damage(
 # %% ../nbs/07_contents.ipynb #7884c4f6
 def _producers(within: list[str], root: Path) -> Iterator[Records]:  # stages with finished records
     names = set()
-    for stage in _stages(root / "dvc.yaml"):
+    for stage in dvc_stages(root / "dvc.yaml"):
         outs = [p.partition("/${")[0] for p, _ in _entries(f"{stage}@${{item}}", root, "outs")]
         if any(_lies_in(p, within) or _lies_in(w, [p]) for p in outs for w in within):
             names.add(stage)
@@ -320,7 +340,7 @@ def locked_outputs(
     root: Path,  # of the project
 ) -> Iterator[tuple[str, dict, Path]]:  # stage, entry of the output, its path
     "Outputs in dvc.lock that are there"
-    for stage, entry in _stages(root / "dvc.lock").items():
+    for stage, entry in dvc_stages(root / "dvc.lock").items():
         for out in entry.get("outs", []):
             if "md5" in out and (root / out["path"]).exists():
                 yield stage, out, root / out["path"]
@@ -344,12 +364,13 @@ def is_as_named(
 
 
 def _is_run_as_named(path: Path) -> bool:
+    from dvc.exceptions import DvcException
     from dvc.utils import dict_sha256
+    from dvc.utils.serialize import load_yaml
 
     try:
-        entry = yaml.safe_load(path.read_text(encoding="utf8"))
-        return dict_sha256(entry, exclude=["size", "nfiles"]) == path.name
-    except (ValueError, TypeError, yaml.YAMLError):
+        return dict_sha256(load_yaml(path), exclude=["size", "nfiles"]) == path.name
+    except (DvcException, ValueError, TypeError):
         return False
 
 # %% ../nbs/07_contents.ipynb #8111a968

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 from .core import log_message
 from .processes import LOCKS, hold_lock, lead
+from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
+
 
 # %% ../nbs/95_run.ipynb #run00006
 Needs = dict[str, set[str]]  # stage -> stages whose outputs it reads
@@ -102,10 +105,24 @@ def run_stage(
         env=_stage_environment(stages),
     )
     assert run.stdout is not None
+    last: deque[str] = deque(maxlen=40)
     for line in run.stdout:  # progress bars end their lines with \r, which ends a line here too
         if line.strip() and not line.strip().startswith(IGNORED_DVC_OUTPUT):
             print(f"{name} | {line.rstrip()}", flush=True)
-    return run.wait()
+            last.append(line)
+    code = run.wait()
+    if code:
+        _explain(name, "".join(last), folder)
+    return code
+
+
+def _explain(name: str, text: str, folder: Path) -> None:
+    "Say where DVC itself found no room; a stage says it itself"
+    if not NO_SPACE.search(text):
+        return
+    remove_half_copies(folder)
+    if reason := explain_failure(name, text, folder):
+        log_message(reason)
 
 # %% ../nbs/95_run.ipynb #rungit02
 _NEED_GIT = "`dvc exp` and the commit on a model card need git"
@@ -214,6 +231,13 @@ def run_study(
         return _run_stages(folder, stages)
 
 
+def _warn_of_data(name: str, folder: Path) -> None:
+    "Of a stage, `asap stage` does it; the copy of the raw data is DVC's own"
+    if name == "data.dvc":
+        for shortage in find_shortage(name, folder):
+            log_message(f"warning: {shortage}")
+
+
 def _run_stages(folder: Path, stages: int) -> int:
     needs, todo = _open_study(folder)
     if not todo:
@@ -229,6 +253,7 @@ def _run_stages(folder: Path, stages: int) -> int:
             ready = [] if failed else find_ready_stages(todo, needs, running.values())
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
+                _warn_of_data(name, folder)
                 running[pool.submit(run_stage, name, folder, stages)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()

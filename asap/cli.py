@@ -37,6 +37,7 @@ from asap.core import (
 from .contents import check_inputs, close_records, open_records
 from .params import load_params, read_params
 from .processes import LOCKS, hold_lock, lead
+from .privacy import make_private, private_umask
 from .resources import ResourceError, explain_failure, find_shortage
 
 # %% ../nbs/98_cli.ipynb #76bae939
@@ -196,6 +197,7 @@ def execute_stage(
 
 
 def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> Path:
+    make_private(root)
     with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
         lead()
         check_inputs(name, root)
@@ -1251,6 +1253,24 @@ def _run_doctor(a: argparse.Namespace) -> int:
     return int(any(f.state == "problem" for f in found))
 
 
+def _run_forget(a: argparse.Namespace) -> int:
+    from asap.privacy import forget
+
+    root = project_root()
+    with hold_lock(root / LOCKS / "study.lock", "the study"):
+        done = forget(a.case, root)
+    for what in ("removed", "rewritten"):
+        for path in getattr(done, what):
+            print(f"{what:10}{path}")
+    print(f"{done.cached} files removed from DVC's cache")
+    for path in done.models:
+        print(f"may have been trained with it: {path}")
+    for path in done.raw:
+        print(f"raw data, still there: {path}")
+    print("Take the case out of the raw data, then run `asap study`: it trains these models anew")
+    return 0
+
+
 def _check_params(a: argparse.Namespace) -> int:
     load_params(a.file)
     if a.merged:
@@ -1300,6 +1320,14 @@ def _add_study_commands(sub: Any) -> None:
         "say what stands in the way of a run: locks, disk space, versions",
         "asap doctor",
     )
+    c = _add_command(
+        sub,
+        "forget",
+        _run_forget,
+        "take a case out of all that was made from it, and out of DVC's cache",
+        "asap forget own/patient_7",
+    )
+    c.add_argument("case", help="its name, or COHORT/NAME")
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4
@@ -1332,6 +1360,7 @@ def _end_output() -> None:
 
 def _run(a: argparse.Namespace) -> int:  # exit code
     "Run a command; what went wrong is one line"
+    umask = _make_files_private(a.command)
     try:
         code = a.run(a) or 0
         sys.stdout.flush()
@@ -1350,7 +1379,21 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         )
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
+    finally:
+        os.umask(umask)
     return 1
+
+
+def _make_files_private(command: str) -> int:  # the former umask
+    "Files that hold patients' data are the owner's alone"
+    try:
+        root = project_root()
+    except FileNotFoundError:
+        root = None
+    umask = os.umask(private_umask(root))
+    if command in ("graph", "params", "doctor"):
+        os.umask(umask)
+    return umask
 
 
 def main(

@@ -108,7 +108,7 @@ def _free_text(disk: Disk) -> str:
 # %% ../nbs/08_resources.ipynb #24aa1478
 NO_SPACE = re.compile(
     r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b|disk is full|"
-    r"PytorchStreamWriter failed|unexpected pos \d+ vs"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs|\d+ requested and \d+ written"
 )
 NO_MEMORY = re.compile(
     r"MemoryError|allocate memory|out of memory|Unable to allocate|bad_alloc|OutOfMemoryError|"

@@ -21,6 +21,7 @@ from typing import Any
 
 from .core import log_message
 from .processes import LOCKS, hold_lock, lead
+from .privacy import make_private
 from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
 
 
@@ -72,8 +73,12 @@ IGNORED_DVC_OUTPUT = (
 )
 
 
-# DVC, which ends with this process as all that imports asap does
-DVC = "import asap, sys; from dvc.cli import main; sys.exit(main(sys.argv[1:]))"
+# DVC, which ends with this process as all that imports asap does; its cache is the owner's alone
+DVC = (
+    "import asap, os, sys; from dvc.cli import main; "
+    "from dvc_data.hashfile.db.local import LocalHashFileDB as Cache; "
+    "u = os.umask(0o077); os.umask(u); Cache.CACHE_MODE = 0o444 & ~u; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def _stage_environment(stages: int) -> dict[str, str]:
@@ -225,6 +230,7 @@ def run_study(
     stages: int = 2,  # at a time
 ) -> int:  # exit code: 0, or that of the first stage that failed
     "Bring the study up to date: the stage `page` and all that it depends on"
+    make_private(folder)
     with hold_lock(folder / LOCKS / "study.lock", "the study"):
         lead()
         set_up_git(folder)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .contents import check_inputs, close_records, open_records
 from asap.core import (
     Quarantine,
     atomic_write,
@@ -34,10 +35,9 @@ from asap.core import (
     write_json,
     write_text,
 )
-from .contents import check_inputs, close_records, open_records
 from .params import load_params, read_params
-from .processes import LOCKS, hold_lock, lead
 from .privacy import make_private, private_umask
+from .processes import LOCKS, hold_lock, lead
 from .resources import ResourceError, explain_failure, find_shortage
 
 # %% ../nbs/98_cli.ipynb #76bae939

@@ -286,7 +286,8 @@ def find_damage(
     reader: str = "",  # as in `has_changed`
 ) -> list[str]:  # paths
     "Files of a stage that are not as it wrote them; missing ones are DVC's business"
-    within, damaged, fresh = list(within), [], []
+    within, damaged = list(within), []
+    fresh: list[str] = []
     for p, r in records.files.items():
         path = root / p
         if (within and not _lies_in(p, within)) or not path.exists() or _lies_in(p, fresh):
@@ -326,7 +327,7 @@ def check_inputs(
     for records in _producers(inputs, root) if inputs else ():
         if bad := find_damage(records, root, inputs, name):
             raise DamageError(
-                f"{_listed(bad)} is not as the stage {records.stage} wrote it: the file was edited, "
+                f"{_listed(bad)} is not as the stage {records.stage} wrote it: it was edited, "
                 "or the disk changed it. Run `asap doctor`, delete what it names, and start again"
             )
 

@@ -31,8 +31,8 @@ from asap.contents import (
     records_path,
 )
 from .core import progress_bar, resource_path
-from .resources import run_disks, run_folders
 from .processes import LOCKS, hold_lock, is_held, lock_holder
+from .resources import run_disks, run_folders
 from .run import is_distrusted, is_in_git, remove_broken_lock
 
 # %% ../nbs/97_doctor.ipynb #29751f7f

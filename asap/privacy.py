@@ -43,7 +43,7 @@ def make_private(
 ) -> None:
     "Make the folders of a study, and close them to others; a folder of another user is left"
     mode = 0o777 & ~private_umask(root)
-    for folder in (root / "build", root / "runs", cache_folder(root)):
+    for folder in (root / "build", root / "runs", root / ".dvc/tmp", cache_folder(root)):
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(os, "getuid") and folder.stat().st_uid == os.getuid():
             folder.chmod(mode)
@@ -105,7 +105,9 @@ def _drop_rows(path: Path, case: _Case) -> bool:  # whether there were any
     import pandas as pd
 
     parquet = path.suffix == ".parquet"
-    table = pd.read_parquet(path) if parquet else pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = (
+        pd.read_parquet(path) if parquet else pd.read_csv(path, dtype=str, keep_default_na=False)
+    )
     gone = case.rows(table)
     if not gone.any():
         return False
@@ -230,9 +232,7 @@ def _trained_with(case: _Case, root: Path) -> list[str]:
     "Models of stages that read the corpus, where the case is in it, or its cohort's table"
     corpus = root / "build/corpus/corpus.parquet"
     in_corpus = corpus.exists() and _has_case(corpus, case)
-    found = [
-        f.relative_to(root).as_posix() for f in _derived_files(root) if _is_model(f)
-    ]
+    found = [f.relative_to(root).as_posix() for f in _derived_files(root) if _is_model(f)]
     of_corpus = ("build/text/", "runs/pretrain/", "build/resume/pretrain/", "build/resume/text/")
     return [f for f in found if in_corpus or not f.startswith(of_corpus)]
 
@@ -251,7 +251,9 @@ def forget(
     case, done = _find_case(name, root), Forgotten()
     done.models = _trained_with(case, root)
     for f in list(_own_files(case, root)):
-        done.removed += [p.relative_to(root).as_posix() for p in ([f] if f.is_file() else f.iterdir())]
+        done.removed += [
+            p.relative_to(root).as_posix() for p in ([f] if f.is_file() else f.iterdir())
+        ]
         shutil.rmtree(f) if f.is_dir() else f.unlink()
     for f in _derived_files(root):
         what = "" if _is_model(f) else _forget_file(f, case)
@@ -263,8 +265,19 @@ def forget(
     touched = {*done.removed, *done.rewritten}
     done.cached = _forget_cache(case, touched, root)
     _update_records(root, touched)
+    _forget_index(root)
     done.raw = [f.relative_to(root).as_posix() for f in _raw_files(case, root)]
     return done
+
+
+def _forget_index(root: Path) -> None:
+    "Remove DVC's index of paths, which it makes again"
+    if (root / ".dvc/config").exists():
+        from dvc.repo import Repo
+
+        with Repo(str(root)) as repo:
+            place = repo.site_cache_dir
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _raw_files(case: _Case, root: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Needs', 'IGNORED_DVC_OUTPUT', 'DVC', 'ancestors', 'find_stale_stages', 'find_ready_stages', 'run_stage', 'is_in_git',
-           'is_distrusted', 'set_up_git', 'remove_broken_lock', 'run_study']
+           'is_distrusted', 'keep_index_private', 'set_up_git', 'remove_broken_lock', 'run_study']
 
 # %% ../nbs/95_run.ipynb #run00003
 import contextlib
@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .core import log_message
-from .processes import LOCKS, hold_lock, lead
 from .privacy import make_private
+from .processes import LOCKS, hold_lock, lead
 from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
-
 
 # %% ../nbs/95_run.ipynb #run00006
 Needs = dict[str, set[str]]  # stage -> stages whose outputs it reads
@@ -160,6 +159,21 @@ def is_distrusted(
     return "dubious ownership" in done.stderr
 
 
+def keep_index_private(
+    folder: Path | str,  # of the project
+) -> None:
+    "Keep DVC's index, which holds names of files, in the project, not in a folder of all users"
+    from dvc.config import Config
+
+    folder = Path(folder).resolve()
+    config = Config(str(folder / ".dvc"))
+    place = str(folder / ".dvc/tmp/site")
+    now = config["core"].get("site_cache_dir")
+    if now != place and (now is None or now.endswith(".dvc/tmp/site")):
+        with config.edit("local") as local:
+            local["core"]["site_cache_dir"] = place
+
+
 def set_up_git(
     folder: Path | str,  # of the project
 ) -> None:
@@ -234,6 +248,7 @@ def run_study(
     with hold_lock(folder / LOCKS / "study.lock", "the study"):
         lead()
         set_up_git(folder)
+        keep_index_private(folder)
         return _run_stages(folder, stages)
 
 

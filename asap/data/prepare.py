@@ -214,7 +214,7 @@ class CaseStore:
     def hash_raw(
         self,
         case: str,
-        **paths: str,  # name -> file or folder
+        **paths: str | Path,  # name -> file or folder
     ) -> dict:  # name -> hash
         "Hash raw data; what did not change since the last call is not read"
         f = self.hashes / f"{fit_name(case, '.json')}.json" if self.hashes else None

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from smoke import ENV, FORKED, STUDY, clone as clone, run
 
+from asap.data.volumes import write
+from asap.phantom.abnormalities import synthesize_chest
 from asap.privacy import make_private, private_umask
 
 NAME, NUMBER = "Quuxbury^Zebedee", "PID-5550123-QX"  # of DICOM headers and further columns
@@ -128,12 +130,8 @@ def test_a_group_may_share(tmp_path):
 
 def test_a_command_on_scans_writes_for_its_owner(tmp_path):
     "Also where the folder and the umask are lax"
-    from asap.data.volumes import write
-from asap.phantom.abnormalities import synthesize_chest
-    from asap.phantom.body import synthesize_chest
-
-    v = synthesize_chest(0, size=(48, 48, 24), spacing=(7.0, 7.0, 14.0))
-    write(v.hu, v.affine, tmp_path / "scan.nii.gz")
+    c = synthesize_chest(0, (48, 48, 24), (7, 7, 14))
+    write(c.hu, c.affine, tmp_path / "scan.nii.gz")
     words = [sys.executable, "-m", "asap.cli", "standardize", "scan.nii.gz", "-o", "out"]
     old = os.umask(0)
     try:

@@ -197,27 +197,33 @@ def _listed(path: Path) -> dict[str, str]:  # path in the folder -> MD5
     return {row["relpath"]: row["md5"] for row in json.loads(path.read_text(encoding="utf8"))}
 
 
-def _cached(folder: Path, md5: str) -> Path:
-    return folder / md5[:2] / md5[2:]
+def _cached(listing: Path, md5: str) -> Path:  # a file of the same cache
+    return listing.parent.parent / md5[:2] / md5[2:]
 
 
 def _forget_cache(case: _Case, touched: set[str], root: Path) -> int:  # files removed
-    folder = cache_folder(root) / "files/md5"
-    objects = [f for f in folder.glob("??/*") if f.is_file()]
+    cache = cache_folder(root)
+    objects = [f for d in (cache / "files/md5", cache) for f in d.glob("??/*") if f.is_file()]
     gone = {f for f in objects if f.suffix != ".dir" and _holds(f, case)}
-    names = {f"/{Path(p).name}" for p in touched} | {f"/{case.name}."}
+    own = tuple(f"{n}." for n in (case.cohort, case.name))
+    names = {n for p in touched if (n := Path(p).name).startswith(own)}
     for f in (f for f in objects if f.suffix == ".dir"):
         rows = _listed(f)
-        named = {_cached(folder, h) for p, h in rows.items() if any(n in f"/{p}" for n in names)}
-        if named or any(_cached(folder, h) in gone for h in rows.values()):
+        named = {_cached(f, h) for p, h in rows.items() if _is_copy(p, case, names)}
+        if named or any(_cached(f, h) in gone for h in rows.values()):
             gone |= named | {f}
     hashes = {f"{f.parent.name}{f.name}" for f in gone}
     for f in gone:
         f.unlink(missing_ok=True)
-    for run in (f for f in (cache_folder(root) / "runs").rglob("*") if f.is_file()):
+    for run in (f for f in (cache / "runs").rglob("*") if f.is_file()):
         if any(h in run.read_text(encoding="utf8") for h in hashes):
             run.unlink()
     return len(gone)
+
+
+def _is_copy(path: str, case: _Case, names: set[str]) -> bool:  # a path in a listing
+    parts = Path(path).parts
+    return parts[-1] in names or any(p.split(".")[0] == case.name for p in parts)
 
 # %% ../nbs/09_privacy.ipynb #7194f0de
 def _update_records(root: Path, touched: set[str]) -> None:

@@ -212,6 +212,7 @@ def _forget_cache(case: _Case, touched: set[str], root: Path) -> int:  # files r
         named = {_cached(f, h) for p, h in rows.items() if _is_copy(p, case, names)}
         if named or any(_cached(f, h) in gone for h in rows.values()):
             gone |= named | {f}
+    gone = {f for f in gone if f.exists()}
     hashes = {f"{f.parent.name}{f.name}" for f in gone}
     for f in gone:
         f.unlink(missing_ok=True)

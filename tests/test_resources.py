@@ -47,10 +47,9 @@ def project(root: Path, code: str) -> Path:
 
 def stage(root: Path, **env: str) -> str:
     "What a person reads of a stage that stops"
-    call = "from asap.cli import execute_stage, _run; import argparse, sys\n"
-    call += "sys.exit(_run(argparse.Namespace(run=lambda a: execute_stage('fill') and 0)))"
-    env = {**ENV, "ASAP_ROOT": str(root), "PYTHONPATH": str(TOP), **env}
-    words = [sys.executable, "-c", call]
+    own = dict(ASAP_ROOT=str(root), PYTHONPATH=str(TOP), ASAP_STAGES="1")
+    env = {**ENV, **own, **env}
+    words = [sys.executable, "-m", "asap.cli", "stage", "fill"]
     done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("asap: ")]

@@ -1,6 +1,7 @@
 """A full disk and too little memory, in each place that a run writes to: one sentence says where,
 what is free, what is needed, and what to do"""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -80,7 +81,7 @@ WRITERS = {
     "runs": FULL,
     "build": "from asap.core import write_text\nwrite_text('x' * 3_000_000, 'build/a')",
     "data": "import numpy as np\nnp.save('data/a.npy', np.zeros(10**6))",
-    "temporary": "import tempfile\ntempfile.TemporaryFile(buffering=0).write(bytes(3_000_000))",
+    "temporary": "import tempfile\nf = tempfile.TemporaryFile()\nf.write(bytes(3_000_000))",
 }
 
 
@@ -146,7 +147,10 @@ def test_a_limit_of_memory(tmp_path):
     assert "lower `fill.micro_batch_size: 8`, `study.n_jobs: 2`, or run one stage" in said
 
 
-CGROUP = Path("/sys/fs/cgroup/asap-test")
+GROUPS = (  # of version 1 and 2
+    ("/sys/fs/cgroup/memory/asap-test", "memory.limit_in_bytes"),
+    ("/sys/fs/cgroup/asap-test", "memory.max"),
+)
 LIMITED = """
 from pathlib import Path
 Path("{group}/cgroup.procs").write_text("0")
@@ -157,15 +161,17 @@ held = [bytearray(b"x" * 2**20) for _ in range(600)]
 @pytest.fixture
 def memory_group():
     "A control group of 300 MB"
-    try:
-        CGROUP.mkdir()
-        (CGROUP / "memory.max").write_text(str(300 * 2**20))
-    except OSError as e:
-        if CGROUP.exists():
-            CGROUP.rmdir()
-        pytest.skip(f"no control group of memory can be made here: {e}")
-    yield CGROUP
-    CGROUP.rmdir()
+    for name, limit in GROUPS:
+        group = Path(name)
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            if (group / limit).exists():  # the kernel makes it
+                (group / limit).write_text(str(300 * 2**20))
+                yield group
+                group.rmdir()
+                return
+            group.rmdir()
+    pytest.skip("no control group of memory can be made here")
 
 
 def test_a_kernel_that_the_system_kills(memory_group, tmp_path):

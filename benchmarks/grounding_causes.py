@@ -227,6 +227,24 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             align_position=0.0,
         ),
     ),
+    "organs": (
+        "in every image of the batch a sentence selects within the organs that it names, so that "
+        "position wins no contrast and a small lesion is one of forty patches, not of hundreds: "
+        "no failures, more hits than the atlas; labels whose sentences name no organ gain nothing",
+        dict(align_candidates="organs"),
+    ),
+    "organs_no_position": (
+        "as organs; positions add nothing once the organ is known",
+        dict(align_candidates="organs", align_position=0.0),
+    ),
+    "soft_organs": (
+        "as organs; gradients that reach the ranking find the lesion sooner",
+        dict(align_candidates="organs", soft_selection=0.05),
+    ),
+    "half_visible_organs": (
+        "as organs, and every second lesion is there in place of every fourth",
+        dict(align_candidates="organs", align_mask_ratio=0.5),
+    ),
     "more_steps": ("failures are final: twice the steps change nothing", dict(steps=600)),
     "large_batch": ("more negatives separate images sooner: small gain", dict(batch_size=32)),
 }

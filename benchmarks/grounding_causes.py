@@ -309,11 +309,16 @@ def probe_auc(model, table: pd.DataFrame, p) -> float:  # macro AUC
     return nan_mean([auc(g.truth, g.probability) for _, g in parts])
 
 
-def measure(model, text, targets, p) -> dict:
+def measure(model, text, targets, p, path: Path | None = None) -> dict:  # path: of the sentences
     "Pointing with all patches visible"
     from asap.pretrain.pointing import predict_points, score_points, summarize_points
 
-    return summarize_points(score_points(targets, predict_points(model, text, targets, p)))
+    rows = score_points(targets, predict_points(model, text, targets, p))
+    if path:
+        write_parquet(rows.drop(columns=["share", "body"], errors="ignore"), path)
+    by_label = rows.groupby("label")[["hit", "random"]].mean()
+    above = int((by_label.hit > by_label.random).sum())
+    return summarize_points(rows) | dict(labels=len(by_label), labels_above_guess=above)
 
 
 def train_one(variant: str, seed: int, a) -> dict:  # row of the table
@@ -351,7 +356,10 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     cpu = time.process_time()
     log = train(model, data, base, seed, on_eval=on_eval, label=f"{variant} {seed}")
     cpu = time.process_time() - cpu
-    found = measure(model.eval(), text, final, p)
+    name = "_".join(map(str, key(variant, seed, a, base).values()))
+    points = a.cache / f"points/{name}.parquet"
+    points.parent.mkdir(parents=True, exist_ok=True)
+    found = measure(model.eval(), text, final, p, points)
     found |= dict(loss=float(log.loss.tail(5).mean()), cpu_seconds=round(cpu))
     if a.losses == "all":
         found["macro_auc"] = probe_auc(model.eval(), table, p)

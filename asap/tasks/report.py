@@ -1037,10 +1037,9 @@ def _render_examples(
     d = d[(d.arm == arm) & d.task.isin(tasks)]
     d = d[d.task == "report_ct_rate"] if (d.task == "report_ct_rate").any() else d
     body = ""
-    for i, r in enumerate(d.head(n).to_dict("records")):
+    for r in d.head(n).to_dict("records"):
         title = f"A phantom's report, generated and true ({html.escape(r['case'])})"
-        opened = " open" if i == 0 else ""
-        body += f"<details{opened}><summary>{title}</summary>{highlight_report(r)}</details>"
+        body += f"<details><summary>{title}</summary>{highlight_report(r)}</details>"
     return body
 
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam02

@@ -134,7 +134,9 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
+    quiet = "ignore:IProgress not found"  # of tqdm, which the notebook would store in red
     os.environ.update(
+        PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
         TOKENIZERS_PARALLELISM="false",

@@ -126,7 +126,8 @@ def render_cards(
 ) -> str:
     "Large numbers with their descriptions"
     cards = [
-        f"<div class='card'><b>{html.escape(str(a))}</b><span>{html.escape(b)}</span></div>"
+        f"<div class='card'><b>{a if isinstance(a, Html) else html.escape(a)}</b>"
+        f"<span>{html.escape(b)}</span></div>"
         for a, b in items
     ]
     return f'<div class="cards">{"".join(cards)}</div>'

@@ -33,6 +33,7 @@ _FILES = (  # of a version, relative to the project
     "runs/*/predictions.parquet",
     "runs/*/*/predictions.parquet",
     "runs/tables/metrics.csv",
+    "runs/tables/unsolved.csv",
     "runs/grounding/hits.parquet",
     "runs/grounding/hits.csv",
 )
@@ -122,6 +123,7 @@ class VersionScores:
     values: dict[ScoreKey, float]  # from the tables
     hits: pd.DataFrame | None  # rows of the pointing game, one per sentence
     hit_rate: float | None  # from its table
+    unsolved: frozenset = frozenset()  # tasks in which nobody finds anything
 
     def keys(self) -> list[ScoreKey]:
         "What was scored"
@@ -144,6 +146,11 @@ def _read_rows(file: Path, arm: str) -> pd.DataFrame | None:
     return t if len(t) else None
 
 
+def _unsolved(folder: Path) -> frozenset:
+    file = folder / "runs/tables/unsolved.csv"
+    return frozenset(pd.read_csv(file).task) if file.exists() else frozenset()
+
+
 def load_scores(
     folder: Path,  # of `open_version`
     arm: str,
@@ -163,7 +170,7 @@ def load_scores(
     hits = _read_rows(folder / "runs/grounding/hits.parquet", arm)
     values = {(r.task, r.fraction, r.metric): r.value for r in rows}
     rate = None if rates is None else float(rates.hit_rate.iloc[0])
-    return VersionScores(scores, patients, values, hits, rate)
+    return VersionScores(scores, patients, values, hits, rate, _unsolved(folder))
 
 # %% ../../nbs/9_study/92c_compare.ipynb #0cedc0bf
 COMPARE_COLUMNS = "figure tasks a b difference lo hi patients interval".split()
@@ -233,6 +240,8 @@ def compare_scores(
 ) -> pd.DataFrame:  # COMPARE_COLUMNS; difference: b - a
     "The headline figures of two versions that both have"
     shared = [k for k in a.keys() if k in b.keys()]
+    if not by_task:
+        shared = [k for k in shared if k[0] not in a.unsolved | b.unsolved]
     figures = headline_keys(shared)
     if by_task:
         each = dict.fromkeys(k for keys in figures.values() for k in keys)

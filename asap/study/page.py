@@ -316,7 +316,11 @@ def summarize_claim(
     title, words, _ = CLAIM_TEXTS[name]
     verdict = summarize_verdicts(t.verdict.tolist())
     counted = f" ({rows.tasks.max()} tasks)" if rows.tasks.max() > 1 else ""
-    said = dict(outcome=outcome + counted, arm=t.arm.iloc[0], against="; ".join(against))
+    said = dict(
+        outcome=outcome[0].upper() + outcome[1:] + counted,
+        arm=t.arm.iloc[0],
+        against="; ".join(against),
+    )
     return dict(name=name, title=title, words=words, verdict=verdict) | said
 
 
@@ -344,6 +348,7 @@ _COHORT_NAMES = dict(
     luna16="LUNA16",
     inspect="INSPECT",
     cc_ccii="CC-CCII",
+    rspect="RSPECT",
     msd_lung="MSD Lung",
     covid_19_20="COVID-19-20",
     segthor="SegTHOR",
@@ -433,8 +438,7 @@ def render_claims(
         return _render("claims", claims=[])
     drop, images = t["external_drop"], _claim_images(figures)
     evidence = dict(
-        transfer=images["forest"],
-        ablation=images["ablation"],
+        ablation=render_gallery("Effect of each component", [images["ablation"]]),
         domain_shift=render_details("Internal and external performance", drop) if len(drop) else "",
     )
     claims = [render_claim(k, g) + evidence.get(k, "") for k, g in _rows_by_claim(t["claims"])]
@@ -454,8 +458,11 @@ def render_tasks(
     "The table of the 22 tasks"
     if "tasks" not in t or not len(t["tasks"]):
         return _render("claims", claims=[])
-    radar = render_gallery("The same as a radar", [_claim_images(figures)["radar"]])
-    return render_ranking(t["tasks"], ceiling, t.get("unsolved")) + radar
+    images = _claim_images(figures)
+    shown = render_gallery(
+        "Differences by task (forest), and a radar", [images["forest"], images["radar"]]
+    )
+    return render_ranking(t["tasks"], ceiling, t.get("unsolved")) + shown
 
 # %% ../../nbs/9_study/93_page.ipynb #pagecos2
 _STAGES_BY_ARM = ("pretrain", "embed", "segment", "report", "vqa")
@@ -559,6 +566,12 @@ def render_pointing(
     return render_image(folder / "pointing.png", _pointing_caption(s))
 
 
+def _hit_rates(t: pd.DataFrame, arm: str) -> tuple[str, str]:  # of the arm, of the others
+    said = {r["arm"]: render_hit_rate(r) for r in _cited_rows(t)}
+    own = said.pop(arm, "")
+    return own, "".join(said.values())
+
+
 def render_grounding(
     folder: Path,  # runs/grounding
     trainings: pd.DataFrame | None = None,  # benchmarks/trainings.csv
@@ -568,9 +581,10 @@ def render_grounding(
     if not s["available"]:
         return _render("grounding", available=False, reason=s["reason"])
     t = read_table(folder / "hits.csv")
-    first = t[t.label == t.label.iloc[0]]
+    own, others = _hit_rates(t[t.label == t.label.iloc[0]], s["reference_arm"])
     parts = [
-        *(render_hit_rate(r) for r in _cited_rows(first)),
+        own,
+        f"<details><summary>Every other arm</summary>{others}</details>",
         render_large_lesions(t, s),
         render_arms_and_extent(folder, s),
         render_hit_rate_table(t, s),
@@ -652,11 +666,17 @@ def render_pretraining(
     return _render(
         "pretraining",
         note=SHORT_DATA_NOTE,
-        curves=render_image(figures / "curves.png", "Pre-training losses by step."),
+        pictures=render_gallery(
+            "Losses by step, error of organ fractions",
+            [
+                render_image(figures / "curves.png", "Pre-training losses by step."),
+                render_image(figures / "organs.png", _ORGANS_CAPTION),
+            ],
+        ),
         errors=_cited_rows(read_table(file)) if file.exists() else [],
         visible=1 - mask_ratio,
-        organs=render_image(figures / "organs.png", _ORGANS_CAPTION),
         text=text,
+        text_row="text/metrics:0",
     )
 
 # %% ../../nbs/9_study/93_page.ipynb #pagerea1
@@ -748,6 +768,7 @@ def render_real_scores(
     if not (folder / "status.json").exists():
         return ""
     t = pd.read_csv(folder / "scores.csv", keep_default_na=False)
+    t.attrs["csv"] = "real/scores"
     pictures = [
         render_image(f, f"{html.escape(f.stem)}. {SCORES_CAPTION}")
         for f in list_files(folder / "pictures", "*.png")
@@ -789,10 +810,9 @@ def list_stage_files(
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)")  # relative, in Markdown
 
 
-def _redirect_links(page: Any, folder: Path) -> Any:  # notebook, in a folder of the repository
+def _redirect_links(page: Any, folder: str) -> Any:  # notebook of a folder of the repository
     "Relative links as seen from runs/study/notebooks"
-    root = project_root()
-    up = f"../../../{folder.resolve().relative_to(root.resolve()).as_posix()}"
+    up = f"../../../{folder}"
     for cell in page.cells:
         if cell.cell_type == "markdown":
             cell.source = _LINK.sub(lambda m: f"]({up}/{m[1]}", cell.source)
@@ -815,9 +835,12 @@ def export_notebooks(
     quiet.setLevel(logging.ERROR)  # nbconvert warns of plots without an alternative text
     exporter = HTMLExporter(embed_images=True, log=quiet)
     files = [f for f in list_stage_files(source, p, ".ipynb") if f.stem != "page"]  # it is running
-    for f in files + [g for g in (guide,) if g]:
-        page = nbformat.read(f, as_version=4)
-        body, _ = exporter.from_notebook_node(_redirect_links(page, f.parent))
+    pages = [(f, "nbs/stages") for f in files]
+    if guide:
+        pages.append((guide, f"nbs/{guide.parent.name}"))
+    for f, folder in pages:
+        page = _redirect_links(nbformat.read(f, as_version=4), folder)
+        body, _ = exporter.from_notebook_node(page)
         write_text(body, Path(out) / "notebooks" / f"{f.stem}.html")
     return [f.stem for f in files]
 
@@ -878,6 +901,7 @@ def render_summary(
         cards=render_cards(_headline_cards(t, ceiling)),
         training_note=render_training_note(trainings),
         claims=[summarize_claim(name, g) for name, g in claims],
+        one_training=trainings is not None,
         pointing=render_pointing(folder / "grounding"),
     )
 
@@ -936,6 +960,9 @@ def write_page(
     trainings = _benchmark(trainings, "trainings")
     sections = _page_sections(p, folder, sample, status, (ceiling_csv, ceiling_json), trainings)
     extra = {t.attrs["csv"]: t for t in (ceiling_csv, trainings) if t is not None}
+    extra["text/metrics"] = pd.DataFrame([read_json(folder / "text/metrics.json")])
+    if (folder / "real/scores.csv").exists():
+        extra["real/scores"] = pd.read_csv(folder / "real/scores.csv")
     guide = project_root() / GUIDE
     files = _render(
         "files",

@@ -583,9 +583,9 @@ def _pointing_claims(
         return []
     h = _first_label_rows(pointed["hits"]).query("arm == @reference_arm")
     baselines = dict(
-        atlas="where such things lie",
+        atlas="the atlas",
         shuffled_scan="another patient's scan",
-        negated="a sentence that denies it",
+        negated="the negated sentence",
     )
     rows = []
     for k, name in baselines.items():

@@ -34,8 +34,8 @@ from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from asap.params import (
@@ -1084,7 +1084,7 @@ class ReportGeneration(TaskFamily):
             return NOT_EVALUATED
         body = SHORT_DATA_NOTE + _INTRODUCTION
         for task, k in g.groupby("task", sort=False):
-            body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
+            body += render_details(html.escape(task), pivot_metrics(k, "metric"))
         differences = results.tables["differences"]
         clinical = differences[differences.metric == "clinical F1"]
         body += render_differences(clinical, sorted(set(g.task)))

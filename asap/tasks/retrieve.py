@@ -26,8 +26,8 @@ from asap.html import (
     SHORT_DATA_NOTE,
     cite,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from ..params import BaseConfig
@@ -440,12 +440,11 @@ def _render_direction(task: str, direction: str, k: pd.DataFrame) -> str:  # row
     pool = cite(f"{known.value['pool']:.0f}", k, known.row["pool"])
     chance = ""
     if "R@10 by chance" in known.index:
-        value, row = known.loc["R@10 by chance", ["value", "row"]]
-        chance = f"; R@10 by chance {cite(f'{value:.1%}', k, row)}"
+        value = f"{known.value['R@10 by chance']:.1%}"
+        chance = f"; R@10 by chance {cite(value, k, known.row['R@10 by chance'])}"
     shown = k[~k.metric.isin(["pool", "R@10 by chance"])]
-    return (
-        f"<h3>{html.escape(task)}, {direction}</h3><p>A pool of {pool}{chance}.</p>"
-        + render_table(pivot_metrics(shown, "metric"))
+    return f"<p>{html.escape(task)}, {direction}: a pool of {pool}{chance}.</p>" + render_details(
+        "All metrics", pivot_metrics(shown, "metric")
     )
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam02

@@ -18,7 +18,7 @@ from smoke import clone as clone
 pytestmark = pytest.mark.study
 
 NUMBER = re.compile(r"(?<![\w.])([-+]?\d+(?:\.\d+)?)( ?%)?(?![\w.]*\d)")
-RESULT = re.compile(r"(?<![\d.])\d+\.\d{3}(?![\d.])|(?<![\d.])(?!99\.9)\d+\.\d ?%")
+RESULT = re.compile(r"(?<![\d.])\d+\.\d{3}(?![\d.]| x )|(?<![\d.])(?!99\.9)\d+\.\d ?%")
 NO_RESULTS = ("pre", "style", "title")  # params, versions
 SCREEN = 800  # pixels
 
@@ -39,10 +39,11 @@ class Cited(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.stack, self.found = [], []
-        self.feed(text)
+        self.stack, self.found, self.goes_on = [], [], False
+        self.feed(re.sub(r"base64,[^\"]+", "", text))
 
     def handle_starttag(self, tag, attrs):
+        self.goes_on = tag == "wbr"  # a name breaks here
         if tag not in ("img", "br", "meta", "wbr", "link"):
             self.stack.append((tag, dict(attrs).get("data-row")))
 
@@ -53,6 +54,9 @@ class Cited(HTMLParser):
     def handle_data(self, data):
         if not any(tag in NO_RESULTS for tag, _ in self.stack):
             rows = [row for _, row in self.stack if row]
+            if self.goes_on:
+                data = self.found.pop()[0] + data
+            self.goes_on = False
             self.found.append((data, rows[-1] if rows else None))
 
 

@@ -249,7 +249,7 @@ CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, claim, limitations
         (
             "These rows are from one training of each arm. "
             "<span data-row='benchmarks/trainings:0,1,2,3,4,8'>Four more trainings of the "
-            "recipe of asap have hit rates of 21.6, 0.0, 0.0 and 12.6 % on the four small "
+            "recipe of asap have hit rates of 21.6 %, 0.0 %, 0.0 % and 12.6 % on the four small "
             "lesions, all below the atlas (24.1 %). The claim holds for the training of the "
             "shipped weights (37.4 %), but not for the recipe.</span> A hit is a patch with at "
             "least half the lesion coverage of the best patch. Masks exist for lungs and "

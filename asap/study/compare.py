@@ -133,8 +133,8 @@ class VersionScores:
 
 def _arm_predictions(folder: Path, family: TaskFamily, arm: str) -> pd.DataFrame | None:
     files = [f for f in family.prediction_files(folder / "runs", [arm]) if f.exists()]
-    parts = [pd.read_parquet(f).query("arm == @arm") for f in files]
-    parts = [t for t in parts if len(t)]
+    tables = [pd.read_parquet(f) for f in files]
+    parts = [t[t.arm == arm] for t in tables if (t.arm == arm).any()]
     return pd.concat(parts, ignore_index=True) if parts else None
 
 

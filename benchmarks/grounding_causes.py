@@ -209,6 +209,24 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "no_position",
         dict(align_position=0.1),
     ),
+    "soft_body": (
+        "gradients reach the ranking, and no empty patch can be selected: fewer failures than "
+        "either alone",
+        dict(soft_selection=0.05, align_candidates="body"),
+    ),
+    "soft_body_no_position": (
+        "as soft_body, and no patch is owned by its place: no failures, at today's cost",
+        dict(soft_selection=0.05, align_candidates="body", align_position=0.0),
+    ),
+    "all_visible_soft_body_no_position": (
+        "the four together, at four times the cost of the stem: an upper bound without masks",
+        dict(
+            align_mask_ratio=0.0,
+            soft_selection=0.05,
+            align_candidates="body",
+            align_position=0.0,
+        ),
+    ),
     "more_steps": ("failures are final: twice the steps change nothing", dict(steps=600)),
     "large_batch": ("more negatives separate images sooner: small gain", dict(batch_size=32)),
 }

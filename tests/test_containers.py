@@ -1,4 +1,4 @@
-"Dockerfile, devcontainer, Binder and Zenodo name what the repository has; no container is built here"
+"Dockerfile, devcontainer, Binder and Zenodo name what the repository has; nothing is built here"
 
 import json
 import re

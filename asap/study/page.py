@@ -799,7 +799,8 @@ def list_stage_files(
     suffix: str,  # such as .json
 ) -> list[Path]:  # those of an earlier study with other cohorts or arms are left out
     "Files named by stage, such as prepare-ct_rate, of this study's stages"
-    known = {*p.study.cohorts, *p.study.arms}
+    beside = [a for f in task_families().values() for a in f.extra_arms]
+    known = {*p.study.cohorts, *p.study.arms, *p.study.encoders, *beside}
     return [
         f
         for f in sorted(Path(folder).glob(f"*{suffix}"))

@@ -137,7 +137,9 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
+    quiet = "ignore:IProgress not found"  # of tqdm, which the notebook would store in red
     os.environ.update(
+        PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
         TOKENIZERS_PARALLELISM="false",
@@ -1004,6 +1006,28 @@ def _add_graph_command(sub: Any) -> None:
     c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
     c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
 
+# %% ../nbs/98_cli.ipynb #4c70fb48
+def _run_compare(a: argparse.Namespace) -> int:
+    "`asap compare`"
+    from asap.study import compare
+
+    names, root = (a.first, a.second), project_root()
+    with compare.open_version(a.first, root) as x, compare.open_version(a.second, root) as y:
+        arm, figures = compare.compare_versions(x, y, a.arm, a.tasks)
+        params = compare.params_difference(x, y)
+    print(compare.format_comparison(names, arm, figures, params))
+    return 0
+
+
+def _add_compare_command(sub: Any) -> None:
+    text = "print the figures of two versions of the study side by side, and the params that differ"
+    c = _add_command(sub, "compare", _run_compare, text, "asap compare HEAD no_organs")
+    versions = "an experiment, a commit, a folder, or `workspace`"
+    c.add_argument("first", metavar="A", help=versions)
+    c.add_argument("second", metavar="B", nargs="?", default="workspace", help="default: workspace")
+    c.add_argument("--arm", help="default: asap, else the last arm of the study")
+    c.add_argument("--tasks", action="store_true", help="a row per task in place of the means")
+
 # %% ../nbs/98_cli.ipynb #32af066e
 def _add_source_options(p: argparse.ArgumentParser) -> None:
     "Options that declare what files do not say"
@@ -1328,6 +1352,7 @@ def _add_study_commands(sub: Any) -> None:
         "asap forget own/patient_7",
     )
     c.add_argument("case", help="its name, or COHORT/NAME")
+    _add_compare_command(sub)
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4

@@ -856,7 +856,7 @@ def _open_text_model(
 ) -> tuple[Any, str]:  # Model, warning of unknown words
     "The model that the options name; log its training data and words that it does not know"
     from asap.inference.scan import require_ct
-    from asap.inference.zero_shot import unknown_words_warning
+    from asap.inference.words import unknown_words_warning
 
     require_ct(_source_from_args(a))
     model = _open_model(a)

@@ -49,11 +49,8 @@ from asap.inference.segments import (
     write_dicom_seg,
 )
 from .viewer import render_page, view_scan
-from asap.inference.zero_shot import (
-    classify_zero_shot,
-    find_unknown_words,
-    unknown_words_warning,
-)
+from .words import find_unknown_words, unknown_words_warning
+from .zero_shot import classify_zero_shot
 from ..model.vit import ViT3D
 from ..params import load_params
 

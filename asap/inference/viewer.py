@@ -30,7 +30,7 @@ from ..data.volumes import resample
 from .ground import align_sentences, patch_affine, patch_dice
 from .portable import export_patches, export_text
 from .scan import LoadedScan
-from .zero_shot import find_unknown_words
+from .words import find_unknown_words
 from ..model.align import AlignmentOutput
 from ..model.asap import ASAP
 from ..pretrain.pointing import body_patches, hit_patches, patch_coverage

@@ -161,7 +161,7 @@ def test_a_long_sentence_is_the_description(series, tmp_path):
     mask = np.ones((1, *v.hu.shape), bool)
     path = write_dicom_seg(mask, sentence_segments([text]), v, tmp_path / "x.dcm", "x")
     (s,) = pydicom.dcmread(path).SegmentSequence
-    assert (s.SegmentLabel, s.SegmentDescription) == (text[:64], text)
+    assert (s.SegmentLabel, s.SegmentDescription) == (text[:64].strip(), text)
 
 
 def test_a_region_outside_of_the_scan(series, tmp_path):

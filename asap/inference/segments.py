@@ -122,7 +122,7 @@ def _describe_segment(
     )
     out = hd.seg.SegmentDescription(
         segment_number=number,
-        segment_label=label[:64],
+        segment_label=label[:64].strip(),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=program,
         display_color=hd.color.CIELabColor.from_rgb(*s.color),

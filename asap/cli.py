@@ -330,6 +330,8 @@ def _attempt(
     "Process one scan; a fault of the machine is raised"
     try:
         return function(name, path), None
+    except BrokenPipeError:
+        raise
     except Exception as e:
         if is_system_error(e) and not isinstance(e, MemoryError):
             raise
@@ -1011,7 +1013,7 @@ def _view_one(
     path: Path,
 ) -> dict[str, Any]:  # its keys for `--json`
     page = _on_ct(a, partial(model.view, name=name), path, a.sentence)
-    return dict(warnings=page.warnings, files=[str(page.save(pages[name]))], **page.record())
+    return dict(warnings=page.warnings, files=[str(page.save(pages[name]))])
 
 
 def run_view(a: argparse.Namespace) -> int:
@@ -1064,6 +1066,12 @@ def _add_graph_command(sub: Any) -> None:
     c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
 
 # %% ../nbs/98_cli.ipynb #32af066e
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return int(text)
+
+
 def _add_source_options(
     p: argparse.ArgumentParser,
     jobs: int = 1,  # default
@@ -1086,7 +1094,11 @@ def _add_source_options(
     )
     g.add_argument("--mr", action="store_true", help="an MR: arbitrary units")
     p.add_argument(
-        "--jobs", type=int, default=jobs, metavar="N", help=f"processes (default {jobs})"
+        "--jobs",
+        type=_at_least_one,
+        default=jobs,
+        metavar="N",
+        help=f"processes (default {jobs})",
     )
     p.add_argument(
         "--json", action="store_true", help="print one line of JSON per scan (keys: nbs/98_cli)"

@@ -9,7 +9,7 @@ __all__ = ['ScanEmbedding', 'ScanLabels', 'ScanRegions', 'ScanOrgans', 'ScanPage
 # %% ../../nbs/8_inference/84_api.ipynb #c45ea282
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -229,12 +229,8 @@ class ScanPage:
     "One HTML file that shows a scan and answers typed sentences"
 
     path: Path
-    html: str
+    html: str = field(repr=False)
     warnings: list[str]  # sentences
-
-    def record(self) -> dict[str, Any]:
-        "Plain values for JSON"
-        return {}
 
     def save(self, path: Path | str) -> Path:
         "Write the page"

@@ -28,6 +28,8 @@ from asap.core import (
     is_system_error,
     list_files,
     log_message,
+    process_count,
+    process_rank,
     progress_bar,
     project_root,
     resource_path,
@@ -35,6 +37,8 @@ from asap.core import (
     write_text,
 )
 from .params import load_params, read_params
+from .launch import LAUNCHED, count_processes, run_cells, run_processes
+from .preempt import stop_on_signal
 from .processes import LOCKS, hold_lock, lead
 
 # %% ../nbs/98_cli.ipynb #76bae939
@@ -187,29 +191,72 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
-        lead()
-        return _execute(name, parameters)
+    if process_count() == 1:
+        with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
+            lead()
+            return _execute(name, parameters)
+    lead()
+    if process_rank():
+        return _follow(name, parameters)
+    return _execute(name, parameters)
+
+
+def _notebook_values(name: str, parameters: dict[str, str] | None) -> dict[str, str]:
+    return dict(parameters or {}, stage=name)
 
 
 def _execute(name: str, parameters: dict[str, str] | None) -> Path:
+    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = _stage_notebook(name)
+    _set_environment()
+    if LAUNCHED in os.environ:
+        with stop_on_signal():
+            _run_notebook(source, target, _notebook_values(name, parameters))
+        return target
+    n = 1 if process_count() > 1 else count_processes(name)
+    start = time.monotonic()
+    with _relay_output(), _sample_memory() as together, stop_on_signal():
+        if n > 1:
+            _run_in_processes(n, name, parameters)
+        else:
+            _run_notebook(source, target, _notebook_values(name, parameters))
+    _record_cost(name, (time.monotonic() - start) / 60, *together)
+    return target
+
+
+def _run_notebook(source: Path, target: Path, values: dict[str, str]) -> None:
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
 
-    source = _stage_notebook(name)
-    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _set_environment()
-    values = dict(parameters or {}, stage=name)
     kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
-    start = time.monotonic()
-    with _relay_output(), _sample_memory() as together:
-        papermill.execute_notebook(
-            source, target, values, progress_bar=False, cwd=project_root(), **kernel
+    papermill.execute_notebook(
+        source, target, values, progress_bar=False, cwd=project_root(), **kernel
+    )
+
+
+def _run_in_processes(n: int, name: str, parameters: dict[str, str] | None) -> None:
+    given = [f"{k}={v}" for k, v in (parameters or {}).items()]
+    log_message(f"{name}: {n} processes")
+    if code := run_processes(n, ["stage", name, *given]):
+        raise ChildProcessError(
+            f"{name}: one of {n} processes failed (exit code {code}); its error is above"
         )
-    _record_cost(name, (time.monotonic() - start) / 60, *together)
-    return target
+
+
+def _follow(name: str, parameters: dict[str, str] | None) -> Path:  # a process that is not first
+    source = _stage_notebook(name)
+    _set_environment()
+    os.environ["MPLBACKEND"] = "Agg"
+    os.chdir(project_root())
+    try:
+        with stop_on_signal():
+            run_cells(source, _notebook_values(name, parameters))
+    except Exception:
+        print(f"{name}: process {process_rank() + 1} of {process_count()}", file=sys.stderr)
+        raise
+    return source
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(

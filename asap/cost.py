@@ -341,7 +341,6 @@ def loader_table(
                 rows.append(row)
     return pd.DataFrame(rows)
 
-
 # %% ../nbs/96_cost.ipynb #rehearse01
 @dataclass
 class Cases:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import log_message
+from .preempt import EXIT_CODE, stop_on_signal, stop_requested
 from .processes import LOCKS, hold_lock, lead
 
 # %% ../nbs/95_run.ipynb #run00006
@@ -194,6 +195,9 @@ class _Progress:
         self.began = time.monotonic()
 
     def report(self, name: str, code: int, left: int, running: int) -> None:
+        if code and stop_requested():
+            log_message(f"{name} was stopped; start again: trainings go on where they were")
+            return
         if code:
             rest = f"{running} still running, then the run stops" if running else "stopped"
             log_message(f"{name} failed; {rest}. Correct it and start again: finished stages stay")
@@ -211,7 +215,9 @@ def run_study(
     with hold_lock(folder / LOCKS / "study.lock", "the study"):
         lead()
         set_up_git(folder)
-        return _run_stages(folder, stages)
+        with stop_on_signal():
+            code = _run_stages(folder, stages)
+            return EXIT_CODE if code and stop_requested() else code
 
 
 def _run_stages(folder: Path, stages: int) -> int:
@@ -225,8 +231,8 @@ def _run_stages(folder: Path, stages: int) -> int:
     failed = 0
     running: dict[Any, str] = {}  # future -> stage
     with ThreadPoolExecutor(stages) as pool:
-        while running or (todo and not failed):
-            ready = [] if failed else find_ready_stages(todo, needs, running.values())
+        while running or (todo and not failed and not stop_requested()):
+            ready = [] if failed or stop_requested() else find_ready_stages(todo, needs, running.values())
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
                 running[pool.submit(run_stage, name, folder, stages)] = name

@@ -52,7 +52,7 @@ from ..model.vit import ConvStem, gather_patches, patchify
 from ..params import BaseConfig, CohortName, Fraction, OpenFraction, PositiveFraction
 from .batches import ImageReportDataset, collate
 from .pointing import LesionTargets, describe_pointing, measure_pointing
-from ..train import fit, get_device
+from ..train import fit, get_device, replicated
 
 # %% ../../nbs/6_pretrain/61_pretrain.ipynb #cfg61c00
 class PretrainConfig(BaseConfig):
@@ -441,6 +441,7 @@ def _evaluate_batch(
 
 
 @torch.no_grad()
+@replicated()
 def evaluate(
     model: ASAP,
     data: ImageReportDataset,  # held-out cases, center crops

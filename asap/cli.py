@@ -36,9 +36,9 @@ from asap.core import (
     write_json,
     write_text,
 )
-from .params import load_params, read_params
 from .launch import LAUNCHED, count_processes, run_cells, run_processes
-from .preempt import stop_on_signal
+from .params import load_params, read_params
+from .preempt import ignore_signals, stop_on_signal
 from .processes import LOCKS, hold_lock, lead
 
 # %% ../nbs/98_cli.ipynb #76bae939
@@ -211,8 +211,8 @@ def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     source = _stage_notebook(name)
     _set_environment()
     if LAUNCHED in os.environ:
-        with stop_on_signal():
-            _run_notebook(source, target, _notebook_values(name, parameters))
+        ignore_signals()  # `asap stage`, which has started this one, receives them
+        _run_notebook(source, target, _notebook_values(name, parameters))
         return target
     n = 1 if process_count() > 1 else count_processes(name)
     start = time.monotonic()
@@ -250,9 +250,9 @@ def _follow(name: str, parameters: dict[str, str] | None) -> Path:  # a process 
     _set_environment()
     os.environ["MPLBACKEND"] = "Agg"
     os.chdir(project_root())
+    ignore_signals()
     try:
-        with stop_on_signal():
-            run_cells(source, _notebook_values(name, parameters))
+        run_cells(source, _notebook_values(name, parameters))
     except Exception:
         print(f"{name}: process {process_rank() + 1} of {process_count()}", file=sys.stderr)
         raise

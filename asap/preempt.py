@@ -40,11 +40,11 @@ def stop_requested() -> bool:
 # %% ../nbs/02a_preempt.ipynb #pre00009
 @contextlib.contextmanager
 def catch_signals() -> Iterator[None]:
-    "Within, SIGTERM and SIGUSR1 are a request to stop"
+    "Within, SIGTERM and SIGUSR1 ask this process to stop"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {s: signal.signal(s, lambda *_: request_stop()) for s in SIGNALS}
+    old = {s: signal.signal(s, lambda *_: _received.set()) for s in SIGNALS}
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def stop_on_signal() -> Iterator[None]:
         try:
             yield
         except Exception as e:
-            if stop_requested():
+            if _received.is_set():
                 raise SystemExit(EXIT_CODE) from e
             raise
         finally:

@@ -232,7 +232,11 @@ def _run_stages(folder: Path, stages: int) -> int:
     running: dict[Any, str] = {}  # future -> stage
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed and not stop_requested()):
-            ready = [] if failed or stop_requested() else find_ready_stages(todo, needs, running.values())
+            ready = (
+                []
+                if failed or stop_requested()
+                else find_ready_stages(todo, needs, running.values())
+            )
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
                 running[pool.submit(run_stage, name, folder, stages)] = name

@@ -166,7 +166,7 @@ def all_gather(
     "The rows of all processes, zero-padded to the longest; differentiable"
     if world_size() == 1:
         return x
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    from torch.distributed._functional_collectives import all_gather_single_autograd
 
     longest = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -175,10 +175,11 @@ def all_gather(
     )
     x = torch.cat([x, more], 1).contiguous()
     if x.is_floating_point() and x.requires_grad:
-        return all_gather_tensor_autograd(x, 0, dist.group.WORLD)
+        return all_gather_single_autograd(x, 0, dist.group.WORLD)
     out = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(out, x)
     return torch.cat(out)
+
 
 def local_rows(
     rows: int,  # of this process
@@ -427,6 +428,7 @@ def _make_accelerator(
             "make it a multiple of them"
         )
     return acc
+
 
 class _BatchLoss(torch.nn.Module):
     "Model and loss as one module: the forward pass that synchronizes gradients is that of a batch"
@@ -697,7 +699,9 @@ def fit(
             last = step == steps - 1
             _set_lr(opts, lr_factor(step, steps, warmup))
             torch.manual_seed(derive_seed("step", seed, micro, rank))
-            value, parts = _train_batch(acc, model, opts, compute, samples, micro, step, clip, weights)
+            value, parts = _train_batch(
+                acc, model, opts, compute, samples, micro, step, clip, weights
+            )
             if (micro + 1) % accumulate:
                 continue
             state.step = step + 1

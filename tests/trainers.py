@@ -36,7 +36,9 @@ def pretrain(cohort, folder):
     from asap.text.encoder import load
 
     p = load_params(project_root() / "params/smoke.yaml")
-    short = dict(steps=STEPS, batch_size=BATCH, warmup_steps=4, precision="no", checkpoint_every=99)
+    # at higher rates, rounding soon decides which of the like patches are a sentence's best
+    short = dict(optimizer="adamw", lr=0.0002, warmup_steps=4, precision="no")
+    short |= dict(steps=STEPS, batch_size=BATCH, checkpoint_every=99)
     p = p.model_copy(update=dict(pretrain=p.pretrain.model_copy(update=short)))
     table = pd.read_parquet(cohort / "table.parquet")
     for k in ("image", "organ_map"):
@@ -102,7 +104,9 @@ def odd(cohort, folder):
     from asap.tasks.retrieve import train_retrieval
 
     pair, p = (draw(7, 16), draw(7, 8, seed=1)), heads(weight_decay=1e-4)
-    train_retrieval(*pair, np.arange(7), *pair, np.arange(7), p.__class__(**vars(p) | dict(batch_size=7)), 0)
+    train_retrieval(
+        *pair, np.arange(7), *pair, np.arange(7), p.__class__(**vars(p) | dict(batch_size=7)), 0
+    )
 
 
 def segment(cohort, folder):
@@ -137,7 +141,7 @@ def report(cohort, folder):
 
 
 def vqa(cohort, folder):
-    from test_vqa import P, QUESTIONS, TABLE, TOKENS
+    from test_vqa import QUESTIONS, TABLE, TOKENS, P
 
     from asap.tasks import vqa
 

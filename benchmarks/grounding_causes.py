@@ -209,6 +209,42 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "no_position",
         dict(align_position=0.1),
     ),
+    "soft_body": (
+        "gradients reach the ranking, and no empty patch can be selected: fewer failures than "
+        "either alone",
+        dict(soft_selection=0.05, align_candidates="body"),
+    ),
+    "soft_body_no_position": (
+        "as soft_body, and no patch is owned by its place: no failures, at today's cost",
+        dict(soft_selection=0.05, align_candidates="body", align_position=0.0),
+    ),
+    "all_visible_soft_body_no_position": (
+        "the four together, at four times the cost of the stem: an upper bound without masks",
+        dict(
+            align_mask_ratio=0.0,
+            soft_selection=0.05,
+            align_candidates="body",
+            align_position=0.0,
+        ),
+    ),
+    "organs": (
+        "in every image of the batch a sentence selects within the organs that it names, so that "
+        "position wins no contrast and a small lesion is one of forty patches, not of hundreds: "
+        "no failures, more hits than the atlas; labels whose sentences name no organ gain nothing",
+        dict(align_candidates="organs"),
+    ),
+    "organs_no_position": (
+        "as organs; positions add nothing once the organ is known",
+        dict(align_candidates="organs", align_position=0.0),
+    ),
+    "soft_organs": (
+        "as organs; gradients that reach the ranking find the lesion sooner",
+        dict(align_candidates="organs", soft_selection=0.05),
+    ),
+    "half_visible_organs": (
+        "as organs, and every second lesion is there in place of every fourth",
+        dict(align_candidates="organs", align_mask_ratio=0.5),
+    ),
     "more_steps": ("failures are final: twice the steps change nothing", dict(steps=600)),
     "large_batch": ("more negatives separate images sooner: small gain", dict(batch_size=32)),
 }
@@ -273,11 +309,16 @@ def probe_auc(model, table: pd.DataFrame, p) -> float:  # macro AUC
     return nan_mean([auc(g.truth, g.probability) for _, g in parts])
 
 
-def measure(model, text, targets, p) -> dict:
+def measure(model, text, targets, p, path: Path | None = None) -> dict:  # path: of the sentences
     "Pointing with all patches visible"
     from asap.pretrain.pointing import predict_points, score_points, summarize_points
 
-    return summarize_points(score_points(targets, predict_points(model, text, targets, p)))
+    rows = score_points(targets, predict_points(model, text, targets, p))
+    if path:
+        write_parquet(rows.drop(columns=["share", "body"], errors="ignore"), path)
+    by_label = rows.groupby("label")[["hit", "random"]].mean()
+    above = int((by_label.hit > by_label.random).sum())
+    return summarize_points(rows) | dict(labels=len(by_label), labels_above_guess=above)
 
 
 def train_one(variant: str, seed: int, a) -> dict:  # row of the table
@@ -315,7 +356,10 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     cpu = time.process_time()
     log = train(model, data, base, seed, on_eval=on_eval, label=f"{variant} {seed}")
     cpu = time.process_time() - cpu
-    found = measure(model.eval(), text, final, p)
+    name = "_".join(map(str, key(variant, seed, a, base).values()))
+    points = a.cache / f"points/{name}.parquet"
+    points.parent.mkdir(parents=True, exist_ok=True)
+    found = measure(model.eval(), text, final, p, points)
     found |= dict(loss=float(log.loss.tail(5).mean()), cpu_seconds=round(cpu))
     if a.losses == "all":
         found["macro_auc"] = probe_auc(model.eval(), table, p)

@@ -15,12 +15,19 @@ from tiny_cases import cases
 
 from asap.core import project_root
 from asap.inference.ground import align_sentences
-from asap.model.align import select_patches, soft_topk, weighted_pool
+from asap.model.align import (
+    NamedOrgans,
+    candidates_by_sentence,
+    inter_report_loss,
+    select_patches,
+    soft_topk,
+    weighted_pool,
+)
 from asap.model.asap import ARM_OVERRIDES, ArmConfig, arm_params, build_asap, build_config
 from asap.model.vit import body_candidates
 from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
-from asap.pretrain.batches import ImageReportDataset, collate
+from asap.pretrain.batches import ImageReportDataset, collate, named_organs
 from asap.pretrain.checkpoint import model_card
 from asap.pretrain.pointing import (
     body_patches,
@@ -175,12 +182,12 @@ def test_arms_without_regions_and_cohorts_without_masks_are_not_measured(study):
     assert targets(study, lambda r: None) is None
 
 
-@pytest.mark.parametrize("key", CHANGES)
-def test_each_param_changes_the_loss_and_leaves_no_parameter_without_gradient(study, key):
+@pytest.mark.parametrize("key, to", [*CHANGES.items(), ("align_candidates", "organs")])
+def test_each_param_changes_the_loss_and_leaves_no_parameter_without_gradient(study, key, to):
     torch.manual_seed(0)
     today, b = model_of(study)
     before = today(b)[0]
-    changed, b = model_of(study, **{key: CHANGES[key]})
+    changed, b = model_of(study, **{key: to})
     if key == "skip_hidden_lesions":
         changed.load_state_dict(today.state_dict())
     value = changed(b)[0]
@@ -231,6 +238,78 @@ def test_candidates_are_the_only_patches_that_are_selected(study):
         assert (a.weights[outside] == 0).all()
     sim = align_sentences(m, b["image"], b["sentence_embeds"][0]).similarity
     assert encoded.candidates.gather(1, sim.argmax(-1)).all()
+
+
+def test_in_training_a_sentence_selects_within_the_organs_that_it_names(study):
+    m, b = model_of(study, align_candidates="organs")
+    assert b["sentence_organs"].shape[:2] == b["sentence_mask"].shape
+    named = b["sentence_organs"] & b["sentence_mask"][..., None]
+    assert named.any(), "no sentence names an organ"
+    encoded = m.forward_encoder(b["image"], b["patch_order"])
+    a = m.align_sentences(b, encoded)
+    index = encoded.ids_keep[..., None].expand(-1, -1, named.shape[-1])
+    share = b["organ_fractions"][..., 1:].gather(1, index)
+    checked = 0
+    for i, s in named.any(-1).nonzero().tolist():
+        inside = (share[i][:, named[i, s]] >= 0.05).any(-1) & encoded.candidates[i]
+        if inside.any():
+            assert (a.weights[i, s][~inside] == 0).all() and a.weights[i, s][inside].max() > 0
+            checked += 1
+    assert checked
+    m.eval()  # at use there are no organ maps
+    body = m.align_sentences(b, encoded)
+    today = m.forward_alignment(encoded, b["sentence_embeds"], b["sentence_mask"])
+    assert body.organs is None and torch.equal(body.weights, today.weights)
+
+
+def test_without_organ_maps_a_sentence_selects_in_the_body(study):
+    losses = []
+    for candidates in ("organs", "body"):
+        torch.manual_seed(0)
+        m, b = model_of(study, align_candidates=candidates)
+        b["organ_fractions"] = torch.zeros_like(b["organ_fractions"])
+        b["organ_valid"] = torch.zeros_like(b["organ_valid"])
+        losses.append(float(m(b)[1]["align"]))
+    assert losses[0] == losses[1]
+
+
+def test_the_contrast_across_reports_compares_the_same_organ_in_every_image():
+    "Against a loop over sentences and images"
+    torch.manual_seed(0)
+    unit = torch.nn.functional.normalize
+    x, t = unit(torch.randn(3, 10, 8), dim=-1), unit(torch.randn(3, 2, 8), dim=-1)
+    frozen, real = unit(torch.randn(3, 2, 6), dim=-1), torch.ones(3, 2).bool()
+    organs = NamedOrgans(torch.rand(3, 10, 2).gt(0.6).float(), torch.rand(3, 2, 2) > 0.4)
+    args = t, torch.full((3, 2), 2.0), frozen, real, 5.0, 2.0, 0.0, 10  # no duplicates
+    found = float(inter_report_loss([x], *args, None, organs))
+    scores = torch.zeros(3, 2, 3)  # report, sentence, image
+    for r in range(3):
+        for s in range(2):
+            for image in range(3):
+                one = NamedOrgans(organs.fractions[[image]], organs.named[[r], s : s + 1])
+                allowed = candidates_by_sentence(None, one)[0, 0].nonzero()[:, 0]
+                best = allowed[(x[image, allowed] @ t[r, s]).argsort(descending=True)[:2]]
+                scores[r, s, image] = unit(x[image, best].sum(0), dim=-1) @ t[r, s] * 5
+    total = 0.0
+    for r in range(3):
+        for s in range(2):
+            own = scores[r, s, r]
+            others = torch.stack([own, *scores[[q for q in range(3) if q != r], :, r].flatten()])
+            total += scores[r, s].logsumexp(0) + others.logsumexp(0) - 2 * own
+    assert abs(found - float(total) / 12) < 1e-4
+    assert abs(found - float(inter_report_loss([x], *args))) > 1e-3
+
+
+def test_the_organs_that_a_sentence_names():
+    groups = ["left upper lobe", "right upper lobe", "heart", "airway and oesophagus"]
+    for text, expected in {
+        "A nodule in the Left Upper Lobe.": [True, False, False, False],
+        "Emphysema in both upper lobes.": [True, True, False, False],
+        "Consolidation in the left upper lobe and right upper lobe.": [True, True, False, False],
+        "The oesophagus is dilated.": [False, False, False, True],
+        "No nodule.": [False] * 4,
+    }.items():
+        assert named_organs(text, groups) == expected, text
 
 
 def test_the_body_in_a_batch_is_that_of_the_connected_component():

@@ -144,9 +144,8 @@ def test_the_command(scan, place, monkeypatch, tmp_path, capsys):
     ]
     assert main(command) == 0
     img = nib.load(tmp_path / "out/a_organs.nii.gz")
-    assert img.shape == v.hu.shape and np.array_equal(
-        np.asanyarray(img.dataobj), map_to_groups(found, P.groups)
-    )
+    assert img.shape == v.hu.shape, (img.affine, v.affine, nib.load(tmp_path / "a.nii.gz").affine)
+    assert np.array_equal(np.asanyarray(img.dataobj), map_to_groups(found, P.groups))
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(tmp_path / "none"))
     assert (
         main([*command, "--source", "totalsegmentator"]) == 1

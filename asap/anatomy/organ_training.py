@@ -230,6 +230,7 @@ def train_segmenter(
         save_every=save_every,
         on_eval=on_eval and (lambda model, step: on_eval(out)),
         eval_every=eval_every,
+        precision_="no",  # in bf16 the loss became NaN after 100 steps
         label="organs",
     )
     restore_kernels(out.model)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from asap.model.align import (
     AlignmentHead,
     AlignmentOutput,
+    NamedOrgans,
     ReleasedAlignmentHead,
     concat_aligned,
     info_nce,
@@ -66,7 +67,9 @@ class ModelConfig(BaseConfig):
     # of the alignment, if `align_before_attention`
     align_position: Annotated[float, Field(ge=0)] = 1.0  # factor of positions in ranking features
     align_tokens: bool = True  # false: only embeddings before attention are contrasted
-    align_candidates: Literal["all", "body"] = "all"  # patches that a sentence can select
+    # patches that a sentence can select: all, those of the body, or those of the body within the
+    # organs that the sentence names (organs in training alone)
+    align_candidates: Literal["all", "body", "organs"] = "all"
     nowhere_slot: bool = False  # a learned vector that a sentence can select, in training
     rank_noise: NonNegativeFloat = 0.0  # random values added to similarities, in training
     soft_selection: NonNegativeFloat = 0.0  # temperature of weights by similarity; 0: by rank
@@ -122,7 +125,7 @@ class ArmConfig(BaseConfig):
     fusion_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     align_position: Annotated[float, Field(ge=0)] | None = None
     align_tokens: bool | None = None
-    align_candidates: Literal["all", "body"] | None = None
+    align_candidates: Literal["all", "body", "organs"] | None = None
     nowhere_slot: bool | None = None
     rank_noise: NonNegativeFloat | None = None
     soft_selection: NonNegativeFloat | None = None
@@ -270,6 +273,7 @@ class Batch(TypedDict, total=False):
     padding_mask: torch.Tensor  # (B,L) bool
     sentence_mask: torch.Tensor  # (B,S) bool, False for padding
     sentence_embeds: torch.Tensor  # (B,S,C'), of the frozen text encoder
+    sentence_organs: torch.Tensor  # (B,S,groups) bool, organs that each sentence names
     align_input_ids: torch.Tensor  # (B,L') text of the alignment; if `sentence_features: context`
     align_token_to_sentence: torch.Tensor  # (B,L'), as `token_to_sentence`
     token_embeds: torch.Tensor  # (B,L,C'), of the frozen text encoder; if the arm predicts words
@@ -531,7 +535,7 @@ class ASAP(nn.Module):
         ratio = self.mask_ratio if mask_ratio is None else mask_ratio
         ids_keep, ids_mask = random_masking(patch_order, ratio)
         candidates = None
-        if self.align_candidates == "body":
+        if self.align_candidates != "all":
             candidates = body_candidates(image, self.vit.patch_size, self.hu_range)
             candidates = candidates.gather(1, ids_keep)
         # without blocks only the candidates are used
@@ -587,7 +591,11 @@ class ASAP(nn.Module):
     ) -> AlignmentOutput:
         "The sentences of a batch and the patches of an encoder pass"
         sentences = batch["sentence_embeds"], batch["sentence_mask"]
-        return self.forward_alignment(encoded, *sentences, tokens=tokens)
+        organs = None
+        if self.align_candidates == "organs" and self.training:
+            fractions = gather_patches(batch["organ_fractions"], encoded.ids_keep)[..., 1:]
+            organs = NamedOrgans(fractions, batch["sentence_organs"])
+        return self.forward_alignment(encoded, *sentences, tokens=tokens, organs=organs)
 
     def _skip_hidden(
         self, batch: Batch, encoded: EncoderOutput, aligned: AlignmentOutput
@@ -606,6 +614,7 @@ class ASAP(nn.Module):
         sentence_mask: torch.Tensor | None = None,  # (B,S) bool, False for padding
         hard: bool = False,  # as `AlignmentHead.forward`
         tokens: bool = True,  # as `AlignmentHead.forward`
+        organs: NamedOrgans | None = None,  # as `AlignmentHead.forward`
     ) -> AlignmentOutput:
         "Patch-sentence similarity and the region of each sentence"
         return self.alignment(
@@ -616,6 +625,7 @@ class ASAP(nn.Module):
             hard=hard,
             candidates=encoded.candidates,
             with_tokens=tokens,
+            organs=organs,
         )
 
     def ranking_features(self, encoded: EncoderOutput) -> torch.Tensor:  # (B,V,C)

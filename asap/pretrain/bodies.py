@@ -79,6 +79,7 @@ class ReportOrBodyDataset(ImageReportDataset):
             input_ids=input_ids,
             token_to_sentence=token_to_sentence,
             sentences=[],
+            sentence_organs=[],
             seed=derive_seed("words", self.seed, draw, i),
         )
         if self.params.pretrain.sentence_features != "alone":

@@ -31,12 +31,16 @@ from asap.core import (
     list_files,
     log_message,
     parallel_map,
+    process_count,
+    process_rank,
     project_root,
     resource_path,
     write_json,
     write_text,
 )
+from .launch import LAUNCHED, count_processes, run_cells, run_processes
 from .params import load_params, read_params
+from .preempt import ignore_signals, stop_on_signal
 from .privacy import make_private, private_umask
 from .processes import LOCKS, hold_lock, lead
 from .resources import ResourceError, explain_failure, find_shortage
@@ -194,7 +198,12 @@ def execute_stage(
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
     try:
-        return _execute_whole(name, parameters, project_root())
+        if process_count() == 1:
+            return _execute_whole(name, parameters, project_root())
+        lead()
+        if process_rank():
+            return _follow(name, parameters)
+        return _execute(name, parameters)
     except OSError as e:
         raise _explained(name, e) from None
 
@@ -219,28 +228,66 @@ def _explained(name: str, e: Exception, peak: float | None = None) -> Exception:
     return ResourceError(reason) if reason else e
 
 
-def _execute(name: str, parameters: dict[str, str] | None) -> Path:
-    # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-    import papermill
+def _notebook_values(name: str, parameters: dict[str, str] | None) -> dict[str, str]:
+    return dict(parameters or {}, stage=name)
 
-    source = _stage_notebook(name)
+
+def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
+    source = _stage_notebook(name)
     _set_environment()
-    values = dict(parameters or {}, stage=name)
-    kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
+    if LAUNCHED in os.environ:
+        ignore_signals()  # `asap stage`, which has started this one, receives them
+        _run_notebook(source, target, _notebook_values(name, parameters))
+        return target
+    n = 1 if process_count() > 1 else count_processes(name)
     start = time.monotonic()
-    with _relay_output(), _sample_memory() as together:
+    with _relay_output(), _sample_memory() as together, stop_on_signal():
         try:
-            papermill.execute_notebook(
-                source, target, values, progress_bar=False, cwd=project_root(), **kernel
-            )
+            if n > 1:
+                _run_in_processes(n, name, parameters)
+            else:
+                _run_notebook(source, target, _notebook_values(name, parameters))
         except Exception as e:
             explained = _explained(name, e, *together)
             raise explained from (None if explained is not e else e.__cause__)
     _record_cost(name, (time.monotonic() - start) / 60, *together)
     return target
+
+
+def _run_notebook(source: Path, target: Path, values: dict[str, str]) -> None:
+    # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill
+
+    kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
+    papermill.execute_notebook(
+        source, target, values, progress_bar=False, cwd=project_root(), **kernel
+    )
+
+
+def _run_in_processes(n: int, name: str, parameters: dict[str, str] | None) -> None:
+    given = [f"{k}={v}" for k, v in (parameters or {}).items()]
+    log_message(f"{name}: {n} processes")
+    if code := run_processes(n, ["stage", name, *given]):
+        raise ChildProcessError(
+            f"{name}: one of {n} processes failed (exit code {code}); its error is above"
+        )
+
+
+def _follow(name: str, parameters: dict[str, str] | None) -> Path:  # a process that is not first
+    source = _stage_notebook(name)
+    _set_environment()
+    os.environ["MPLBACKEND"] = "Agg"
+    os.chdir(project_root())
+    ignore_signals()
+    try:
+        run_cells(source, _notebook_values(name, parameters))
+    except Exception:
+        print(f"{name}: process {process_rank() + 1} of {process_count()}", file=sys.stderr)
+        raise
+    return source
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(

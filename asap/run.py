@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import log_message
+from .preempt import EXIT_CODE, stop_on_signal, stop_requested
 from .privacy import make_private
 from .processes import LOCKS, hold_lock, lead
 from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
@@ -230,6 +231,9 @@ class _Progress:
         self.began = time.monotonic()
 
     def report(self, name: str, code: int, left: int, running: int) -> None:
+        if code and stop_requested():
+            log_message(f"{name} was stopped; start again: trainings go on where they were")
+            return
         if code:
             rest = f"{running} still running, then the run stops" if running else "stopped"
             log_message(f"{name} failed; {rest}. Correct it and start again: finished stages stay")
@@ -249,7 +253,9 @@ def run_study(
         lead()
         set_up_git(folder)
         keep_index_private(folder)
-        return _run_stages(folder, stages)
+        with stop_on_signal():
+            code = _run_stages(folder, stages)
+            return EXIT_CODE if code and stop_requested() else code
 
 
 def _warn_of_data(name: str, folder: Path) -> None:
@@ -270,8 +276,12 @@ def _run_stages(folder: Path, stages: int) -> int:
     failed = 0
     running: dict[Any, str] = {}  # future -> stage
     with ThreadPoolExecutor(stages) as pool:
-        while running or (todo and not failed):
-            ready = [] if failed else find_ready_stages(todo, needs, running.values())
+        while running or (todo and not failed and not stop_requested()):
+            ready = (
+                []
+                if failed or stop_requested()
+                else find_ready_stages(todo, needs, running.values())
+            )
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
                 _warn_of_data(name, folder)

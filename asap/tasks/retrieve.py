@@ -47,6 +47,7 @@ from asap.tasks.metrics import (
 )
 from .projection import ProjectionHeads, train_heads
 from ..text.sentences import join_report, split_sentences
+from ..train import all_gather
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #8f810494
 class RetrieveConfig(BaseConfig):
@@ -164,7 +165,8 @@ def train_retrieval(
 
     def loss(m, b, step):
         u, v = m.project(b[0], b[1])
-        return contrastive_loss(m.similarity_scale * u @ v.T, b[2]), {}
+        u, v, of = (all_gather(t[:, None])[:, 0] for t in (u, v, b[2]))
+        return contrastive_loss(m.similarity_scale * u @ v.T, of), {}
 
     def score(m):
         return dict(score=reciprocal_rank(*project_features(m, xv, tv), numberv))

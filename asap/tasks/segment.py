@@ -579,6 +579,7 @@ def train_segmentation(
         folder=folder,
         fp=fp,
         label=label,
+        replicate=True,
         validate=partial(validation_dice, held=held, p=p, size=size) if held else None,
         collate=collate_crops if crops > 1 else None,
         **_fit_options(p, row),

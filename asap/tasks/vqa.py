@@ -602,6 +602,7 @@ def train_vqa(
             collate=collate,
             label=label,
             save_every=p.eval_every,
+            replicate=True,
             **optimizer_options(m, p),
             **_validation_options(val, p, collate),
         )

@@ -7,7 +7,7 @@ __all__ = ['CODES', 'Segment', 'segment_color', 'organ_segments', 'sentence_segm
 
 # %% ../../nbs/8_inference/82b_segments.ipynb #405329b2
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def segment_color(
 
 
 def organ_segments(
-    groups: dict[str, Sequence[str]],  # organ -> TotalSegmentator's classes
+    groups: Mapping[str, Sequence[str]],  # organ -> TotalSegmentator's classes
 ) -> list[Segment]:  # in the order of the map's values, from 1
     "The segments of an organ map"
     items = enumerate(groups.items())
@@ -156,7 +156,7 @@ def _read_slices(
     chosen = choose_series(read_dicom_headers(path if path.is_dir() else path.parent), path)
     lps = RAS_TO_LPS @ v.affine
     normal = np.cross(lps[:3, 0], lps[:3, 1])
-    chosen = sorted(chosen, key=lambda h: float(np.dot(h.position, normal)))
+    chosen = sorted(chosen, key=lambda h: float(np.dot(np.asarray(h.position), normal)))
     places = lps[:3, 3] + np.arange(v.hu.shape[2])[:, None] * lps[:3, 2]
     off = np.abs([h.position for h in chosen] - places) if len(chosen) == len(places) else np.inf
     if v.facts["interpolated"] or np.max(off) > 0.1 * np.linalg.norm(lps[:3, 2]):

@@ -201,10 +201,10 @@ def _compare_keys(
     if why:
         x, y = (_mean_value(s, keys, arm) for s in (a, b))
         return dict(tasks=len(tasks), a=x, b=y, difference=y - x, interval=why)
-    x, y = (mean_over_tasks(s.scores, keys, arm) for s in (a, b))
-    d = with_ci(y[0] - x[0], y[1] - x[1], level)
+    (x, xs), (y, ys) = (mean_over_tasks(s.scores, keys, arm) for s in (a, b))
+    d = with_ci(y - x, ys - xs, level)
     count = len(set().union(*(a.patients[t] for t in tasks)))
-    row = dict(tasks=len(tasks), a=x[0], b=y[0], difference=d["value"], lo=d["lo"], hi=d["hi"])
+    row = dict(tasks=len(tasks), a=x, b=y, difference=d["value"], lo=d["lo"], hi=d["hi"])
     return row | dict(patients=count, interval=PAIRED)
 
 

@@ -861,7 +861,7 @@ def _headline_cards(
     t: dict[str, pd.DataFrame],  # of `load_tables`
     ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
 ) -> list[tuple[str, str]]:  # value, description
-    cards = []
+    cards: list[tuple[str, str]] = []
     if "per_label" in t:
         rows = select_rows(t, ["classify_ct_rate"]).query("metric == 'auc' and fraction == 1")
         for i, r in list(zip(rows.index, rows.to_dict("records")))[:5]:

@@ -254,9 +254,10 @@ def ranking_table(
         order = sorted(have, key=lambda a: -have[a][0])
         known = dict(patients=(patients or {}).get(task.name), ceiling=_ceiling(scores, task.name))
         for a, (value, replicates) in have.items():
-            row = dict(number=task.number, task=task.name, metric=metric, fraction=most, arm=a)
-            rank = dict(rank=order.index(a) + 1, best=_is_best(a, have, level))
-            rows.append(row | with_ci(value, replicates, level) | rank | known)
+            row: dict[str, Any] = dict(number=task.number, task=task.name, metric=metric)
+            row |= dict(fraction=most, arm=a, rank=order.index(a) + 1)
+            rows.append(row | with_ci(value, replicates, level) | known)
+            rows[-1]["best"] = _is_best(a, have, level)
     return pd.DataFrame(rows, columns=RANKING_COLUMNS)
 
 
@@ -291,12 +292,13 @@ def _best_of_task(
     "The highest lower bound in a task; None where it has no score"
     arms = list(dict.fromkeys(a for t, a, _, _ in scores if t == task.name))
     metric, fraction, have = headline_metric(scores, task, arms)
-    rows = [dict(arm=a) | with_ci(*v, level) for a, v in have.items()]
-    if fraction is None or not rows:
+    found = {a: with_ci(value, replicates, level) for a, (value, replicates) in have.items()}
+    if fraction is None or not found:
         return None
-    best = max(rows, key=lambda r: r["lo"])
-    chance = _chance(scores, task, best["arm"], fraction)
-    return dict(task=task.name, metric=metric, fraction=fraction, chance=chance) | best
+    best = max(found, key=lambda a: found[a]["lo"])
+    chance = _chance(scores, task, best, fraction)
+    row: dict[str, Any] = dict(task=task.name, metric=metric, fraction=fraction, chance=chance)
+    return row | dict(arm=best) | found[best]
 
 
 def unsolved_table(

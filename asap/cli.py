@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .contents import check_inputs, close_records, open_records
 from asap.core import (
     Quarantine,
     atomic_write,
@@ -30,13 +31,19 @@ from asap.core import (
     list_files,
     log_message,
     parallel_map,
+    process_count,
+    process_rank,
     project_root,
     resource_path,
     write_json,
     write_text,
 )
+from .launch import LAUNCHED, count_processes, run_cells, run_processes
 from .params import load_params, read_params
+from .preempt import ignore_signals, stop_on_signal
+from .privacy import make_private, private_umask
 from .processes import LOCKS, hold_lock, lead
+from .resources import ResourceError, explain_failure, find_shortage
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -135,7 +142,9 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
+    quiet = "ignore:IProgress not found"  # of tqdm, which the notebook would store in red
     os.environ.update(
+        PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
         TOKENIZERS_PARALLELISM="false",
@@ -188,29 +197,97 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
+    try:
+        if process_count() == 1:
+            return _execute_whole(name, parameters, project_root())
         lead()
+        if process_rank():
+            return _follow(name, parameters)
         return _execute(name, parameters)
+    except OSError as e:
+        raise _explained(name, e) from None
+
+
+def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> Path:
+    make_private(root)
+    with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
+        lead()
+        check_inputs(name, root)
+        for shortage in find_shortage(name, root):
+            log_message(f"warning: {shortage}")
+        open_records(name, root)
+        target = _execute(name, parameters)
+        close_records(name, root)
+        return target
+
+
+def _explained(name: str, e: Exception, peak: float | None = None) -> Exception:
+    "The error itself, or a sentence where disk or memory ran out"
+    text = f"{getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}"
+    reason = explain_failure(name, text, project_root(), peak)
+    return ResourceError(reason) if reason else e
+
+
+def _notebook_values(name: str, parameters: dict[str, str] | None) -> dict[str, str]:
+    return dict(parameters or {}, stage=name)
 
 
 def _execute(name: str, parameters: dict[str, str] | None) -> Path:
+    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = _stage_notebook(name)
+    _set_environment()
+    if LAUNCHED in os.environ:
+        ignore_signals()  # `asap stage`, which has started this one, receives them
+        _run_notebook(source, target, _notebook_values(name, parameters))
+        return target
+    n = 1 if process_count() > 1 else count_processes(name)
+    start = time.monotonic()
+    with _relay_output(), _sample_memory() as together, stop_on_signal():
+        try:
+            if n > 1:
+                _run_in_processes(n, name, parameters)
+            else:
+                _run_notebook(source, target, _notebook_values(name, parameters))
+        except Exception as e:
+            explained = _explained(name, e, *together)
+            raise explained from (None if explained is not e else e.__cause__)
+    _record_cost(name, (time.monotonic() - start) / 60, *together)
+    return target
+
+
+def _run_notebook(source: Path, target: Path, values: dict[str, str]) -> None:
     # jsonschema would take 0.7 s to load a check of addresses that no notebook needs
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
 
-    source = _stage_notebook(name)
-    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _set_environment()
-    values = dict(parameters or {}, stage=name)
     kernel = dict(kernel_name="python3", language="python", kernel_manager_class=_own_kernel())
-    start = time.monotonic()
-    with _relay_output(), _sample_memory() as together:
-        papermill.execute_notebook(
-            source, target, values, progress_bar=False, cwd=project_root(), **kernel
+    papermill.execute_notebook(
+        source, target, values, progress_bar=False, cwd=project_root(), **kernel
+    )
+
+
+def _run_in_processes(n: int, name: str, parameters: dict[str, str] | None) -> None:
+    given = [f"{k}={v}" for k, v in (parameters or {}).items()]
+    log_message(f"{name}: {n} processes")
+    if code := run_processes(n, ["stage", name, *given]):
+        raise ChildProcessError(
+            f"{name}: one of {n} processes failed (exit code {code}); its error is above"
         )
-    _record_cost(name, (time.monotonic() - start) / 60, *together)
-    return target
+
+
+def _follow(name: str, parameters: dict[str, str] | None) -> Path:  # a process that is not first
+    source = _stage_notebook(name)
+    _set_environment()
+    os.environ["MPLBACKEND"] = "Agg"
+    os.chdir(project_root())
+    ignore_signals()
+    try:
+        run_cells(source, _notebook_values(name, parameters))
+    except Exception:
+        print(f"{name}: process {process_rank() + 1} of {process_count()}", file=sys.stderr)
+        raise
+    return source
 
 # %% ../nbs/98_cli.ipynb #d4db1d11
 def find_scans(
@@ -1065,6 +1142,28 @@ def _add_graph_command(sub: Any) -> None:
     c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
     c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
 
+# %% ../nbs/98_cli.ipynb #4c70fb48
+def _run_compare(a: argparse.Namespace) -> int:
+    "`asap compare`"
+    from asap.study import compare
+
+    names, root = (a.first, a.second), project_root()
+    with compare.open_version(a.first, root) as x, compare.open_version(a.second, root) as y:
+        arm, figures = compare.compare_versions(x, y, a.arm, a.tasks)
+        params = compare.params_difference(x, y)
+    print(compare.format_comparison(names, arm, figures, params))
+    return 0
+
+
+def _add_compare_command(sub: Any) -> None:
+    text = "print the figures of two versions of the study side by side, and the params that differ"
+    c = _add_command(sub, "compare", _run_compare, text, "asap compare HEAD no_organs")
+    versions = "an experiment, a commit, a folder, or `workspace`"
+    c.add_argument("first", metavar="A", help=versions)
+    c.add_argument("second", metavar="B", nargs="?", default="workspace", help="default: workspace")
+    c.add_argument("--arm", help="default: asap, else the last arm of the study")
+    c.add_argument("--tasks", action="store_true", help="a row per task in place of the means")
+
 # %% ../nbs/98_cli.ipynb #32af066e
 def _at_least_one(text: str) -> int:
     if int(text) < 1:
@@ -1365,6 +1464,24 @@ def _run_doctor(a: argparse.Namespace) -> int:
     return int(any(f.state == "problem" for f in found))
 
 
+def _run_forget(a: argparse.Namespace) -> int:
+    from asap.privacy import forget
+
+    root = project_root()
+    with hold_lock(root / LOCKS / "study.lock", "the study"):
+        done = forget(a.case, root)
+    for what in ("removed", "rewritten"):
+        for path in getattr(done, what):
+            print(f"{what:10}{path}")
+    print(f"{done.cached} files removed from DVC's cache")
+    for path in done.models:
+        print(f"may have been trained with it: {path}")
+    for path in done.raw:
+        print(f"raw data, still there: {path}")
+    print("Take the case out of the raw data, then run `asap study`: it trains these models anew")
+    return 0
+
+
 def _check_params(a: argparse.Namespace) -> int:
     load_params(a.file)
     if a.merged:
@@ -1414,6 +1531,15 @@ def _add_study_commands(sub: Any) -> None:
         "say what stands in the way of a run: locks, disk space, versions",
         "asap doctor",
     )
+    c = _add_command(
+        sub,
+        "forget",
+        _run_forget,
+        "take a case out of all that was made from it, and out of DVC's cache",
+        "asap forget own/patient_7",
+    )
+    c.add_argument("case", help="its name, or COHORT/NAME")
+    _add_compare_command(sub)
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4
@@ -1447,6 +1573,7 @@ def _end_output() -> None:
 
 def _run(a: argparse.Namespace) -> int:  # exit code
     "Run a command; what went wrong is one line"
+    umask = _make_files_private(a.command)
     try:
         code = a.run(a) or 0
         sys.stdout.flush()
@@ -1465,7 +1592,21 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         )
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
+    finally:
+        os.umask(umask)
     return 1
+
+
+def _make_files_private(command: str) -> int:  # the former umask
+    "Files that hold patients' data are the owner's alone"
+    try:
+        root = project_root()
+    except FileNotFoundError:
+        root = None
+    umask = os.umask(private_umask(root))
+    if command in ("graph", "params", "doctor"):
+        os.umask(umask)
+    return umask
 
 
 def main(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_NAME_BYTES', 'MISSING_WORDS', 'project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everything',
-           'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text', 'write_json', 'read_json',
-           'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults', 'fingerprint', 'first_difference',
-           'reuse_or_set_aside', 'log_message', 'progress_bar', 'parallel_backend', 'parallel_map', 'is_system_error',
-           'Quarantine', 'decode_escapes']
+           'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text',
+           'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults',
+           'fingerprint', 'first_difference', 'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar',
+           'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib
@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -99,6 +100,16 @@ def seed_everything(
     torch.use_deterministic_algorithms(True, warn_only=True)
     return seed
 
+# %% ../nbs/00_core.ipynb #c0procs1
+def process_rank() -> int:  # 0 for the first process, and where there is one
+    "Number of this process among those of a run"
+    return int(os.environ.get("RANK", 0))
+
+
+def process_count() -> int:
+    "Processes of this run"
+    return int(os.environ.get("WORLD_SIZE", 1))
+
 # %% ../nbs/00_core.ipynb #759e3a79
 def _remove(path: Path):
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -138,7 +149,14 @@ def _hidden_path(path: Path, mark: str) -> Path:  # beside `path`
 def atomic_write(
     path: Path | str,  # file or folder to write; parents are made
 ):
-    "Yield a hidden path beside `path`; rename it to `path` on success, remove it on failure"
+    """Yield a hidden path beside `path`; rename it to `path` on success, remove it on failure
+
+    Of several processes, only the first writes: the others get a path that is thrown away.
+    """
+    if process_rank():
+        with tempfile.TemporaryDirectory(prefix="asap-") as folder:
+            yield Path(folder) / Path(path).name
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = _hidden_path(path, "")
@@ -304,6 +322,24 @@ def first_difference(old: dict, new: dict) -> str | None:  # "pretrain.lr: 0.001
     return None
 
 
+def write_hashes(
+    folder: Path | str,  # to be reused, complete
+) -> None:
+    "Write hashes.json: the hash of each file of a folder, which `reuse_or_set_aside` compares"
+    files = [f for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != "hashes.json"]
+    write_json({f.name: file_hash(f) for f in files}, Path(folder) / "hashes.json")
+
+
+def _changed_file(path: Path) -> str | None:  # None where nothing is known of the files
+    if not (path / "hashes.json").exists():
+        return None
+    for name, digest in read_json(path / "hashes.json").items():
+        f = path / name
+        if not f.exists() or file_hash(f) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
 def reuse_or_set_aside(
     path: Path | str,  # kept file or folder
     fp: dict,  # fingerprint that it must have
@@ -325,11 +361,15 @@ def reuse_or_set_aside(
             else path.with_name(path.name + ".fingerprint.json")
         )
     )
-    why = (
-        first_difference(read_json(record), fp) if record.exists() else "it carries no fingerprint"
-    )
+    try:
+        why = first_difference(read_json(record), fp)
+    except FileNotFoundError:
+        why = "it carries no fingerprint"
+    why = why or _changed_file(path)
     if why is None:
         return True
+    if process_rank():
+        return False
     aside = path.with_name(f"{path.name}.stale")
     _remove(aside)
     os.replace(path, aside)
@@ -338,7 +378,9 @@ def reuse_or_set_aside(
 
 # %% ../nbs/00_core.ipynb #6fa64c85
 def log_message(text: str):
-    "Print one line on the terminal"
+    "Print one line on the terminal; of several processes, the first prints"
+    if process_rank():
+        return
     with _open_terminal() as out:
         print(text, file=out, flush=True)
 
@@ -366,6 +408,7 @@ def progress_bar(
     out = open(name, "a", encoding="utf8", errors="backslashreplace") if name else sys.stderr
     live = os.environ.get("ASAP_TTY") == "1" if name else out.isatty()
     quiet = not name and not live and os.environ.get("ASAP_PROGRESS") != "1"
+    quiet = quiet or process_rank() > 0
     return tqdm(
         items,
         total=total,
@@ -417,6 +460,7 @@ def parallel_map(
     "Call `one` for each of `todo` with a progress bar; long work is shared by several processes"
     import joblib
 
+    jobs = 1 if process_count() > 1 else jobs  # the processes of a run are enough
     todo, end = list(todo), time.monotonic() + soon
     out: list = []
     if cost:

@@ -7,8 +7,8 @@ __all__ = ['DEFAULT_ASSUMPTIONS', 'COHORT_VOLUMES', 'CT_RATE_TRAIN_VOLUMES', 'LU
            'PAIR_BYTES', 'QUESTIONS_PER_CASE', 'LM_RATIO', 'CostAssumptions', 'count_steps', 'block_flops',
            'count_patches', 'forward_flops', 'train_flops', 'embedding_flops', 'gpu_hours_table', 'disk_usage',
            'StageMemory', 'pretrain_memory', 'embed_memory', 'classify_memory', 'retrieve_memory', 'report_memory',
-           'segment_memory', 'vqa_memory', 'memory_table', 'estimate_preprocessing', 'Cases', 'paper_cases',
-           'count_windows', 'segment_voxels', 'count_units', 'rehearsal_table']
+           'segment_memory', 'vqa_memory', 'memory_table', 'estimate_preprocessing', 'loader_table', 'Cases',
+           'paper_cases', 'count_windows', 'segment_voxels', 'count_units', 'rehearsal_table']
 
 # %% ../nbs/96_cost.ipynb #co02imports
 from collections.abc import Iterable, Sequence
@@ -311,15 +311,35 @@ def memory_table(
 def estimate_preprocessing(
     p: Any,  # params
     measured: dict,  # benchmarks/prepare.json
-) -> dict:  # scans, core_hours, hours, crops_a_second
-    "Hours of preparing every scan, and crops per second of the data loader's processes"
+) -> dict:  # scans, core_hours, hours
+    "Hours of preparing every scan"
     scans = sum(COHORT_VOLUMES[c] for c in p.study.cohorts)
     return dict(
         scans=scans,
         core_hours=round(scans * measured["whole"]["ours"] / 3600, 1),
         hours=round(scans * measured["whole"]["ours"] / 3600 / p.study.n_jobs, 1),
-        crops_a_second=round(p.pretrain.num_workers / measured["crop"]["ours"]),
     )
+
+
+def loader_table(
+    p: Any,  # params
+    arm: Any,  # a row of `arms`
+    measured: dict,  # benchmarks/loader.json
+    gpus: Sequence[int] = (1, 4, 8),  # of one machine
+    a: CostAssumptions = DEFAULT_ASSUMPTIONS,
+) -> pd.DataFrame:  # gpu, gpus, utilization, volumes_a_second, cores, gb_a_second
+    "Cores and bandwidth of the disk that keep GPUs busy in pre-training"
+    sample = measured["seconds"]["first"]  # with the search of the lungs: an upper bound
+    read = 2 * prod(p.volumes.roi_size) + measured["organ_map_mb"] * 1e6
+    rows = []
+    for gpu, peak in a.peak_tflops:
+        for utilization in a.flops_utilization:
+            for n in gpus:
+                rate = n * peak * 1000 * utilization / train_flops(p, arm)
+                row = dict(gpu=gpu, gpus=n, utilization=utilization, volumes_a_second=round(rate))
+                row |= dict(cores=ceil(rate * sample), gb_a_second=rate * read / a.bytes_per_gb)
+                rows.append(row)
+    return pd.DataFrame(rows)
 
 # %% ../nbs/96_cost.ipynb #rehearse01
 @dataclass

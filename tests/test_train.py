@@ -29,22 +29,17 @@ def here(tmp_path_factory, forks):
     return d
 
 
+def launch(processes=1):
+    if processes == 1:
+        return [sys.executable, *SCRIPT]
+    port = str(random.randint(20000, 40000))
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [sys.executable, *torchrun, "--master_port", port, *SCRIPT]
+
+
 def run(*args, processes=1, check=True):
-    launch = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(random.randint(20000, 40000)),
-        ]
-    )
     r = subprocess.run(
-        [*launch, *SCRIPT, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
+        [*launch(processes), *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300
     )
     assert not check or r.returncode == 0, r.stderr[-3000:]
     return r
@@ -130,3 +125,21 @@ def test_a_batch_that_cannot_be_shared_is_an_error(here):
         r.returncode
         and "a batch of 3 cannot be shared by 2 processes: make it a multiple of them" in r.stderr
     )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_asked_to_stop_it_saves_and_goes_on_to_the_same_bits(here, processes):
+    """SIGTERM during the training: the state is that of the step, no matter when the last regular
+    save was"""
+    whole, folder = here / f"uninterrupted-{processes}", here / f"stopped-{processes}"
+    given = ["24", "2", "5"]
+    run("asap", whole, *given, processes=processes)
+    p = subprocess.Popen(launch(processes) + ["asap", str(folder), *given], env=ENV)
+    while p.poll() is None and state_time(folder) is None:
+        time.sleep(0.002)
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(30) == (75 if processes == 1 else 1)  # torchrun reports a failure as 1
+    assert not (folder / "weights.safetensors").exists()
+    run("asap", folder, *given, processes=processes)
+    a, b = weights(whole), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)

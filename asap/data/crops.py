@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .volumes import crop_or_pad
+from .volumes import crop_or_pad, resample
 
 # %% ../../nbs/2_data/23_crops.ipynb #790e2a08
 def scale_intensity(
@@ -99,11 +99,22 @@ def read_box(
     hi = np.minimum(np.add(start, side), data.shape)
     if padding == "air" or (lo >= hi).any():
         return crop_or_pad(data, start, side, fill)
-    inside = np.asarray(data[tuple(slice(a, b) for a, b in zip(lo, hi))])
-    widths = zip((lo - start).tolist(), (np.add(start, side) - hi).tolist())
-    return np.pad(inside, list(widths), mode="reflect")
+    inside = np.array(data[tuple(slice(a, b) for a, b in zip(lo, hi))], order="K")
+    widths = np.stack([lo - start, np.add(start, side) - hi], 1)
+    return np.pad(inside, widths.tolist(), mode="reflect") if widths.any() else inside
 
 # %% ../../nbs/2_data/23_crops.ipynb #crp23a02
+def _zoom(box: np.ndarray, size: Sequence[int], order: int) -> np.ndarray:
+    "Stretch a box over a grid of another size: the outer faces of the two coincide"
+    if not order:
+        x, y, z = ((2 * np.arange(n) + 1) * m // (2 * n) for m, n in zip(box.shape, size))
+        return box[:, :, z][:, y][x]
+    k = np.array(box.shape) / np.array(size)
+    grid = np.diag([*k, 1])
+    grid[:3, 3] = (k - 1) / 2  # the first voxel's center, in voxels of the box
+    return resample(box, np.eye(4), size, grid, dtype=box.dtype.type)
+
+
 def apply_crop(
     data: np.ndarray,  # volume or organ map; a memory map is read only where needed
     crop: dict,  # of `random_crop`, `random_cut` or `center_crop`
@@ -120,9 +131,4 @@ def apply_crop(
     if not resize:
         before = (np.array(size) - crop["side"]) // 2
         return read_box(box, -before, size, fill, padding)
-    from scipy.ndimage import affine_transform
-
-    k = np.array(crop["side"]) / np.array(size)
-    return affine_transform(
-        box, k, (k - 1) / 2, tuple(size), order=order, mode="nearest", output=box.dtype
-    )
+    return _zoom(box, size, order)

@@ -142,7 +142,7 @@ class ImageReportDataset:
             return self.empty_organ_fractions
         p = self.params
         cropped = apply_crop(organs, crop, p.volumes.roi_size, 0, 0, **self._crop_options())
-        return organ_fractions(cropped, p.model.patch_size, self.num_organs)
+        return organ_fractions(np.ascontiguousarray(cropped), p.model.patch_size, self.num_organs)
 
     def _crop_options(self) -> dict:  # of `apply_crop`
         t = self.params.pretrain
@@ -179,8 +179,8 @@ class ImageReportDataset:
         if organs is None or not self.abnormal_organs[i]:
             return False
         if i not in self.organ_sizes:
-            counts = np.bincount(organs.ravel(), minlength=256)
-            self.organ_sizes[i] = counts[1 : self.num_organs + 1]
+            groups = range(1, self.num_organs + 1)
+            self.organ_sizes[i] = np.array([np.count_nonzero(organs == k) for k in groups])
         sizes = self.organ_sizes[i]
         cropped = inside.sum(0)[1:] * np.prod(self.params.model.patch_size)
         return any(cropped[k - 1] < sizes[k - 1] / 2 for k in self.abnormal_organs[i])
@@ -205,7 +205,7 @@ class ImageReportDataset:
         crop = self.choose_crop(draw, i, volume.shape, organs)
         lo, hi = self.params.volumes.hu_range
         image = apply_crop(volume, crop, size, lo, **self._crop_options())
-        image = scale_intensity(image, lo, hi)
+        image = scale_intensity(np.ascontiguousarray(image), lo, hi)
         fractions, valid = self.organ_fractions(organs, crop)
         input_ids, token_to_sentence, _ = self.encoded_reports[i]
         num_sentences = token_to_sentence.max() + 1 if len(token_to_sentence) else 0

@@ -540,12 +540,12 @@ def write_lesion_mask(
 ) -> Path | None:  # None: no sentence of the case has a mask
     "Write all lesions of a case as one mask, on the grid of its standard volume"
     said, _ = load_lesion_sentences(cohorts, root)
-    rows = said[said.case == case] if said is not None else []
-    if not len(rows):
+    if said is None or case not in set(said.case):
         return None
+    rows = said[said.case == case]
     img, files = nib.load(image), (rows["mask"].iloc[0], rows.image.iloc[0])
     masks = read_masks(*files, rows.channel.tolist(), img.shape, img.affine)
-    write(masks.any(0).astype(np.uint8), img.affine, path)
+    write(np.asarray(masks.any(0), np.uint8), img.affine, path)
     return path
 
 # %% ../../nbs/9_study/92_grounding.ipynb #4209dd64

@@ -84,5 +84,6 @@ def train_heads(
         validate=validate,
         validate_every=max(1, p.steps // 20),
         label=label,
+        replicate=True,
     )
     return model.eval()

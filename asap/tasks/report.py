@@ -13,7 +13,6 @@ __all__ = ['NUM_SUMMARY_TOKENS', 'BLOCK_BYTES', 'COLUMNS', 'TASKS', 'HIGHLIGHT_S
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00003
 import html
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import gcd, prod
 from pathlib import Path
@@ -34,8 +33,8 @@ from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from asap.params import (
@@ -54,7 +53,14 @@ from .metrics import bootstrap_weights, empty_predictions
 from ..text import labels as labeller, scores
 from ..text.sentences import clean_text, split_sentences
 from ..text.tokens import pad_rows
-from ..train import IndexDataset, fit, get_device, limit_threads
+from asap.train import (
+    IndexDataset,
+    discard,
+    fit,
+    get_device,
+    limit_threads,
+    weighted_mean,
+)
 
 # %% ../../nbs/7_tasks/76_report.ipynb #reprow01
 class InnerSplit(BaseConfig):
@@ -406,6 +412,7 @@ class ReportDecoder(torch.nn.Module):
         words = F.cross_entropy(
             out.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=pad_id
         )
+        words = weighted_mean(words, (ids[:, 1:] != pad_id).sum())
         if logits is None:
             return words, words.new_zeros(())
         return words, F.binary_cross_entropy_with_logits(logits.float(), is_there.float())
@@ -588,6 +595,7 @@ def _fit_decoder(
             collate=lambda k: data.batch(train[list(k)]),
             validate=validate if len(val) else None,
             validate_every=max(1, steps // 6),
+            replicate=True,
             **options,
         )
 
@@ -831,7 +839,7 @@ def _train_or_load(
         n_train = int((table.split == "train").sum())
         card = _CARD.format(task=task, arm=arm, seed=seed, n_train=n_train)
         checkpoint.write_checkpoint(model.state_dict(), model.config, card, folder / "model", fp)
-        shutil.rmtree(folder / "resume", ignore_errors=True)
+        discard(folder / "resume")
     return model
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep76b04
@@ -1037,10 +1045,9 @@ def _render_examples(
     d = d[(d.arm == arm) & d.task.isin(tasks)]
     d = d[d.task == "report_ct_rate"] if (d.task == "report_ct_rate").any() else d
     body = ""
-    for i, r in enumerate(d.head(n).to_dict("records")):
+    for r in d.head(n).to_dict("records"):
         title = f"A phantom's report, generated and true ({html.escape(r['case'])})"
-        opened = " open" if i == 0 else ""
-        body += f"<details{opened}><summary>{title}</summary>{highlight_report(r)}</details>"
+        body += f"<details><summary>{title}</summary>{highlight_report(r)}</details>"
     return body
 
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam02
@@ -1085,7 +1092,7 @@ class ReportGeneration(TaskFamily):
             return NOT_EVALUATED
         body = SHORT_DATA_NOTE + _INTRODUCTION
         for task, k in g.groupby("task", sort=False):
-            body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
+            body += render_details(html.escape(task), pivot_metrics(k, "metric"))
         differences = results.tables["differences"]
         clinical = differences[differences.metric == "clinical F1"]
         body += render_differences(clinical, sorted(set(g.task)))

@@ -24,9 +24,10 @@ from ..data.table import normalize_reports
 from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
+    cite,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from ..params import BaseConfig
@@ -46,6 +47,7 @@ from asap.tasks.metrics import (
 )
 from .projection import ProjectionHeads, train_heads
 from ..text.sentences import join_report, split_sentences
+from ..train import all_gather
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #8f810494
 class RetrieveConfig(BaseConfig):
@@ -163,7 +165,8 @@ def train_retrieval(
 
     def loss(m, b, step):
         u, v = m.project(b[0], b[1])
-        return contrastive_loss(m.similarity_scale * u @ v.T, b[2]), {}
+        u, v, of = (all_gather(t[:, None])[:, 0] for t in (u, v, b[2]))
+        return contrastive_loss(m.similarity_scale * u @ v.T, of), {}
 
     def score(m):
         return dict(score=reciprocal_rank(*project_features(m, xv, tv), numberv))
@@ -435,14 +438,15 @@ def metrics(
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam01
 def _render_direction(task: str, direction: str, k: pd.DataFrame) -> str:  # rows of `metrics`
     k = k.assign(metric=k.metric.str.removesuffix(f" {direction}"))
-    known = k[k.arm == k.arm.iloc[0]].set_index("metric").value
+    known = k[k.arm == k.arm.iloc[0]].reset_index(names="row").set_index("metric")
+    pool = cite(f"{known.value['pool']:.0f}", k, known.row["pool"])
     chance = ""
-    if "R@10 by chance" in known:
-        chance = f"; R@10 by chance {known['R@10 by chance']:.1%}"
+    if "R@10 by chance" in known.index:
+        value = f"{known.value['R@10 by chance']:.1%}"
+        chance = f"; R@10 by chance {cite(value, k, known.row['R@10 by chance'])}"
     shown = k[~k.metric.isin(["pool", "R@10 by chance"])]
-    return (
-        f"<h3>{html.escape(task)}, {direction}</h3><p>A pool of {known['pool']:.0f}{chance}.</p>"
-        + render_table(pivot_metrics(shown, "metric"))
+    return f"<p>{html.escape(task)}, {direction}: a pool of {pool}{chance}.</p>" + render_details(
+        "All metrics", pivot_metrics(shown, "metric")
     )
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam02

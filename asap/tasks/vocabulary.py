@@ -40,7 +40,7 @@ from .external import map_labels, merge_labels, published_metrics
 from .features import check_features, layer_norm, mismatched_cases, standardize_features
 from .metrics import RUN_KEYS, best_f1_threshold, empty_predictions, macro_auc
 from .projection import ProjectionHeads, train_heads
-from ..train import get_device, resolve_precision
+from ..train import get_device, resolve_precision, weighted_mean
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #b4e19ceb
 BATCH_SIZE = 64  # cases
@@ -136,7 +136,7 @@ def masked_bce(
     "Binary cross-entropy over the known labels"
     known = ~truth.isnan()
     each = F.binary_cross_entropy_with_logits(logit, truth.nan_to_num(), reduction="none")
-    return (each * known).sum() / known.sum().clamp(min=1)
+    return weighted_mean((each * known).sum() / known.sum().clamp(min=1), known.sum())
 
 # %% ../../nbs/7_tasks/77_vocabulary.ipynb #98e76501
 def train_classifier(

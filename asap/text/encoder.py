@@ -24,6 +24,7 @@ from asap.core import (
     fingerprint,
     first_difference,
     log_message,
+    process_rank,
     read_json,
     resource_path,
     write_json,
@@ -31,7 +32,7 @@ from asap.core import (
 from ..params import BaseConfig
 from .sentences import join_report, split_sentences
 from .tokens import encode_report, mask_tokens, pad_rows, train_wordpiece_tokenizer
-from ..train import fit, get_device
+from ..train import all_gather, fit, get_device, local_rows, replicated, weighted_mean
 
 # %% ../../nbs/4_text/42_encoder.ipynb #cfg42c00
 class TextConfig(BaseConfig):
@@ -75,6 +76,14 @@ def _make_collate(pad_id: int) -> Callable:  # rows -> ids (B,L), sentence of ea
     return collate
 
 # %% ../../nbs/4_text/42_encoder.ipynb #enc42a01
+def _mask_batch(ids, token_to_sentence, share, tokenizer, g) -> tuple:  # as `mask_tokens`
+    "Masks are drawn for the batch of all processes: they are those of one process"
+    pad, (rows, length) = tokenizer.pad_token_id, ids.shape
+    whole = all_gather(ids - pad) + pad, all_gather(token_to_sentence + 1) - 1
+    masked = mask_tokens(*whole, share, tokenizer.mask_token_id, g)
+    return tuple(t[local_rows(rows), :length] for t in masked)
+
+
 def _masked_logits(
     model,  # BertForMaskedLM
     ids: torch.Tensor,  # (B,L)
@@ -84,7 +93,7 @@ def _masked_logits(
     seed: int,
 ) -> tuple:  # logits (n,V) and labels (n,) at the masked words
     g = torch.Generator().manual_seed(seed)
-    masked, labels = mask_tokens(ids, token_to_sentence, share, tokenizer.mask_token_id, g)
+    masked, labels = _mask_batch(ids, token_to_sentence, share, tokenizer, g)
     attention_mask = (ids != tokenizer.pad_token_id).long()
     hidden = model.bert(masked, attention_mask=attention_mask).last_hidden_state
     is_masked = labels >= 0
@@ -123,7 +132,7 @@ def _fit_bert(model, train, tokenizer, p, seed, folder, fp, share) -> pd.DataFra
         logits, labels = _masked_logits(
             m, ids, of, share, tokenizer, derive_seed("mask", seed, step)
         )
-        return F.cross_entropy(logits, labels), {}
+        return weighted_mean(F.cross_entropy(logits, labels), len(labels)), {}
 
     return fit(
         model,
@@ -138,6 +147,7 @@ def _fit_bert(model, train, tokenizer, p, seed, folder, fp, share) -> pd.DataFra
         fp=fp,
         collate=_make_collate(tokenizer.pad_token_id),
         label="text encoder",
+        replicate=True,
     )
 
 
@@ -157,7 +167,8 @@ def train_text_encoder(
     model = _init_bert(p, len(tokenizer))
     log = _fit_bert(model, train, tokenizer, p, seed, folder, fp, share)
     model.eval()
-    model.save_pretrained(out)
+    if not process_rank():
+        model.save_pretrained(out)
     return dict(
         masked_token_accuracy(model, val, tokenizer, p.max_length, share),
         vocab=len(tokenizer),
@@ -167,6 +178,7 @@ def train_text_encoder(
 
 # %% ../../nbs/4_text/42_encoder.ipynb #enc42a03
 @torch.no_grad()
+@replicated()
 def masked_token_accuracy(
     model,  # BertForMaskedLM, in evaluation mode
     sentences: list,  # reports, each a list of sentences
@@ -372,7 +384,8 @@ def build_text_encoder(
     if shipped and (Path(shipped) / "recipe.json").exists():
         why = first_difference(read_json(Path(shipped) / "recipe.json"), fp)
         if why is None:
-            shutil.copytree(shipped, out, dirs_exist_ok=True)
+            if not process_rank():
+                shutil.copytree(shipped, out, dirs_exist_ok=True)
             return dict(read_json(Path(shipped) / "scores.json"), weights_source="shipped")
         log_message(f"text: the shipped weights are of another recipe ({why}); training")
     scores = dict(

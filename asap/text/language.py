@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import derive_seed, fingerprint, project_root, rng, write_json
+from ..core import derive_seed, fingerprint, process_rank, project_root, rng, write_json
 from ..params import BaseConfig
 from ..train import fit, limit_threads
 
@@ -259,6 +259,7 @@ def train_language_model(
             fp=fp,
             collate=lambda rows: collate_pairs(rows, tokenizer.pad_token_id),
             label="language",
+            replicate=True,
         )
     return model.eval(), tokenizer
 
@@ -350,8 +351,9 @@ def _train_and_save(
     model, tokenizer = train_language_model(train, p.tiny_lm, seed, folder, fp)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if not process_rank():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     return model, tokenizer
 
 # %% ../../nbs/4_text/45_language.ipynb #lang24b1

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..core import process_rank
+
 # %% ../../nbs/4_text/41_tokens.ipynb #94ae8623
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -45,8 +47,9 @@ def train_wordpiece_tokenizer(
         cls_token="[CLS]",
         mask_token="[MASK]",
     )
-    Path(out).mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(out)
+    if not process_rank():
+        Path(out).mkdir(parents=True, exist_ok=True)
+        fast.save_pretrained(out)
     return fast
 
 # %% ../../nbs/4_text/41_tokens.ipynb #eab0773d

@@ -30,7 +30,7 @@ FOLDERS = {
 
 
 def test_rooms_are_in_the_order_of_the_folders():
-    pages = sorted((TOP / "nbs").glob("[0-9][0-9]_*.ipynb"))
+    pages = sorted((TOP / "nbs").glob("[0-9][0-9]*_*.ipynb"))
     low = [m for p in pages if p.name.startswith("0") and (m := module(p))]
     high = [m for p in pages if not p.name.startswith("0") and (m := module(p))]
     assert LAYERS["asap"] == [*low, *FOLDERS, *high][::-1]

@@ -237,11 +237,9 @@ def resolve_precision(
         return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return (
-        "bf16"
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        else "no"
-    )
+    # of the instructions in use, which ATEN_CPU_CAPABILITY limits
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast and torch.backends.cpu.get_cpu_capability() == "AVX512" else "no"
 
 
 def get_device() -> torch.device:

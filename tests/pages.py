@@ -16,7 +16,7 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-from preloaded import LOADED
+from preloaded import INSTRUCTIONS, LOADED
 
 RELATIVE = 1e-3  # numbers: other processors and library builds sum in another order
 ABSOLUTE = 1e-6  # numbers next to zero: what is left of a sum that cancels
@@ -345,6 +345,7 @@ def main(arguments):
     from conftest import PAGES, TOP
 
     os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(INSTRUCTIONS)
     named = [Path(a).resolve() for a in arguments if a != "--refresh"]
     refresh = "" if "--refresh" not in arguments else "always" if named else "stale"
     failed = 0

@@ -54,6 +54,9 @@ LOADED = [  # other people's libraries alone: a child brings its own modules
     "nbdev.test",
     "PIL.Image",
 ]
+INSTRUCTIONS = dict(  # of every check: newer ones round differently, and stored outputs with them
+    ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2"
+)
 MEMORY = dict(  # glibc: keep what is freed, up to half a gigabyte, in place of fresh pages
     MALLOC_MMAP_THRESHOLD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**29)
 )
@@ -106,6 +109,7 @@ def become(request, streams):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(request["folder"])
+    os.umask(request["umask"])
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv, sys.path[:] = request["arguments"], request["path"]

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from preloaded import MEMORY, preloaded
+from preloaded import INSTRUCTIONS, MEMORY, preloaded
 
 os.chdir(Path(__file__).resolve().parent.parent)
-os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false", **MEMORY)
+os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
+os.environ.update(**INSTRUCTIONS, **MEMORY)
 
 
 class Count:

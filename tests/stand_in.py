@@ -15,8 +15,11 @@ NAME = "ASAP_PRELOADED"  # address of the preloaded process
 
 def ask(kind, arguments):
     "The connection to a fork that has this process's folder, environment and standard streams"
+    umask = os.umask(0o077)
+    os.umask(umask)
     request = dict(
         kind=kind,
+        umask=umask,
         arguments=arguments,
         folder=os.getcwd(),
         environment=dict(os.environ),

@@ -120,13 +120,17 @@ def test_a_broken_scan_does_not_stop_the_others(tmp_path, capsys):
         "one.csv",
         "one_1.png",
         "one_1_heat.nii.gz",
+        "one_1_region.ctbl",
         "one_1_region.nii.gz",
+        "one_1_region_itksnap.txt",
         "one_field.nii.gz",
         "quarantine.csv",
         "two.csv",
         "two_1.png",
         "two_1_heat.nii.gz",
+        "two_1_region.ctbl",
         "two_1_region.nii.gz",
+        "two_1_region_itksnap.txt",
         "two_field.nii.gz",
     ]
     listed = [

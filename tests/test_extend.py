@@ -219,7 +219,7 @@ from asap import registry
 from asap.params import load_params
 from asap.registry import task_families
 stages = yaml.safe_load(open("dvc.yaml"))["stages"]
-assert stages["age"]["outs"] == ["runs/age/predictions.parquet"]
+assert stages["age"]["outs"] == ["runs/age/predictions.parquet", "runs/age/metrics.json"]
 assert stages["age"]["params"] == ["study.arms", "study.tasks"]
 assert "asap/tasks/age.py" in stages["age"]["deps"]
 for name in ("tables", "figures", "page"):

@@ -70,6 +70,7 @@ def simulate(
 
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: n))
     monkeypatch.setattr(Accelerator, "process_index", property(lambda self: rank))
+    monkeypatch.setattr(training, "world_size", lambda: n)
     taken, asked = [], []
     monkeypatch.setattr(
         training, "lr_factor", lambda step, *a: asked.append((step, *a)) or schedule(step, *a)

@@ -9,7 +9,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test lab docs readme export weights organs ceiling lint hooks clean
+.PHONY: help study quick rehearsal graph test lab docs readme export weights sums organs ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,9 +50,14 @@ test: .venv/done  ## every check; the last line reads `N passed, N failed`
 
 weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
 	@python -c 'from asap.params import load_params; from asap.pretrain.checkpoint import export_weights; [print(n, export_weights(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'
+	@$(MAKE) -s sums
+
+sums: .venv/done  ## write the hashes of the files in weights/ to weights/SHA256SUMS
+	@python -c 'from pathlib import Path; from asap.contents import write_sums; write_sums(Path("weights"))'
 
 organs: .venv/done  ## train the organ segmenter on phantoms (writes weights/organs)
 	@python benchmarks/organs.py --keep
+	@$(MAKE) -s sums
 
 ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
 	@python benchmarks/ceiling.py

@@ -6,7 +6,7 @@ from .processes import end_with_them
 
 __version__ = "0.1.0"
 end_with_them()
-_LAZY = ["Model", "Source", "embed", "ground", "organs", "zero_shot"]
+_LAZY = ["Model", "Source", "embed", "ground", "organs", "view", "zero_shot"]
 
 if TYPE_CHECKING:
     from .data.volumes import Source as Source
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         embed as embed,
         ground as ground,
         organs as organs,
+        view as view,
         zero_shot as zero_shot,
     )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['execute_stage', 'find_scans', 'run_check', 'run_standardize', 'run_organs', 'run_embed', 'run_zero_shot',
-           'run_ground', 'main']
+           'run_ground', 'run_view', 'main']
 
 # %% ../nbs/98_cli.ipynb #ada30da1
 import argparse
@@ -18,19 +18,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .contents import check_inputs, close_records, open_records
 from asap.core import (
     Quarantine,
     atomic_write,
     is_system_error,
     list_files,
     log_message,
+    parallel_map,
     process_count,
     process_rank,
-    progress_bar,
     project_root,
     resource_path,
     write_json,
@@ -39,7 +41,9 @@ from asap.core import (
 from .launch import LAUNCHED, count_processes, run_cells, run_processes
 from .params import load_params, read_params
 from .preempt import ignore_signals, stop_on_signal
+from .privacy import make_private, private_umask
 from .processes import LOCKS, hold_lock, lead
+from .resources import ResourceError, explain_failure, find_shortage
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -138,7 +142,9 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
+    quiet = "ignore:IProgress not found"  # of tqdm, which the notebook would store in red
     os.environ.update(
+        PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
         TOKENIZERS_PARALLELISM="false",
@@ -191,14 +197,35 @@ def execute_stage(
     parameters: dict[str, str] | None = None,  # values for the notebook's `parameters` cell
 ) -> Path:  # the executed notebook
     "Execute the notebook of a stage; a failing cell is shown and the failed notebook is kept"
-    if process_count() == 1:
-        with hold_lock(project_root() / LOCKS / f"{name}.lock", f"stage {name}"):
-            lead()
-            return _execute(name, parameters)
-    lead()
-    if process_rank():
-        return _follow(name, parameters)
-    return _execute(name, parameters)
+    try:
+        if process_count() == 1:
+            return _execute_whole(name, parameters, project_root())
+        lead()
+        if process_rank():
+            return _follow(name, parameters)
+        return _execute(name, parameters)
+    except OSError as e:
+        raise _explained(name, e) from None
+
+
+def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> Path:
+    make_private(root)
+    with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
+        lead()
+        check_inputs(name, root)
+        for shortage in find_shortage(name, root):
+            log_message(f"warning: {shortage}")
+        open_records(name, root)
+        target = _execute(name, parameters)
+        close_records(name, root)
+        return target
+
+
+def _explained(name: str, e: Exception, peak: float | None = None) -> Exception:
+    "The error itself, or a sentence where disk or memory ran out"
+    text = f"{getattr(e, 'ename', type(e).__name__)}: {getattr(e, 'evalue', e)}"
+    reason = explain_failure(name, text, project_root(), peak)
+    return ResourceError(reason) if reason else e
 
 
 def _notebook_values(name: str, parameters: dict[str, str] | None) -> dict[str, str]:
@@ -217,10 +244,14 @@ def _execute(name: str, parameters: dict[str, str] | None) -> Path:
     n = 1 if process_count() > 1 else count_processes(name)
     start = time.monotonic()
     with _relay_output(), _sample_memory() as together, stop_on_signal():
-        if n > 1:
-            _run_in_processes(n, name, parameters)
-        else:
-            _run_notebook(source, target, _notebook_values(name, parameters))
+        try:
+            if n > 1:
+                _run_in_processes(n, name, parameters)
+            else:
+                _run_notebook(source, target, _notebook_values(name, parameters))
+        except Exception as e:
+            explained = _explained(name, e, *together)
+            raise explained from (None if explained is not e else e.__cause__)
     _record_cost(name, (time.monotonic() - start) / 60, *together)
     return target
 
@@ -368,35 +399,52 @@ class _Saver:
         self.next = time.monotonic() + 20 * (time.monotonic() - start)
 
 # %% ../nbs/98_cli.ipynb #climap01
+def _attempt(
+    function: Callable[[str, Path], Any],
+    name: str,  # of the scan
+    path: Path,
+) -> tuple[Any, Exception | None]:  # result; or why the scan is refused
+    "Process one scan; a fault of the machine is raised"
+    try:
+        return function(name, path), None
+    except BrokenPipeError:
+        raise
+    except Exception as e:
+        if is_system_error(e) and not isinstance(e, MemoryError):
+            raise
+        return None, _one_line(e, path)
+
+
 def _map_scans(
+    a: argparse.Namespace,  # command, jobs
     scans: list[tuple[str, Path]],  # of `find_scans`
-    label: str,  # of the progress bar
-    function: Callable[[str, Path], Any],  # takes name and path of a scan
+    function: Callable[[str, Path], Any],  # of name and path of a scan; can be pickled
     refuse: Callable[[str, Exception], None],  # names a refused scan
     write: Callable[[list], None] | None = None,  # writes the results so far
-    show: Callable[[str, Path, Any], None] | None = None,  # prints a result that is kept
+    show: Callable[[str, Path, Any], None] | None = None,  # prints a result
     close: Callable[[list, Quarantine], None] | None = None,  # called last, also after Ctrl-C
 ) -> tuple[list[tuple[str, Any]], Quarantine]:  # (name, result of `function`) of each scan
-    "Process scans one by one; refused ones are named and left out"
+    "Process scans, in `jobs` processes; results come in their order, refused ones are left out"
     done: list[tuple[str, Any]] = []
-    bad, save = Quarantine(), _Saver(write)
+    bad, save, left = Quarantine(), _Saver(write), iter(scans)
+
+    def take(attempt: tuple[Any, Exception | None]) -> None:
+        (name, path), (result, reason) = next(left), attempt
+        if reason:
+            bad.add(name, reason)
+            refuse(name, reason)
+            return
+        done.append((name, result))
+        if show:
+            show(name, path, result)
+        save(done)
+
+    one = partial(_attempt, function)
     try:
-        for name, path in progress_bar(scans, label=label) if len(scans) > 1 else scans:
-            try:
-                result = function(name, path)
-            except BrokenPipeError:
-                raise
-            except Exception as e:
-                if is_system_error(e) and not isinstance(e, MemoryError):
-                    raise
-                reason = _one_line(e, path)
-                bad.add(name, reason)
-                refuse(name, reason)
-                continue
-            done.append((name, result))
-            if show:
-                show(name, path, result)
-            save(done)
+        if len(scans) == 1:
+            take(one(*scans[0]))
+        else:
+            parallel_map(one, scans, a.jobs, a.command, on_result=take)
     finally:
         if write and done:
             write(done)
@@ -549,8 +597,15 @@ def _check_scans(a: argparse.Namespace) -> int:
         else:
             print(f"REFUSED  {name}: {e}", flush=True)
 
-    done, bad = _map_scans(scans, "check", lambda n, p: _check_one(a, n, p), refuse)
-    refused = len(bad) + sum(not usable for _, usable in done)
+    def show(name: str, path: Path, found: tuple[bool, str, dict[str, Any]]) -> None:
+        usable, line, record = found
+        if a.json:
+            _print_json(a, name, path, "ok" if usable else "refused", **record)
+        else:
+            print(line, flush=True)
+
+    done, bad = _map_scans(a, scans, partial(_check_one, a), refuse, show=show)
+    refused = len(bad) + sum(not usable for _, (usable, *_) in done)
     if len(scans) > 1:
         log_message(f"{len(scans)} scans, {refused} refused")
     return 1 if refused else 0
@@ -560,20 +615,16 @@ def _check_one(
     a: argparse.Namespace,
     name: str,  # of the scan
     path: Path,
-) -> bool:  # whether it can be used
+) -> tuple[bool, str, dict[str, Any]]:  # whether it can be used, its line, its keys for `--json`
     from asap.data import checks
     from asap.data.volumes import read
 
     v = read(path, _source_from_args(a))
     found = checks.check_volume(v)
-    usable = all(f.level != "error" for f in found)
-    if a.json:
-        _print_json(a, name, path, "ok" if usable else "refused", **_check_record(v, found))
-    else:
-        print(_check_line(name, v, found), flush=True)
     if a.pictures:
         _save_picture(v, name, a.pictures)
-    return usable
+    usable = all(f.level != "error" for f in found)
+    return usable, _check_line(name, v, found), _check_record(v, found)
 
 
 def _check_line(
@@ -629,7 +680,7 @@ def _standard_options(a: argparse.Namespace) -> dict[str, list[float]]:  # spaci
 
 def run_standardize(a: argparse.Namespace) -> int:
     "`asap standardize`"
-    from asap.data.prepare import CaseStore, prepare_case
+    from asap.data.prepare import CaseStore
 
     scans, out = find_scans(a.paths, ".json"), Path(a.out)
     for name, _ in scans:
@@ -637,20 +688,31 @@ def run_standardize(a: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     store = CaseStore(out, out, hashes=out / ".hashes")
 
-    def one(name: str, path: Path) -> None:
-        row = dict(case=name, image=str(path), organ_map="")
-        no_organs: Any = None  # not called: the row has no organ map
-        made = prepare_case(row, store, _standard_options(a), no_organs, _source_from_args(a))
-        if made.error:
-            raise ValueError(made.error.partition(": ")[2])
-        if made.why:
-            log_message(f"{name}: made anew, because {made.why}")
+    def show(name: str, path: Path, why: str | None) -> None:
+        if why:
+            log_message(f"{name}: made anew, because {why}")
         files = [str(out / f"{name}.nii"), str(out / f"{name}.json")]
         _print_result(a, name, path, files[0], warnings=[], files=files)
 
-    close = _list_refused(out / "quarantine.csv", always=True)
-    _, bad = _map_scans(scans, "standardize", one, _refuser(a, scans), close=close)
+    one, close = partial(_standardize_one, a, store), _list_refused(out / "quarantine.csv", True)
+    _, bad = _map_scans(a, scans, one, _refuser(a, scans), show=show, close=close)
     return _exit_code(bad, len(scans))
+
+
+def _standardize_one(
+    a: argparse.Namespace,
+    store: Any,  # CaseStore
+    name: str,  # of the scan
+    path: Path,
+) -> str | None:  # why an existing volume was made anew
+    from asap.data.prepare import prepare_case
+
+    row = dict(case=name, image=str(path), organ_map="")
+    no_organs: Any = None  # not called: the row has no organ map
+    made = prepare_case(row, store, _standard_options(a), no_organs, _source_from_args(a))
+    if made.error:
+        raise ValueError(made.error.partition(": ")[2])
+    return made.why
 
 
 def _choose_device(a: argparse.Namespace) -> None:
@@ -667,34 +729,53 @@ def run_organs(a: argparse.Namespace) -> int:
 
     _choose_device(a)
     wanted = "totalsegmentator" if a.full or a.download else a.source
+    _require_highdicom(a)
     source = choose_source(map_groups(), wanted, not a.full, a.download)
     log_message(f"organ maps by {source.name}")
-    scans, out = find_scans(a.paths, "_organs.nii.gz"), Path(a.out)
+    scans, out = find_scans(a.paths, "_organs_itksnap.txt"), Path(a.out)
     for name, _ in scans:
         _refuse_overwrite(out / f"{name}_organs.nii.gz", scans)
 
-    def one(name: str, path: Path) -> None:
-        _organs_one(a, name, path, source)
+    def show(name: str, path: Path, made: dict[str, Any]) -> None:
+        _log_warnings(path, made["warnings"])
+        _print_result(a, name, path, made["files"][0], **made)
 
-    close = _list_refused(out / "quarantine.csv", always=True)
-    _, bad = _map_scans(scans, "organs", one, _refuser(a, scans), close=close)
+    one, close = partial(_organs_one, a, source), _list_refused(out / "quarantine.csv", True)
+    _, bad = _map_scans(a, scans, one, _refuser(a, scans), show=show, close=close)
     return _exit_code(bad, len(scans))
 
 
 def _organs_one(
     a: argparse.Namespace,
+    source: Any,  # MapSource
     name: str,  # of the scan
     path: Path,
-    source: Any,  # MapSource
-) -> None:
+) -> dict[str, Any]:  # its keys for `--json`
     from asap.inference.api import organs
 
-    made = organs(path, _source_from_args(a), source)
-    masks = _write_masks(a, made, Path(a.out), name)
-    record = Path(a.out) / f"{name}_organs.json"
-    write_json(made.record(), record)
-    files = [*map(str, masks), str(record)]
-    _print_result(a, name, path, files[0], warnings=made.warnings, files=files, **made.record())
+    made, out = organs(path, _source_from_args(a), source), Path(a.out)
+    files = _write_masks(a, made, out, name)
+    if _writes_seg(a, made):
+        files.append(made.save_seg(out / f"{name}_organs.seg.dcm"))
+    files.append(out / f"{name}_organs.json")
+    write_json(made.record(), files[-1])
+    return dict(warnings=made.warnings, files=[*map(str, files)], **made.record())
+
+
+def _require_highdicom(a: argparse.Namespace) -> None:
+    if a.seg and importlib.util.find_spec("highdicom") is None:
+        raise ValueError("--seg needs highdicom, which is not installed: pip install 'asap[dicom]'")
+
+
+def _writes_seg(
+    a: argparse.Namespace,
+    result: Any,  # of `asap.inference.api`: volume, warnings
+) -> bool:
+    "Whether a DICOM SEG is wanted and the scan is a DICOM series; warn where it is none"
+    found = result.volume.facts["format"]
+    if a.seg and found != "DICOM":
+        result.warnings.append(f"no DICOM SEG is written: the scan is {found}, no DICOM series")
+    return a.seg and found == "DICOM"
 
 
 def _write_masks(
@@ -702,10 +783,12 @@ def _write_masks(
     made: Any,  # ScanOrgans
     out: Path,  # folder
     name: str,  # of the scan
-) -> list[Path]:  # the organ map first
+) -> list[Path]:  # the organ map first, then its color tables
     import numpy as np
 
     from asap.data.volumes import resample, standard_grid, write
+    from asap.inference.api import map_groups
+    from asap.inference.segments import Segment, organ_segments, write_color_tables
 
     v, masks = made.volume, {"organs": made.organs}
     if a.body and made.body is not None:
@@ -713,10 +796,13 @@ def _write_masks(
     shape, affine = v.hu.shape, v.affine
     if a.to or made.body is None:
         shape, affine = standard_grid(shape, affine, _standard_options(a)["spacing"])
+    segments = dict(organs=organ_segments(map_groups()), body=[Segment("body")])
+    files = []
     for kind, mask in masks.items():
-        on_grid = resample(mask, v.affine, shape, affine, order=0, fill=0)
-        write(on_grid, affine, out / f"{name}_{kind}.nii.gz")
-    return [out / f"{name}_{kind}.nii.gz" for kind in masks]
+        files.append(out / f"{name}_{kind}.nii.gz")
+        write(resample(mask, v.affine, shape, affine, order=0, fill=0), affine, files[-1])
+        files += write_color_tables(segments[kind], files[-1])
+    return files
 
 # %% ../nbs/98_cli.ipynb #c1100001
 def _roi_size_from_args(a: argparse.Namespace) -> Any:  # three numbers of voxels, or None
@@ -742,8 +828,9 @@ def _check_features_file(
 
 def _embed_one(
     a: argparse.Namespace,
-    path: Path,
     model: Any,  # Model
+    name: str,  # of the scan
+    path: Path,
 ) -> Any:  # ScanEmbedding, without tokens if they are not kept: they take far more memory
     e = model.embed(path, _source_from_args(a))
     if not a.tokens:
@@ -771,9 +858,9 @@ def run_embed(a: argparse.Namespace) -> int:
     model = _open_model(a)
     _ = model.encoder  # loaded before the first scan
     done, bad = _map_scans(
+        a,
         scans,
-        "embed",
-        lambda name, path: _embed_one(a, path, model),
+        partial(_embed_one, a, model),
         _refuser(a, scans),
         lambda done: _write_features(done, a.out, a.tokens),
         lambda *result: _show_embedding(a, *result),
@@ -848,7 +935,7 @@ def _open_text_model(
 ) -> tuple[Any, str]:  # Model, warning of unknown words
     "The model that the options name; log its training data and words that it does not know"
     from asap.inference.scan import require_ct
-    from asap.inference.zero_shot import unknown_words_warning
+    from asap.inference.words import unknown_words_warning
 
     require_ct(_source_from_args(a))
     model = _open_model(a)
@@ -867,8 +954,8 @@ def run_zero_shot(a: argparse.Namespace) -> int:
     _refuse_overwrite(a.out, scans)
     model, warning = _open_text_model(a, labels)
     done, bad = _map_scans(
+        a,
         scans,
-        "zero-shot",
         lambda _, path: _on_ct(a, model.zero_shot, path, labels),
         _refuser(a, scans),
         lambda done: _write_zero_shot(done, a.out),
@@ -922,30 +1009,20 @@ def _write_zero_shot(
 # %% ../nbs/98_cli.ipynb #c1100005
 def _ground_one(
     a: argparse.Namespace,
+    model: Any,  # Model
     name: str,  # of the scan
     path: Path,
-    model: Any,  # Model
-    warning: str,  # logged before the first scan
-) -> None:
+) -> dict[str, Any]:  # its keys for `--json`
     "Localize the sentences in one scan, and write what was found"
-    g, out = _on_ct(a, model.ground, path, a.sentence), Path(a.out)
-    _log_warnings(path, g.warnings, warning)
-    pictures = g.save(out, name, model.card)
-    kinds = [f"{i}_{k}" for i in range(1, len(pictures) + 1) for k in ("heat", "region")]
-    files = [str(out / f"{name}_{k}.nii.gz") for k in (*kinds, "field")]
-    files += [*map(str, pictures), str(out / f"{name}.csv")]
-    text = "\n".join(
-        line
-        for s, picture in zip(g.record()["sentences"], pictures)
-        for line in _ground_lines(name, s, picture)
-    )
-    _print_result(a, name, path, text, warnings=g.warnings, files=files, **g.record())
+    g = _on_ct(a, model.ground, path, a.sentence)
+    files = g.save(Path(a.out), name, model.card, _writes_seg(a, g))
+    return dict(warnings=g.warnings, files=[*map(str, files)], **g.record())
 
 
 def _ground_lines(
     name: str,  # of the scan
     s: dict[str, Any],  # one of `sentences`, as with `--json`
-    picture: Path,
+    picture: str,
 ) -> Iterator[str]:
     "The peak of a sentence, then a line per piece of its region"
 
@@ -965,9 +1042,8 @@ def _ground_lines(
 
 def run_ground(a: argparse.Namespace) -> int:
     "`asap ground`"
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # for all processes
+    _require_highdicom(a)
     out = Path(a.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"-o {out} is a file, expected a folder")
@@ -976,18 +1052,61 @@ def run_ground(a: argparse.Namespace) -> int:
             f"--sentence {blank[0]!r} is empty: say what to look for, "
             'such as "There is pleural effusion."'
         )
-    scans = find_scans(a.paths, f"_{len(a.sentence)}_region.nii.gz")
+    scans = find_scans(a.paths, f"_{len(a.sentence)}_region_itksnap.txt")
     kinds = [f"{i + 1}_{k}" for i in range(len(a.sentence)) for k in ("heat", "region")]
     for name, _ in scans:
         for kind in (*kinds, "field"):
             _refuse_overwrite(out / f"{name}_{kind}.nii.gz", scans)
     model, warning = _open_text_model(a, a.sentence)
+
+    def show(name: str, path: Path, made: dict[str, Any]) -> None:
+        _log_warnings(path, made["warnings"], warning)
+        pictures = [f for f in made["files"] if f.endswith(".png")]
+        lines = [_ground_lines(name, s, p) for s, p in zip(made["sentences"], pictures)]
+        _print_result(a, name, path, "\n".join(x for part in lines for x in part), **made)
+
+    one, close = partial(_ground_one, a, model), _list_refused(out / "quarantine.csv")
+    _, bad = _map_scans(a, scans, one, _refuser(a, scans), show=show, close=close)
+    return _exit_code(bad, len(scans))
+
+# %% ../nbs/98_cli.ipynb #57a9b601
+def _pages(
+    out: str | None,  # FILE.html, or a folder
+    scans: list[tuple[str, Path]],  # of `find_scans`
+) -> dict[str, Path]:  # name of a scan -> its page
+    folder = Path(out or ".")
+    if folder.suffix.lower() not in (".html", ".htm") or folder.is_dir():
+        return {name: folder / f"{name}.html" for name, _ in scans}
+    if len(scans) > 1:
+        raise ValueError(f"-o {out} is one file for {len(scans)} scans: give a folder")
+    return {name: folder for name, _ in scans}
+
+
+def _view_one(
+    a: argparse.Namespace,
+    model: Any,  # Model
+    pages: dict[str, Path],  # of `_pages`
+    name: str,  # of the scan
+    path: Path,
+) -> dict[str, Any]:  # its keys for `--json`
+    page = _on_ct(a, partial(model.view, name=name), path, a.sentence)
+    return dict(warnings=page.warnings, files=[str(page.save(pages[name]))])
+
+
+def run_view(a: argparse.Namespace) -> int:
+    "`asap view`"
+    scans = find_scans(a.paths, ".html")
+    pages = _pages(a.out, scans)
+    for page in pages.values():
+        _refuse_overwrite(page, scans)
+    model, warning = _open_text_model(a, a.sentence)
+
+    def show(name: str, path: Path, made: dict[str, Any]) -> None:
+        _log_warnings(path, made["warnings"], warning)
+        _print_result(a, name, path, made["files"][0], **made)
+
     _, bad = _map_scans(
-        scans,
-        "ground",
-        lambda name, path: _ground_one(a, name, path, model, warning),
-        _refuser(a, scans),
-        close=_list_refused(out / "quarantine.csv"),
+        a, scans, partial(_view_one, a, model, pages), _refuser(a, scans), show=show
     )
     return _exit_code(bad, len(scans))
 
@@ -1023,9 +1142,40 @@ def _add_graph_command(sub: Any) -> None:
     c = _add_command(sub, "graph", _run_graph, text, "asap graph --check")
     c.add_argument("--check", action="store_true", help="write nothing; fail where it is stale")
 
+# %% ../nbs/98_cli.ipynb #4c70fb48
+def _run_compare(a: argparse.Namespace) -> int:
+    "`asap compare`"
+    from asap.study import compare
+
+    names, root = (a.first, a.second), project_root()
+    with compare.open_version(a.first, root) as x, compare.open_version(a.second, root) as y:
+        arm, figures = compare.compare_versions(x, y, a.arm, a.tasks)
+        params = compare.params_difference(x, y)
+    print(compare.format_comparison(names, arm, figures, params))
+    return 0
+
+
+def _add_compare_command(sub: Any) -> None:
+    text = "print the figures of two versions of the study side by side, and the params that differ"
+    c = _add_command(sub, "compare", _run_compare, text, "asap compare HEAD no_organs")
+    versions = "an experiment, a commit, a folder, or `workspace`"
+    c.add_argument("first", metavar="A", help=versions)
+    c.add_argument("second", metavar="B", nargs="?", default="workspace", help="default: workspace")
+    c.add_argument("--arm", help="default: asap, else the last arm of the study")
+    c.add_argument("--tasks", action="store_true", help="a row per task in place of the means")
+
 # %% ../nbs/98_cli.ipynb #32af066e
-def _add_source_options(p: argparse.ArgumentParser) -> None:
-    "Options that declare what files do not say"
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return int(text)
+
+
+def _add_source_options(
+    p: argparse.ArgumentParser,
+    jobs: int = 1,  # default
+) -> None:
+    "Options that declare what files do not say, and those of a batch"
     g = p.add_argument_group("what the files do not say")
     g.add_argument(
         "--spacing", type=float, nargs=3, metavar="MM", help="assumed spacing along each array axis"
@@ -1043,10 +1193,26 @@ def _add_source_options(p: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--mr", action="store_true", help="an MR: arbitrary units")
     p.add_argument(
+        "--jobs",
+        type=_at_least_one,
+        default=jobs,
+        metavar="N",
+        help=f"processes (default {jobs})",
+    )
+    p.add_argument(
         "--json", action="store_true", help="print one line of JSON per scan (keys: nbs/98_cli)"
     )
     p.add_argument(
         "paths", nargs="+", metavar="PATH", help="a volume, a DICOM folder, or a folder with such"
+    )
+
+
+def _add_seg_option(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--seg",
+        action="store_true",
+        help="also a DICOM SEG, if the scan is a DICOM series; it holds the patient's name and "
+        "number, as the series does (needs asap[dicom])",
     )
 
 
@@ -1106,7 +1272,7 @@ def _add_check(sub: Any) -> None:
         "asap check hospital/ --page usable.html (a data set)",
     )
     c.add_argument("--pictures", metavar="FOLDER", help="write three planes of each scan as PNG")
-    _add_source_options(c)
+    _add_source_options(c, jobs=2)
     g = c.add_argument_group(
         "a data set",
         "A folder with the table that params.yaml names (cohorts.own.csv), or that of another "
@@ -1129,7 +1295,6 @@ def _add_check(sub: Any) -> None:
         metavar="N",
         help="usable cases pictured on the page (default 24)",
     )
-    g.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default 2)")
 
 
 def _add_standardize(sub: Any) -> None:
@@ -1175,6 +1340,7 @@ def _add_organs(sub: Any) -> None:
     c.add_argument(
         "--body", action="store_true", help="write SCAN_body.nii.gz too (shipped weights)"
     )
+    _add_seg_option(c)
     c.add_argument("--full", action="store_true", help="the 1.5 mm models in place of the fast one")
     c.add_argument("--download", action="store_true", help="fetch weights that are missing")
     _add_device_option(c)
@@ -1245,6 +1411,32 @@ def _add_ground(sub: Any) -> None:
         metavar="TEXT",
         help="what to look for; may be given several times",
     )
+    _add_seg_option(c)
+    _add_model_options(c, text=True)
+    _add_source_options(c)
+
+
+def _add_view(sub: Any) -> None:
+    c = _add_command(
+        sub,
+        "view",
+        run_view,
+        "one HTML file: three planes of the scan, and a box for sentences, answered in the page",
+        'asap view scan.nii.gz -o scan.html --sentence "There is pleural effusion."',
+    )
+    c.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE.html",
+        help="or a folder, for several scans (default: SCAN.html in this folder)",
+    )
+    c.add_argument(
+        "--sentence",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="to start with; may be given several times",
+    )
     _add_model_options(c, text=True)
     _add_source_options(c)
 
@@ -1270,6 +1462,24 @@ def _run_doctor(a: argparse.Namespace) -> int:
     for f in found:
         print(f"{f.state:8}{f.check:12}{f.text}")
     return int(any(f.state == "problem" for f in found))
+
+
+def _run_forget(a: argparse.Namespace) -> int:
+    from asap.privacy import forget
+
+    root = project_root()
+    with hold_lock(root / LOCKS / "study.lock", "the study"):
+        done = forget(a.case, root)
+    for what in ("removed", "rewritten"):
+        for path in getattr(done, what):
+            print(f"{what:10}{path}")
+    print(f"{done.cached} files removed from DVC's cache")
+    for path in done.models:
+        print(f"may have been trained with it: {path}")
+    for path in done.raw:
+        print(f"raw data, still there: {path}")
+    print("Take the case out of the raw data, then run `asap study`: it trains these models anew")
+    return 0
 
 
 def _check_params(a: argparse.Namespace) -> int:
@@ -1321,6 +1531,15 @@ def _add_study_commands(sub: Any) -> None:
         "say what stands in the way of a run: locks, disk space, versions",
         "asap doctor",
     )
+    c = _add_command(
+        sub,
+        "forget",
+        _run_forget,
+        "take a case out of all that was made from it, and out of DVC's cache",
+        "asap forget own/patient_7",
+    )
+    c.add_argument("case", help="its name, or COHORT/NAME")
+    _add_compare_command(sub)
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4
@@ -1338,6 +1557,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_embed(sub)
     _add_zero_shot(sub)
     _add_ground(sub)
+    _add_view(sub)
     _add_study_commands(sub)
     return p
 
@@ -1353,6 +1573,7 @@ def _end_output() -> None:
 
 def _run(a: argparse.Namespace) -> int:  # exit code
     "Run a command; what went wrong is one line"
+    umask = _make_files_private(a.command)
     try:
         code = a.run(a) or 0
         sys.stdout.flush()
@@ -1371,7 +1592,21 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         )
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
+    finally:
+        os.umask(umask)
     return 1
+
+
+def _make_files_private(command: str) -> int:  # the former umask
+    "Files that hold patients' data are the owner's alone"
+    try:
+        root = project_root()
+    except FileNotFoundError:
+        root = None
+    umask = os.umask(private_umask(root))
+    if command in ("graph", "params", "doctor"):
+        os.umask(umask)
+    return umask
 
 
 def main(

@@ -6,8 +6,8 @@
 __all__ = ['MAX_NAME_BYTES', 'MISSING_WORDS', 'project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everything',
            'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text',
            'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults',
-           'fingerprint', 'first_difference', 'reuse_or_set_aside', 'log_message', 'progress_bar', 'parallel_backend',
-           'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
+           'fingerprint', 'first_difference', 'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar',
+           'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib
@@ -322,6 +322,24 @@ def first_difference(old: dict, new: dict) -> str | None:  # "pretrain.lr: 0.001
     return None
 
 
+def write_hashes(
+    folder: Path | str,  # to be reused, complete
+) -> None:
+    "Write hashes.json: the hash of each file of a folder, which `reuse_or_set_aside` compares"
+    files = [f for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != "hashes.json"]
+    write_json({f.name: file_hash(f) for f in files}, Path(folder) / "hashes.json")
+
+
+def _changed_file(path: Path) -> str | None:  # None where nothing is known of the files
+    if not (path / "hashes.json").exists():
+        return None
+    for name, digest in read_json(path / "hashes.json").items():
+        f = path / name
+        if not f.exists() or file_hash(f) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
 def reuse_or_set_aside(
     path: Path | str,  # kept file or folder
     fp: dict,  # fingerprint that it must have
@@ -347,6 +365,7 @@ def reuse_or_set_aside(
         why = first_difference(read_json(record), fp)
     except FileNotFoundError:
         why = "it carries no fingerprint"
+    why = why or _changed_file(path)
     if why is None:
         return True
     if process_rank():

@@ -281,7 +281,7 @@ def replace_list(
     "A stage with another list under a key"
     start, end = _find_list(lines, key)
     if start == end:
-        start = end = min(_find_list(lines, k)[0] for k in (before, "metrics"))
+        start = end = _find_list(lines, before)[0]
     indent = 6 if any(line.startswith("    do:") for line in lines) else 4
     return [*lines[:start], *list_lines(key, items, indent), *lines[end:]]
 
@@ -326,8 +326,8 @@ def family_stage(
     title = (type(family).__doc__ or family.title).strip().splitlines()[0]
     lines += [f"{pad}desc: {title}", f"{pad}cmd: {call}"]
     lines += list_lines("deps", list(family.needs), len(pad))
-    lines += list_lines("outs", [f"{folder}/predictions.parquet", *family.outputs], len(pad))
-    return [*lines, *list_lines("metrics", [f"{folder}/metrics.json"], len(pad)), ""]
+    outs = [f"{folder}/predictions.parquet", *family.outputs, f"{folder}/metrics.json"]
+    return [*lines, *list_lines("outs", outs, len(pad)), ""]
 
 
 def update_family_stages(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Needs', 'IGNORED_DVC_OUTPUT', 'DVC', 'ancestors', 'find_stale_stages', 'find_ready_stages', 'run_stage', 'is_in_git',
-           'is_distrusted', 'set_up_git', 'remove_broken_lock', 'run_study']
+           'is_distrusted', 'keep_index_private', 'set_up_git', 'remove_broken_lock', 'run_study']
 
 # %% ../nbs/95_run.ipynb #run00003
 import contextlib
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 
 from .core import log_message
 from .preempt import EXIT_CODE, stop_on_signal, stop_requested
+from .privacy import make_private
 from .processes import LOCKS, hold_lock, lead
+from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
 
 # %% ../nbs/95_run.ipynb #run00006
 Needs = dict[str, set[str]]  # stage -> stages whose outputs it reads
@@ -70,8 +73,12 @@ IGNORED_DVC_OUTPUT = (
 )
 
 
-# DVC, which ends with this process as all that imports asap does
-DVC = "import asap, sys; from dvc.cli import main; sys.exit(main(sys.argv[1:]))"
+# DVC, which ends with this process as all that imports asap does; its cache is the owner's alone
+DVC = (
+    "import asap, os, sys; from dvc.cli import main; "
+    "from dvc_data.hashfile.db.local import LocalHashFileDB as Cache; "
+    "u = os.umask(0o077); os.umask(u); Cache.CACHE_MODE = 0o444 & ~u; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def _stage_environment(stages: int) -> dict[str, str]:
@@ -103,10 +110,24 @@ def run_stage(
         env=_stage_environment(stages),
     )
     assert run.stdout is not None
+    last: deque[str] = deque(maxlen=40)
     for line in run.stdout:  # progress bars end their lines with \r, which ends a line here too
         if line.strip() and not line.strip().startswith(IGNORED_DVC_OUTPUT):
             print(f"{name} | {line.rstrip()}", flush=True)
-    return run.wait()
+            last.append(line)
+    code = run.wait()
+    if code:
+        _explain(name, "".join(last), folder)
+    return code
+
+
+def _explain(name: str, text: str, folder: Path) -> None:
+    "Say where DVC itself found no room; a stage says it itself"
+    if not NO_SPACE.search(text):
+        return
+    remove_half_copies(folder)
+    if reason := explain_failure(name, text, folder):
+        log_message(reason)
 
 # %% ../nbs/95_run.ipynb #rungit02
 _NEED_GIT = "`dvc exp` and the commit on a model card need git"
@@ -137,6 +158,21 @@ def is_distrusted(
     except FileNotFoundError:
         return False  # git is not installed
     return "dubious ownership" in done.stderr
+
+
+def keep_index_private(
+    folder: Path | str,  # of the project
+) -> None:
+    "Keep DVC's index, which holds names of files, in the project, not in a folder of all users"
+    from dvc.config import Config
+
+    folder = Path(folder).resolve()
+    config = Config(str(folder / ".dvc"))
+    place = str(folder / ".dvc/tmp/site")
+    now = config["core"].get("site_cache_dir")
+    if now != place and (now is None or now.endswith(".dvc/tmp/site")):
+        with config.edit("local") as local:
+            local["core"]["site_cache_dir"] = place
 
 
 def set_up_git(
@@ -212,12 +248,21 @@ def run_study(
     stages: int = 2,  # at a time
 ) -> int:  # exit code: 0, or that of the first stage that failed
     "Bring the study up to date: the stage `page` and all that it depends on"
+    make_private(folder)
     with hold_lock(folder / LOCKS / "study.lock", "the study"):
         lead()
         set_up_git(folder)
+        keep_index_private(folder)
         with stop_on_signal():
             code = _run_stages(folder, stages)
             return EXIT_CODE if code and stop_requested() else code
+
+
+def _warn_of_data(name: str, folder: Path) -> None:
+    "Of a stage, `asap stage` does it; the copy of the raw data is DVC's own"
+    if name == "data.dvc":
+        for shortage in find_shortage(name, folder):
+            log_message(f"warning: {shortage}")
 
 
 def _run_stages(folder: Path, stages: int) -> int:
@@ -239,6 +284,7 @@ def _run_stages(folder: Path, stages: int) -> int:
             )
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
+                _warn_of_data(name, folder)
                 running[pool.submit(run_stage, name, folder, stages)] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()

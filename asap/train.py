@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -381,6 +382,9 @@ def _load_state(folder: Path, model, opts, scaler) -> _TrainState:
     if not path.exists():
         return _TrainState()
     try:
+        with zipfile.ZipFile(path) as z:
+            if damaged := z.testzip():  # PyTorch does not look at the check sums
+                raise ValueError(f"{damaged} has changed since it was written")
         saved = torch.load(path, weights_only=True)
     except Exception as e:
         raise ValueError(

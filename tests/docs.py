@@ -1,4 +1,5 @@
-"""What `make docs` adds to mkdocs-jupyter: links between pages, MathML, an API reference.
+"""What `make docs` adds to mkdocs-jupyter: order and titles, links between pages, MathML, an API
+reference.
 
 Notebooks link to notebooks and files by their place in the repository, which is right in
 JupyterLab and on a forge. In the site, a link to a notebook becomes a link to its page, a link to a
@@ -9,6 +10,7 @@ network.
 import functools
 import hashlib
 import html
+import json
 import logging
 import re
 import shutil
@@ -36,7 +38,77 @@ SCRIPT = re.compile(
     r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>'
     r"((?:(?!</script>).)*)</script>"
 )
+STYLE = """
+.md-grid { max-width: 76rem }
+.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none }
+.jupyter-wrapper .jp-Cell, .jupyter-wrapper .jp-Notebook { padding-left: 0; padding-right: 0 }
+.jupyter-wrapper .highlight pre { font-size: .62rem }
+"""
 WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
+
+
+TUTORIALS = {  # title in the menu; tutorials that are not listed follow with their own
+    "000_tour.ipynb": "Get started: a tour in ten minutes",
+    "tutorials/one_scan.ipynb": "One scan",
+    "tutorials/real_scans.ipynb": "Real scans",
+    "tutorials/own_hospital.ipynb": "Your hospital's data",
+    "tutorials/new_cohort.ipynb": "A public data set",
+    "tutorials/ablation.ipynb": "An ablation",
+    "tutorials/read_the_study.ipynb": "Read the study",
+    "tutorials/own_encoder.ipynb": "Your encoder",
+    "tutorials/new_task.ipynb": "A new task",
+    "96_cost.ipynb": "A cluster: what the paper's scale costs",
+}
+CHAPTERS = {
+    "1_phantom": "Phantoms",
+    "2_data": "Data",
+    "2_data/cohorts": "Data sets",
+    "3_anatomy": "Anatomy",
+    "4_text": "Text",
+    "5_model": "Model",
+    "6_pretrain": "Pre-training",
+    "7_tasks": "Tasks",
+    "8_inference": "One scan",
+    "9_study": "Study",
+    "stages": "Stages, as DVC runs them",
+}
+
+
+def title(path: Path) -> str:
+    "The heading of a notebook, without its kind"
+    cells = json.loads(path.read_text(encoding="utf8"))["cells"]
+    text = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    words = text.splitlines()[0].lstrip("# ").removeprefix("How to: ")
+    return words[0].upper() + words[1:]
+
+
+def chapter(top: Path, names: list[str]) -> list[dict[str, str]]:
+    return [{title(top / name): name} for name in names]
+
+
+def contents(top: Path) -> list:  # `top`: nbs/
+    "The menu: tutorials, the book, the API reference"
+    names = sorted(
+        p.relative_to(top).as_posix()
+        for p in top.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in p.parts
+    )
+    left = [n for n in names if n.startswith("tutorials/") and n not in TUTORIALS]
+    tutorials = [{text: n} for n, text in TUTORIALS.items()] + chapter(top, left)
+    used = {"index.ipynb", *TUTORIALS}
+    loose = [n for n in names if "/" not in n and n not in used]
+    book = [{"Foundations": chapter(top, [n for n in loose if n < "1"])}]
+    for folder, text in CHAPTERS.items():
+        inside = [n for n in names if n.rpartition("/")[0] == folder]
+        book.append({text: chapter(top, inside)})
+    book.append({"Commands": chapter(top, [n for n in loose if n >= "1"])})
+    reference = ["api/index.md", *({m: f"api/{m}.md"} for m in api.modules())]
+    return [
+        {"Overview": "index.ipynb"},
+        {"Tutorials": tutorials},
+        {"The book": book},
+        {"API reference": reference},
+    ]
 
 
 class Compiled(jinja2.BytecodeCache):
@@ -58,10 +130,16 @@ def on_startup(command, dirty):
     templateexporter.Environment = once
 
 
+def on_config(config):
+    config["nav"] = contents(Path(config["docs_dir"]))
+    return config
+
+
 def on_files(files, config):
     for kept in (pages, copied, written, references):
         kept.clear()
     written["assets/iframe-worker.js"] = WORKER
+    written["assets/pages.css"] = STYLE
     pages.update({f"nbs/{f.src_uri}": f.url for f in files if f.src_uri.endswith(".ipynb")})
     modules = api.modules()
     files.append(File.generated(config, "api/index.md", content=api.index(modules)))
@@ -71,13 +149,6 @@ def on_files(files, config):
         if source := api.notebook(path):
             references[source] = (module, file.url)
     return files
-
-
-def on_nav(nav, config, files):
-    for item in nav.items:
-        if item.title == "Api":
-            item.title = "API reference"
-    return nav
 
 
 def target(source: str, path: str) -> str | None:

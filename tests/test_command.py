@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -17,12 +18,13 @@ import pandas as pd
 import pytest
 from conftest import TOP
 
-from asap import __version__
+from asap import __version__, cli
 from asap.anatomy import segmenter
 from asap.anatomy.segment import MapSource, OrganPrediction
 from asap.cli import _build_parser, main
+from asap.core import parallel_map
 from asap.data.volumes import write
-from asap.inference.zero_shot import find_unknown_words
+from asap.inference.words import find_unknown_words
 from asap.phantom.abnormalities import synthesize_chest
 from asap.text.encoder import load
 
@@ -87,7 +89,7 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP)
     assert done.returncode == 0, done.stderr
-    for name in ("Model", "Source", "embed", "ground", "organs", "zero_shot"):
+    for name in ("Model", "Source", "embed", "ground", "organs", "view", "zero_shot"):
         assert f"'{name}'" in done.stdout
 
 
@@ -210,6 +212,7 @@ def air(v):
         ("embed", ["-o", "{}/x.csv"]),
         ("zero-shot", ["-o", "{}/x.csv", "--labels", "Pleural effusion", "Rib fracture"]),
         ("ground", ["-o", "{}", "--sentence", SAID, "--sentence", "There is a mass."]),
+        ("view", ["-o", "{}"]),
     ],
 )
 def test_json(command, more, scan, tmp_path, capsys, monkeypatch):
@@ -259,6 +262,60 @@ def test_json_of_a_data_set_is_refused(tmp_path, capsys):
     assert "--json is for loose scans" in capsys.readouterr().err
 
 
+# Several processes
+
+
+def broken_and_good(scan, folder, n=6):
+    folder.mkdir()
+    for i in range(n):
+        os.link(scan, folder / f"s{i}.nii.gz")
+    (folder / "broken.nii.gz").write_text("The heart is normal.\n" * 99)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command, more, files",
+    [
+        ("check", [], []),
+        ("embed", ["-o", "{}/x.csv"], ["x.csv", "x.quarantine.csv"]),
+        ("zero-shot", ["-o", "{}/x.csv"], ["x.csv", "x.quarantine.csv"]),
+        ("ground", ["-o", "{}", "--sentence", SAID], ["s0.csv", "s5_1_region.nii.gz"]),
+        ("standardize", ["-o", "{}"], ["s0.nii", "s5.nii", "quarantine.csv"]),
+        ("organs", ["-o", "{}"], ["s0_organs.nii.gz", "s5_organs.json", "quarantine.csv"]),
+        ("view", ["-o", "{}"], ["s0.html", "s5.html"]),
+    ],
+)
+def test_several_processes_give_what_one_gives(
+    command, more, files, scan, tmp_path, capsys, monkeypatch
+):
+    "The same lines in the same order, each whole, and the same files"
+    monkeypatch.setattr(segmenter, "choose_source", lambda *a: MapSource("air", air, {}))
+    monkeypatch.setattr(cli, "parallel_map", partial(parallel_map, soon=0))
+    paths, printed = broken_and_good(scan, tmp_path / "in"), []
+    for jobs in ("1", "2"):
+        out = tmp_path / jobs
+        args = [command, str(paths), *(x.format(out) for x in more), "--jobs", jobs, "--json"]
+        assert main(args) == 1
+        lines = capsys.readouterr().out.replace(str(out), "OUT").splitlines()
+        printed.append([json.loads(line) for line in lines])
+    assert printed[0] == printed[1]
+    assert [r["scan"] for r in printed[1]] == ["broken", *(f"s{i}" for i in range(6))]
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_ctrl_c_with_several_processes(many, tmp_path):
+    "As a terminal does it: every process hears it"
+    out = ["-o", tmp_path / "all.csv", "--jobs", "2"]
+    process = start("zero-shot", many, *out, start_new_session=True)
+    for _ in range(3):
+        assert "s00" in process.stdout.readline() and process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = ended(process)
+    assert code == 130 and err.splitlines()[-1] == STOPPED and "Traceback" not in err
+    assert 3 <= pd.read_csv(tmp_path / "all.csv").scan.nunique() < 200
+
+
 # Words that the text encoder does not know, and what `ground` prints
 
 
@@ -288,7 +345,7 @@ def test_ground_prints_the_peak_and_each_piece(scan, tmp_path):
 
 def examples() -> list[str]:
     "Texts in quotes after --labels and --sentence, in the help and on the pages"
-    commands = ["zero-shot", "ground"]
+    commands = ["zero-shot", "ground", "view"]
     helps = []
     for command in commands:
         out = io.StringIO()

@@ -167,6 +167,48 @@ def test_a_link_that_leads_nowhere_is_said(caplog):
     assert "\\nonsense" in caplog.text and len(caplog.records) == 1
 
 
+def test_tutorials_come_first_then_the_book_then_the_reference():
+    import docs
+
+    menu = docs.contents(TOP / "nbs")
+    assert [next(iter(x)) for x in menu] == ["Overview", "Tutorials", "The book", "API reference"]
+    tutorials = menu[1]["Tutorials"]
+    first = [next(iter(x.values())) for x in tutorials][:2]
+    assert first == ["000_tour.ipynb", "tutorials/one_scan.ipynb"]
+    names, titles = [], []
+
+    def walk(items):
+        for item in items:
+            for text, at in item.items() if isinstance(item, dict) else [("", item)]:
+                titles.append(text)
+                walk(at) if isinstance(at, list) else names.append(at)
+
+    walk(menu)
+    here = [p.relative_to(TOP / "nbs").as_posix() for p in (TOP / "nbs").rglob("*.ipynb")]
+    wanted = {n for n in here if ".ipynb_checkpoints" not in n}
+    assert wanted == {n for n in names if n.endswith(".ipynb")} and len(names) == len(set(names))
+    words = [x for x in titles if x and not x.startswith("asap.")]
+    assert not [x for x in words if "_" in x or x[0].isdigit() or x[0].islower()]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
+def test_no_line_of_code_is_cut(site):
+    "At 1,300 pixels; in every tenth page and those with the longest lines"
+    chosen = [*PAGES[::10], TOP / "nbs/9_study/93_page.ipynb", TOP / "nbs/98_cli.ipynb"]
+    with tab() as t:
+        size = dict(width=1300, height=800, deviceScaleFactor=1, mobile=False)
+        t.call("Emulation.setDeviceMetricsOverride", **size)
+        for page in chosen:
+            name = page.relative_to(TOP / "nbs").with_suffix(".html")
+            t.open((site / name).as_uri())
+            t.until("document.readyState === 'complete' && document.querySelector('.jp-Cell')")
+            cut = t.run(
+                "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputArea pre'))"
+                ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))"
+            )
+            assert not cut, (name, cut)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
 def test_from_disk_with_search(site):
     with tab() as t:

@@ -101,6 +101,7 @@ def test_python(unpacked, scan):
         assert len(z.table) == 18 and z.table.probability.between(0, 1).all()
         g = asap.ground("scan.nii.gz", ["There is pleural effusion.", "There is a mass."])
         assert g.region(0).any() and g.unknown_words == ["mass"]
+        assert 'id="typed"' in asap.view("scan.nii.gz").html
         m = asap.Model.from_pretrained(device="cpu")
         assert (m.embed("scan.nii.gz").features == e.features).all() and "phantoms" in m.card
         assert [p.name for p in Path().iterdir()] == ["scan.nii.gz"]

@@ -214,12 +214,12 @@ class CaseStore:
     def hash_raw(
         self,
         case: str,
-        **paths: str,  # name -> file or folder
+        **paths: str | Path,  # name -> file or folder
     ) -> dict:  # name -> hash
         "Hash raw data; what did not change since the last call is not read"
         f = self.hashes / f"{fit_name(case, '.json')}.json" if self.hashes else None
         known = _read_known(f) if f else {}
-        now = {name: dict(known.get(name) or {}) for name in paths}
+        now = known | {name: dict(known.get(name) or {}) for name in paths}
         found = {name: quick_hash(path, now[name]) for name, path in paths.items()}
         if f and now != known:
             with contextlib.suppress(PermissionError):
@@ -291,6 +291,18 @@ def cache_restore(
     return True
 
 # %% ../../nbs/2_data/27_prepare.ipynb #0f46e522
+def _hash_results(
+    store: CaseStore,
+    case: str,
+    organ_map: bool,  # whether there is one
+    record: dict,
+) -> dict:  # name -> hash, of what was written
+    volume, mask, _ = store.files(case)
+    found = store.hash_raw(case, volume=volume, organs=mask if organ_map else "")
+    body = json.dumps({k: v for k, v in record.items() if k != "files"}, sort_keys=True)
+    return dict(found, record=hashlib.sha256(body.encode()).hexdigest()[:16])
+
+
 def _find_result(
     store: CaseStore,
     row: dict,  # case, image, organ_map
@@ -301,6 +313,9 @@ def _find_result(
     if record.get("fingerprint") != fp or "spacing" not in record:
         return None
     if not volume.exists() or (row["organ_map"] and not mask.exists()):
+        return None
+    written = _hash_results(store, row["case"], bool(row["organ_map"]), record)
+    if record.get("files", written) != written:
         return None
     return CaseResult(row["case"], warnings=tuple(record["warnings"]), voxels=record["voxels"])
 
@@ -328,7 +343,7 @@ def prepare_case(
         return CaseResult(case, error=f"{type(e).__name__}: {e}")
     result = CaseResult(
         case,
-        _recompute_reason(was, fp),
+        _recompute_reason(was, fp, case),
         warnings=tuple(map(str, found)),
         voxels=hashlib.sha256(std.hu.tobytes()).hexdigest()[:16],
     )
@@ -353,12 +368,14 @@ def _find_or_restore(
 def _recompute_reason(
     was: dict,  # the former record
     fp: dict,  # fingerprint of the new result
+    case: str,
 ) -> str | None:  # None if there was no record
     old = was.get("fingerprint")
     if not old:
         return None
     missing = None if "spacing" in was else "their records do not say the spacing of their files"
-    return first_difference(old, fp) or missing
+    changed = f"a file of {case} has changed since it was written"
+    return first_difference(old, fp) or missing or changed
 
 # %% ../../nbs/2_data/27_prepare.ipynb #b95faa45
 def _write_result(
@@ -375,7 +392,8 @@ def _write_result(
         write(organ_map, std.affine, mask)
     write(std.hu, std.affine, volume)
     record = dict(fingerprint=fp, warnings=result.warnings, voxels=result.voxels, spacing=spacing)
-    write_json(record, record_file)
+    written = _hash_results(store, result.case, organ_map is not None, record)
+    write_json(dict(record, files=written), record_file)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #60504e33
 def prepare_cases(

@@ -37,6 +37,7 @@ from asap.core import (
     project_root,
     read_json,
     resource_path,
+    write_hashes,
     write_json,
     write_text,
 )
@@ -65,6 +66,7 @@ def write_checkpoint(
         write_text(card, tmp / "card.md")
         if fp is not None:
             write_json(fp, tmp / "fingerprint.json")
+            write_hashes(tmp)
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #b78573fd
 def read_config(

@@ -7,9 +7,9 @@ __all__ = ['LARGE_LESION_FRACTION', 'POINTING_BASELINES', 'NUM_UNTRAINED_HEADS',
            'shuffle_patients', 'negate_finding', 'build_sentence_queries', 'predict_regions', 'score_pointing',
            'bootstrap_mean', 'label_groups', 'large_lesion_labels', 'Atlas', 'summarize_hits', 'hit_rate_table',
            'hit_difference_table', 'predict_untrained_k', 'extent_correlation', 'load_lesion_coverage',
-           'load_lesion_targets', 'reinitialize', 'load_lesion_sentences', 'evaluate_grounding', 'evaluate_arms',
-           'write_grounding', 'plot_hit_rates', 'plot_panel', 'add_hit_columns', 'plot_scan', 'plot_heatmap',
-           'sentence_table']
+           'load_lesion_targets', 'reinitialize', 'load_lesion_sentences', 'write_lesion_mask', 'evaluate_grounding',
+           'evaluate_arms', 'write_grounding', 'plot_hit_rates', 'plot_panel', 'add_hit_columns', 'plot_scan',
+           'plot_heatmap', 'sentence_table']
 
 # %% ../../nbs/9_study/92_grounding.ipynb #7bbd7e3c
 from collections.abc import Iterable
@@ -39,6 +39,7 @@ from ..data.adapter import find_raw_dir
 from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.table import available_cohorts, load as load_table
+from ..data.volumes import write
 from asap.inference.ground import (
     expand_patches,
     overlay_heatmap,
@@ -528,6 +529,24 @@ def load_lesion_sentences(
     if not len(said):
         return None, f"{ReXGroundingCT.name} lists no sentence whose mask and volume are there"
     return said, bad
+
+
+def write_lesion_mask(
+    case: str,
+    image: Path | str,  # its standard volume
+    cohorts: list[str],  # of the study
+    root: Path,  # the project's folder
+    path: Path,  # .nii.gz
+) -> Path | None:  # None: no sentence of the case has a mask
+    "Write all lesions of a case as one mask, on the grid of its standard volume"
+    said, _ = load_lesion_sentences(cohorts, root)
+    if said is None or case not in set(said.case):
+        return None
+    rows = said[said.case == case]
+    img, files = nib.load(image), (rows["mask"].iloc[0], rows.image.iloc[0])
+    masks = read_masks(*files, rows.channel.tolist(), img.shape, img.affine)
+    write(np.asarray(masks.any(0), np.uint8), img.affine, path)
+    return path
 
 # %% ../../nbs/9_study/92_grounding.ipynb #4209dd64
 def _write_unavailable(

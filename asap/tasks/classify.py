@@ -21,9 +21,11 @@ from ..core import log_message, rng
 from ..data.table import label_columns
 from asap.html import (
     SHORT_DATA_NOTE,
+    cite,
     pivot_metrics,
     render_details,
     render_differences,
+    render_gallery,
     render_image,
     render_table,
     select_rows,
@@ -383,14 +385,12 @@ def _render_control(name: str, g: pd.DataFrame) -> str:  # rows of one negative 
     probes = g[g.task != CLASSIFICATION_MEAN]
     odd = probes.task[(probes.lo999 > 0.5) | (probes.hi999 < 0.5)].tolist()
     inside = mean.lo <= 0.5 <= mean.hi
+    number = cite(f"{mean.auc:.3f} [{mean.lo:.3f}, {mean.hi:.3f}]", g, mean.name)
     chance = "chance lies within" if inside else "<b>chance lies outside</b>"
     outliers = "no task outside its 99.9 % interval"
     if odd:
         outliers = f"<b>outside its 99.9 % interval: {', '.join(map(html.escape, odd))}</b>"
-    return (
-        f"<li>{html.escape(name.capitalize())}: mean AUC {mean.auc:.3f} "
-        f"[{mean.lo:.3f}, {mean.hi:.3f}], {chance}; {outliers}.</li>"
-    )
+    return f"<li>{html.escape(name.capitalize())}: mean AUC {number}, {chance}; {outliers}.</li>"
 
 
 def _render_negative_controls(
@@ -470,18 +470,16 @@ class Classification(TaskFamily):
         table = pivot_metrics(rows[rows.metric == "auc"], "task")
         differences = t["differences"]
         by_task = differences[differences.task.isin(self.scored_names())]
-        images = {k: render_image(results.figures / f"{k}.png", c) for k, c in _CAPTIONS.items()}
+        images = [render_image(results.figures / f"{k}.png", c) for k, c in _CAPTIONS.items()]
         return "".join(
             [
                 SHORT_DATA_NOTE,
                 _INTRODUCTION,
                 render_table(table),
                 _LABEL_MAP_NOTE if "external_rad_chest_ct" in set(rows.task) else "",
-                images["tasks"],
                 render_differences(differences, [CLASSIFICATION_MEAN], CLASSIFICATION_MEAN),
                 *(_render_baseline_comparison(differences, e) for e in results.encoders),
-                images["efficiency"],
-                images["labels"],
+                render_gallery("AUC by task, number of labels, and abnormality", images),
                 _render_negative_controls(t["negative_controls"]),
                 render_details("Differences by task", by_task),
                 render_details("By label", t["per_label"]),

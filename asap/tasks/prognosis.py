@@ -29,9 +29,10 @@ from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
     pivot_metrics,
+    render_details,
     render_differences,
+    render_gallery,
     render_image,
-    render_table,
     select_rows,
 )
 from ..params import BaseConfig, check_rows, select_row
@@ -735,13 +736,13 @@ class Prognosis(TaskFamily):
             "alive. All labels given:</p>"
         )
         for task, k in g.groupby("task", sort=False):
-            body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
+            body += render_details(html.escape(task), pivot_metrics(k, "metric"))
         body += render_differences(results.tables["differences"], sorted(set(g.task)))
-        return body + render_image(
-            results.figures / "survival.png",
-            "Kaplan-Meier curves of test patients by third of the predicted risk, all labels "
-            "given.",
+        caption = (
+            "Kaplan-Meier curves of test patients by third of the predicted risk, all labels given."
         )
+        image = render_image(results.figures / "survival.png", caption)
+        return body + render_gallery("Survival by predicted risk", [image])
 
     def figures(
         self,

@@ -33,8 +33,8 @@ from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from asap.params import (
@@ -1045,10 +1045,9 @@ def _render_examples(
     d = d[(d.arm == arm) & d.task.isin(tasks)]
     d = d[d.task == "report_ct_rate"] if (d.task == "report_ct_rate").any() else d
     body = ""
-    for i, r in enumerate(d.head(n).to_dict("records")):
+    for r in d.head(n).to_dict("records"):
         title = f"A phantom's report, generated and true ({html.escape(r['case'])})"
-        opened = " open" if i == 0 else ""
-        body += f"<details{opened}><summary>{title}</summary>{highlight_report(r)}</details>"
+        body += f"<details><summary>{title}</summary>{highlight_report(r)}</details>"
     return body
 
 # %% ../../nbs/7_tasks/76_report.ipynb #repfam02
@@ -1093,7 +1092,7 @@ class ReportGeneration(TaskFamily):
             return NOT_EVALUATED
         body = SHORT_DATA_NOTE + _INTRODUCTION
         for task, k in g.groupby("task", sort=False):
-            body += f"<h3>{html.escape(task)}</h3>" + render_table(pivot_metrics(k, "metric"))
+            body += render_details(html.escape(task), pivot_metrics(k, "metric"))
         differences = results.tables["differences"]
         clinical = differences[differences.metric == "clinical F1"]
         body += render_differences(clinical, sorted(set(g.task)))

@@ -24,9 +24,10 @@ from ..data.table import normalize_reports
 from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
+    cite,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from ..params import BaseConfig
@@ -437,14 +438,15 @@ def metrics(
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam01
 def _render_direction(task: str, direction: str, k: pd.DataFrame) -> str:  # rows of `metrics`
     k = k.assign(metric=k.metric.str.removesuffix(f" {direction}"))
-    known = k[k.arm == k.arm.iloc[0]].set_index("metric").value
+    known = k[k.arm == k.arm.iloc[0]].reset_index(names="row").set_index("metric")
+    pool = cite(f"{known.value['pool']:.0f}", k, known.row["pool"])
     chance = ""
-    if "R@10 by chance" in known:
-        chance = f"; R@10 by chance {known['R@10 by chance']:.1%}"
+    if "R@10 by chance" in known.index:
+        value = f"{known.value['R@10 by chance']:.1%}"
+        chance = f"; R@10 by chance {cite(value, k, known.row['R@10 by chance'])}"
     shown = k[~k.metric.isin(["pool", "R@10 by chance"])]
-    return (
-        f"<h3>{html.escape(task)}, {direction}</h3><p>A pool of {known['pool']:.0f}{chance}.</p>"
-        + render_table(pivot_metrics(shown, "metric"))
+    return f"<p>{html.escape(task)}, {direction}: a pool of {pool}{chance}.</p>" + render_details(
+        "All metrics", pivot_metrics(shown, "metric")
     )
 
 # %% ../../nbs/7_tasks/78_retrieve.ipynb #retfam02

@@ -53,6 +53,7 @@ from asap.html import (
     pivot_metrics,
     render_details,
     render_differences,
+    render_gallery,
     render_image,
     render_table,
     select_rows,
@@ -1188,6 +1189,13 @@ def _largest_fraction(g: pd.DataFrame) -> pd.DataFrame:  # rows of `metrics`
     return g[g.fraction == g.groupby("task").fraction.transform("max")]
 
 
+def _describe_picture(file: Path) -> str:
+    return (
+        f"{html.escape(file.stem)}, arm {html.escape(file.parent.parent.name)}; "
+        "white: true outline, dashed: predicted outline."
+    )
+
+
 def _introduction(fractions: pd.Series) -> str:  # task -> label fraction
     few = [f"{html.escape(k)} {f:.0%}" for k, f in fractions.items() if f < 1]
     note = f"; label fraction: {', '.join(few)}, all labels elsewhere" if few else ""
@@ -1240,16 +1248,15 @@ class Segmentation(TaskFamily):
         if "ceiling" in whole:
             body += render_details("Ceiling of Dice", pivot_metrics(whole["ceiling"], "task"))
         differences = results.tables["differences"]
-        shown = g[["task", "fraction"]].drop_duplicates()
-        dice = differences[differences.metric == "dice"].merge(shown)
+        shown = set(zip(g.task, g.fraction))
+        dice = differences[differences.metric == "dice"]
+        dice = dice[[k in shown for k in zip(dice.task, dice.fraction)]]
         body += render_differences(dice, sorted(set(g.task)))
         by_class = g[g.metric.str.startswith(("dice ", "hd95 "))]
         columns = ["task", "metric", "arm", "value", "lo", "hi"]
         body += render_details("By class", by_class[columns])
-        for f in sorted((results.runs / self.name).glob("*/pictures/*.png")):
-            body += render_image(
-                f,
-                f"{f.stem}: best, median and worst phantom, arm {f.parent.parent.name}; "
-                "white: true outline, dashed: predicted outline.",
-            )
-        return body
+        pictures = sorted((results.runs / self.name).glob("*/pictures/*.png"))
+        return body + render_gallery(
+            "Best, median and worst phantom of each task",
+            [render_image(f, _describe_picture(f)) for f in pictures],
+        )

@@ -37,8 +37,8 @@ from asap.html import (
     NOT_EVALUATED,
     SHORT_DATA_NOTE,
     pivot_metrics,
+    render_details,
     render_differences,
-    render_table,
     select_rows,
 )
 from ..model.vit import Attention, Block, init_weights
@@ -979,7 +979,7 @@ class VisualQuestionAnswering(TaskFamily):
         for kind, k in g.assign(kind=parts.str[-1], metric=parts.str[0]).groupby(
             "kind", sort=False
         ):
-            body += f"<h3>{html.escape(kind)}</h3>" + render_table(pivot_metrics(k, "metric"))
+            body += render_details(html.escape(kind), pivot_metrics(k, "metric"))
         differences = results.tables["differences"]
         presence = differences[differences.metric == "accuracy, presence"]
         return body + render_differences(presence, sorted(set(g.task)))

@@ -452,16 +452,17 @@ def _prepare(
 ) -> tuple:  # trained module; (batch, index of the batch) -> loss, parts; loader; opts
     "Everything on its device; several processes get a part of each batch, or replicas all of it"
     from accelerate.data_loader import prepare_data_loader
+    from accelerate.utils import DistributedType
 
-    if acc.num_processes == 1:
-        model, loader, *opts = acc.prepare(model, loader, *opts)
-    elif world_size() > 1:
-        whole, loader, *opts = acc.prepare(_BatchLoss(model, loss), loader, *opts)
-        return whole, whole, loader, opts
-    else:
+    if acc.num_processes > 1 and world_size() == 1:
         model = acc.prepare_model(model, evaluation_mode=True)
         opts = [acc.prepare_optimizer(o) for o in opts]
         loader = prepare_data_loader(loader, acc.device, 1, 0, put_on_device=True)
+    elif acc.distributed_type == DistributedType.NO:
+        model, loader, *opts = acc.prepare(model, loader, *opts)
+    else:
+        whole, loader, *opts = acc.prepare(_BatchLoss(model, loss), loader, *opts)
+        return whole, whole, loader, opts
     return model, partial(loss, model), loader, opts
 
 # %% ../nbs/03_train.ipynb #microbt1

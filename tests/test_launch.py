@@ -25,7 +25,7 @@ def losses(tmp_path_factory, forks):
     here = tmp_path_factory.mktemp("trainers")
     (here / "cohort").mkdir()
     cohort(here / "cohort")
-    env = dict(os.environ, **forks, OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
+    env = os.environ | forks | dict(OMP_NUM_THREADS="1", ASAP_ROOT=str(TOP))
     for n in (1, 2, 4):
         (here / str(n)).mkdir()
         port = ["--master_port", str(random.randint(20000, 40000))]
@@ -138,8 +138,7 @@ def test_an_error_in_any_process_ends_the_stage_and_is_shown(project):
     assert not (project / "out.json").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
 def test_a_signal_lets_a_stage_save_and_end_with_75(project, number, processes):
     run = start(project, processes, "steps=1000000")
     for line in run.stderr:

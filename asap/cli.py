@@ -142,9 +142,11 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
-    quiet = "ignore:IProgress not found"  # of tqdm, which the notebook would store in red
+    # of tqdm and peft, which the notebook would store in red
+    quiet = "ignore:IProgress not found,ignore::FutureWarning:transformers.modeling_utils"
     os.environ.update(
         PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
         ASAP_ROOT=str(project_root()),
         PYTHONHASHSEED="0",
         TOKENIZERS_PARALLELISM="false",

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 from stand_in import NAME
@@ -113,6 +114,7 @@ def become(request, streams):
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv, sys.path[:] = request["arguments"], request["path"]
+    warnings._processoptions(filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")))
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -223,6 +225,7 @@ def preloaded():
     with tempfile.TemporaryDirectory(prefix="preloaded-") as folder:
         address = os.path.join(folder, "socket")
         own = dict(PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", **MEMORY)
+        own["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         process = subprocess.Popen(
             [sys.executable, __file__, address],
             stdin=subprocess.PIPE,

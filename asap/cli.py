@@ -142,8 +142,11 @@ def _stage_notebook(name: str) -> Path:  # source
 
 def _set_environment() -> None:
     "Variables that a stage's kernel inherits"
-    # of tqdm and peft, which the notebook would store in red
-    quiet = "ignore:IProgress not found,ignore::FutureWarning:transformers.modeling_utils"
+    # of tqdm and of libraries about libraries, which the notebook would store in red
+    modules = ("transformers.modeling_utils", "monai.utils.deprecate_utils")
+    quiet = ",".join(
+        ["ignore:IProgress not found", *(f"ignore::FutureWarning:{m}" for m in modules)]
+    )
     os.environ.update(
         PYTHONWARNINGS=",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet])),
         HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -167,11 +167,11 @@ def keep_index_private(
     from dvc.config import Config
 
     folder = Path(folder).resolve()
-    config = Config(str(folder / ".dvc"))
     place = str(folder / ".dvc/tmp/site")
     if not place.isascii():  # DVC cannot write such a path to its config
         os.environ["DVC_SITE_CACHE_DIR"] = place
         return
+    config = Config(str(folder / ".dvc"))
     now = config["core"].get("site_cache_dir")
     if now != place and (now is None or now.endswith(".dvc/tmp/site")):
         with config.edit("local") as local:

@@ -57,7 +57,7 @@ def rgb_mha(to):
     return to
 
 
-def colour(folder):
+def color(folder):
     pictures(C.hu, folder)
     v = np.zeros((96, 96, 3), np.uint8)
     v[..., 0] = 200
@@ -103,7 +103,7 @@ REFUSED = {  # what: (writes the file, declared, words of the message)
         "RGB voxels, expected one value per voxel",
     ),
     "RGB MetaImage": (lambda d: rgb_mha(d / "a.mha"), Source(), "3 values per voxel"),
-    "colour pictures": (lambda d: colour(d / "p"), WINDOW, "a color picture, expected gray"),
+    "color pictures": (lambda d: color(d / "p"), WINDOW, "a color picture, expected gray"),
     "few slices": (
         lambda d: nifti(C.hu[:, :, :5], C.affine, d / "a.nii.gz"),
         Source(),

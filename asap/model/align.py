@@ -178,9 +178,8 @@ def inter_report_loss(
     allowed = None if candidates is None else all_gather(candidates)
     if organs is not None:
         named = all_gather(organs.named)[real].expand(len(patches[0]), -1, -1)
-        allowed = candidates_by_sentence(allowed, NamedOrgans(all_gather(organs.fractions), named))
-    elif allowed is not None:
-        allowed = allowed[:, None]
+        organs = NamedOrgans(all_gather(organs.fractions), named)
+    allowed = candidates_by_sentence(allowed, organs)
     weights = select_patches(
         t @ patches[0].transpose(1, 2),
         k[real].expand(len(patches[0]), -1),

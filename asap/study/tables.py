@@ -840,7 +840,7 @@ def _score_tables(
     level: float,
     patients: dict[str, int],
 ) -> dict[str, pd.DataFrame]:  # name -> table
-    "Tables of all tasks; means are over the tasks in which somebody finds something"
+    "Tables of all tasks; means are over the tasks that an arm or a baseline can solve"
     unsolved = unsolved_table(scores, level)
     solved = drop_tasks(scores, unsolved.task)
     arms = list(dict.fromkeys(a for _, a, _, _ in scores))  # with encoders and baselines

@@ -1,5 +1,5 @@
 const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
-const colour = (r, g, b) => ({R: [0, r], G: [0, g], B: [0, b], A: [0, 255], I: [0, 1], labels: ["", ""]});
+const color = (r, g, b) => ({R: [0, r], G: [0, g], B: [0, b], A: [0, 255], I: [0, 1], labels: ["", ""]});
 const number = id => Number($(id).value), fail = e => { $("problem").style.display = "block"; $("problem").textContent = e; document.body.dataset.state = "failed" };
 let nv, scan, at = {}; // volumes by name: ct, lesion, heat; patches: 1 + the patch of each voxel, 0: none; ras: the same along R, A, S
 const patchCount = () => scan.grid[0]*scan.grid[1]*scan.grid[2];

@@ -259,15 +259,15 @@ def load_masks(row: dict) -> tuple:  # sentences, labels, masks (F,W,H,D) bool
 
 
 def shared_targets(table: pd.DataFrame, split: str, folder: Path, p):  # of `collect_targets`
-    "Lesion targets of a split, kept in the cache"
+    "Lesion targets of all cases of a split, kept in the cache"
     import pickle
 
     from asap.pretrain.pointing import collect_targets
 
-    path = folder / f"targets_{split}_{len(table)}.pkl"
+    path = folder / f"lesions_{split}_{len(table)}.pkl"
     if not path.exists():
         rows = {k: table[table.split == k].to_dict("records") for k in (split, "train")}
-        made = collect_targets(rows[split], rows["train"], load_masks, p)
+        made = collect_targets(rows[split], rows["train"], load_masks, p, most=len(table))
         path.write_bytes(pickle.dumps(made))
     return pickle.loads(path.read_bytes())  # own file of the line above
 
@@ -289,7 +289,8 @@ def settings(a, p):  # params of a training
     "The params with the steps and patients of the search"
     t = p.pretrain
     warmup = min(t.warmup_steps, a.steps // 10)
-    update = dict(steps=a.steps, warmup_steps=warmup, eval_every=a.eval_every, precision="no")
+    update = dict(steps=a.steps, warmup_steps=warmup, eval_every=a.eval_every)
+    update["precision"] = a.precision
     stem = p.model.stem.model_copy(update=dict(stride=list(a.stride or p.model.stem.stride)))
     model = p.model.model_copy(update=dict(stem=stem))
     return p.model_copy(update=dict(pretrain=t.model_copy(update=update), model=model))
@@ -313,12 +314,23 @@ def measure(model, text, targets, p, path: Path | None = None) -> dict:  # path:
     "Pointing with all patches visible"
     from asap.pretrain.pointing import predict_points, score_points, summarize_points
 
-    rows = score_points(targets, predict_points(model, text, targets, p))
+    points = predict_points(model, text, targets, p)
+    rows = score_points(targets, points, p.anatomy.groups)
     if path:
-        write_parquet(rows.drop(columns=["share", "body"], errors="ignore"), path)
+        write_parquet(rows, path)
     by_label = rows.groupby("label")[["hit", "random"]].mean()
     above = int((by_label.hit > by_label.random).sum())
     return summarize_points(rows) | dict(labels=len(by_label), labels_above_guess=above)
+
+
+def untrained_correlation(model, text, targets, seed: int) -> float:
+    "Rank correlation of k with the extent, the mean over untrained heads"
+    from asap.pretrain.pointing import rank_correlation
+    from asap.study.grounding import predict_untrained_k
+
+    features = text.sentences(targets.table.sentence.tolist())
+    k = predict_untrained_k(model.config, features, targets.share.shape[1], seed)
+    return float(rank_correlation(k, targets.share.sum(1)).mean())
 
 
 def train_one(variant: str, seed: int, a) -> dict:  # row of the table
@@ -360,6 +372,7 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     points = a.cache / f"points/{name}.parquet"
     points.parent.mkdir(parents=True, exist_ok=True)
     found = measure(model.eval(), text, final, p, points)
+    found |= dict(k_extent_untrained=untrained_correlation(model, text, final, seed))
     found |= dict(loss=float(log.loss.tail(5).mean()), cpu_seconds=round(cpu))
     if a.losses == "all":
         found["macro_auc"] = probe_auc(model.eval(), table, p)
@@ -376,6 +389,7 @@ def key(variant: str, seed: int, a, p) -> dict:  # identifies a row
         train=a.patients[0],
         stride="x".join(map(str, a.stride or [])) or "params",
         phantom=p.phantom.version,
+        precision=a.precision,
     )
 
 
@@ -405,6 +419,7 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--stride", type=int, nargs=3, help="of the stem; larger is faster")
     a.add_argument("--params", type=Path, help="a params file; default: the study's")
     a.add_argument("--losses", choices=["embeddings", "align", "all"], default="align")
+    a.add_argument("--precision", choices=["no", "bf16"], default="no")
     a.add_argument("--text", default="weights/text")
     a.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     a.add_argument("--draw", action="store_true", help="draw the patients and stop")

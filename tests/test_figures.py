@@ -108,7 +108,7 @@ def plot_organs(out, r):
 
 def plot_pointing(out, r):
     t = pd.DataFrame(dict(label=LABELS, sentences=9))
-    for k in ("hit_rate", "atlas", "shuffled_scan", "negated", "random"):
+    for k in ("hit_rate", "atlas", "organ_atlas", "shuffled_scan", "negated", "random"):
         t[k] = r.random(3)
     status = dict(num_patches=512, patch_mm="42 x 42 x 42")
     return plot_hit_rates(t, "asap", STYLES["asap"], status, out)

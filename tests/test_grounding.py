@@ -21,9 +21,11 @@ from asap.data.table import save
 from asap.data.volumes import resample, standardize
 from asap.inference.ground import patch_dice, topk_patches
 from asap.model.vit import patchify
+from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.pointing import (
     FOCAL_LESIONS,
+    add_to_atlas,
     build_atlas,
     collect_targets,
     hit_patches,
@@ -163,6 +165,7 @@ def frame(n, patients, **columns):
         [
             "random",
             "atlas",
+            "organ_atlas",
             "shuffled_scan",
             "negated",
             "dice",
@@ -356,9 +359,11 @@ def test_splits_are_the_tables_and_not_the_lists(study):
 def test_lesions_that_pretraining_watches_are_those_of_the_pointing_game(study, tmp_path):
     root, cohort = study
     corpus = cohort.assign(case="ct_rate:" + cohort.case, cohort="ct_rate")
+    groups = list(load_params().anatomy.groups)
     p = SimpleNamespace(
         volumes=SimpleNamespace(roi_size=HOW["size"], hu_range=HOW["hu"]),
         model=SimpleNamespace(patch_size=HOW["patch"]),
+        anatomy=SimpleNamespace(groups=groups),
     )
     lesions = read_lesions(corpus, root)
     rows = [corpus[corpus.split == k].to_dict("records") for k in ("test", "train")]
@@ -373,7 +378,9 @@ def test_lesions_that_pretraining_watches_are_those_of_the_pointing_game(study, 
     order = [want.index(x) for x in own]
     np.testing.assert_allclose(found.share, share[test][order], atol=1e-6)
     assert (found.body == body[test][order]).all()
-    atlas = build_atlas(hit_patches(share[train]), t.label[train])
+    atlas: dict = {}
+    own = [t[k][train].tolist() for k in ("label", "sentence")]
+    add_to_atlas(atlas, hit_patches(share[train]), *own, groups)
     assert set(atlas) == set(found.atlas)
     assert all((atlas[k] == found.atlas[k]).all() for k in atlas)
     assert read_lesions(corpus.assign(cohort="own"), root) is None

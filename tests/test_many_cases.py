@@ -372,11 +372,13 @@ def test_the_atlas_of_case_by_case_is_that_of_all_masks():
     r = np.random.default_rng(0)
     share = np.where(r.random((60, 30)) > 0.7, r.random((60, 30)), 0).astype(np.float32)
     labels = r.choice(["Emphysema", "Lung nodule", "Pleural effusion", ""], 60).tolist()
-    atlas = grounding.Atlas()
+    atlas = grounding.Atlas(["left lung", "right lung"])
+    said = r.choice(["In the left lung.", "In the right lung.", "No organ."], 60).tolist()
     for i in range(0, 60, 7):
-        atlas.add(share[i : i + 7], labels[i : i + 7])
-    whole = grounding.build_atlas(grounding.hit_patches(share), labels)
-    assert set(atlas.maps) == set(whole)
+        atlas.add(share[i : i + 7], labels[i : i + 7], said[i : i + 7])
+    whole: dict = {}
+    grounding.add_to_atlas(whole, grounding.hit_patches(share), labels, said, atlas.groups)
+    assert set(atlas.maps) == set(whole) and "Emphysema in left lung" in whole
     for label, counts in whole.items():
         np.testing.assert_array_equal(atlas.maps[label], counts)
     assert atlas.large_labels() == grounding.large_lesion_labels(share, labels)

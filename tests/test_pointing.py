@@ -58,7 +58,7 @@ CHANGES = dict(
 )
 
 
-SEARCH = dict(corpus=None, losses="align", steps=2, patients=[2, 1, 1], stride=None)
+SEARCH = dict(corpus=None, losses="align", steps=2, patients=[2, 1, 1], stride=None, precision="no")
 
 
 KNOWN = dict(  # of a study, for `model_card`

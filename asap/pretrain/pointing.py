@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HIT_THRESHOLD', 'FOCAL_LESIONS', 'POINTING_CASES', 'ATLAS_CASES', 'TARGET_FILES', 'patch_coverage', 'body_patches',
-           'hit_patches', 'build_atlas', 'rank_correlation', 'LesionTargets', 'count_atlas', 'collect_targets',
-           'read_lesions', 'write_targets', 'read_targets', 'predict_points', 'score_points', 'summarize_points',
-           'measure_pointing', 'describe_pointing']
+           'hit_patches', 'build_atlas', 'organ_key', 'add_to_atlas', 'atlas_hit', 'rank_correlation', 'LesionTargets',
+           'count_atlas', 'collect_targets', 'read_lesions', 'write_targets', 'read_targets', 'predict_points',
+           'score_points', 'summarize_points', 'measure_pointing', 'describe_pointing']
 
 # %% ../../nbs/6_pretrain/60a_pointing.ipynb #9f6acdf2
 import itertools
@@ -27,6 +27,7 @@ from ..data.checks import body_mask
 from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..model.asap import ASAP
+from .batches import named_organs
 from ..train import get_device
 
 # %% ../../nbs/6_pretrain/60a_pointing.ipynb #b977dc05
@@ -69,6 +70,43 @@ def build_atlas(
     return {k: positions[labels == k].sum(0) for k in dict.fromkeys(labels) if k}
 
 
+def organ_key(
+    label: str,
+    sentence: str,
+    groups: Iterable[str],  # names of the organ groups
+) -> str:  # the label itself where the sentence names no organ
+    "Key of an atlas for a label in the organs that its sentence names"
+    groups = list(groups)
+    named = [g for g, yes in zip(groups, named_organs(sentence, groups)) if yes]
+    return f"{label} in {' and '.join(named)}" if label and named else label
+
+
+def add_to_atlas(
+    atlas: dict[str, np.ndarray],  # key -> (N,) counts; changed
+    positions: np.ndarray,  # (n,N) bool, of `hit_patches`
+    labels: list[str],  # (n,)
+    sentences: list[str],  # (n,)
+    groups: Iterable[str],  # names of the organ groups
+) -> None:
+    "Count masks by label, and by label in the organs that the sentence names"
+    groups = list(groups)
+    keys = [organ_key(label, s, groups) for label, s in zip(labels, sentences)]
+    found = build_atlas(positions, labels)
+    found |= build_atlas(positions, ["" if k == label else k for k, label in zip(keys, labels)])
+    for key, counts in found.items():
+        atlas[key] = atlas.get(key, 0) + counts
+
+
+def atlas_hit(
+    atlas: dict[str, np.ndarray],  # of `build_atlas`
+    keys: list[str],  # the first that the atlas knows is used
+    at: np.ndarray,  # (N,) bool, of `hit_patches`
+) -> float:  # 1 or 0; NaN where the atlas knows none
+    "Whether the most frequent patch of an atlas is a hit"
+    known = [k for k in keys if k in atlas]
+    return float(at[atlas[known[0]].argmax()]) if known else float("nan")
+
+
 def rank_correlation(
     x: np.ndarray,  # (m,n)
     y: np.ndarray,  # (n,)
@@ -93,7 +131,7 @@ class LesionTargets:
     table: pd.DataFrame  # a row per sentence: case, patient, image, sentence, label
     share: np.ndarray  # (n,N) float32, coverage of each patch
     body: np.ndarray  # (n,N) bool
-    atlas: dict[str, np.ndarray]  # label -> (N,) counts over train masks, of `build_atlas`
+    atlas: dict[str, np.ndarray]  # label, and `organ_key` -> (N,) counts over train masks
 
 
 def _read_case(
@@ -136,15 +174,14 @@ def _with_masks(
 def count_atlas(
     rows: Iterable[dict],  # train cases
     lesions: Callable,  # as `collect_targets`
-    p: Any,  # params with volumes, model
-) -> dict[str, np.ndarray]:  # of `build_atlas`
-    "The atlas by position, over the masks of train cases"
+    p: Any,  # params with volumes, model, anatomy
+) -> dict[str, np.ndarray]:  # of `add_to_atlas`
+    "The atlas by position, over the masks of train cases: by label, and by `organ_key`"
     atlas: dict[str, np.ndarray] = {}
     for _, found in _with_masks(rows, lesions, p, body=False, most=ATLAS_CASES):
         inside = found[2].any(1)
-        labels = np.asarray(found[1])[inside]
-        for label, counts in build_atlas(hit_patches(found[2][inside]), labels).items():
-            atlas[label] = atlas.get(label, 0) + counts
+        said, labels = (np.asarray(x)[inside].tolist() for x in found[:2])
+        add_to_atlas(atlas, hit_patches(found[2][inside]), labels, said, p.anatomy.groups)
     return atlas
 
 
@@ -152,11 +189,12 @@ def collect_targets(
     cases: Iterable[dict],  # held-out rows of a cohort table
     train: Iterable[dict],  # rows that give the atlas
     lesions: Callable,  # row -> sentences, labels, masks (F,W,H,D) bool; or None
-    p: Any,  # params with volumes, model
+    p: Any,  # params with volumes, model, anatomy
+    most: int = POINTING_CASES,  # held-out cases
 ) -> LesionTargets | None:  # None where no case has a mask
     "The sentences and lesions of held-out cases, and the atlas of train cases"
     rows, share, body = [], [], []
-    for row, found in _with_masks(cases, lesions, p, body=True, most=POINTING_CASES):
+    for row, found in _with_masks(cases, lesions, p, body=True, most=most):
         for sentence, label, s in zip(*found[:3]):
             if s.any():
                 own = {k: row[k] for k in ("case", "patient", "image")}
@@ -279,12 +317,14 @@ def predict_points(
 def score_points(
     targets: LesionTargets,
     points: pd.DataFrame,  # of `predict_points`
-) -> pd.DataFrame:  # the table with point, k, extent, hit, atlas, random, outside
-    "Hits of every sentence, of the atlas and of a random patch of the body"
+    groups: Iterable[str],  # names of the organ groups
+) -> pd.DataFrame:  # the table with point, k, extent, hit, atlas, organ_atlas, random, outside
+    "Hits of every sentence, of the atlases and of a random patch of the body"
     at, n = hit_patches(targets.share), np.arange(len(targets.table))
-    atlas = [
-        float(a[targets.atlas[label].argmax()]) if label in targets.atlas else np.nan
-        for label, a in zip(targets.table.label, at)
+    said = list(zip(targets.table.label, targets.table.sentence, at))
+    atlas = [atlas_hit(targets.atlas, [label], a) for label, _, a in said]
+    organ_atlas = [
+        atlas_hit(targets.atlas, [organ_key(label, s, groups), label], a) for label, s, a in said
     ]
     point = points.point.to_numpy()
     return targets.table.assign(
@@ -293,6 +333,7 @@ def score_points(
         extent=targets.share.sum(1),
         hit=at[n, point].astype(float),
         atlas=atlas,
+        organ_atlas=organ_atlas,
         random=(at & targets.body).sum(1) / np.maximum(targets.body.sum(1), 1),
         outside=1.0 - targets.body[n, point],
     )
@@ -301,15 +342,17 @@ def score_points(
 def summarize_points(
     rows: pd.DataFrame,  # of `score_points`
 ) -> dict[str, float]:
-    """Hit rates of focal lesions and of all labels, the atlas's, the share of points outside the
+    """Hit rates of focal lesions and of all labels, the atlases', the share of points outside the
     body, the number of distinct patches, and the rank correlation of k with the extent"""
     focal = rows[rows.label.isin(FOCAL_LESIONS)]
     correlation = rank_correlation(rows.k.to_numpy()[None], rows.extent.to_numpy())[0]
     return dict(
         pointing=float(focal.hit.mean()),
         pointing_atlas=float(focal.atlas.mean()),
+        pointing_organ_atlas=float(focal.organ_atlas.mean()),
         pointing_all=float(rows.hit.mean()),
         pointing_all_atlas=float(rows.atlas.mean()),
+        pointing_all_organ_atlas=float(rows.organ_atlas.mean()),
         points_outside_body=float(rows.outside.mean()),
         distinct_points=int(rows.point.nunique()),
         k_extent_correlation=float(correlation),
@@ -327,7 +370,7 @@ def measure_pointing(
         return {}
     was_training = model.training
     model.eval()
-    rows = score_points(targets, predict_points(model, text, targets, p))
+    rows = score_points(targets, predict_points(model, text, targets, p), p.anatomy.groups)
     model.train(was_training)
     return {k: round(v, 5) for k, v in summarize_points(rows).items() if not np.isnan(v)}
 

@@ -26,7 +26,7 @@ from ..tasks.metrics import calibration
 # %% ../../nbs/9_study/91_figures.ipynb #figsty02
 _MARKERS = "osD^vPX*<>"
 _TENTH = "#332288"  # indigo, in place of the palette's gray
-GRAYS = ("0.45", "0.62", "0.76", "0.88")  # baselines and references, from dark to light
+GRAYS = ("0.4", "0.54", "0.67", "0.79", "0.89")  # baselines and references, from dark to light
 
 
 def arm_styles(

@@ -56,9 +56,11 @@ from ..params import BaseConfig, reference_arm
 from ..pretrain.embed import load_image
 from asap.pretrain.pointing import (
     FOCAL_LESIONS,
+    add_to_atlas,
+    atlas_hit,
     body_patches,
-    build_atlas,
     hit_patches,
+    organ_key,
     patch_coverage,
     rank_correlation,
 )
@@ -196,9 +198,10 @@ def score_pointing(
     t: pd.DataFrame,  # case, patient, channel, sentence, label
     share: np.ndarray,  # (n,N), of `patch_coverage`
     body: np.ndarray,  # (n,N) bool
-    maps: dict[str, np.ndarray],  # of `build_atlas`
+    maps: dict[str, np.ndarray],  # of `add_to_atlas`
     queries: pd.DataFrame,  # of `build_sentence_queries`
     got: dict[str, np.ndarray],  # of `predict_regions`
+    groups: Iterable[str] = (),  # names of the organ groups
 ) -> pd.DataFrame:  # t with hits (1, 0, a fraction, or NaN), peak_patch, k, extent, and Dice
     "Hits and Dice of every sentence and of the baselines"
     at, extent = hit_patches(share), share.sum(1)
@@ -216,6 +219,7 @@ def score_pointing(
     by_atlas = [
         _score_atlas(maps.get(label), a, c, n) for label, a, c, n in zip(t.label, at, share, k)
     ]
+    keys = [[organ_key(r.label, r.sentence, groups), r.label] for r in t.itertuples()]
     return t.assign(
         peak_patch=got["point"][own],
         hit=hit("own"),
@@ -228,6 +232,7 @@ def score_pointing(
         dice_random=2 * k * _body_mean(share, body) / np.maximum(k + extent, 1e-6),
         dice_shuffled_scan=dice("shuffled_scan"),
         atlas=[a for a, _ in by_atlas],
+        organ_atlas=[atlas_hit(maps, key, a) for key, a in zip(keys, at)],
         dice_atlas=[d for _, d in by_atlas],
     )
 
@@ -258,7 +263,7 @@ def _ci_columns(
 # %% ../../nbs/9_study/92_grounding.ipynb #bed7b4ca
 # A label is large when half of its train masks touch at least this fraction of the patches
 LARGE_LESION_FRACTION = 0.1
-POINTING_BASELINES = ["atlas", "shuffled_scan", "negated"]
+POINTING_BASELINES = ["atlas", "organ_atlas", "shuffled_scan", "negated"]
 
 
 def label_groups(
@@ -297,10 +302,11 @@ def _large_labels(
 
 
 class Atlas:
-    "What is counted over the train masks, one case at a time: `build_atlas`, large lesions"
+    "What is counted over the train masks, one case at a time: `add_to_atlas`, large lesions"
 
-    def __init__(self) -> None:
-        self.maps: dict[str, np.ndarray] = {}  # label -> (N,) counts
+    def __init__(self, groups: Iterable[str] = ()) -> None:
+        self.groups = list(groups)  # names of the organ groups
+        self.maps: dict[str, np.ndarray] = {}  # label, and `organ_key` -> (N,) counts
         self.labels: list[str] = []  # of each mask
         self.touched: list[float] = []  # fraction of the patches that each mask touches
 
@@ -308,11 +314,11 @@ class Atlas:
         self,
         share: np.ndarray,  # (n,N) coverage of patches by the masks of a case
         labels: Iterable[str],  # (n,)
+        sentences: Iterable[str],  # (n,)
     ) -> None:
         "Count the masks of a case"
         labels = list(labels)
-        for label, counts in build_atlas(hit_patches(share), labels).items():
-            self.maps[label] = self.maps.get(label, 0) + counts
+        add_to_atlas(self.maps, hit_patches(share), labels, list(sentences), self.groups)
         self.labels += labels
         self.touched += (share > 0).mean(1).tolist()
 
@@ -485,7 +491,7 @@ def load_lesion_targets(
         inside = a.any(1)
         num_outside += int((~inside).sum())
         if atlas is not None and g.split.iloc[0] == "train":
-            atlas.add(a[inside], g.label[inside])
+            atlas.add(a[inside], g.label[inside], g.sentence[inside])
             continue
         parts.append(g[inside])
         share.append(a[inside])
@@ -590,7 +596,7 @@ def _describe_targets(
 def evaluate_grounding(
     models: dict[str, ASAP],  # arms with alignment, of `checkpoint.load_aligned_models`
     text: TextEncoder,  # frozen encoder
-    p: Any,  # params: study.cohorts, arms and seed; volumes, tables
+    p: Any,  # params: study.cohorts, arms and seed; volumes, anatomy, tables
     root: Path,  # the project's folder
     out: Path,  # runs/grounding
 ) -> dict[str, Any]:  # content of status.json
@@ -603,7 +609,7 @@ def evaluate_grounding(
     name, last = ReXGroundingCT.companion_of, list(models.values())[-1]
     cohort = load_table(root / f"build/cohorts/{name}/{name}.parquet", root)
     size, hu = p.volumes.roi_size, p.volumes.hu_range
-    atlas, patch = Atlas(), last.vit.patch_size
+    atlas, patch = Atlas(p.anatomy.groups), last.vit.patch_size
     held, share, body, num_outside = load_lesion_targets(said, cohort, size, patch, hu, bad, atlas)
     bad.path = Path(out) / "quarantine.csv"
     bad.save()
@@ -625,8 +631,8 @@ def evaluate_arms(
     held: pd.DataFrame,  # held-out sentences
     share: np.ndarray,  # (n,N), of `patch_coverage`
     body: np.ndarray,  # (n,N) bool
-    maps: dict[str, np.ndarray],  # of `build_atlas`
-    p: Any,  # params: study.seed, volumes
+    maps: dict[str, np.ndarray],  # of `add_to_atlas`
+    p: Any,  # params: study.seed, volumes, anatomy
 ) -> pd.DataFrame:  # of `score_pointing`, with arm; a row per sentence and arm
     "The same queries for every arm"
     asked = build_sentence_queries(held, p.study.seed)
@@ -635,7 +641,7 @@ def evaluate_arms(
     out = []
     for arm, model in arms.items():
         got = predict_regions(model, text, asked, images, size, hu, label=f"ground {arm}")
-        scores = score_pointing(held, share, body, maps, asked, got)
+        scores = score_pointing(held, share, body, maps, asked, got, p.anatomy.groups)
         out.append(scores.assign(task="grounding", arm=arm))
     return pd.concat(out, ignore_index=True).drop(columns=["mask", "image", "volume", "split"])
 
@@ -684,17 +690,18 @@ def plot_hit_rates(
     names = {
         "hit_rate": arm,
         "atlas": "atlas (train)",
+        "organ_atlas": "atlas of the named organs",
         "shuffled_scan": "another scan",
         "negated": "negated sentence",
         "random": "random patch",
     }
     y = np.arange(len(t))[::-1]
     colors = (style["color"], *GRAYS)
-    size = (8.2, 0.62 * len(t) + 1)
+    size = (8.2, 0.72 * len(t) + 1)
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     for i, ((k, name), color) in enumerate(zip(names.items(), colors)):
-        at = y + 0.32 - 0.16 * i
-        ax.barh(at, t[k], 0.15, color=color, label=name)
+        at = y + 0.35 - 0.14 * i
+        ax.barh(at, t[k], 0.13, color=color, label=name)
         if f"{k}_lo" in t:
             ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0", lw=1)
     ax.set(yticks=y, xlabel="hit rate (fraction of sentences)", xlim=(0, 1))

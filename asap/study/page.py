@@ -513,12 +513,17 @@ def render_families(results: StudyResults) -> list[tuple[str, str, str]]:  # (id
     return [s for s in sections if s[2]]
 
 # %% ../../nbs/9_study/93_page.ipynb #eab38978
-_BASELINES = dict(atlas="the atlas", shuffled_scan="another scan", negated="its negation")
+_BASELINES = dict(
+    atlas="the atlas",
+    organ_atlas="the atlas of the named organs",
+    shuffled_scan="another scan",
+    negated="its negation",
+)
 
 
 def describe_hit_difference(
     r: dict,  # row of hits.csv
-    other: str,  # atlas, shuffled_scan or negated
+    other: str,  # of `_BASELINES`
 ) -> str:  # empty where it was not measured
     "Hit rate of an arm compared with a baseline, in words"
     d, lo, hi = (r[f"diff_{other}{end}"] for end in ("", "_lo", "_hi"))
@@ -630,6 +635,7 @@ _HIT_HEADINGS = dict(  # column of hits.csv -> heading
     random="random",
     lift="times random",
     atlas="atlas",
+    organ_atlas="atlas, named organs",
     shuffled_scan="shuffled_scan",
     negated="negated",
     dice="Dice",

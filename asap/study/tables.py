@@ -586,6 +586,7 @@ def _pointing_claims(
     h = _first_label_rows(pointed["hits"]).query("arm == @reference_arm")
     baselines = dict(
         atlas="the atlas",
+        organ_atlas="the atlas of the named organs",
         shuffled_scan="another patient's scan",
         negated="the negated sentence",
     )

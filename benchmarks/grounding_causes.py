@@ -4,9 +4,11 @@ development patients.
 Each variant is a row of `arms` (asap with the changes of VARIANTS). For every variant and
 development seed one process trains it on one core and measures it on development patients; its
 row is appended to benchmarks/grounding_causes.csv at once, and rows that are there are not
-computed again. What the variants of a seed share (volumes, organ maps, lesion masks, sentence
-features) is kept in --cache, outside the repository. The generation of phantoms is that of the
-params file (phantom.version). The study's seed is refused: no patient of the study is seen.
+computed again. With `--losses all` the hits of every sentence go to
+benchmarks/grounding_hits_CORPUS.csv. What the variants of a seed share (volumes, organ maps,
+lesion masks, sentence features) is kept in --cache, outside the repository. The generation of
+phantoms is that of the params file (phantom.version). The study's seed is refused: no patient of
+the study is seen.
 
     python benchmarks/grounding_causes.py --cache /data/causes --seeds 4001 4002 4003
 """
@@ -108,7 +110,10 @@ def draw(seed: int, counts: dict, cache: Path, p) -> pd.DataFrame:  # cohort tab
     return t
 
 
-# name -> hypothesis, written before the measurement; changes of the row of `asap`
+# What `asap` was before the search; each variant changes this row
+BEFORE = dict(align_candidates="all")
+
+# name -> hypothesis, written before the measurement; changes of that row
 VARIANTS: dict[str, tuple[str, dict]] = {
     "today": ("hits between none and as many as the atlas, by the first weights", {}),
     "all_visible": (
@@ -277,7 +282,7 @@ def arm_row(changes: dict, losses: str, p) -> dict:
     with the contrasts of embeddings before attention alone, which need no blocks and are fast"""
     from asap.model.asap import complete_arm
 
-    row = p.arms["asap"].model_dump() | changes
+    row = p.arms["asap"].model_dump() | BEFORE | changes
     if losses == "embeddings":
         row |= dict(align_tokens=False) | changes
     if losses != "all":
@@ -321,6 +326,15 @@ def measure(model, text, targets, p, path: Path | None = None) -> dict:  # path:
     by_label = rows.groupby("label")[["hit", "random"]].mean()
     above = int((by_label.hit > by_label.random).sum())
     return summarize_points(rows) | dict(labels=len(by_label), labels_above_guess=above)
+
+
+def keep_hits(rows: pd.DataFrame, name: str, path: Path) -> None:  # rows: of `score_points`
+    "Add the hits of a training as a column of a table with one row per sentence"
+    own = rows[["case", "label", "atlas", "organ_atlas"]].reset_index(drop=True)
+    t = pd.read_csv(path) if path.exists() else own
+    if t[["case", "label"]].to_numpy().tolist() != own[["case", "label"]].to_numpy().tolist():
+        raise ValueError(f"{path} holds the sentences of other patients: move it away")
+    write_csv(t.assign(**{name: rows.hit.astype(int).to_numpy()}), path)
 
 
 def untrained_correlation(model, text, targets, seed: int) -> float:
@@ -376,6 +390,8 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     found |= dict(loss=float(log.loss.tail(5).mean()), cpu_seconds=round(cpu))
     if a.losses == "all":
         found["macro_auc"] = probe_auc(model.eval(), table, p)
+        hits = a.out.with_name(f"grounding_hits_{a.corpus or seed}.csv")
+        keep_hits(pd.read_parquet(points), f"{variant}_{seed}", hits)
     return found
 
 

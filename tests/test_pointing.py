@@ -30,6 +30,7 @@ from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate, named_organs
 from asap.pretrain.checkpoint import model_card
 from asap.pretrain.pointing import (
+    FOCAL_LESIONS,
     body_patches,
     collect_targets,
     describe_pointing,
@@ -493,6 +494,12 @@ def test_one_row_of_the_search_from_the_draw_to_the_table(study, tmp_path, monke
     assert 0 <= found.pointing <= 1 and found.cpu_seconds >= 0
     table = pd.read_parquet(tmp_path / "seed_4001_phantom_2/table.parquet")
     assert table.split.value_counts().to_dict() == dict(train=4, val=2, test=2)
+    hits = pd.read_csv(tmp_path / "grounding_hits_4001.csv")
+    assert {"case", "label", "atlas", "organ_atlas"} < {*hits} and len(hits)
+    focal = hits[hits.label.isin(FOCAL_LESIONS)].all_visible_body_4001
+    assert np.isclose(focal.mean(), found.pointing, atol=1e-4) or focal.empty
+    with pytest.raises(ValueError, match="other patients"):
+        causes.keep_hits(hits.assign(hit=0)[1:], "x", tmp_path / "grounding_hits_4001.csv")
     causes.main()  # nothing is left to do
     assert out.read_bytes() == before
 

@@ -31,7 +31,9 @@ import pandas as pd
 from preloaded import INSTRUCTIONS, LOADED
 
 TOP = Path(__file__).resolve().parent.parent
-SWAPS = "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul BitOr_BitAnd BitAnd_BitOr"
+SWAPS = (
+    "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul BitOr_BitAnd BitAnd_BitOr"
+)
 COMPARED = "Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot"
 OTHERS = (
     "ReplaceUnaryOperator_Delete_USub ReplaceUnaryOperator_Delete_Invert "
@@ -51,18 +53,17 @@ KEY = ["module", "operator", "occurrence"]
 # What is changed
 
 
-def is_annotation(source, line, column):
-    "Whether a place belongs to a type or to `__all__`, which no test can notice"
+def untested(source):
+    "Spans of types and of `__all__`, which no test can notice"
     tree = ast.parse(source)
-    notes = [n.annotation for n in ast.walk(tree) if getattr(n, "annotation", None)]
-    notes += [n.returns for n in ast.walk(tree) if getattr(n, "returns", None)]
-    notes += [
+    nodes = [n.annotation for n in ast.walk(tree) if getattr(n, "annotation", None)]
+    nodes += [n.returns for n in ast.walk(tree) if getattr(n, "returns", None)]
+    nodes += [
         n.value
         for n in tree.body
         if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
     ]
-    at = (line, column)
-    return any((n.lineno, n.col_offset) <= at < (n.end_lineno, n.end_col_offset) for n in notes)
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes]
 
 
 def places(path):
@@ -82,7 +83,8 @@ def places(path):
             for start, _ in operator.mutation_positions(node):
                 found.setdefault(tuple(start), []).append((name, n))
                 n += 1
-    return {at: k for at, k in found.items() if not is_annotation(source, *at)}
+    spans = untested(source)
+    return {at: k for at, k in found.items() if not any(a <= at < b for a, b in spans)}
 
 
 def changed(path, operator, occurrence):
@@ -111,7 +113,9 @@ def sample(paths, n, seed):
 def words(path, operator, occurrence):
     "What a change replaces, and by what"
     old, new = path.read_text().splitlines(), changed(path, operator, occurrence).splitlines()
-    diff = [d for d in difflib.unified_diff(old, new, n=0, lineterm="") if d[:3] not in ("---", "+++")]
+    diff = [
+        d for d in difflib.unified_diff(old, new, n=0, lineterm="") if d[:3] not in ("---", "+++")
+    ]
     before, after = ([d[1:].strip() for d in diff if d[0] == k] for k in "-+")
     return dict(before=" ".join(before), after=" ".join(after))
 
@@ -121,7 +125,9 @@ def words(path, operator, occurrence):
 
 def page_of(path):
     "The page that a module is exported from"
-    return (path.parent / re.search(r"File to edit: (\S+?)\.?$", path.read_text(), re.M)[1]).resolve()
+    return (
+        path.parent / re.search(r"File to edit: (\S+?)\.?$", path.read_text(), re.M)[1]
+    ).resolve()
 
 
 def tests_of(module):
@@ -139,7 +145,9 @@ def read_page(path, module):
 
     spec = module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     shell = pages.shell(path)
-    shell.user_ns.update({k: v for k, v in vars(importlib.import_module(spec)).items() if k[:2] != "__"})
+    shell.user_ns.update(
+        {k: v for k, v in vars(importlib.import_module(spec)).items() if k[:2] != "__"}
+    )
     with contextlib.chdir(path.parent):
         for cell in json.loads(path.read_text())["cells"]:
             source = pages.joined(cell["source"])
@@ -205,8 +213,12 @@ def known_times(trees, looks, path, patience):
         code, seconds = tree.run(*item, patience)
         trees.put(tree)
         known[str(item[0])] = seconds if code == 0 else None
-        print(f"{item[0]}: {'left out' if code else f'{seconds:.0f} s'}" if code is not None else
-              f"{item[0]}: longer than {patience} s, left out", flush=True)
+        print(
+            f"{item[0]}: {'left out' if code else f'{seconds:.0f} s'}"
+            if code is not None
+            else f"{item[0]}: longer than {patience} s, left out",
+            flush=True,
+        )
         path.write_text(json.dumps(known, indent=1))
 
     with ThreadPoolExecutor(trees.qsize()) as pool:
@@ -287,7 +299,10 @@ def main():
         with lock:
             results.append(found)
             pd.DataFrame(results).to_csv(a.out, index=False)
-            print(f"{len(results)}: {found['module']}:{found['line']} {found['outcome']} {found['by']}", flush=True)
+            print(
+                f"{len(results)}: {found['module']}:{found['line']} {found['outcome']} {found['by']}",
+                flush=True,
+            )
 
     with ThreadPoolExecutor(a.copies) as pool:
         list(pool.map(work, rows))

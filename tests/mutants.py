@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -134,9 +135,10 @@ def tests_of(module):
     "The files of tests that import a module"
     name = module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     package, _, leaf = name.rpartition(".")
-    pattern = rf"(?m)^\s*(from {re.escape(name)} import|import {re.escape(name)}\b|from {re.escape(package)} import [^\n]*\b{leaf}\b)"
+    direct, parent = re.escape(name), re.escape(package)
+    pattern = rf"^\s*((from|import) {direct}\b|from {parent} import [^\n]*\b{leaf}\b)"
     files = sorted((TOP / "tests").glob("test_*.py"))
-    return [f.name for f in files if re.search(pattern, f.read_text())]
+    return [f.name for f in files if re.search(pattern, f.read_text(), re.M)]
 
 
 def read_page(path, module):
@@ -213,12 +215,8 @@ def known_times(trees, looks, path, patience):
         code, seconds = tree.run(*item, patience)
         trees.put(tree)
         known[str(item[0])] = seconds if code == 0 else None
-        print(
-            f"{item[0]}: {'left out' if code else f'{seconds:.0f} s'}"
-            if code is not None
-            else f"{item[0]}: longer than {patience} s, left out",
-            flush=True,
-        )
+        said = {None: f"longer than {patience} s, left out", 0: f"{seconds:.0f} s"}
+        print(f"{item[0]}: {said.get(code, 'fails, left out')}", flush=True)
         path.write_text(json.dumps(known, indent=1))
 
     with ThreadPoolExecutor(trees.qsize()) as pool:
@@ -256,6 +254,47 @@ def arguments():
     return a.parse_args()
 
 
+def looks_of(paths):
+    "The page and the tests of each module"
+    names = [p.relative_to(TOP).as_posix() for p in paths]
+    return {
+        name: [page_of(p).relative_to(TOP), *[Path("tests") / t for t in tests_of(name)]]
+        for name, p in zip(names, paths)
+    }
+
+
+def copies(n, folder):
+    "Fresh copies of the last commit"
+    folder.mkdir(parents=True, exist_ok=True)
+    trees: Queue = Queue()
+    for i in range(n):
+        shutil.rmtree(folder / f"tree{i}", ignore_errors=True)
+        trees.put(Tree(folder / f"tree{i}"))
+    return trees
+
+
+def campaign(rows, trees, looks, times, out):
+    "Judge every row; the table is written after each"
+    results = pd.read_csv(out).to_dict("records") if out.exists() else []
+    lock = threading.Lock()
+
+    def work(row):
+        tree = trees.get()
+        try:
+            found = judge(tree, row, looks[row["module"]], times)
+        finally:
+            trees.put(tree)
+        with lock:
+            results.append(found)
+            pd.DataFrame(results).to_csv(out, index=False)
+            place = f"{found['module']}:{found['line']}"
+            print(f"{len(results)}: {place} {found['outcome']} {found['by']}", flush=True)
+
+    with ThreadPoolExecutor(trees.qsize()) as pool:
+        list(pool.map(work, rows))
+    return pd.DataFrame(results)
+
+
 def main():
     a = arguments()
     os.environ.update(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
@@ -265,49 +304,17 @@ def main():
     if a.modules:
         paths = [p for p in paths if p.relative_to(TOP).as_posix() in a.modules]
     rows = sample(paths, a.sample, a.seed)
-    done = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=KEY)
-    seen = {tuple(r) for r in done[KEY].itertuples(index=False)}
-    rows = [r for r in rows if tuple(r[k] for k in KEY) not in seen]
-    a.work.mkdir(parents=True, exist_ok=True)
-    trees: Queue = Queue()
-    for i in range(a.copies):
-        folder = a.work / f"tree{i}"
-        subprocess.run(["rm", "-rf", folder], check=True)
-        trees.put(Tree(folder))
-    looks = {
-        p.relative_to(TOP).as_posix(): [
-            page_of(p).relative_to(TOP),
-            *[Path("tests") / t for t in tests_of(p.relative_to(TOP).as_posix())],
-        ]
-        for p in paths
-    }
-    wanted = dict.fromkeys((what, m) for r in rows for m in [r["module"]] for what in looks[m])
-    first = {what: (what, m) for what, m in reversed(wanted)}
-    times = known_times(trees, list(first.values()), a.work / "times.json", a.patience)
-    usable = {
-        m: sorted((w for w in k if times.get(str(w))), key=lambda w: times[str(w)])
-        for m, k in looks.items()
-    }
-    lock, results = threading.Lock(), done.to_dict("records")
-
-    def work(row):
-        tree = trees.get()
-        try:
-            found = judge(tree, row, usable[row["module"]], times)
-        finally:
-            trees.put(tree)
-        with lock:
-            results.append(found)
-            pd.DataFrame(results).to_csv(a.out, index=False)
-            print(
-                f"{len(results)}: {found['module']}:{found['line']} {found['outcome']} {found['by']}",
-                flush=True,
-            )
-
-    with ThreadPoolExecutor(a.copies) as pool:
-        list(pool.map(work, rows))
-    t = pd.DataFrame(results)
-    print(t.outcome.value_counts().to_string())
+    if a.out.exists():
+        seen = {tuple(r) for r in pd.read_csv(a.out)[KEY].itertuples(index=False)}
+        rows = [r for r in rows if tuple(r[k] for k in KEY) not in seen]
+    trees, looks = copies(a.copies, a.work), looks_of(paths)
+    wanted = {what: m for m in {r["module"]: 0 for r in rows} for what in looks[m]}
+    times = known_times(trees, list(wanted.items()), a.work / "times.json", a.patience)
+    usable = {m: [w for w in k if times.get(str(w))] for m, k in looks.items()}
+    for k in usable.values():
+        k.sort(key=lambda w: times[str(w)])
+    found = campaign(rows, trees, usable, times, a.out)
+    print(found.outcome.value_counts().to_string())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'REPORTED_PACKAGES', 'CLAIM_TEXTS', 'REAL_CT_CAPTION', 'SCORES_CAPTION', 'GUIDE', 'PageConfig',
            'read_table', 'copy_data', 'render_data_note', 'render_cohorts', 'describe_weights', 'render_run',
-           'render_ceiling', 'summarize_verdicts', 'summarize_claim', 'render_claim', 'task_title', 'render_ranking',
-           'render_claims', 'render_tasks', 'arm_cost_table', 'load_tables', 'render_families',
+           'render_ceiling', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim', 'task_title',
+           'render_ranking', 'render_claims', 'render_tasks', 'arm_cost_table', 'load_tables', 'render_families',
            'describe_hit_difference', 'render_hit_rate', 'render_training_variation', 'render_pointing',
            'render_grounding', 'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table',
            'render_pretraining', 'render_sentence_table', 'render_real_scans', 'render_real_scores', 'render_inputs',
@@ -280,6 +280,19 @@ def summarize_verdicts(
     return "not supported" if not n else f"supported in {n} of {of} comparisons, not in the others"
 
 
+def count_verdicts(
+    t: pd.DataFrame,  # of `tables.claim_table`
+) -> dict[str, int]:  # claims, supported, contradicted; holm, holm_against: after the adjustment
+    "How many comparisons are borne out, alone and after Holm's adjustment over all of them"
+    return dict(
+        claims=len(t),
+        supported=int((t.verdict == "supported").sum()),
+        contradicted=int((t.verdict == "contradicted").sum()),
+        holm=int((t.verdict_holm == "supported").sum()),
+        holm_against=int((t.verdict_holm == "contradicted").sum()),
+    )
+
+
 def _claim_rows(t: pd.DataFrame) -> pd.DataFrame:  # `t`: rows of `tables.claim_table`
     rows = t.to_dict("records")
     counted = [f" ({r['tasks']} tasks)" if r["tasks"] > 1 else "" for r in rows]
@@ -289,6 +302,7 @@ def _claim_rows(t: pd.DataFrame) -> pd.DataFrame:  # `t`: rows of `tables.claim_
             outcome=[r["outcome"] + n for r, n in zip(rows, counted)],
             difference=[format_difference(r) for r in rows],
             verdict=t.verdict,
+            after_holm=t.verdict_holm,
         ),
         index=t.index,
     )
@@ -389,6 +403,7 @@ def _task_row(g: pd.DataFrame, cnn_auc: float | None) -> dict[str, Any]:  # `g`:
         metric=_METRIC_NAMES.get(first.metric, first.metric),
         fraction=first.fraction,
         patients=None if pd.isna(first.get("patients")) else int(first.patients),
+        detectable=None if pd.isna(first.get("detectable")) else first.detectable,
         ceiling=cnn_auc if by_cnn else ceiling,
         by_cnn=by_cnn,
         row=next(iter(cells.values()))["row"],
@@ -908,6 +923,7 @@ def render_summary(
         cards=render_cards(_headline_cards(t, ceiling)),
         training_note=render_training_note(trainings),
         claims=[summarize_claim(name, g) for name, g in claims],
+        counts=count_verdicts(t["claims"]) if claims else None,
         one_training=trainings is not None,
         pointing=render_pointing(folder / "grounding"),
     )

@@ -50,6 +50,8 @@ WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 TUTORIALS = {  # title in the menu; tutorials that are not listed follow with their own
     "000_tour.ipynb": "Get started: a tour in ten minutes",
     "tutorials/one_scan.ipynb": "One scan",
+    "tutorials/view_in_lab.ipynb": "One scan in JupyterLab",
+    "tutorials/open_results.ipynb": "One scan in 3D Slicer and OHIF",
     "tutorials/real_scans.ipynb": "Real scans",
     "tutorials/own_hospital.ipynb": "Your hospital's data",
     "tutorials/new_cohort.ipynb": "A public data set",
@@ -57,7 +59,8 @@ TUTORIALS = {  # title in the menu; tutorials that are not listed follow with th
     "tutorials/read_the_study.ipynb": "Read the study",
     "tutorials/own_encoder.ipynb": "Your encoder",
     "tutorials/new_task.ipynb": "A new task",
-    "96_cost.ipynb": "A cluster: what the paper's scale costs",
+    "tutorials/cluster.ipynb": "A cluster",
+    "96_cost.ipynb": "What the paper's scale costs",
 }
 CHAPTERS = {
     "1_phantom": "Phantoms",

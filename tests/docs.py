@@ -38,9 +38,11 @@ SCRIPT = re.compile(
     r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>'
     r"((?:(?!</script>).)*)</script>"
 )
+DIRECTIVE = re.compile(r'(?m)<span class="c1">#\|[^<]*</span>\n|(?:(?<=>)|^)#\|[^<\n]*\n')
 STYLE = """
 .md-grid { max-width: 76rem }
-.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none }
+.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt,
+.jupyter-wrapper .celltoolbar { display: none !important }
 .jupyter-wrapper .jp-Cell, .jupyter-wrapper .jp-Notebook { padding-left: 0; padding-right: 0 }
 .jupyter-wrapper .highlight pre { font-size: .62rem }
 """
@@ -71,7 +73,7 @@ CHAPTERS = {
     "5_model": "Model",
     "6_pretrain": "Pre-training",
     "7_tasks": "Tasks",
-    "8_inference": "One scan",
+    "8_inference": "Inference",
     "9_study": "Study",
     "stages": "Stages, as DVC runs them",
 }
@@ -221,6 +223,15 @@ def shared(body: str, here: str) -> str:
     return SCRIPT.sub(unless_fetching, body)
 
 
+def without_directives(body: str) -> str:
+    "Leave out what only nbdev reads: the cell above the title, and lines such as `#| export`"
+    first = body.find('<div class="jp-Cell')
+    end = body.find('<div class="jp-Cell jp-MarkdownCell', first)
+    if "#| default_exp" in body[first:end]:
+        body = body[:first] + body[end:]
+    return DIRECTIVE.sub("", body)
+
+
 def with_reference(body: str, source: str, here: str) -> str:
     "A link from a notebook's page to the API page of its module, below the title"
     if source not in references:
@@ -244,7 +255,7 @@ def on_page_content(body, page, config, files):
     if source not in pages:
         return with_source(body, page.url)
     body = formulas(linked(body, source, page.url), source)
-    return shared(with_reference(body, source, page.url), page.url)
+    return shared(without_directives(with_reference(body, source, page.url)), page.url)
 
 
 def on_post_build(config):

@@ -1594,7 +1594,8 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         if (e.name or "asap").startswith("asap"):
             raise
         print(
-            f"asap: {a.command} needs {e.name}, which is not installed: in a clone, pip install '.[study]'",
+            f"asap: {a.command} needs {e.name}, which is not installed: "
+            "in a clone, pip install '.[study]'",
             file=sys.stderr,
         )
     except (ValueError, OSError) as e:

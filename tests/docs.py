@@ -223,12 +223,15 @@ def shared(body: str, here: str) -> str:
     return SCRIPT.sub(unless_fetching, body)
 
 
+CODE_CELL = '<div class="jp-Cell jp-CodeCell jp-Notebook-cell jp-mod-noOutputs">'
+
+
 def without_directives(body: str) -> str:
-    "Leave out what only nbdev reads: the cell above the title, and lines such as `#| export`"
-    first = body.find('<div class="jp-Cell')
-    end = body.find('<div class="jp-Cell jp-MarkdownCell', first)
-    if "#| default_exp" in body[first:end]:
-        body = body[:first] + body[end:]
+    "Leave out what only nbdev reads: the cell that names a module, and lines such as `#| export`"
+    at = body.find('<span class="c1">#| default_exp')
+    if at >= 0:
+        start, end = body.rfind(CODE_CELL, 0, at), body.find('<div class="jp-Cell ', at)
+        body = body[:start] + body[end:]
     return DIRECTIVE.sub("", body)
 
 

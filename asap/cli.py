@@ -769,7 +769,7 @@ def _organs_one(
 
 def _require_highdicom(a: argparse.Namespace) -> None:
     if a.seg and importlib.util.find_spec("highdicom") is None:
-        raise ValueError("--seg needs highdicom, which is not installed: pip install 'asap[dicom]'")
+        raise ValueError("--seg needs highdicom, which is not installed: pip install highdicom")
 
 
 def _writes_seg(
@@ -1039,8 +1039,10 @@ def _ground_lines(
         f"cosine {s['max_similarity']:.2f}: {picture}"
     )
     for j, piece in enumerate(s["pieces"], 1):
+        count = piece["piece_patches"]
+        patches = "1 patch" if count == 1 else f"{count} patches"
         yield (
-            f"{name}:   piece {j} of {len(s['pieces'])}: {piece['piece_patches']} patches at "
+            f"{name}:   piece {j} of {len(s['pieces'])}: {patches} at "
             f"{place(piece)}, cosine up to {piece['piece_similarity']:.2f}"
         )
 
@@ -1217,7 +1219,7 @@ def _add_seg_option(p: argparse.ArgumentParser) -> None:
         "--seg",
         action="store_true",
         help="also a DICOM SEG, if the scan is a DICOM series; it holds the patient's name and "
-        "number, as the series does (needs asap[dicom])",
+        "number, as the series does (needs highdicom)",
     )
 
 
@@ -1592,7 +1594,8 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         if (e.name or "asap").startswith("asap"):
             raise
         print(
-            f"asap: {a.command} needs {e.name}, which is not installed: pip install 'asap[study]'",
+            f"asap: {a.command} needs {e.name}, which is not installed: "
+            "in a clone, pip install '.[study]'",
             file=sys.stderr,
         )
     except (ValueError, OSError) as e:

@@ -439,7 +439,7 @@ def parallel_backend(
         except ImportError:
             raise ImportError(
                 "study.backend is `dask`, which is not installed: "
-                "pip install 'asap[cluster]', or set loky"
+                "pip install dask distributed, or set loky"
             ) from None
         with (
             Client(set_as_default=True) as client,

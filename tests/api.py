@@ -191,11 +191,19 @@ def signature(function: ast.FunctionDef, name: str, source: str) -> str:
         + ((" = " if a.type else "=") + a.default if a.default else "")
         for a in arguments(function, source)
     ]
-    end = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    kind = ast.unparse(function.returns) if function.returns else ""
+    if is_property(function):
+        return f"{name}: {kind}" if kind else name
+    end = f" -> {kind}" if kind else ""
     line = f"{name}({', '.join(args)}){end}"
     if len(line) <= 88:
         return line
     return f"{name}(\n" + "".join(f"    {a},\n" for a in args) + f"){end}"
+
+
+def is_property(function: ast.FunctionDef) -> bool:
+    names = {getattr(d, "id", getattr(d, "attr", "")) for d in function.decorator_list}
+    return bool(names & {"property", "cached_property"})
 
 
 def function_section(function: ast.FunctionDef, name: str, source: str, level: int) -> str:
@@ -203,7 +211,7 @@ def function_section(function: ast.FunctionDef, name: str, source: str, level: i
     back = returned(function, source)
     return "\n".join(
         [
-            f"{'#' * level} `{name}` {{ #{name} }}\n",
+            f"{'#' * level} `{name}` {{ #{name.replace('__', '')} }}\n",
             fenced(signature(function, name, source)),
             f"<p>{prose(ast.get_docstring(function) or '')}</p>\n",
             table([*rows, *([back] if back else [])], "Argument"),

@@ -11,6 +11,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     (
         p
@@ -42,9 +44,10 @@ FLAGS = [
 class Tab:
     "One page; what it asked of a network and what its console said are kept"
 
-    def __init__(self, address):
+    def __init__(self, address, process):
         import websocket
 
+        self.process = psutil.Process(process.pid)
         self.socket, self.n, self.requests, self.complaints = (
             websocket.create_connection(address, timeout=60),
             0,
@@ -96,6 +99,10 @@ class Tab:
                     f"its console: {self.complaints}"
                 )
 
+    def cpu_seconds(self) -> float:  # of all processes of the browser
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(t.user + t.system for t in (p.cpu_times() for p in family))
+
     def picture(self, selector=None) -> bytes:  # PNG
         clip = {}
         if selector:
@@ -128,7 +135,7 @@ def tab(*flags):
                 f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"
             ) as r:
                 pages = json.load(r)
-            t = Tab(next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"])
+            t = Tab(next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"], done)
             try:
                 yield t
             finally:

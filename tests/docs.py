@@ -38,9 +38,11 @@ SCRIPT = re.compile(
     r'(?s)<script (?:src=""|type="text/x-mathjax-config"|type="module")>'
     r"((?:(?!</script>).)*)</script>"
 )
+DIRECTIVE = re.compile(r'(?m)<span class="c1">#\|[^<]*</span>\n|(?:(?<=>)|^)#\|[^<\n]*\n')
 STYLE = """
 .md-grid { max-width: 76rem }
-.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none }
+.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt,
+.jupyter-wrapper .celltoolbar { display: none !important }
 .jupyter-wrapper .jp-Cell, .jupyter-wrapper .jp-Notebook { padding-left: 0; padding-right: 0 }
 .jupyter-wrapper .highlight pre { font-size: .62rem }
 """
@@ -50,6 +52,8 @@ WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 TUTORIALS = {  # title in the menu; tutorials that are not listed follow with their own
     "000_tour.ipynb": "Get started: a tour in ten minutes",
     "tutorials/one_scan.ipynb": "One scan",
+    "tutorials/view_in_lab.ipynb": "One scan in JupyterLab",
+    "tutorials/open_results.ipynb": "One scan in 3D Slicer and OHIF",
     "tutorials/real_scans.ipynb": "Real scans",
     "tutorials/own_hospital.ipynb": "Your hospital's data",
     "tutorials/new_cohort.ipynb": "A public data set",
@@ -57,7 +61,8 @@ TUTORIALS = {  # title in the menu; tutorials that are not listed follow with th
     "tutorials/read_the_study.ipynb": "Read the study",
     "tutorials/own_encoder.ipynb": "Your encoder",
     "tutorials/new_task.ipynb": "A new task",
-    "96_cost.ipynb": "A cluster: what the paper's scale costs",
+    "tutorials/cluster.ipynb": "A cluster",
+    "96_cost.ipynb": "What the paper's scale costs",
 }
 CHAPTERS = {
     "1_phantom": "Phantoms",
@@ -68,7 +73,7 @@ CHAPTERS = {
     "5_model": "Model",
     "6_pretrain": "Pre-training",
     "7_tasks": "Tasks",
-    "8_inference": "One scan",
+    "8_inference": "Inference",
     "9_study": "Study",
     "stages": "Stages, as DVC runs them",
 }
@@ -218,6 +223,18 @@ def shared(body: str, here: str) -> str:
     return SCRIPT.sub(unless_fetching, body)
 
 
+CODE_CELL = '<div class="jp-Cell jp-CodeCell jp-Notebook-cell jp-mod-noOutputs">'
+
+
+def without_directives(body: str) -> str:
+    "Leave out what only nbdev reads: the cell that names a module, and lines such as `#| export`"
+    at = body.find('<span class="c1">#| default_exp')
+    if at >= 0:
+        start, end = body.rfind(CODE_CELL, 0, at), body.find('<div class="jp-Cell ', at)
+        body = body[:start] + body[end:]
+    return DIRECTIVE.sub("", body)
+
+
 def with_reference(body: str, source: str, here: str) -> str:
     "A link from a notebook's page to the API page of its module, below the title"
     if source not in references:
@@ -241,7 +258,7 @@ def on_page_content(body, page, config, files):
     if source not in pages:
         return with_source(body, page.url)
     body = formulas(linked(body, source, page.url), source)
-    return shared(with_reference(body, source, page.url), page.url)
+    return shared(without_directives(with_reference(body, source, page.url)), page.url)
 
 
 def on_post_build(config):

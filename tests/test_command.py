@@ -340,7 +340,8 @@ def test_ground_prints_the_peak_and_each_piece(scan, tmp_path):
     assert len(pieces) == len(table) == table.piece.max()
     for line, row in zip(pieces, table.itertuples()):
         place = f"{row.x_mm:.0f}, {row.y_mm:.0f}, {row.z_mm:.0f} mm (RAS)"
-        assert f"piece {row.piece} of {len(table)}: {row.piece_patches} patches at {place}" in line
+        patches = "1 patch" if row.piece_patches == 1 else f"{row.piece_patches} patches"
+        assert f"piece {row.piece} of {len(table)}: {patches} at {place}" in line
 
 
 def examples() -> list[str]:

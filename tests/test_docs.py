@@ -141,6 +141,13 @@ def test_formulas_are_read(pages):
     assert sum("<math" in p.read_text() for p in pages) >= 5
 
 
+def test_nothing_is_shown_that_only_a_program_reads(site):
+    for page in site.rglob("*.html"):
+        shown = re.sub(r"<code>#\|.*?</code>", "", page.read_text(encoding="utf8"))
+        assert not re.search(r"(?m)^#\|\s?\w|>#\|\s?(export|eval|hide|default_exp)", shown), page
+        assert "{ #" not in "".join(Page(page).text), page
+
+
 def test_a_link_that_leads_nowhere_is_said(caplog):
     import docs
 
@@ -173,8 +180,9 @@ def test_tutorials_come_first_then_the_book_then_the_reference():
     menu = docs.contents(TOP / "nbs")
     assert [next(iter(x)) for x in menu] == ["Overview", "Tutorials", "The book", "API reference"]
     tutorials = menu[1]["Tutorials"]
-    first = [next(iter(x.values())) for x in tutorials][:2]
-    assert first == ["000_tour.ipynb", "tutorials/one_scan.ipynb"]
+    order = [Path(next(iter(x.values()))).stem for x in tutorials]
+    path = ["000_tour", "one_scan", "own_hospital", "ablation", "own_encoder", "cluster"]
+    assert order[:2] == path[:2] and [n for n in order if n in path] == path
     names, titles = [], []
 
     def walk(items):
@@ -193,8 +201,9 @@ def test_tutorials_come_first_then_the_book_then_the_reference():
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
 def test_no_line_of_code_is_cut(site):
-    "At 1,300 pixels; in every tenth page and those with the longest lines"
-    chosen = [*PAGES[::10], TOP / "nbs/9_study/93_page.ipynb", TOP / "nbs/98_cli.ipynb"]
+    "At 1,300 pixels; in every tenth page, those with the longest lines, README and tutorials"
+    chosen = [*PAGES[::10], *(p for p in PAGES if p.parent.name == "tutorials")]
+    chosen += [TOP / f"nbs/{n}.ipynb" for n in ("9_study/93_page", "98_cli", "index")]
     with tab() as t:
         size = dict(width=1300, height=800, deviceScaleFactor=1, mobile=False)
         t.call("Emulation.setDeviceMetricsOverride", **size)
@@ -203,7 +212,7 @@ def test_no_line_of_code_is_cut(site):
             t.open((site / name).as_uri())
             t.until("document.readyState === 'complete' && document.querySelector('.jp-Cell')")
             cut = t.run(
-                "Array.from(document.querySelectorAll('.jp-CodeCell .jp-InputArea pre'))"
+                "Array.from(document.querySelectorAll('.jp-InputArea pre'))"
                 ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))"
             )
             assert not cut, (name, cut)

@@ -283,6 +283,22 @@ def test_a_typed_sentence_gives_the_region_of_ground(typed, model):
 
 
 @needs
+def test_an_answer_takes_less_than_300_ms(typed):
+    """From the click to the painted planes: processor time of all processes of the browser, which
+    does not depend on what else runs on this machine"""
+    t, _ = typed
+    answer = (
+        "new Promise(r => {{ $('typed').value = {}; $('ask').requestSubmit(); "
+        "requestAnimationFrame(() => requestAnimationFrame(r)) }})"
+    )
+    before, texts = t.cpu_seconds(), [f"There is a nodule of {n} mm." for n in range(11, 17)]
+    for text in texts:
+        t.run(answer.format(json.dumps(text)))
+        assert t.run("scan.shown.text") == text
+    assert (t.cpu_seconds() - before) / len(texts) < 0.3
+
+
+@needs
 def test_a_listed_sentence_gives_the_region_of_ground(typed, model):
     t, file = typed
     listed = t.run("scan.sentences.map(s => s.text)")[:3]

@@ -116,5 +116,7 @@ def test_a_command_of_the_study_names_what_is_missing(unpacked, scan):
         shutil.copyfile(TOP / name, scan / name)
     shutil.copytree(TOP / "nbs/stages", scan / "nbs/stages")
     done = run(unpacked, scan, "-m", "asap", "stage", "text")
-    said = "asap: stage needs papermill, which is not installed: pip install 'asap[study]'\n"
+    said = (
+        "asap: stage needs papermill, which is not installed: in a clone, pip install '.[study]'\n"
+    )
     assert (done.returncode, done.stderr) == (1, said)

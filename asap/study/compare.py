@@ -9,6 +9,7 @@ __all__ = ['WORKSPACE', 'COMPARE_COLUMNS', 'PAIRED', 'open_version', 'flatten_pa
 # %% ../../nbs/9_study/92c_compare.ipynb #0f034da2
 import contextlib
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,11 +238,12 @@ def compare_scores(
     n: int,  # bootstrap replicates
     level: float,  # confidence level
     by_task: bool = False,  # a row per task in place of the means
-) -> pd.DataFrame:  # COMPARE_COLUMNS; difference: b - a
+) -> pd.DataFrame:  # COMPARE_COLUMNS; difference: b - a; `attrs`: left_out, names of tasks
     "The headline figures of two versions that both have"
     shared = [k for k in a.keys() if k in b.keys()]
-    if not by_task:
-        shared = [k for k in shared if k[0] not in a.unsolved | b.unsolved]
+    unsolved = frozenset() if by_task else a.unsolved | b.unsolved
+    left_out = sorted(unsolved & {task for task, _, _ in shared})
+    shared = [k for k in shared if k[0] not in left_out]
     figures = headline_keys(shared)
     if by_task:
         each = dict.fromkeys(k for keys in figures.values() for k in keys)
@@ -249,7 +251,9 @@ def compare_scores(
     rows = [dict(figure=k) | _compare_keys(a, b, v, arm, level) for k, v in figures.items()]
     if hits := _compare_hits(a, b, n, level):
         rows.append(dict(figure=POINTING) | hits)
-    return pd.DataFrame(rows, columns=COMPARE_COLUMNS)
+    out = pd.DataFrame(rows, columns=COMPARE_COLUMNS)
+    out.attrs["left_out"] = left_out
+    return out
 
 
 def _task_name(key: ScoreKey) -> str:
@@ -291,6 +295,15 @@ def _cut(v: Any, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def _left_out_note(
+    tasks: list[str],
+) -> list[str]:  # lines
+    if not tasks:
+        return []
+    why = "Left out of the means, as nobody finds anything in A or in B (--tasks shows them):"
+    return ["", *textwrap.wrap(f"{why} {', '.join(tasks)}", 120)]
+
+
 def format_comparison(
     names: tuple[str, str],  # of A and B
     arm: str,
@@ -305,12 +318,13 @@ def format_comparison(
         lines += [shown.to_markdown(index=False, tablefmt="simple", disable_numparse=True), ""]
     else:
         lines += ["No param differs.", ""]
+    left_out = _left_out_note(figures.attrs.get("left_out", []))
     if not len(figures):
-        return "\n".join([*lines, f"No figure of arm {arm} is in both."])
+        return "\n".join([*lines, f"No figure of arm {arm} is in both.", *left_out])
     table = _comparison_rows(figures).to_markdown(
         index=False,
         tablefmt="simple",
         disable_numparse=True,
         colalign=("left", *["right"] * 4, "left", "right"),
     )
-    return "\n".join([*lines, f"Arm {arm}; means over tasks, all labels:", table])
+    return "\n".join([*lines, f"Arm {arm}; means over tasks, all labels:", table, *left_out])

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_NAME_BYTES', 'MISSING_WORDS', 'project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everything',
-           'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text',
-           'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults',
-           'fingerprint', 'first_difference', 'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar',
-           'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
+           'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'split_revision',
+           'missing_reason', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash',
+           'code_hash', 'drop_defaults', 'fingerprint', 'first_difference', 'write_hashes', 'reuse_or_set_aside',
+           'log_message', 'progress_bar', 'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine',
+           'decode_escapes']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib
@@ -202,6 +203,16 @@ def list_files(
         )
     found = [f for f in here if f.match(first)]
     return [g for f in found for g in list_files(f, rest)] if rest else found
+
+
+def split_revision(
+    name: str | Path,  # of a model: a folder, `owner/name` or `owner/name@revision`
+) -> tuple[str, str | None]:  # folder or id; commit, tag or branch of the hub
+    "A name of the Hugging Face hub and the revision that is asked for"
+    given, mark, revision = str(name).rpartition("@")
+    if not mark or Path(name).exists():
+        return str(name), None
+    return given, revision
 
 
 def missing_reason(

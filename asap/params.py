@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFraction', 'OpenFraction', 'Shape3D', 'Spacing3D', 'CohortName', 'CohortRows', 'EncoderRow',
-           'EncoderName', 'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig', 'section_type',
-           'params_model', 'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params', 'FractionRow',
-           'select_row', 'check_rows', 'StageParams', 'load_stage_params', 'override_keys', 'override_params']
+           'ItemName', 'EncoderName', 'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig',
+           'section_type', 'params_model', 'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params',
+           'FractionRow', 'select_row', 'check_rows', 'StageParams', 'load_stage_params', 'override_keys',
+           'override_params']
 
 # %% ../nbs/02_params.ipynb #par00003
 import difflib
@@ -115,7 +116,9 @@ def _one_source(row: EncoderConfig) -> EncoderConfig:  # `row`
 
 
 EncoderRow = Annotated[EncoderConfig, AfterValidator(_one_source)]
-EncoderName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+# a name that becomes part of a command in dvc.yaml and of file names
+ItemName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,63}$")]
+EncoderName = ItemName
 
 # %% ../nbs/02_params.ipynb #6b6d2601
 class StudyConfig(BaseConfig):
@@ -125,7 +128,7 @@ class StudyConfig(BaseConfig):
     # a cohort that is not in data/ is skipped, and the log names it
     cohorts: Annotated[list[CohortName], Field(min_length=1)]
     tasks: list[str]  # names of registered tasks, see asap.registry
-    arms: list[str]
+    arms: list[ItemName]
     encoders: dict[EncoderName, EncoderRow]  # beside the arms in every task on features
     n_jobs: PositiveInt  # processes that prepare data
     max_parallel_stages: PositiveInt  # that `asap study` runs at a time

@@ -71,6 +71,8 @@ def _known_cohort(name: str) -> str:  # `name`
 def _cohort_rows(rows) -> dict:  # name -> options, of all cohorts
     if not isinstance(rows, dict):
         raise ValueError("expected one row per cohort")
+    if odd := [k for k in rows if not isinstance(k, str)]:
+        raise ValueError(f"unknown key `cohorts.{odd[0]}`: expected names of cohorts")
     out, errors = {}, []
     for name in dict.fromkeys([*rows, *_cohorts().available_cohort_names()]):
         try:

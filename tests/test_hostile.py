@@ -181,6 +181,7 @@ PARAMS = {
     + "".join(f"x{k}: &x{k} [{', '.join([f'*x{k - 1}'] * 10)}]\n" for k in range(1, 9)): "aliases",
     "extra: " + "[" * 30_000 + "\n": "not valid YAML",
     "base: []\n": "expected a file's name",
+    "base: params.yaml\ncohorts: {null: {}}\n": "expected names of cohorts",
     "base: no/such.yaml\n": "which is no file",
 }
 

@@ -157,7 +157,8 @@ class Worker:
             timer = threading.Timer(limits.wall, stop)
             timer.start()
             try:
-                process.stdin.write(json.dumps(request).encode() + b"\n")  # type: ignore[union-attr]
+                line = json.dumps(request).encode() + b"\n"
+                process.stdin.write(line)  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
                 return _receive(process.stdout)  # type: ignore[arg-type]
             except (EOFError, BrokenPipeError):

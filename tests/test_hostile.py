@@ -16,6 +16,7 @@ from asap.cli import main
 from asap.data import decode
 from asap.data.checks import load_checked
 from asap.data.prepare import prepare_cases
+from asap.data.table import cohort_row
 from asap.isolate import IsolationError, call_isolated
 from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
@@ -153,7 +154,7 @@ def test_the_case_is_quarantined_and_the_others_prepared(tmp_path):
         (tmp_path / name).mkdir()
         form = "nrrd"
         path = make(tmp_path / name) if make else write_as(C.hu, C.affine, tmp_path / name, form)
-        rows.append(dict(case=name, image=str(path), organ_map=""))
+        rows.append(cohort_row(name, path, "train"))
     out, bad = tmp_path / "out", tmp_path / "quarantine.csv"
     recipe = dict(spacing=[7, 7, 14], hu=[-1000, 1000])
     made = prepare_cases(pd.DataFrame(rows), out, tmp_path / "organs", recipe, None, 1, bad)

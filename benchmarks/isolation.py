@@ -1,6 +1,6 @@
 """Processor time of reading good scans with libraries in another process, as a ratio to in-process.
 
-NIfTI never leaves the process. Both ways read by turns; writes benchmarks/isolation.json with --save.
+NIfTI never leaves the process. Both ways read by turns; --save writes benchmarks/isolation.json.
 
 usage: python benchmarks/isolation.py [--repeat 5] [--save]
 """

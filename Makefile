@@ -9,7 +9,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test lab docs readme export weights sums organs ceiling lint hooks clean
+.PHONY: help study quick rehearsal graph test fuzz lab docs readme export weights sums organs ceiling lint hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ graph: .venv/done  ## write the modules and params of each stage, and the stages
 
 test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py
+
+fuzz: .venv/done  ## 3,000 hostile files and 1,000 hostile params files (goes on where it was stopped; build/fuzz)
+	@python benchmarks/hostile.py --save
 
 weights: .venv/done  ## keep in weights/ what this study trained (for who maintains this repository)
 	@python -c 'from asap.params import load_params; from asap.pretrain.checkpoint import export_weights; [print(n, export_weights(n) or "was not trained here") for n in ("text", *load_params().study.arms)]'

@@ -901,14 +901,14 @@ def _write_features(
     import numpy as np
     import pandas as pd
 
-    from asap.core import write_csv, write_parquet
+    from asap.core import write_parquet, write_sheet
 
     cases, features = [n for n, _ in done], np.stack([e.features for _, e in done])
     ending = Path(out).suffix.lower()
     if ending != ".npz":
         table = pd.DataFrame(features, columns=[f"f{i}" for i in range(features.shape[1])])
         table.insert(0, "case", cases)
-        (write_csv if ending == ".csv" else write_parquet)(table, out)
+        (write_sheet if ending == ".csv" else write_parquet)(table, out)
         return
     more: dict[str, Any] = {}
     if keep:
@@ -1005,9 +1005,9 @@ def _write_zero_shot(
 ) -> None:
     import pandas as pd
 
-    from asap.core import write_csv
+    from asap.core import write_sheet
 
-    write_csv(
+    write_sheet(
         pd.concat([z.table.assign(scan=n)[["scan", *z.table]] for n, z in done]).round(5), out
     )
 

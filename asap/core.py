@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_NAME_BYTES', 'MISSING_WORDS', 'project_root', 'resource_path', 'rng', 'derive_seed', 'seed_everything',
-           'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'missing_reason', 'write_text',
-           'write_json', 'read_json', 'write_parquet', 'write_csv', 'file_hash', 'code_hash', 'drop_defaults',
-           'fingerprint', 'first_difference', 'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar',
-           'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
+           'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'split_revision',
+           'missing_reason', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'escape_formula',
+           'write_sheet', 'hide_text', 'file_hash', 'code_hash', 'drop_defaults', 'fingerprint', 'first_difference',
+           'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar', 'parallel_backend', 'parallel_map',
+           'is_system_error', 'Quarantine', 'decode_escapes']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib
@@ -204,6 +205,16 @@ def list_files(
     return [g for f in found for g in list_files(f, rest)] if rest else found
 
 
+def split_revision(
+    name: str | Path,  # of a model: a folder, `owner/name` or `owner/name@revision`
+) -> tuple[str, str | None]:  # folder or id; commit, tag or branch of the hub
+    "A name of the Hugging Face hub and the revision that is asked for"
+    given, mark, revision = str(name).rpartition("@")
+    if not mark or Path(name).exists():
+        return str(name), None
+    return given, revision
+
+
 def missing_reason(
     path: Path,  # that does not exist
 ) -> str:
@@ -264,6 +275,43 @@ def write_csv(
     "Write a table to CSV, whole or not at all"
     with atomic_write(path) as tmp:
         df.to_csv(tmp, index=False, lineterminator="\n")
+
+# %% ../nbs/00_core.ipynb #d8525884
+_FORMULA = re.compile(r"^[=+\-@\t\r]")
+
+
+def escape_formula(
+    cell: Any,
+) -> Any:  # text that a spreadsheet would run: with an apostrophe before it; else the same
+    "A cell that a spreadsheet shows as it is"
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)  # -0.5 is a number
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def write_sheet(
+    df: "pd.DataFrame",
+    path: Path | str,
+) -> None:
+    "Write a table to CSV that a person opens in a spreadsheet; no cell of it is run there"
+    safe = df.map(escape_formula)
+    write_csv(safe.rename(columns=escape_formula), path)
+
+# %% ../nbs/00_core.ipynb #21b04e60
+def hide_text(
+    value: Any,  # a cell of a table that may hold a report, a question or an answer
+) -> str:  # for a message
+    "A value as messages may show it: numbers and short words, of texts their length"
+    if not isinstance(value, str):
+        plain = value is None or isinstance(value, (int, float, np.generic))
+        return repr(value) if plain else type(value).__name__
+    if len(value) <= 16 and not any(map(str.isspace, value)):
+        return repr(value)
+    return f"a text of {len(value)} characters"
 
 # %% ../nbs/00_core.ipynb #aece8d90
 def file_hash(path: Path | str) -> str:  # 16 hexadecimal digits of SHA-256
@@ -526,7 +574,7 @@ class Quarantine:
         import pandas as pd
 
         if self.path:
-            write_csv(pd.DataFrame(self.rows, columns=["case", "reason"]), self.path)
+            write_sheet(pd.DataFrame(self.rows, columns=["case", "reason"]), self.path)
         line = f"{len(self)} case{'' if len(self) == 1 else 's'} left out"
         if self.rows:
             names = ", ".join(r["case"] for r in self.rows[:5])

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'PositiveFraction', 'OpenFraction', 'Shape3D', 'Spacing3D', 'CohortName', 'CohortRows', 'EncoderRow',
-           'EncoderName', 'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig', 'section_type',
-           'params_model', 'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params', 'FractionRow',
-           'select_row', 'check_rows', 'StageParams', 'load_stage_params', 'override_keys', 'override_params']
+           'ItemName', 'EncoderName', 'SECTIONS', 'BaseConfig', 'reference_arm', 'EncoderConfig', 'StudyConfig',
+           'section_type', 'params_model', 'check_arms', 'merge_params', 'read_params', 'check_sections', 'load_params',
+           'FractionRow', 'select_row', 'check_rows', 'StageParams', 'load_stage_params', 'override_keys',
+           'override_params']
 
 # %% ../nbs/02_params.ipynb #par00003
 import difflib
 import importlib
+import reprlib
 from collections.abc import Iterable
 from copy import copy
 from functools import cache
@@ -69,6 +71,8 @@ def _known_cohort(name: str) -> str:  # `name`
 def _cohort_rows(rows) -> dict:  # name -> options, of all cohorts
     if not isinstance(rows, dict):
         raise ValueError("expected one row per cohort")
+    if odd := [k for k in rows if not isinstance(k, str)]:
+        raise ValueError(f"unknown key `cohorts.{odd[0]}`: expected names of cohorts")
     out, errors = {}, []
     for name in dict.fromkeys([*rows, *_cohorts().available_cohort_names()]):
         try:
@@ -114,7 +118,9 @@ def _one_source(row: EncoderConfig) -> EncoderConfig:  # `row`
 
 
 EncoderRow = Annotated[EncoderConfig, AfterValidator(_one_source)]
-EncoderName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
+# a name that becomes part of a command in dvc.yaml and of file names
+ItemName = Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,63}$")]
+EncoderName = ItemName
 
 # %% ../nbs/02_params.ipynb #6b6d2601
 class StudyConfig(BaseConfig):
@@ -124,7 +130,7 @@ class StudyConfig(BaseConfig):
     # a cohort that is not in data/ is skipped, and the log names it
     cohorts: Annotated[list[CohortName], Field(min_length=1)]
     tasks: list[str]  # names of registered tasks, see asap.registry
-    arms: list[str]
+    arms: list[ItemName]
     encoders: dict[EncoderName, EncoderRow]  # beside the arms in every task on features
     n_jobs: PositiveInt  # processes that prepare data
     max_parallel_stages: PositiveInt  # that `asap study` runs at a time
@@ -272,7 +278,12 @@ def _format_error(err, model=None, prefix=(), known=None) -> str:
         if isinstance(value, str) and "number" in err["msg"]
         else ""
     )
-    return f"`{key}` is {value!r}: {err['msg'].removeprefix('Value error, ')}{note}"
+    return f"`{key}` is {_SHORT.repr(value)}: {err['msg'].removeprefix('Value error, ')}{note}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 20, 20
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -288,12 +299,35 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_MAX_NODES = 100_000  # of a file, its aliases written out
+
+
+def _count_nodes(node, known: dict) -> int:
+    "Values that a YAML node stands for; aliases may multiply them without end"
+    if id(node) in known:
+        if known[id(node)] is None:
+            raise ValueError("it holds itself")
+        return known[id(node)]
+    known[id(node)] = None
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    flat = [n for c in children for n in (c if isinstance(c, tuple) else (c,))]
+    known[id(node)] = 1 + sum(_count_nodes(n, known) for n in flat)
+    if known[id(node)] > _MAX_NODES:
+        raise ValueError(f"more than {_MAX_NODES} values, its aliases written out")
+    return known[id(node)]
+
+
 def _read_yaml(path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: restore it with `git checkout {path.name}`")
     try:
-        raw = yaml.load(path.read_text(encoding="utf8"), _UniqueKeyLoader)
-    except yaml.YAMLError as e:
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf8"))
+        node = loader.get_single_node()
+        raw = None
+        if node is not None:
+            _count_nodes(node, {})
+            raw = loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid YAML: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected sections such as `study:`")
@@ -314,15 +348,21 @@ def merge_params(
 
 def read_params(
     path: Path,  # YAML file
+    above: tuple[Path, ...] = (),  # files that have named it as their `base`
 ) -> dict:  # sections as they are in the file, not checked
     "Read a file of params; a file with a key `base` is an overlay of the file that `base` names"
     raw = _read_yaml(path)
     if "base" not in raw:
         return raw
-    base = resource_path(raw.pop("base"))
-    if base.resolve() == path.resolve():
+    named = raw.pop("base")
+    if not isinstance(named, str) or "\0" in named:
+        raise ValueError(f"{path}: `base` is {_SHORT.repr(named)}: expected a file's name")
+    base = resource_path(named)
+    if base.resolve() in (path.resolve(), *above):
         raise ValueError(f"{path}: `base` names the file itself: name the file that it changes")
-    return merge_params(read_params(base), raw)
+    if not base.is_file():
+        raise FileNotFoundError(f"{path}: `base` names {named}, which is no file")
+    return merge_params(read_params(base, (*above, path.resolve())), raw)
 
 # %% ../nbs/02_params.ipynb #parovld1
 def check_sections(

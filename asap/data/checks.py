@@ -246,12 +246,12 @@ def check_spacing(v: Volume) -> Iterator[Issue]:
             "0.2 to 20 mm",
             "the header has no believable spacing: meters instead of millimeters, or a lost field?",
         )
-    elif not (100 <= np.sort(mm)[1] and mm.max() <= 2500):
+    elif not (100 <= np.sort(mm)[1] <= 1000 and mm.max() <= 2500):
         yield Issue(
             "error",
             "spacing",
             f"the scan is {' x '.join(f'{x:.0f}' for x in mm)} mm",
-            "at least 100 mm across, at most 2500 mm long",
+            "100 to 1000 mm across, at most 2500 mm long",
             "the spacing of the header does not fit the number of voxels",
         )
     zooms = v.facts.get("zooms")

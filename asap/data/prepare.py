@@ -39,6 +39,7 @@ from asap.core import (
     read_json,
     write_csv,
     write_json,
+    write_sheet,
 )
 from .adapter import CohortAdapter, find_raw_dir, is_available, read_options
 from .checks import check_mask, load_checked
@@ -462,7 +463,7 @@ def _log_results(results: list, bad: Quarantine, path: Path | None) -> Quarantin
             f"{len(doubts)} warnings, the first of {doubts[0]['case']}: {doubts[0]['warning']}"
         )
     if path:
-        write_csv(
+        write_sheet(
             pd.DataFrame(doubts, columns=["case", "warning"]), Path(path).with_name("warnings.csv")
         )
     bad.path = path

@@ -171,6 +171,7 @@ def extract_scans(
             name = m.name.split("/", 1)[-1].removeprefix(ARCHIVE_FOLDERS[package])
             if not m.isfile() or not any(name == w or name.startswith(w + "/") for w in wanted):
                 continue
+            tarfile.data_filter(m.replace(name=name), str(folder))  # raises where it leads out
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(m)

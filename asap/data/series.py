@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import list_files, log_message, missing_reason
+from .decode import check_claim, check_deflated, read_packed_pixels, read_pixels
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0006
 DICOM_TAGS = [
@@ -68,6 +69,7 @@ class SliceHeader:
     spacing: tuple | None = None  # mm between rows, between columns
     slope: float | None = None
     intercept: float | None = None
+    packed: bool = False  # pixels that a library has to unpack
     padding: tuple | None = None  # lowest and highest stored value that stands for "no pixel"
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0007
@@ -120,6 +122,9 @@ def _spacing(h) -> tuple | None:
     return mm
 
 # %% ../../nbs/2_data/20_series.ipynb #s20a0008
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes
+
+
 def _parse_header(f: Path, h) -> SliceHeader:
     "The tags of a pydicom header as plain values"
     position = _numbers(h, "ImagePositionPatient", 3)
@@ -146,11 +151,17 @@ def _parse_header(f: Path, h) -> SliceHeader:
         spacing=_spacing(h),
         slope=slope[0] if slope else None,
         intercept=intercept[0] if intercept else None,
+        packed=_is_packed(h),
         padding=_padding(h),
     )
     if min(out.rows, out.columns) < 1:
         raise ValueError(f"{out.rows} rows, {out.columns} columns, expected at least 1")
     return out
+
+
+def _is_packed(h) -> bool:
+    syntax = h.file_meta.get("TransferSyntaxUID") if hasattr(h, "file_meta") else None
+    return syntax is not None and syntax not in _PLAIN
 
 
 def _listed(value) -> list:
@@ -176,6 +187,7 @@ def _load_header(f: Path):  # pydicom's header; None: no DICOM
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values in tags that are not used
+            check_deflated(f)
             return pydicom.dcmread(f, stop_before_pixels=True, specific_tags=[*DICOM_TAGS])
     except PermissionError:
         raise
@@ -553,13 +565,8 @@ def _padded_pixels(raw, h: SliceHeader) -> np.ndarray | None:  # bool; None: no 
 
 def _decode_pixels(h: SliceHeader) -> np.ndarray:  # (columns, rows), HU
     "Pixels of a slice, scaled, padding as air"
-    import pydicom
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", "End of file reached")  # a truncated file
-            raw = pydicom.dcmread(h.file).pixel_array
+        raw = (read_packed_pixels if h.packed else read_pixels)(h.file)
         if raw.shape != (h.rows, h.columns):
             raise ValueError(f"shape {raw.shape}, expected {(h.rows, h.columns)}")
     except Exception as e:  # every decoder has errors of its own
@@ -705,6 +712,7 @@ def read_series(
     _check_one_image(slices, path)
     _check_scaled(slices, path)
     grid = _series_grid(slices, path)
+    check_claim(path, (slices[0].columns, slices[0].rows, len(slices)))
     data, first, last, notes = _decode_all(grid.slices)
     positions, affine = grid.positions[first:last], grid.affine
     if len(positions) < 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import log_message, read_json, write_parquet
+from ..core import hide_text, log_message, read_json, write_parquet
 
 # %% ../../nbs/2_data/22_table.ipynb #f5021c68
 COHORT_COLUMNS = [
@@ -58,7 +58,7 @@ def check_table(
         bad = table[~table[c].isin([0, 1]) & table[c].notna()]
         if len(bad):
             raise ValueError(
-                f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {bad[c].iloc[0]!r}, "
+                f"cohort {name}: `{c}` of case {bad.case.iloc[0]} is {hide_text(bad[c].iloc[0])}, "
                 "expected 0, 1 or empty"
             )
     both = table.groupby("patient").split.nunique()

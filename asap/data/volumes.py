@@ -12,7 +12,6 @@ __all__ = ['SPARE_BYTES', 'RAS_TO_LPS', 'PICTURE_SUFFIXES', 'READERS', 'VolumesC
 import gzip
 import io
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -26,6 +25,16 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from ..core import atomic_write, list_files, missing_reason
+from asap.data.decode import (
+    check_archive,
+    check_claim,
+    check_file,
+    check_nifti_header,
+    header_fields,
+    read_itk_header,
+    read_itk_voxels,
+    read_picture,
+)
 from asap.data.series import (
     AIR,
     DICOM_SUFFIXES,
@@ -265,7 +274,9 @@ def _check_stored(s: StoredVoxels) -> None:
     "Raise `ValueError` where header and size of the file cannot both be right"
     if min(s.shape) < 1:
         raise ValueError(f"{s.file}: shape {s.shape} has no voxel")
+    check_file(s.file)
     size = s.file.stat().st_size
+    check_claim(s.file, s.shape, s.dtype.itemsize, size if s.packing else None)
     most = size * 1100 if s.packing else size - s.offset  # deflate packs 1032 : 1 at best
     spare = 0 if s.packing else size - s.offset - s.n_bytes
     if s.n_bytes > most or spare > SPARE_BYTES:
@@ -339,17 +350,18 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
 
 
 def _open_settled(path: Path) -> tuple:  # image, warnings about its affine
-    if not path.exists():
-        raise FileNotFoundError(f"{path} {missing_reason(path)}")
+    check_nifti_header(path)
     try:
         img = _load_nifti(path)
-        return img, _settle_affine(img)
+        notes = _settle_affine(img)
     except PermissionError:
         raise
     except Exception as e:
         raise ValueError(
             f"{path} cannot be read as NIfTI ({type(e).__name__}: {e}): fetch or convert it again"
         ) from None
+    check_claim(path, img.shape)
+    return img, notes
 
 
 def compact_dtype(data: np.ndarray) -> np.ndarray:  # int16 where nothing is lost, else float32
@@ -469,23 +481,6 @@ RAS_TO_LPS = np.diag([-1.0, -1, 1, 1])  # between ITK's and DICOM's axes and nib
 _NRRD_SPACE = re.compile(
     r"(left|right)-(anterior|posterior)-(superior|inferior)(-time)?|[LR][AP][SI]T?", re.IGNORECASE
 )
-_SEPARATOR = {"nrrd": b":", "meta": b"="}
-
-
-def _header_fields(path: Path, kind: str) -> tuple:  # fields in lower case, bytes of the header
-    "Fields of an NRRD or MetaImage header"
-    fields: dict[str, str] = {}
-    n = 0
-    with open(path, "rb") as f:
-        for line in f:
-            n += len(line)
-            key, _, value = line.partition(_SEPARATOR[kind])
-            name = key.strip().lower().decode("latin1")
-            fields.setdefault(name, value.strip().decode("latin1"))
-            end = name == "elementdatafile" if kind == "meta" else not line.strip()
-            if end or n > 1 << 20:
-                break
-    return fields, n
 
 
 def _data_file(named: str | None, path: Path, offset: int) -> tuple | None:  # file, offset
@@ -498,7 +493,7 @@ def _data_file(named: str | None, path: Path, offset: int) -> tuple | None:  # f
 
 
 def _meta_block(path: Path) -> tuple:  # place, byte order, packing, axes known; or None: for ITK
-    h, n = _header_fields(path, "meta")
+    h, n = header_fields(path, "meta")
     plain = h.get("binarydata", "").lower().startswith("t") and h.get("headersize", "0") == "0"
     big = h.get("binarydatabyteordermsb", h.get("elementbyteordermsb", "f")).lower()[:1] == "t"
     packed = h.get("compresseddata", "f").lower()[:1] == "t"
@@ -508,7 +503,7 @@ def _meta_block(path: Path) -> tuple:  # place, byte order, packing, axes known;
 
 
 def _nrrd_block(path: Path) -> tuple:  # as `_meta_block`
-    h, n = _header_fields(path, "nrrd")
+    h, n = header_fields(path, "nrrd")
     encoding = h.get("encoding", "").lower()
     skip = {h.get(k, "0") for k in ("byte skip", "byteskip", "line skip", "lineskip")}
     plain = encoding in ("raw", "gzip", "gz") and skip == {"0"}
@@ -526,70 +521,49 @@ _ITK_TYPES = {  # the names of SimpleITK's pixel types
 }
 
 
-def _itk_header(path: Path, kind: str):  # a reader with the header read
-    import SimpleITK as sitk
-
-    if os.fsencode(path) != str(path).encode("utf8", "replace"):
-        raise ValueError(f"{path}: SimpleITK opens names in UTF-8 only: rename file or folder")
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO("MetaImageIO" if kind == "meta" else "NrrdImageIO")
-    reader.ReadImageInformation()
-    n = reader.GetNumberOfComponents()
-    if n != 1:
-        raise ValueError(
-            f"{path}: {n} values per voxel (RGB?), expected one: this is a picture, not a CT"
-        )
-    return reader
-
-
-def _itk_affine(reader) -> np.ndarray:  # 4x4, LPS
-    n = reader.GetDimension()
+def _itk_affine(header: dict) -> np.ndarray:  # 4x4, LPS
+    n = len(header["size"])
     affine = np.eye(4)
     if n >= 3:
-        directions = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
-        affine[:3, :3] = directions * reader.GetSpacing()[:3]
-        affine[:3, 3] = reader.GetOrigin()[:3]
+        directions = np.reshape(header["direction"], (n, n))[:3, :3]
+        affine[:3, :3] = directions * header["spacing"][:3]
+        affine[:3, 3] = header["origin"][:3]
     return affine
 
 
-def _pixel_type(reader) -> str:
-    import SimpleITK as sitk
-
-    return sitk.GetPixelIDValueAsString(reader.GetPixelID())
-
-
-def _read_by_itk(reader, path: Path) -> np.ndarray:
-    "The voxels by SimpleITK, for blocks that `read_stored` does not know"
-    import SimpleITK as sitk
-
-    view = sitk.GetArrayViewFromImage(reader.Execute())
-    return compact_dtype(view.transpose(range(view.ndim)[::-1]))
+def _itk_header(path: Path, kind: str) -> dict:
+    header = read_itk_header(path, kind)
+    if header["components"] != 1:
+        raise ValueError(
+            f"{path}: {header['components']} values per voxel (RGB?), expected one: "
+            "this is a picture, not a CT"
+        )
+    return header
 
 # %% ../../nbs/2_data/20_volumes.ipynb #itkr0002
+def _itk_data(path: Path, kind: str, header: dict) -> tuple:  # voxels, whether axes are known
+    place, order, packing, oriented = (_meta_block if kind == "meta" else _nrrd_block)(path)
+    dtype = _ITK_TYPES.get(header["type"])
+    shape = single_volume(header["size"], path)
+    check_claim(path, shape)
+    if place is None and packing:
+        raise ValueError(f"{path}: packed voxels in several files, expected one: convert it")
+    if place is None or dtype is None:
+        data = compact_dtype(read_itk_voxels(path, kind, shape)).reshape(shape)
+    else:
+        file, offset = place
+        data = read_stored(StoredVoxels(file, offset, np.dtype(order + dtype), shape, packing))
+    return data, oriented
+
+
 def _read_itk(path, source):
     kind = "nrrd" if file_suffix(path) in (".nrrd", ".nhdr") else "meta"
-    try:
-        reader = _itk_header(path, kind)
-        place, order, packing, oriented = (_meta_block if kind == "meta" else _nrrd_block)(path)
-        size, dtype = reader.GetSize(), _ITK_TYPES.get(_pixel_type(reader))
-        shape = single_volume(size, path)
-        if place is None and packing:
-            raise ValueError(f"{path}: packed voxels in several files, expected one: convert it")
-        if place is None or dtype is None:
-            data = _read_by_itk(reader, path).reshape(shape)
-        else:
-            stored = StoredVoxels(*place, np.dtype(order + dtype), shape, packing)
-            data = read_stored(stored)
-    except RuntimeError as e:
-        raise ValueError(
-            f"{path} is truncated or broken ({str(e).strip().splitlines()[-1]}): fetch it again"
-        ) from None
-    affine = RAS_TO_LPS @ _itk_affine(reader)
+    header = _itk_header(path, kind)
+    data, oriented = _itk_data(path, kind, header)
+    affine = RAS_TO_LPS @ _itk_affine(header)
     spaced, notes = is_informative_affine(affine), []
     if not oriented and source.axes:
-        affine = make_affine(shape, reader.GetSpacing()[:3], source.axes)
+        affine = make_affine(data.shape, header["spacing"][:3], source.axes)
     elif not oriented:
         notes.append(_assumed_axes())
     facts = dict(format=file_suffix(path)[1:].upper(), oriented=True, spaced=spaced, notes=notes)
@@ -608,6 +582,7 @@ def _assumed_axes(assumed: str = "LPS") -> dict:  # a warning
 def _read_members(path: Path, wanted: Sequence[str]) -> dict:  # name -> array
     "Arrays of an archive: the first one that is no affine or spacing, and those"
     with zipfile.ZipFile(path) as z:
+        check_archive(path, z)
         names = [n.removesuffix(".npy") for n in z.namelist() if n.endswith(".npy")]
         arrays = [n for n in dict.fromkeys(["hu", "ct", *names]) if n in names and n not in wanted]
         if not arrays:
@@ -628,6 +603,7 @@ def _check_npz_place(given: dict) -> None:
 
 
 def _read_npz(path, source):
+    check_file(path)
     try:
         given = _read_members(path, ("affine", "spacing"))
         data = given.pop("data")
@@ -673,54 +649,20 @@ def is_picture(
     return Path(path).suffix.lower() in PICTURE_SUFFIXES
 
 
-def _read_gray(f) -> np.ndarray:  # (columns, rows)
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        if f.suffix.lower() == ".png":
-            with Image.open(f) as img:
-                img.verify()  # the check sums; the picture is read anew after it
-        with Image.open(f) as img:
-            v = np.asarray(_as_shown(ImageOps.exif_transpose(img), f))
-    except (OSError, UnidentifiedImageError, SyntaxError, zlib.error) as e:
-        if isinstance(e, PermissionError):
-            raise
-        raise ValueError(
-            f"{f} is truncated or no picture ({type(e).__name__}: {e}): fetch it again"
-        ) from None
-    if v.ndim == 3:
-        if (v != v[..., :1]).any():
-            raise ValueError(f"{f}: a color picture, expected gray: this is no CT slice")
-        v = v[..., 0]
-    return v.T
-
-
-def _as_shown(img, f):  # a picture of gray or RGB values
-    "Palette looked up, alpha dropped where it is opaque"
-    if img.mode.endswith("A") or "transparency" in img.info:
-        img = img.convert("RGBA")
-        if np.asarray(img)[..., 3].min() < 255:
-            raise ValueError(
-                f"{f}: transparent pixels, expected opaque ones: their gray depends on what is "
-                "behind them; export the pictures without transparency"
-            )
-    plain = img.mode in ("L", "I", "F") or img.mode.startswith("I;16")
-    return img if plain else img.convert("RGB")
-
-
 def _natural_key(f) -> list:  # text and numbers of a file name, so that 10 sorts after 9
     return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)]
 
 
 def _read_pictures(folder, source):
     files = sorted(filter(is_picture, list_files(folder)), key=_natural_key)
-    slices = [_read_gray(f) for f in files]
+    slices = [read_picture(f) for f in files]
     sizes = {s.shape for s in slices}
     if len(sizes) > 1:
         raise ValueError(
             f"{folder}: pictures of {len(sizes)} sizes {sorted(sizes)[:3]}, expected one: "
             "are these slices of one scan?"
         )
+    check_claim(folder, (*slices[0].shape, len(slices)))
     data = np.stack(slices, 2)
     affine = make_affine(data.shape, source.spacing or (1, 1, 1), source.axes or "LPS")
     notes, spaced = [] if source.axes else [_assumed_axes()], source.spacing is not None

@@ -21,7 +21,7 @@ import torch
 from ..abnormalities import ABNORMALITIES
 from ..anatomy.segment import MapSource
 from ..anatomy.segmenter import choose_source
-from ..core import atomic_write, write_csv, write_text
+from ..core import atomic_write, write_sheet, write_text
 from ..data.checks import load_checked
 from ..data.volumes import Source, Volume, write
 from asap.inference.ground import (
@@ -171,7 +171,7 @@ class ScanRegions:
             files.append(self.save_seg(folder / f"{name}_regions.seg.dcm"))
         # Last: where the CSV exists, the other files do
         files.append(folder / f"{name}.csv")
-        write_csv(self.table.assign(scan=name)[["scan", *self.table]], files[-1])
+        write_sheet(self.table.assign(scan=name)[["scan", *self.table]], files[-1])
         return files
 
     def save_seg(self, path: Path | str) -> Path:

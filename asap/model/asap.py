@@ -40,7 +40,7 @@ from asap.model.vit import (
     random_masking,
     sincos_pos_embed,
 )
-from ..params import BaseConfig, Shape3D, override_keys
+from ..params import BaseConfig, ItemName, Shape3D, override_keys
 from ..train import all_gather, global_mean, local_sums
 
 # %% ../../nbs/5_model/54_asap.ipynb #cfg54c00
@@ -140,7 +140,7 @@ class ArmConfig(BaseConfig):
     batch_size: PositiveInt | None = None
 
 
-ArmsConfig = dict[str, ArmConfig]
+ArmsConfig = dict[ItemName, ArmConfig]
 
 # %% ../../nbs/5_model/54_asap.ipynb #w25arm01
 # keys of a row of `arms` that replace a key of a section -> that section

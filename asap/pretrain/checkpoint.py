@@ -37,6 +37,7 @@ from asap.core import (
     project_root,
     read_json,
     resource_path,
+    split_revision,
     write_hashes,
     write_json,
     write_text,
@@ -191,9 +192,12 @@ class ASAPHubModel(ASAP, ModelHubMixin):
         "The whole model; no code of the folder is run"
         if Path(name).is_dir():
             return load_model(name)
+        given, revision = split_revision(name)
         try:
             return load_model(
-                snapshot_download(str(name), allow_patterns=CHECKPOINT_FILES, **hub_options)
+                snapshot_download(
+                    given, allow_patterns=CHECKPOINT_FILES, **{"revision": revision} | hub_options
+                )
             )
         except HFValidationError:
             raise FileNotFoundError(
@@ -540,7 +544,8 @@ def _read_hf_mae(
 
     logging.set_verbosity_error()
     try:
-        mae, info = ViTMAEModel.from_pretrained(name, output_loading_info=True)
+        given, revision = split_revision(name)
+        mae, info = ViTMAEModel.from_pretrained(given, output_loading_info=True, revision=revision)
     except OSError as e:
         reason = str(e).split("\n")[0]
         raise FileNotFoundError(

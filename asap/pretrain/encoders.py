@@ -35,6 +35,7 @@ from asap.core import (
     fingerprint,
     log_message,
     project_root,
+    split_revision,
     write_json,
 )
 from ..model.vit import ViT3D, sincos_pos_embed
@@ -459,7 +460,8 @@ def _load_auto_model(
 
     folder = project_root() / model
     try:
-        return AutoModel.from_pretrained(folder if folder.is_dir() else model).eval()
+        given, revision = split_revision(folder if folder.is_dir() else model)
+        return AutoModel.from_pretrained(given, revision=revision).eval()
     except (OSError, ValueError) as e:
         raise ValueError(
             f"study.encoders: `{model}` cannot be loaded ({str(e).splitlines()[0]}): expected a "

@@ -27,6 +27,7 @@ from asap.core import (
     derive_seed,
     drop_defaults,
     fingerprint,
+    hide_text,
     log_message,
     progress_bar,
     read_json,
@@ -125,13 +126,13 @@ def _check_questions(
 ) -> None:
     if len(lost := q[~q.case.isin(cases)]):
         raise ValueError(
-            f"{lost.case.iloc[0]} is asked about ({lost.question.iloc[0]!r}) and has no volume "
+            f"{lost.case.iloc[0]} is asked about ({lost.kind.iloc[0]}) and has no volume "
             f"({lost.case.nunique()} such cases): download it and rerun `dvc repro prepare`, or "
             f"remove its questions"
         )
     if len(odd := q[~q.kind.isin(QUESTION_KINDS)]):
         raise ValueError(
-            f"{odd.case.iloc[0]}: {odd.question.iloc[0]!r} is of kind `{odd.kind.iloc[0]}`, "
+            f"{odd.case.iloc[0]}: a question is of kind {hide_text(odd.kind.iloc[0])}, "
             f"expected one of {', '.join(QUESTION_KINDS)}"
         )
     for column in ("question", "answer"):
@@ -139,7 +140,8 @@ def _check_questions(
         if empty.any():
             raise ValueError(
                 f"{q.case[empty].iloc[0]}, {q.kind[empty].iloc[0]}: its {column} is "
-                f"{q[column][empty].iloc[0]!r}, expected words: correct it, or remove the question"
+                f"{hide_text(q[column][empty].iloc[0])}, expected words: correct it, or remove the "
+                "question"
             )
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqa79a01

@@ -27,6 +27,7 @@ from asap.core import (
     process_rank,
     read_json,
     resource_path,
+    split_revision,
     write_json,
 )
 from ..params import BaseConfig
@@ -328,7 +329,7 @@ class TextEncoder(torch.nn.Module):
 
 # %% ../../nbs/4_text/42_encoder.ipynb #enc42a05
 def load(
-    name: str | Path,  # a folder or a Hugging Face id
+    name: str | Path,  # a folder or a Hugging Face id, `owner/name@revision`
     max_length: int = 256,  # tokens
 ) -> TextEncoder:  # on the device of `asap.train.get_device`
     "Load a frozen text encoder from a folder or a hub; code in a repository is never run"
@@ -341,13 +342,16 @@ def load(
     name = local or name
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    bert, info = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
+    given, revision = split_revision(name)
+    bert, info = BertModel.from_pretrained(
+        given, add_pooling_layer=False, output_loading_info=True, revision=revision
+    )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"text.model {name}: {len(missing)} weights of a BERT are not there, such as "
             f"{missing[0]}, and would be random: is it another kind of model?"
         )
-    text = TextEncoder(bert, BertTokenizer.from_pretrained(name), max_length)
+    text = TextEncoder(bert, BertTokenizer.from_pretrained(given, revision=revision), max_length)
     return text.to(get_device())
 
 # %% ../../nbs/4_text/42_encoder.ipynb #7aa3b8d9

@@ -727,9 +727,7 @@ def extract_labels(
             f"`uncertain` is {uncertain!r}, expected 0 or 1: the label of a suspected finding"
         )
     if text is not None and not isinstance(text, (str, float)):
-        raise TypeError(
-            f"a report must be a string, None or NaN; got {type(text).__name__} {text!r:.60}"
-        )
+        raise TypeError(f"a report must be a string, None or NaN; got {type(text).__name__}")
     states = {(m.label, m.state) for s in split_sentences(text) for m in find_mentions(s)}
     return {
         n: int((n, "present") in states or uncertain == 1 and (n, "uncertain") in states)
@@ -744,7 +742,7 @@ def label_reports(
     "Labels of many reports"
     if isinstance(texts, str):
         raise TypeError(
-            f"`texts` is one string, {texts[:60]!r}: "
+            f"`texts` is one string of {len(texts)} characters: "
             "pass a list of reports, or call `extract_labels`"
         )
     index = texts.index if isinstance(texts, pd.Series) else None

@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ..core import derive_seed, fingerprint, process_rank, project_root, rng, write_json
+from asap.core import (
+    derive_seed,
+    fingerprint,
+    process_rank,
+    project_root,
+    rng,
+    split_revision,
+    write_json,
+)
 from ..params import BaseConfig
 from ..train import fit, limit_threads
 
@@ -402,13 +410,16 @@ def load(
         )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(local or name, output_loading_info=True)
+    given, revision = split_revision(local or name)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        given, output_loading_info=True, revision=revision
+    )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"vqa.language_model {name}: {len(missing)} weights are not there, such as "
             f"{missing[0]}, and would be random: is it another kind of model?"
         )
-    tokenizer = AutoTokenizer.from_pretrained(local or name)
+    tokenizer = AutoTokenizer.from_pretrained(given, revision=revision)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"vqa.language_model {name}: its tokenizer has no end of text (eos_token), "

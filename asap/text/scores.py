@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core import hide_text
 from .sentences import clean_text, split_sentences
 from .tokens import pad_rows
 from ..train import limit_threads
@@ -43,11 +44,11 @@ def _check_pairs(
     for i, (s, t) in enumerate(zip(hypotheses, references)):
         if not isinstance(s, str) or not isinstance(t, str):
             raise ValueError(
-                f"text {i} is {s!r}, its reference {t!r}, expected two strings; "
+                f"text {i} is {hide_text(s)}, its reference {hide_text(t)}, expected two strings; "
                 "use '' for an empty prediction"
             )
         if not split_words(t):
-            raise ValueError(f"reference {i} is {t!r}, which has no words: leave that case out")
+            raise ValueError(f"reference {i} is {hide_text(t)}, which has no words: leave it out")
     return [" ".join(split_words(s)) for s in hypotheses], [
         " ".join(split_words(t)) for t in references
     ]

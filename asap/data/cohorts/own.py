@@ -26,6 +26,7 @@ from asap.core import (
     atomic_write,
     decode_escapes,
     derive_seed,
+    hide_text,
     log_message,
     parallel_map,
     write_csv,
@@ -418,7 +419,7 @@ def _parse_number(
     if v is None or (np.isfinite(v) and v >= 0 and (allowed is None or v in allowed)):
         return v
     raise ValueError(
-        f"`{name}` is {x!r}, expected {'0, 1' if allowed else 'a number of days'} or empty"
+        f"`{name}` is {hide_text(x)}, expected {'0, 1' if allowed else 'a number of days'} or empty"
     )
 
 # %% ../../../nbs/2_data/cohorts/own.ipynb #7332567a

@@ -23,6 +23,7 @@ from asap.core import (
     write_csv,
 )
 from ..adapter import CohortAdapter, register_cohort
+from ..decode import read_packed_pixels
 from ..layouts import warn_unverified
 from ..series import measure_steps, read_dicom_headers
 from ..table import check_table
@@ -283,10 +284,8 @@ def _exclusion_reason(
 
 
 def _is_readable(path: Path) -> bool:
-    import pydicom
-
     try:
-        return pydicom.dcmread(path).pixel_array.size > 0
+        return read_packed_pixels(path).size > 0
     except Exception:  # whatever a decoder raises
         return False
 

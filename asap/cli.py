@@ -1541,18 +1541,22 @@ def _collect_store(a: argparse.Namespace, store: Any, root: Path) -> int:
 
 
 def _add_store_command(sub: Any) -> None:
-    c = sub.add_parser("store", help="what lies in the store of volumes and organ maps")
+    what = "look after the store of volumes and organ maps (ASAP_STORE, else build/store)"
+    c = _add_command(sub, "store", _run_store, what, "asap store verify")
     actions = c.add_subparsers(dest="action_name", required=True, metavar="ACTION")
-    one = actions.add_parser("info", help="its place, its size, and what this study uses of it")
-    one.set_defaults(run=_run_store, action=_print_store)
-    one = actions.add_parser("verify", help="read it whole and name what is damaged")
+    what = "its place, its size, and what this study uses of it"
+    one = _add_command(actions, "info", _run_store, what, "asap store info")
+    one.set_defaults(action=_print_store)
+    what = "read it whole and name what is damaged"
+    one = _add_command(actions, "verify", _run_store, what, "asap store verify --remove")
     one.add_argument("--remove", action="store_true", help="remove it, so that it is made anew")
-    one.set_defaults(run=_run_store, action=_verify_store)
-    one = actions.add_parser("gc", help="list what no manifest of some checkouts names")
+    one.set_defaults(action=_verify_store)
+    what = "list what no manifest of some checkouts names"
+    one = _add_command(actions, "gc", _run_store, what, "asap store gc . ../other --delete")
     one.add_argument("checkout", nargs="*", help="folders of all that use it (default: this one)")
     one.add_argument("--hours", type=float, default=24, help="leave what is younger (default 24)")
     one.add_argument("--delete", action="store_true", help="remove it")
-    one.set_defaults(run=_run_store, action=_collect_store)
+    one.set_defaults(action=_collect_store)
 
 
 def _check_params(a: argparse.Namespace) -> int:

@@ -217,13 +217,13 @@ def check_store(
     place = store_place(root / "build")
     try:
         bad = [p.relative_to(root).as_posix() for p in find_damaged(root)]
-    except StoreError as e:
+        whole = sum(len(read_manifest(f)) for f in folders) - len(bad)
+    except (StoreError, DamageError) as e:
         yield _problem("store", str(e))
         return
     for p in bad:
         text = f"{p} is not as it was written to {place}"
         yield _problem("store", f"{text}: run `asap store verify --remove`, then `asap study`")
-    whole = sum(len(read_manifest(f)) for f in folders) - len(bad)
     yield _ok("store", f"{whole} files are as they were written to {place}")
 
 

@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .contents import FileRecord, has_changed
+from .contents import DamageError, FileRecord, has_changed
 from .core import list_files, log_message, progress_bar, write_parquet, write_text
 
 if TYPE_CHECKING:
@@ -510,8 +510,14 @@ def read_manifest(
     import pandas as pd
 
     path = Path(folder) / MANIFEST
-    columns = ["name", "case", "key", "hash", "size"]
-    return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=columns)
+    if not path.exists():
+        return pd.DataFrame(columns=["name", "case", "key", "hash", "size"])
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as e:
+        raise DamageError(
+            f"{path} cannot be read ({e}): delete it, then run `asap study`"
+        ) from None
 
 
 def add_rows(
@@ -597,10 +603,17 @@ def _find_object(path: Path, row: ManifestRow) -> Path:
     except FileNotFoundError:
         raise StoreError(f"{path} is not in the store {store.place}: {_REMEDY}") from None
     if (store.place, row.hash) not in _LOOKED_AT:
-        if has_changed(found, f.record, str(path)) if f.blocks else _sha256(found) != f.hash:
+        if _differs(found, f) and store.folder is None:
+            found.unlink()  # a damaged copy
+            _fetch(store, f)
+        if _differs(found, f):
             raise StoreError(f"{path} is damaged in the store {store.place} ({f.name}): {_REMEDY}")
         _LOOKED_AT[store.place, row.hash] = f
     return found
+
+
+def _differs(path: Path, f: StoredFile) -> bool:
+    return has_changed(path, f.record, f.hash) if f.blocks else _sha256(path) != f.hash
 
 
 def _known_file(store: Store, path: Path, row: ManifestRow) -> StoredFile:

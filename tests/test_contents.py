@@ -115,7 +115,9 @@ def test_a_damaged_volume_is_made_anew_by_name(clone):
     data = bytearray(volume.read_bytes())
     data[len(data) // 3 : 2 * len(data) // 3] = bytes(2 * len(data) // 3 - len(data) // 3)
     volume.write_bytes(data)
-    text = run("dvc", "repro", "-f", "-s", "embed@asap", cwd=clone, check=False)
+    read = "import sys; from asap.store import local_file; local_file(sys.argv[1])"
+    path = clone / "build/volumes/stoic" / name
+    text = run(sys.executable, "-c", read, str(path), cwd=clone, check=False)
     assert f"build/volumes/stoic/{name} is damaged in the store" in text, text[-3000:]
     text = run("dvc", "repro", "-f", "-s", "prepare@stoic", cwd=clone)
     assert f"a file of {Path(name).stem} has changed since it was written" in text, text[-3000:]
@@ -137,7 +139,7 @@ def test_a_flipped_byte_in_the_store_is_named(clone):
         assert f"{folder.relative_to(clone)}/{row['name']} is not as it was written" in named
     command = [sys.executable, "-m", "asap.cli", "store", "verify"]
     text = run(*command, cwd=clone, check=False)
-    assert "3 damaged" in text and f"(ct_rate/{rows[0][1]['name']})" in text
+    assert "3 damaged" in text and f"ct_rate/{rows[0][1]['name']}" in text
     assert all(p.relative_to(clone / "build/store").as_posix() in text for p in broken)
     run(*command, "--remove", cwd=clone)
     assert not any(p.exists() for p in broken)

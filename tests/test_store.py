@@ -196,13 +196,18 @@ def s3(monkeypatch, tmp_path):
 
 
 @MOTO
-def test_a_store_on_s3(s3, tmp_path):
+def test_a_store_on_s3(s3, tmp_path, monkeypatch):
     "Two projects; the second copies only what it reads, and a damaged object is refused"
     t = toy_table(tmp_path / "raw", 3)
     a, b = put(tmp_path / "a", t), put(tmp_path / "b", t)
     assert not [*(tmp_path / "b").rglob("*.nii")]
     assert local_file(a.image[0]).read_bytes() == local_file(b.image[0]).read_bytes()
     assert len([*(tmp_path / "b").rglob("*.nii")]) == 1
+    copy = local_file(b.image[0])
+    whole = copy.read_bytes()
+    copy.write_bytes(bytes(len(whole)))
+    monkeypatch.setattr("asap.store._LOOKED_AT", {})  # as another process has it
+    assert local_file(b.image[0]).read_bytes() == whole
     store = store_of(tmp_path / "b/build")
     assert not verify(store) and not unreachable(store, [tmp_path / "a"], 0)
     f = find_entry(store, read_manifest(tmp_path / "b/build/volumes/own").key[1]).files["volume"]

@@ -1480,13 +1480,85 @@ def _run_forget(a: argparse.Namespace) -> int:
     for what in ("removed", "rewritten"):
         for path in getattr(done, what):
             print(f"{what:10}{path}")
-    print(f"{done.cached} files removed from DVC's cache")
+    print(f"{done.cached} files removed from DVC's cache, {done.entries} entries from the store")
+    for other in done.shared:
+        print(f"has the same volume, which is kept: {other}")
     for path in done.models:
         print(f"may have been trained with it: {path}")
     for path in done.raw:
         print(f"raw data, still there: {path}")
     print("Take the case out of the raw data, then run `asap study`: it trains these models anew")
     return 0
+
+
+def _run_store(a: argparse.Namespace) -> int:
+    from asap.store import store_of
+
+    root = project_root()
+    return a.action(a, store_of(root / "build"), root)
+
+
+def _print_store(a: argparse.Namespace, store: Any, root: Path) -> int:
+    from asap.store import manifest_folders, read_manifest, unreachable
+
+    listed = store.call("list_all")
+    entries = sum(f.name.startswith("records/") for f in listed)
+    rows = sum(len(read_manifest(f)) for f in manifest_folders(root))
+    free = unreachable(store, [root], 0)
+    print(f"place       {store.place}")
+    print(f"entries     {entries}, {sum(f.size for f in listed) / 1e9:.3f} GB")
+    print(f"this study  {rows} files in {len(manifest_folders(root))} manifests")
+    print(f"others      {len(free)} files, {sum(f.size for f in free) / 1e9:.3f} GB")
+    return 0
+
+
+def _verify_store(a: argparse.Namespace, store: Any, root: Path) -> int:
+    from asap.store import cases_of, remove_damaged, verify
+
+    bad = verify(store)
+    for name, why in bad.items():
+        print(f"{name} {why}{cases_of(name, root)}")
+    if bad and a.remove:
+        for manifest in remove_damaged(store, bad, root):
+            print(f"removed with it: {manifest}")
+    print(f"{len(bad)} damaged in {store.place}")
+    return int(bool(bad) and not a.remove)
+
+
+def _collect_store(a: argparse.Namespace, store: Any, root: Path) -> int:
+    from asap.store import manifest_folders, unreachable
+
+    roots = [Path(c).resolve() for c in a.checkout] or [root]
+    for r in roots:
+        if not manifest_folders(r):
+            raise ValueError(f"{r} has no manifest in build/: give the folder of a checkout")
+    free = unreachable(store, roots, a.hours)
+    for f in free:
+        print(f"{'removed' if a.delete else 'unused'}  {f.name}")
+        if a.delete:
+            store.call("remove", f.name)
+    gb = sum(f.size for f in free) / 1e9
+    print(f"{len(free)} files, {gb:.3f} GB" + ("" if a.delete else "; --delete removes them"))
+    return 0
+
+
+def _add_store_command(sub: Any) -> None:
+    what = "look after the store of volumes and organ maps (ASAP_STORE, else build/store)"
+    c = _add_command(sub, "store", _run_store, what, "asap store verify")
+    actions = c.add_subparsers(dest="action_name", required=True, metavar="ACTION")
+    what = "its place, its size, and what this study uses of it"
+    one = _add_command(actions, "info", _run_store, what, "asap store info")
+    one.set_defaults(action=_print_store)
+    what = "read it whole and name what is damaged"
+    one = _add_command(actions, "verify", _run_store, what, "asap store verify --remove")
+    one.add_argument("--remove", action="store_true", help="remove it, so that it is made anew")
+    one.set_defaults(action=_verify_store)
+    what = "list what no manifest of some checkouts names"
+    one = _add_command(actions, "gc", _run_store, what, "asap store gc . ../other --delete")
+    one.add_argument("checkout", nargs="*", help="folders of all that use it (default: this one)")
+    one.add_argument("--hours", type=float, default=24, help="leave what is younger (default 24)")
+    one.add_argument("--delete", action="store_true", help="remove it")
+    one.set_defaults(action=_collect_store)
 
 
 def _check_params(a: argparse.Namespace) -> int:
@@ -1547,6 +1619,7 @@ def _add_study_commands(sub: Any) -> None:
     )
     c.add_argument("case", help="its name, or COHORT/NAME")
     _add_compare_command(sub)
+    _add_store_command(sub)
     _add_graph_command(sub)
 
 # %% ../nbs/98_cli.ipynb #cliparse4

@@ -82,7 +82,7 @@ def has_changed(
 CONTENTS = "build/contents"  # folder of the records, in the project
 OWN_FILES = {  # stage -> what it writes beside the outputs in dvc.yaml
     "synthesize": ["build/made"],
-    "prepare": ["build/hashes/${item}", "build/kept/${item}"],
+    "prepare": ["build/hashes/${item}"],
     "page": ["runs/study"],
     "report_blind": ["build/resume/report/blind"],
 }

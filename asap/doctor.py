@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'ALL_CHECKS', 'CheckResult', 'check_dvc_lock', 'check_running', 'check_file_locks', 'check_space',
-           'check_versions', 'check_git', 'check_weights', 'check_records', 'check_locked_outputs', 'check_cache',
-           'examine']
+           'check_versions', 'check_git', 'check_weights', 'check_records', 'check_locked_outputs', 'check_store',
+           'check_cache', 'examine']
 
 # %% ../nbs/97_doctor.ipynb #eb53d798
 import os
@@ -34,6 +34,7 @@ from .core import progress_bar, resource_path
 from .processes import LOCKS, hold_lock, is_held, lock_holder
 from .resources import run_disks, run_folders
 from .run import is_distrusted, is_in_git, remove_broken_lock
+from .store import StoreError, find_damaged, manifest_folders, read_manifest, store_place
 
 # %% ../nbs/97_doctor.ipynb #29751f7f
 @dataclass(frozen=True)
@@ -206,6 +207,26 @@ def check_locked_outputs(
             yield _problem("files", text)
 
 # %% ../nbs/97_doctor.ipynb #c8b5c05b
+def check_store(
+    root: Path,  # of the project
+) -> Iterator[CheckResult]:
+    "Volumes and organ maps in the store, against their hashes"
+    folders = manifest_folders(root)
+    if not folders:
+        return
+    place = store_place(root / "build")
+    try:
+        bad = [p.relative_to(root).as_posix() for p in find_damaged(root)]
+        whole = sum(len(read_manifest(f)) for f in folders) - len(bad)
+    except (StoreError, DamageError) as e:
+        yield _problem("store", str(e))
+        return
+    for p in bad:
+        text = f"{p} is not as it was written to {place}"
+        yield _problem("store", f"{text}: run `asap store verify --remove`, then `asap study`")
+    yield _ok("store", f"{whole} files are as they were written to {place}")
+
+
 def check_cache(
     root: Path,  # of the project
 ) -> Iterator[CheckResult]:
@@ -231,6 +252,7 @@ ALL_CHECKS: tuple[Callable[[Path], Iterator[CheckResult]], ...] = (
     check_space,
     check_records,
     check_locked_outputs,
+    check_store,
     check_cache,
 )
 

@@ -21,6 +21,7 @@ import numpy as np
 from .contents import CONTENTS, FileRecord, read_records
 from .core import list_files, read_json, write_json, write_parquet, write_text
 from .resources import cache_folder
+from .store import manifest_folders, read_manifest, remove_patient, store_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +59,8 @@ class Forgotten:
     cached: int = 0  # files of DVC's cache that were removed
     models: list[str] = field(default_factory=list)  # trained with the case
     raw: list[str] = field(default_factory=list)  # files of data/ that still hold it
+    shared: list[str] = field(default_factory=list)  # other cases that have its volume
+    entries: int = 0  # of the store that were removed
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _forget_file(path: Path, case: _Case) -> str:  # rewritten, removed, or ""
     return ""
 
 # %% ../nbs/09_privacy.ipynb #818d8d79
-_SHELVES = ("volumes", "organs", "hashes", "kept")  # folders of build/ with files of one case
+# folders of build/ with files of one case; `kept` is of versions without a store
+_SHELVES = ("volumes", "organs", "hashes", "kept")
 
 
 def _own_files(case: _Case, root: Path) -> Iterator[Path]:
@@ -167,13 +171,29 @@ def _own_files(case: _Case, root: Path) -> Iterator[Path]:
         yield f
 
 
+def _forget_entries(case: _Case, done: Forgotten, root: Path) -> None:
+    "Take a case out of the store; its rows of manifests are dropped with those of other tables"
+    own: dict[str, list[str]] = {}  # key -> paths
+    others: dict[str, str] = {}  # key -> another case
+    for folder in manifest_folders(root):
+        for r in read_manifest(folder).itertuples():
+            if (folder.name, r.case) == (case.cohort, case.name):
+                own.setdefault(r.key, []).append((folder / r.name).relative_to(root).as_posix())
+            else:
+                others[r.key] = f"{folder.name}/{r.case}"
+    done.shared = sorted({others[k] for k in own if k in others})
+    done.removed += [p for k, paths in own.items() if k not in others for p in paths]
+    if own:
+        done.entries = remove_patient(store_of(root / "build"), set(own) - set(others), others)
+
+
 def _is_model(path: Path) -> bool:
     return path.name in ("model.safetensors", "state.pt", "tokenizer.json")
 
 
 def _derived_files(root: Path) -> list[Path]:
     "What stages have written, without raw data and records"
-    skipped = [root / "build/synthetic", root / CONTENTS, root / "build/locks"]
+    skipped = [root / p for p in ("build/synthetic", "build/store", CONTENTS, "build/locks")]
     return [
         f
         for top in ("build", "runs")
@@ -257,6 +277,7 @@ def forget(
     "Take a case out of all that was made from it, and out of DVC's cache"
     case, done = _find_case(name, root), Forgotten()
     done.models = _trained_with(case, root)
+    _forget_entries(case, done, root)
     for f in list(_own_files(case, root)):
         done.removed += [
             p.relative_to(root).as_posix() for p in ([f] if f.is_file() else f.iterdir())

@@ -24,6 +24,7 @@ from .preempt import EXIT_CODE, stop_on_signal, stop_requested
 from .privacy import make_private
 from .processes import LOCKS, hold_lock, lead
 from .resources import NO_SPACE, explain_failure, find_shortage, remove_half_copies
+from .store import drop_unmet_manifests
 
 # %% ../nbs/95_run.ipynb #run00006
 Needs = dict[str, set[str]]  # stage -> stages whose outputs it reads
@@ -256,6 +257,7 @@ def run_study(
         lead()
         set_up_git(folder)
         keep_index_private(folder)
+        drop_unmet_manifests(folder)
         with stop_on_signal():
             code = _run_stages(folder, stages)
             return EXIT_CODE if code and stop_requested() else code

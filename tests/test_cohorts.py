@@ -3,7 +3,6 @@ sides, lists, copies, kills, a cluster"""
 
 import contextlib
 import hashlib
-import json
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import textwrap
 import time
 from functools import partial
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -20,17 +18,24 @@ import psutil
 import pytest
 import torch
 from conftest import TOP
+from tiny_cases import toy_table
 
 from asap.anatomy.organs import read_organ_map, totalsegmentator_classes
 from asap.core import list_files, parallel_backend
 from asap.data.adapter import available_cohort_names, get_cohort
-from asap.data.prepare import CaseStore, hash_inventory, prepare_cases, quick_hash, run
+from asap.data.prepare import hash_inventory, prepare_cases, quick_hash, run
 from asap.data.splits import label_subsets
-from asap.data.table import available_cohorts, label_columns, load, load_acquisition
+from asap.data.table import (
+    available_cohorts,
+    label_columns,
+    load,
+    load_acquisition,
+    volume_hashes,
+)
 from asap.data.volumes import read, write
 from asap.params import StageParams, load_params
-from asap.phantom.abnormalities import synthesize_chest
 from asap.pretrain.batches import ImageReportDataset, collate
+from asap.store import local_file, read_manifest
 from asap.text.encoder import load as load_text, train_text_encoder
 
 NAMES = available_cohort_names()
@@ -55,7 +60,7 @@ def ready(name, root, p=None) -> dict:  # status
         p,
         root,
         organs,
-        lambda table, out, quarantine: table,
+        lambda table, out, quarantine, shared: table,
     )
 
 
@@ -162,14 +167,11 @@ def test_nobody_on_two_sides(name, made):
     )
 
 
-def test_no_patient_is_in_two_cohorts(made):
+def test_no_patient_is_in_two_cohorts(root, made):
     "Save RadGenome-ChestCT, which asks about CT-RATE's"
     seen = {}
     for n, (_, t) in made.items():
-        for v in {
-            CaseStore(Path(f).parent, Path("."), None).record(Path(f).stem)["voxels"]
-            for f in t.image
-        }:
+        for v in set(volume_hashes(n, t.case, root)):
             seen.setdefault(v, set()).add(n)
     assert {frozenset(s) for s in seen.values() if len(s) > 1} == {
         frozenset({"ct_rate", "radgenome"})
@@ -233,14 +235,16 @@ def test_kernel_contrast_and_spacing_of_ct_rate(root, made):
 
 
 def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
-    """A case that is reused keeps it; one whose record is older is made anew, with the same
+    """A case that is reused keeps it; one whose volume is damaged is made anew, with the same
     voxels; without metadata the kernels alone are lost"""
-    for d in ("data/ct_rate", *(f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))):
+    folders = (f"build/{k}/ct_rate" for k in ("cohorts", "volumes", "organs"))
+    for d in ("data/ct_rate", "build/store", *folders):
         shutil.copytree(root / d, tmp_path / d)
     here, volumes = tmp_path / "build/cohorts/ct_rate", tmp_path / "build/volumes/ct_rate"
 
     def stamp():
-        return {f.name: f.stat().st_mtime_ns for f in volumes.glob("*.nii")}
+        found = (tmp_path / "build/store").rglob("*.nii")
+        return {f.name: f.stat().st_mtime_ns for f in found}
 
     def files():
         return [(here / f).read_bytes() for f in ("ct_rate.parquet", "acquired.csv")]
@@ -249,15 +253,15 @@ def test_how_it_was_acquired_outlives_a_rerun(root, made, tmp_path, capsys):
     (here / "acquired.csv").unlink()
     ready("ct_rate", tmp_path)
     assert files() == first and stamp() == before
-    record = volumes / "train_1_a_1.json"
-    record.write_text(
-        json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "spacing"})
-    )
+    damaged = local_file(volumes / "train_1_a_1.nii")
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:400] + bytes(8) + data[408:])
     ready("ct_rate", tmp_path)
+    assert damaged.read_bytes() == data
     after = stamp()
     assert (
         files() == first
-        and [f for f in after if after[f] != before[f]] == ["train_1_a_1.nii"]
+        and [f for f in after if after[f] != before[f]] == [damaged.name]
         and "1 volumes were made anew" in capsys.readouterr().err
     )
     shutil.rmtree(tmp_path / "data/ct_rate/dataset/metadata")
@@ -384,38 +388,15 @@ def test_organ_masks_in_a_folder(root, made, tmp_path):
     ready("own", tmp_path)
     case = one.name.removesuffix(".nii.gz")
     a, b = (
-        np.asanyarray(nib.load(r / f"build/organs/own/{case}.nii.gz").dataobj)
+        np.asanyarray(nib.load(local_file(r / f"build/organs/own/{case}.nii.gz")).dataobj)
         for r in (root, tmp_path)
     )
     assert np.array_equal(a, b) and a.any()
 
 
-def toy(folder, n) -> pd.DataFrame:  # n small scans
-    k = synthesize_chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
-    rows = [
-        dict(
-            case=f"c{i:03d}",
-            scan=f"s{i}",
-            patient=f"p{i}",
-            image=str(folder / f"{i}.nii.gz"),
-            organ_map="",
-            target_map="",
-            findings="",
-            impression="",
-            split="train",
-            time_days=None,
-            event=None,
-        )
-        for i in range(n)
-    ]
-    for i, r in enumerate(rows):
-        write(k.hu + np.int16(i % 5), k.affine, r["image"])
-    return pd.DataFrame(rows)
-
-
 def test_a_cluster_makes_the_same_volumes(tmp_path):
     "Dask, on a cluster of this machine"
-    t = toy(tmp_path, 6)
+    t = toy_table(tmp_path, 6)
     prepare_cases(t, tmp_path / "a", tmp_path / "o", HOW)
     with parallel_backend("dask"):
         prepare_cases(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
@@ -425,7 +406,7 @@ def test_a_cluster_makes_the_same_volumes(tmp_path):
 
 
 def test_killed_and_started_again_it_repeats_no_case(tmp_path):
-    t = toy(tmp_path, 60)
+    t = toy_table(tmp_path, 60)
     t.to_parquet(tmp_path / "t.parquet")
     code = textwrap.dedent(f"""
         import pandas as pd
@@ -454,21 +435,10 @@ def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     assert len(after) == 60 and {k: after[k] for k in done} == done
 
 
-def test_a_kill_between_two_data_sets_leaves_nothing_half(tmp_path):
-    "What is put aside or taken back is whole, or not there"
-    t = toy(tmp_path, 3)
-
-    def go(table):
-        return prepare_cases(table, tmp_path / "v", tmp_path / "o", HOW, cache=tmp_path / "kept")
-
-    go(t)
-    first = {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()}
-    other = t.assign(image=list(t.image[1:]) + [t.image[0]])
-    go(other)
-    shelf = next(d for d in (tmp_path / "kept").iterdir() if d.name.startswith("c000"))
-    (shelf / "c000.nii").unlink()  # as if killed while it was taken back
-    go(t)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "v").iterdir()} == first
+def test_a_radgenome_volume_is_that_of_ct_rate(root, made):
+    "Prepared and kept once"
+    a, b = (read_manifest(root / f"build/volumes/{n}").set_index("case") for n in CT_RATES)
+    assert len(b) == 6 and (a.key.reindex(b.index) == b.key).all()
 
 
 def leave(folder):

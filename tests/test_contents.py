@@ -2,12 +2,13 @@
 `asap doctor`"""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TOP
-from smoke import change, clone as clone, digest, run
+from smoke import STUDY, change, clone as clone, digest, run
 
 from asap import doctor
 from asap.contents import (
@@ -20,10 +21,12 @@ from asap.contents import (
     stage_inputs,
 )
 from asap.processes import LOCKS
+from asap.store import local_file, read_manifest, record_name
 
 pytestmark = pytest.mark.study
 
-NO_CONTENT = (LOCKS, CONTENTS)  # who runs; the records, which hold their own hash
+# who runs; the records and the store, which hold their own hashes
+NO_CONTENT = (LOCKS, CONTENTS, "build/store")
 
 
 def files(folder: Path) -> list[Path]:
@@ -105,15 +108,44 @@ def test_changed_records_are_named(clone):
 
 
 def test_a_damaged_volume_is_made_anew_by_name(clone):
-    "Overwritten in its middle: the stage that DVC reruns because of it does not keep it"
-    volume = files(clone / "build/volumes/stoic")[0].with_suffix(".nii")
+    "Overwritten in its middle: a stage that reads it stops, and the one that made it mends it"
+    name = read_manifest(clone / "build/volumes/stoic").name[0]
+    volume = local_file(clone / "build/volumes/stoic" / name)
     before = digest(volume)
     data = bytearray(volume.read_bytes())
     data[len(data) // 3 : 2 * len(data) // 3] = bytes(2 * len(data) // 3 - len(data) // 3)
     volume.write_bytes(data)
-    text = run("dvc", "repro", "-s", "prepare@stoic", cwd=clone)
-    assert f"a file of {volume.stem} has changed since it was written" in text, text[-3000:]
+    read = "import sys; from asap.store import local_file; local_file(sys.argv[1])"
+    path = clone / "build/volumes/stoic" / name
+    text = run(sys.executable, "-c", read, str(path), cwd=clone, check=False)
+    assert f"build/volumes/stoic/{name} is damaged in the store" in text, text[-3000:]
+    text = run("dvc", "repro", "-f", "-s", "prepare@stoic", cwd=clone)
+    assert f"a file of {Path(name).stem} has changed since it was written" in text, text[-3000:]
     assert digest(volume) == before
+
+
+def test_a_flipped_byte_in_the_store_is_named(clone):
+    "A volume, an organ map and a record; what is removed is made anew, with the same bytes"
+    folders = [clone / "build" / kind / "ct_rate" for kind in ("volumes", "organs")]
+    rows = [(folder, read_manifest(folder).iloc[i]) for i, folder in enumerate(folders)]
+    broken = [local_file(folder / row["name"]) for folder, row in rows]
+    key = read_manifest(folders[0]).key[2]
+    broken.append(clone / "build/store" / record_name(key))
+    before = [digest(p) for p in broken]
+    for p in broken:
+        flip(p)
+    named = "\n".join(f.text for f in doctor.check_store(clone))
+    for folder, row in rows:
+        assert f"{folder.relative_to(clone)}/{row['name']} is not as it was written" in named
+    command = [sys.executable, "-m", "asap.cli", "store", "verify"]
+    text = run(*command, cwd=clone, check=False)
+    assert "3 damaged" in text and f"ct_rate/{rows[0][1]['name']}" in text
+    assert all(p.relative_to(clone / "build/store").as_posix() in text for p in broken)
+    run(*command, "--remove", cwd=clone)
+    assert not any(p.exists() for p in broken)
+    run(*STUDY, cwd=clone)
+    assert [digest(p) for p in broken[:2]] == before[:2] and broken[2].exists()
+    assert "0 damaged" in run(*command, cwd=clone)
 
 
 def test_what_dvc_takes_from_its_cache_is_no_damage(clone):

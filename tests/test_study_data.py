@@ -7,6 +7,8 @@ import pytest
 from conftest import TOP
 from smoke import STUDY, clone as clone, digest, edited, kill_when, ran, run
 
+from asap.store import local_file, read_manifest
+
 pytestmark = pytest.mark.study
 
 
@@ -16,6 +18,10 @@ def listing(folder):
         for f in folder.rglob("*")
         if f.is_file()
     }
+
+
+def manifests(clone):
+    return {f.relative_to(clone): digest(f) for f in clone.glob("build/*/*/manifest.parquet")}
 
 
 def test_other_data_in_and_back_again(clone, tmp_path):
@@ -44,9 +50,10 @@ def test_other_data_in_and_back_again(clone, tmp_path):
             "figures/labels.csv",
         )
     ]
+    store = listing(clone / "build/store")
     before, volumes, lock, there = (
         [digest(f) for f in kept],
-        listing(clone / "build/volumes"),
+        manifests(clone),
         [(clone / f).read_text() for f in ("data.dvc", "dvc.lock")],
         listing(far),
     )
@@ -83,27 +90,29 @@ def test_other_data_in_and_back_again(clone, tmp_path):
         "embed@asap",
         "embed@scratch",
     }, text[-3000:]
-    assert [digest(f) for f in kept] == before and listing(clone / "build/volumes") == volumes
+    assert [digest(f) for f in kept] == before and manifests(clone) == volumes
+    assert store.items() <= listing(clone / "build/store").items()
 
 
 def test_a_kill_while_preparing_leaves_nothing_half(clone):
-    volumes = clone / "build/volumes/ct_rate"
     run("dvc", "repro", cwd=clone)
-    before = {f.name: digest(f) for f in volumes.glob("[!.]*.nii")}
+    volumes, listed = clone / "build/volumes/ct_rate", manifests(clone)
+    paths = [local_file(volumes / name) for name in read_manifest(volumes).name]
+    before = {f: digest(f) for f in paths}
     metrics = (clone / "runs/classify/metrics.json").read_text()
-    for f in sorted(volumes.glob("[!.]*.nii"))[5:]:
+    for f in paths[5:]:
         f.unlink()
     kill_when(
         clone,
-        lambda: len(list(volumes.glob("[!.]*.nii"))) > 8,
+        lambda: sum(f.exists() for f in paths) > 8,
         "dvc",
         "repro",
         "-f",
         "-s",
         "prepare@ct_rate",
     )
-    run("dvc", "repro", cwd=clone)
-    assert {f.name: digest(f) for f in volumes.glob("[!.]*.nii")} == before
+    run(*STUDY, cwd=clone)
+    assert {f: digest(f) for f in paths} == before and manifests(clone) == listed
     assert (clone / "runs/classify/metrics.json").read_text() == metrics
 
 

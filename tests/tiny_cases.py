@@ -31,3 +31,27 @@ def cases(
             )
         )
     return pd.DataFrame(rows)
+
+
+def toy_table(folder, n) -> pd.DataFrame:  # a cohort table
+    "Scans of one phantom, five of which differ"
+    k = synthesize_chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
+    rows = [
+        dict(
+            case=f"c{i:03d}",
+            scan=f"s{i}",
+            patient=f"p{i}",
+            image=str(folder / f"{i}.nii.gz"),
+            organ_map="",
+            target_map="",
+            findings="",
+            impression="",
+            split="train",
+            time_days=None,
+            event=None,
+        )
+        for i in range(n)
+    ]
+    for i, r in enumerate(rows):
+        write(k.hu + np.int16(i % 5), k.affine, r["image"])
+    return pd.DataFrame(rows)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ from asap.core import (
 )
 from ..data.checks import check_finite, check_hounsfield, check_spacing
 from ..data.volumes import Volume, open_nifti, read, write
+from asap.store import (
+    Store,
+    add_entry,
+    add_rows,
+    entry_key,
+    find_entry,
+    find_row,
+    local_file,
+    manifest_row,
+)
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9297cfc4
 def required_models(
@@ -279,6 +290,16 @@ def totalsegmentator_source(
     return MapSource(name, predict, _map_provenance(groups, fast))
 
 
+def _predict_organs(path: Path, source: MapSource, mask: Path) -> None:
+    v = read(path)
+    organs = source.predict(v).organs
+    if not organs.any():
+        raise ValueError(
+            f"{source.name} found none of the study's organs in {path}: is this a chest CT?"
+        )
+    write(organs, v.affine, mask)
+
+
 def _segment_case(
     row: dict,  # of the cohort table
     out: Path,  # folder of organ maps
@@ -290,15 +311,28 @@ def _segment_case(
     old = read_json(record) if record.exists() else None
     if old == fp and mask.exists():
         return None
-    v = read(row["image"])
-    organs = source.predict(v).organs
-    if not organs.any():
-        raise ValueError(
-            f"{source.name} found none of the study's organs in {row['image']}: is this a chest CT?"
-        )
-    write(organs, v.affine, mask)
+    _predict_organs(row["image"], source, mask)
     write_json(fp, record)
     return first_difference(old, fp) if old else None
+
+
+def _segment_shared(
+    row: dict,  # of the cohort table
+    out: Path,  # folder of organ maps
+    source: MapSource,
+    shared: Store,
+    found: list[dict],  # gets a row of a manifest
+) -> None:
+    known = find_row(row["image"])
+    digest = known.hash[:16] if known else file_hash(row["image"])
+    fp = fingerprint(**source.origin, volume=digest)
+    entry = find_entry(shared, entry_key(fp))
+    if entry is None:
+        with tempfile.TemporaryDirectory(prefix="asap-") as folder:
+            mask = Path(folder) / "organs.nii.gz"
+            _predict_organs(local_file(row["image"]), source, mask)
+            entry = add_entry(shared, fp, dict(organs=mask), {})
+    found.append(manifest_row(f"{row['case']}.nii.gz", row["case"], entry, "organs"))
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #36d37443
 def _segment_cases(
@@ -306,13 +340,20 @@ def _segment_cases(
     source: MapSource,
     out: Path,  # folder of organ maps
     quarantine: Quarantine,
+    shared: Store | None,
 ) -> set:  # the cases that failed
+    found: list[dict] = []
+    one: Callable = _segment_case
+    if shared:
+        one = partial(_segment_shared, shared=shared, found=found)
     remade = []
     for row in progress_bar(rows, label="organ maps"):
         try:
-            remade.append(_segment_case(row, out, source))
+            remade.append(one(row, out, source))
         except Exception as e:
             quarantine.add(row["case"], e)
+    if found:
+        add_rows(found, out)
     if reasons := [r for r in remade if r]:
         log_message(f"{len(reasons)} organ maps were computed again: {reasons[0]}")
     quarantine.save()
@@ -341,6 +382,7 @@ def fill_organ_maps(
     quarantine: Path | None = None,  # CSV of the cases without a map
     device: Any = None,  # of torch; Accelerate's choice when None
     source: MapSource | None = None,  # None: TotalSegmentator
+    shared: Store | None = None,  # gets the maps; `out` gets rows of a manifest
 ) -> pd.DataFrame:  # the table, `organ_map` filled where it was empty
     "Segment the cases without an organ map; without weights the table is returned unchanged"
     rows = table[table.organ_map == ""][["case", "image"]].to_dict("records")
@@ -351,7 +393,7 @@ def fill_organ_maps(
     except FileNotFoundError as e:
         log_message(f"{len(rows)} of {len(table)} cases have no organ map: {e}")
         return table
-    failed = _segment_cases(rows, source, Path(out), Quarantine(quarantine))
+    failed = _segment_cases(rows, source, Path(out), Quarantine(quarantine), shared)
     cases = [r["case"] for r in rows if r["case"] not in failed]
     maps = {c: str(Path(out) / f"{c}.nii.gz") for c in cases}
     return table.assign(organ_map=[maps.get(c, m) for c, m in zip(table.case, table.organ_map)])

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..core import file_hash, progress_bar, read_json
 from .table import available_cohorts, volume_hashes
+from ..store import local_file
 
 # %% ../../nbs/2_data/27a_corpus.ipynb #85bdc33a
 def load_corpus(
@@ -53,7 +54,7 @@ def _add_contents(t: pd.DataFrame, name: str, root: Path) -> pd.DataFrame:
         cohort=name,
         phantoms=read_json(root / "build/cohorts" / name / "status.json")["phantoms"],
         voxels=volume_hashes(name, t.case, root),
-        organs=[file_hash(root / m)[:16] if m else "" for m in t.organ_map],
+        organs=[file_hash(local_file(root / m)) if m else "" for m in t.organ_map],
         mean_hu=_file_means(t.image, root, f"{name}, intensities"),
         mean_organ=_file_means(t.organ_map, root, f"{name}, organs"),
     )
@@ -65,7 +66,7 @@ def _file_means(
     label: str,
 ) -> list[float]:  # NaN for ""
     return [
-        float(np.asanyarray(nib.load(root / f).dataobj).mean()) if f else np.nan
+        float(np.asanyarray(nib.load(local_file(root / f)).dataobj).mean()) if f else np.nan
         for f in progress_bar(paths, label=label)
     ]
 

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['SETTLED_NS', 'PHANTOM_MARKER', 'hash_contents', 'hash_inventory', 'raw_files', 'quick_hash', 'check_organ_masks',
-           'ras_spacing', 'standardize_case', 'CaseResult', 'CaseStore', 'cache_store', 'cache_restore', 'prepare_case',
-           'prepare_cases', 'pop_acquisition', 'save_acquisition', 'read_raw_cohort', 'read_phantom_version', 'run']
+           'ras_spacing', 'standardize_case', 'CaseResult', 'CaseStore', 'prepare_case', 'prepare_cases',
+           'pop_acquisition', 'save_acquisition', 'read_raw_cohort', 'read_phantom_version', 'run']
 
 # %% ../../nbs/2_data/27_prepare.ipynb #9aba0642
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ from asap.core import (
     write_json,
     write_sheet,
 )
-from .adapter import CohortAdapter, find_raw_dir, is_available, read_options
+from asap.data.adapter import (
+    CohortAdapter,
+    find_raw_dir,
+    get_cohort,
+    is_available,
+    read_options,
+)
 from .checks import check_mask, load_checked
 from .series import is_dicom_file
 from .split_files import apply_splits, read_split_files
@@ -55,6 +62,19 @@ from asap.data.table import (
     save,
 )
 from .volumes import Source, Volume, file_suffix, open_nifti, standardize, write
+from asap.store import (
+    MANIFEST,
+    Entry,
+    Store,
+    add_entry,
+    entry_key,
+    find_entry,
+    find_row,
+    manifest_row,
+    read_entry,
+    store_of,
+    write_manifest,
+)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #inv00002
 def hash_contents(
@@ -185,16 +205,17 @@ class CaseResult:
     error: str | None = None  # reason of exclusion
     warnings: tuple = ()
     voxels: str = ""  # hash of the standard volume
+    files: dict[str, dict] = field(default_factory=dict)  # kind -> row of a manifest
 
 # %% ../../nbs/2_data/27_prepare.ipynb #bd581e8a
 @dataclass(frozen=True)
 class CaseStore:
-    "Folders of a cohort's volumes and organ maps, and of the cached results of other data"
+    "Folders of a cohort's volumes and organ maps: of files, or of manifests of a store"
 
     volumes: Path
     organs: Path
-    kept: Path | None = None
     hashes: Path | None = None  # of raw files, with their sizes and times; None: nothing is kept
+    shared: Store | None = None  # None: the results are files in the two folders
 
     def files(
         self,
@@ -209,8 +230,12 @@ class CaseStore:
 
     def record(self, case: str) -> dict:
         "Record of one case; empty if there is none"
-        f = self.files(case)[2]
-        return read_json(f) if f.exists() else {}
+        volume, _, f = self.files(case)
+        if self.shared is None:
+            return read_json(f) if f.exists() else {}
+        row = find_row(volume)
+        entry = read_entry(self.shared, row.key) if row else None
+        return dict(entry.facts, fingerprint=entry.fingerprint) if entry else {}
 
     def hash_raw(
         self,
@@ -227,22 +252,6 @@ class CaseStore:
                 write_json(now, f)
         return found
 
-    def shelf(
-        self,
-        case: str,
-        fp: dict,  # fingerprint of the result
-    ) -> Path:
-        "Folder in `kept` for one case and fingerprint"
-        digest = hashlib.sha256(json.dumps(fp, sort_keys=True).encode()).hexdigest()[:16]
-        return self.kept_dir / f"{fit_name(case, '-' + digest)}-{digest}"
-
-    @property
-    def kept_dir(self) -> Path:
-        "`kept`; `ValueError` if the store has no cache"
-        if self.kept is None:
-            raise ValueError("this CaseStore has no folder `kept`: pass one")
-        return self.kept
-
 
 def _read_known(path: Path) -> dict:  # empty where nothing readable is there
     try:
@@ -250,46 +259,34 @@ def _read_known(path: Path) -> dict:  # empty where nothing readable is there
     except (OSError, ValueError):
         return {}
 
-# %% ../../nbs/2_data/27_prepare.ipynb #0c6d3f55
-def cache_store(
-    store: CaseStore,
-    case: str,
-    recipe: dict,  # spacing, hu, groups, code of the new result
-) -> None:
-    "Move the results of other data to the cache if the parameters are the same, else delete them"
-    volume, mask, record = store.files(case)
-    fp = store.record(case).get("fingerprint", {})
-    if not (store.kept is not None and volume.exists() and fp.get("how") == recipe):
-        for f in (record, volume, mask):
-            f.unlink(missing_ok=True)
-        return
-    shelf = store.shelf(case, fp)
-    tmp = store.kept_dir / f".{fit_name(case, '.')}"
-    shutil.rmtree(tmp, ignore_errors=True)
-    shutil.rmtree(shelf, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for f in (record, volume, mask):
-        if f.exists():
-            shutil.move(f, tmp / f.name)
-    tmp.rename(shelf)
-
 # %% ../../nbs/2_data/27_prepare.ipynb #6ce1e85f
-def cache_restore(
-    store: CaseStore,
+def _manifest_rows(case: str, entry: Entry) -> dict[str, dict]:  # kind -> row
+    rows = dict(volume=manifest_row(f"{case}.nii", case, entry, "volume"))
+    rows["volume"]["voxels"] = entry.facts["voxels"]
+    if "organs" in entry.files:
+        rows["organs"] = manifest_row(f"{case}.nii.gz", case, entry, "organs")
+    return rows
+
+
+def _find_shared(
+    shared: Store,
     case: str,
     fp: dict,  # fingerprint of the result
-) -> bool:  # True if the cache had a result
-    "Restore the cached result of the same data and parameters"
-    if not store.kept or not (shelf := store.shelf(case, fp)).exists():
-        return False
-    tmp = store.kept_dir / f".back-{fit_name(case, '.back-')}"
-    shutil.rmtree(tmp, ignore_errors=True)
-    shelf.rename(tmp)
-    for f in store.files(case):
-        if (tmp / f.name).exists():
-            shutil.move(tmp / f.name, f)
-    tmp.rmdir()
-    return True
+) -> CaseResult | None:  # the entry with this fingerprint
+    entry = find_entry(shared, entry_key(fp))
+    if entry is None:
+        return None
+    facts, rows = entry.facts, _manifest_rows(case, entry)
+    return CaseResult(case, None, None, tuple(facts["warnings"]), facts["voxels"], rows)
+
+
+def _write_manifests(store: CaseStore, results: Iterable[CaseResult]) -> None:
+    "Write the manifests of a cohort; files of a study before it had a store are removed"
+    for kind, folder in dict(volume=store.volumes, organs=store.organs).items():
+        for f in list_files(folder):
+            if f.name != MANIFEST:
+                f.unlink()
+        write_manifest([r.files[kind] for r in results if kind in r.files], folder)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #0f46e522
 def _hash_results(
@@ -309,6 +306,8 @@ def _find_result(
     row: dict,  # case, image, organ_map
     fp: dict,  # fingerprint of the result
 ) -> CaseResult | None:  # a complete result with this fingerprint
+    if store.shared:
+        return _find_shared(store.shared, row["case"], fp)
     volume, mask, _ = store.files(row["case"])
     record = store.record(row["case"])
     if record.get("fingerprint") != fp or "spacing" not in record:
@@ -335,7 +334,7 @@ def prepare_case(
         raw = store.hash_raw(case, image=row["image"], mask=row["organ_map"])
         fp = fingerprint(how=recipe, source=repr(source), **raw)
         was = store.record(case)
-        if made := _find_or_restore(store, row, fp):
+        if made := _find_result(store, row, fp):
             return made
         std, organ_map, found, spacing = standardize_case(row, recipe, organs, source, opener)
     except Exception as e:
@@ -348,22 +347,12 @@ def prepare_case(
         warnings=tuple(map(str, found)),
         voxels=hashlib.sha256(std.hu.tobytes()).hexdigest()[:16],
     )
-    _write_result(store, result, std, organ_map, fp, spacing)
+    facts = dict(warnings=list(result.warnings), voxels=result.voxels, spacing=spacing)
+    if store.shared:
+        result.files = _add_result(store.shared, case, std, organ_map, fp, facts)
+    else:
+        _write_result(store, case, std, organ_map, fp, facts)
     return result
-
-
-def _find_or_restore(
-    store: CaseStore,
-    row: dict,  # case, image, organ_map
-    fp: dict,  # fingerprint of the result
-) -> CaseResult | None:
-    "A complete result with this fingerprint, from the store or from its cache"
-    case = row["case"]
-    if made := _find_result(store, row, fp):
-        return made
-    if store.record(case).get("fingerprint"):
-        cache_store(store, case, fp["how"])
-    return _find_result(store, row, fp) if cache_restore(store, case, fp) else None
 
 # %% ../../nbs/2_data/27_prepare.ipynb #41465382
 def _recompute_reason(
@@ -381,20 +370,38 @@ def _recompute_reason(
 # %% ../../nbs/2_data/27_prepare.ipynb #b95faa45
 def _write_result(
     store: CaseStore,
-    result: CaseResult,
+    case: str,
     std: Volume,
     organ_map: np.ndarray | None,
     fp: dict,
-    spacing: list | None,
+    facts: dict,  # warnings, voxels, spacing
 ) -> None:
-    volume, mask, record_file = store.files(result.case)
-    record_file.unlink(missing_ok=True)  # without a record the files do not count as complete
+    volume, mask, record_file = store.files(case)
+    for f in (record_file, mask):  # without a record the files do not count as complete
+        f.unlink(missing_ok=True)
     if organ_map is not None:
         write(organ_map, std.affine, mask)
     write(std.hu, std.affine, volume)
-    record = dict(fingerprint=fp, warnings=result.warnings, voxels=result.voxels, spacing=spacing)
-    written = _hash_results(store, result.case, organ_map is not None, record)
+    record = dict(facts, fingerprint=fp)
+    written = _hash_results(store, case, organ_map is not None, record)
     write_json(dict(record, files=written), record_file)
+
+
+def _add_result(
+    shared: Store,
+    case: str,
+    std: Volume,
+    organ_map: np.ndarray | None,
+    fp: dict,
+    facts: dict,  # warnings, voxels, spacing
+) -> dict[str, dict]:  # kind -> row of a manifest
+    with tempfile.TemporaryDirectory(prefix="asap-") as folder:
+        files = dict(volume=Path(folder) / "volume.nii")
+        write(std.hu, std.affine, files["volume"])
+        if organ_map is not None:
+            files["organs"] = Path(folder) / "organs.nii.gz"
+            write(organ_map, std.affine, files["organs"])
+        return _manifest_rows(case, add_entry(shared, fp, files, facts))
 
 # %% ../../nbs/2_data/27_prepare.ipynb #60504e33
 def prepare_cases(
@@ -408,11 +415,11 @@ def prepare_cases(
     bad: Quarantine | None = None,  # those that the adapter excluded
     source: Source = Source(),  # what the owners declare
     opener: Callable | None = None,  # an adapter's own reader: path -> Volume
-    cache: Path | None = None,  # cache for the results of other data
     hashes: Path | None = None,  # hashes of raw files, see `CaseStore`
+    shared: Store | None = None,  # gets the results; the two folders get manifests
 ) -> pd.DataFrame:  # prepared cases; `image` and `organ_map` are the new files
     "Compute volume and organ map of every case; exclude broken cases by name"
-    store = CaseStore(Path(out), Path(organs_out), cache, hashes)
+    store = CaseStore(Path(out), Path(organs_out), hashes, shared)
     for d in (store.volumes, store.organs):
         d.mkdir(parents=True, exist_ok=True)
     rows = table[["case", "image", "organ_map"]].to_dict("records")
@@ -425,7 +432,10 @@ def prepare_cases(
         raise ValueError(
             f"none of {len(table)} cases could be prepared; the first: {bad.rows[0]['reason']}"
         )
-    _remove_stale(store, set(prepared.case), fingerprint(how=recipe)["how"])
+    if shared:
+        _write_manifests(store, results)
+    else:
+        _remove_stale(store, set(prepared.case))
     duplicates = find_duplicates(prepared, {m.case: m.voxels for m in results if m.voxels})
     log_duplicates(store.volumes.name, duplicates)
     if quarantine:
@@ -437,17 +447,14 @@ def prepare_cases(
     )
 
 # %% ../../nbs/2_data/27_prepare.ipynb #17fddbb1
-def _remove_stale(store: CaseStore, cases: set, recipe: dict) -> None:
+def _remove_stale(store: CaseStore, cases: set) -> None:
     "Remove results of cases that the table no longer has"
     names = {
         f.name.split(".")[0] for d in (store.volumes, store.organs) for f in list_files(d, "*.*")
     }
     for case in sorted(names - cases):
-        cache_store(store, case, recipe)
-    for d in store.kept.glob("*") if store.kept is not None and store.kept.exists() else ():
-        record = next(iter(list_files(d, "*.json")), None) if d.name[0] != "." else None
-        if record is None or read_json(record)["fingerprint"].get("how") != recipe:
-            shutil.rmtree(d)
+        for f in store.files(case):
+            f.unlink(missing_ok=True)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #c389a815
 def _log_results(results: list, bad: Quarantine, path: Path | None) -> Quarantine:
@@ -543,7 +550,7 @@ def run(
     p: Any,  # params
     root: Path,  # the project's folder
     organs: Callable,  # (path, shape, affine) -> organ map
-    fill: Callable,  # (table, folder of organ maps, quarantine) -> table
+    fill: Callable,  # (table, folder of organ maps, quarantine, store) -> table
     code: str = "",  # hash of the code behind `organs`
 ) -> dict:  # content of status.json
     "Prepare one cohort; log a message and return if it is not in data/"
@@ -551,7 +558,8 @@ def run(
     out = root / "build/cohorts" / name
     data = root / "data"
     build = root / "build"
-    store = CaseStore(*(build / d / name for d in ("volumes", "organs", "kept", "hashes")))
+    volumes, maps, hashes = (build / d / name for d in ("volumes", "organs", "hashes"))
+    store = CaseStore(volumes, maps, hashes, store_of(build).create())
     for d in (store.volumes, store.organs):
         d.mkdir(parents=True, exist_ok=True)
     if not is_available(name, data):
@@ -561,7 +569,8 @@ def run(
     table, known = pop_acquisition(table, name)
     table = _prepare_volumes(table, bad, adapter, p, store, out, organs, code)
     if adapter.has_organ_maps:
-        table = fill(table, out=store.organs, quarantine=out / "without_organs.csv")
+        without = out / "without_organs.csv"
+        table = fill(table, out=store.organs, quarantine=without, shared=store.shared)
     if not (table.split == "val").any():
         table = hold_out(table, p.splits.val_fraction, p.study.seed)
     excluded = {r["case"] for r in bad.rows}
@@ -591,6 +600,16 @@ def _volume_recipe(
     return recipe
 
 
+def _own_reader(adapter: CohortAdapter) -> dict:  # empty: that of all adapters
+    "What identifies an adapter's own reader of volumes; a companion has that of its cohort"
+    one = get_cohort(adapter.companion_of) if adapter.companion_of else adapter
+    method = type(one).open_volume
+    if method is CohortAdapter.open_volume:
+        return {}
+    digest = hashlib.sha256(inspect.getsource(method).encode()).hexdigest()[:16]
+    return dict(reader=[type(one).__name__, digest])
+
+
 def _prepare_volumes(
     table: pd.DataFrame,
     bad: Quarantine,
@@ -606,15 +625,15 @@ def _prepare_volumes(
             table,
             store.volumes,
             store.organs,
-            _volume_recipe(p, code, p.cohorts[adapter.name].model_dump()),
+            _volume_recipe(p, code, p.cohorts[adapter.name].model_dump()) | _own_reader(adapter),
             organs,
             p.study.n_jobs,
             out / "quarantine.csv",
             bad,
             adapter.source,
             adapter.open_volume,
-            store.kept,
             store.hashes,
+            store.shared,
         )
 
 # %% ../../nbs/2_data/27_prepare.ipynb #e4642b48

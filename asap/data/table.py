@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import hide_text, log_message, read_json, write_parquet
+from ..store import read_manifest
 
 # %% ../../nbs/2_data/22_table.ipynb #f5021c68
 COHORT_COLUMNS = [
@@ -229,7 +230,8 @@ def volume_hashes(
     root: Path,  # the project's folder
 ) -> list:
     "Hash of the standard volume of each case"
-    return [read_json(root / "build/volumes" / name / f"{c}.json")["voxels"] for c in cases]
+    t = read_manifest(root / "build/volumes" / name)
+    return t.set_index("case").voxels.loc[list(cases)].tolist()
 
 
 ACQUISITION_COLUMNS = ["case", "slice_mm", "pixel_mm", "kernel", "contrast"]

@@ -34,6 +34,7 @@ from .words import find_unknown_words
 from ..model.align import AlignmentOutput
 from ..model.asap import ASAP
 from ..pretrain.pointing import body_patches, hit_patches, patch_coverage
+from ..store import local_file
 from ..text.encoder import TextEncoder
 from ..text.sentences import split_sentences
 
@@ -144,7 +145,7 @@ def analyze_scan(
     p: Any,  # params: grounding.sentences, volumes.hu_range
 ) -> dict[str, Any]:  # grid, patch_affine; those of `describe_scan`
     "Similarities and region of every sentence in a scan"
-    img, vit, hu = nib.load(s["image"]), model.vit, p.volumes.hu_range
+    img, vit, hu = nib.load(local_file(s["image"])), model.vit, p.volumes.hu_range
     rows = list_sentences(s.get("sentences", []), p.grounding.sentences)
     voxels, lesion, scan = _load_boxes(s, img, vit.img_size, hu[0])
     x = torch.from_numpy(scale_intensity(voxels, *hu))[None, None].to(vit.pos_embed.device)
@@ -183,7 +184,8 @@ def write_viewer_data(
     ]
     spacing = p.volumes.spacing
     if scans:
-        spacing = nib.load(next(iter(scans.values()))["image"]).header.get_zooms()
+        first = next(iter(scans.values()))["image"]
+        spacing = nib.load(local_file(first)).header.get_zooms()
     patch_mm = " x ".join(f"{a * b:g}" for a, b in zip(model.vit.patch_size, spacing))
     data = dict(arm=arm, patch_mm=patch_mm, text=export_text(model, text), scans=rows)
     write_json(data, path)
@@ -299,7 +301,7 @@ def encode_scan(
     "A scan with its voxels, for the script"
     paths = {k: Path(root) / v for k, v in s["files"].items()}
     out = {k: v for k, v in s.items() if k != "files"}
-    file = paths.get("view", paths["image"])
+    file = local_file(paths.get("view", paths["image"]))
     img = nib.load(file)
     patches = number_patches(s["grid"], s["patch_affine"], img.shape, img.affine)
     out |= dict(ct=_encode_nifti(file), patches=encode_volume(patches, img.affine))

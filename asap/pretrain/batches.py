@@ -26,6 +26,7 @@ from asap.data.crops import (
     scale_intensity,
 )
 from ..model.asap import Batch
+from ..store import local_file
 from ..text.sentences import join_report, split_sentences
 from ..text.tokens import encode_report, mask_tokens, pad_rows
 
@@ -130,7 +131,8 @@ class ImageReportDataset:
         row: dict,  # of the cohort table
     ) -> np.ndarray | None:  # (W,H,D) uint8
         "The organ map of a case, or None"
-        return np.asanyarray(nib.load(row["organ_map"]).dataobj) if row["organ_map"] else None
+        path = row["organ_map"]
+        return np.asanyarray(nib.load(local_file(path)).dataobj) if path else None
 
     def organ_fractions(
         self,
@@ -200,7 +202,7 @@ class ImageReportDataset:
     def __getitem__(self, index) -> dict:
         draw, i = index
         row, size = self.rows[i], self.params.volumes.roi_size
-        volume = np.asanyarray(nib.load(row["image"], mmap="r").dataobj)
+        volume = np.asanyarray(nib.load(local_file(row["image"]), mmap="r").dataobj)
         organs = self.load_organ_map(row)
         crop = self.choose_crop(draw, i, volume.shape, organs)
         lo, hi = self.params.volumes.hu_range

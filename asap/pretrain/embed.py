@@ -34,6 +34,7 @@ from asap.core import (
 )
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import resample, standard_grid
+from ..store import local_file
 from ..train import get_device, resolve_precision, retain_freed_memory
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embbody1
@@ -59,7 +60,7 @@ def load_image(
     resize: bool = False,  # the body resized to `size`; false: a center crop
 ) -> torch.Tensor:  # (1,H,W,D) in [-1,1]
     "The center of a standard volume, or the whole body, as input of a model"
-    img = nib.load(path, mmap="r")
+    img = nib.load(local_file(path), mmap="r")
     v = np.asanyarray(img.dataobj)
     if spacing is not None and not np.allclose(img.header.get_zooms()[:3], spacing, rtol=1e-3):
         shape, affine = standard_grid(v.shape, img.affine, spacing)

@@ -28,6 +28,7 @@ from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..model.asap import ASAP
 from .batches import named_organs
+from ..store import local_file
 from ..train import get_device
 
 # %% ../../nbs/6_pretrain/60a_pointing.ipynb #b977dc05
@@ -149,9 +150,8 @@ def _read_case(
     share = np.stack([patch_coverage(b, patch) for b in boxes]).astype(np.float32)
     if not body:
         return sentences, labels, share, None
-    hu = apply_crop(
-        np.asanyarray(nib.load(row["image"]).dataobj), crop, size, p.volumes.hu_range[0]
-    )
+    v = np.asanyarray(nib.load(local_file(row["image"])).dataobj)
+    hu = apply_crop(v, crop, size, p.volumes.hu_range[0])
     return sentences, labels, share, body_patches(hu, patch)
 
 # %% ../../nbs/6_pretrain/60a_pointing.ipynb #b82ff6d6
@@ -226,7 +226,7 @@ def read_lesions(
         case = row["case"].removeprefix(f"{parent}:")
         if row["cohort"] != parent or case not in by_case:
             return None
-        g, v = by_case[case], nib.load(row["image"])
+        g, v = by_case[case], nib.load(local_file(row["image"]))
         files = g["mask"].iloc[0], g.image.iloc[0]
         try:
             masks = read_masks(*files, g.channel.tolist(), v.shape, v.affine)
@@ -279,7 +279,7 @@ def read_targets(
 def _load_images(paths: list, p: Any) -> torch.Tensor:  # (B,1,H,W,D) in [-1,1]
     size, hu, out = p.volumes.roi_size, p.volumes.hu_range, []
     for path in paths:
-        v = np.asanyarray(nib.load(path, mmap="r").dataobj)
+        v = np.asanyarray(nib.load(local_file(path), mmap="r").dataobj)
         box = apply_crop(v, center_crop(v.shape, size), size, hu[0])
         out.append(torch.from_numpy(scale_intensity(box, *hu)))
     return torch.stack(out)[:, None]

@@ -64,6 +64,7 @@ from asap.pretrain.pointing import (
     patch_coverage,
     rank_correlation,
 )
+from ..store import local_file
 from .figures import GRAYS, add_legend, arm_styles, save_figure
 from ..tasks.metrics import bootstrap_weights, ci
 from ..text.encoder import TextEncoder
@@ -452,7 +453,7 @@ def load_lesion_coverage(
     body: bool,  # compute body patches
 ) -> tuple[np.ndarray, np.ndarray]:  # (F,N) float32, (N,) bool
     "Coverage of each patch by the masks of one case, and which patches are body"
-    img = nib.load(rows.volume.iloc[0])
+    img = nib.load(local_file(rows.volume.iloc[0]))
     v = np.asanyarray(img.dataobj)
     crop = center_crop(v.shape, size)
     files = rows["mask"].iloc[0], rows.image.iloc[0]
@@ -549,7 +550,7 @@ def write_lesion_mask(
     if said is None or case not in set(said.case):
         return None
     rows = said[said.case == case]
-    img, files = nib.load(image), (rows["mask"].iloc[0], rows.image.iloc[0])
+    img, files = nib.load(local_file(image)), (rows["mask"].iloc[0], rows.image.iloc[0])
     masks = read_masks(*files, rows.channel.tolist(), img.shape, img.affine)
     write(np.asarray(masks.any(0), np.uint8), img.affine, path)
     return path
@@ -888,12 +889,12 @@ def plot_scan(
     name: str,  # of the files
 ) -> pd.DataFrame:  # of `plot_panel`
     "The panel of one scan, from its files"
-    img = nib.load(s["image"])
+    img = nib.load(local_file(s["image"]))
 
     def mask(key: str) -> np.ndarray:
         if key not in s:
             return np.zeros(img.shape, np.uint8)
-        return np.asanyarray(nib.load(s[key]).dataobj)
+        return np.asanyarray(nib.load(local_file(s[key])).dataobj)
 
     own = s.get("sentences", [])
     return plot_panel(

@@ -40,6 +40,7 @@ from ..data.table import load as load_table
 from ..data.volumes import open_nifti
 from ..inference.scan import load_text_encoder
 from ..pretrain.checkpoint import build_hub_model, load_model
+from ..store import local_file
 from asap.study.real_scores import (
     LESION_SENTENCE,
     RealCase,
@@ -148,7 +149,7 @@ def _atlas_model(row: Mapping, root: Path, p: Any) -> RealModel:
     groups = organ_groups(p)
     table = load_table(root / "build/corpus/corpus.parquet", root)
     paths = table[(table.split == "train") & table.phantoms].organ_map.dropna()
-    maps = (np.asanyarray(open_nifti(f).dataobj) for f in paths)
+    maps = (np.asanyarray(open_nifti(local_file(f)).dataobj) for f in paths)
     v = p.volumes
     atlas, mean = position_atlas(maps, len(groups), v.roi_size, p.model.patch_size, v.spacing)
     shares = partial(_head_shares, atlas, v.hu_range)

@@ -77,6 +77,7 @@ from asap.registry import (
     register_family,
     requested,
 )
+from ..store import local_file
 from asap.tasks.masks import (
     check_same_grid,
     dice_score,
@@ -282,11 +283,11 @@ class SegmentationCase:
         self.mask_path = getattr(row, column or q.mask_column)
         self.task, self.hu = q, tuple(hu)
         self.num_classes = len(q.class_names)
-        img = nib.load(row.image)
+        img = nib.load(local_file(row.image))
         self.shape, self.affine = np.asanyarray(img.dataobj).shape, img.affine  # reads the file
         mask, self.mask_affine = self._read_mask()
         self._check_grid(mask)
-        self.image_hash = file_hash(row.image)
+        self.image_hash = file_hash(local_file(row.image))
         self.classes = np.unique(self._to_standard_grid(mask)).tolist()  # of the label
         self.label_file = folder and Path(folder) / f"{fit_name(row.case, '.npy')}.npy"
 
@@ -304,7 +305,8 @@ class SegmentationCase:
     @property
     def image(self) -> torch.Tensor:  # (1,H,W,D) in [-1, 1]
         "The standard volume"
-        image = scale_intensity(np.asanyarray(nib.load(self.image_path).dataobj), *self.hu)
+        img = nib.load(local_file(self.image_path))
+        image = scale_intensity(np.asanyarray(img.dataobj), *self.hu)
         return torch.from_numpy(np.ascontiguousarray(image))[None]
 
     @property

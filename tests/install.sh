@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Install the pinned set into .venv and say how far it is; `make` calls it. uv installs where it is
+# found, pip otherwise.
+# Settings: PYTHON; TORCH_INDEX, where torch comes from; HASHES=1 checks the sha256 of each file.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=.venv
+log=$venv/install.log
+total=$(grep -c == constraints.txt)
+extras='study,cluster,dev'
+cpu=https://download.pytorch.org/whl/cpu
+index=${TORCH_INDEX:-$cpu}
+hashes=${HASHES:+--require-hashes}
+
+fail() {
+    tail -n 20 "$log" >&2
+    echo "The install stopped; its log: $PWD/$log" >&2
+    exit 1
+}
+
+progress() { # packages so far, of pip's lines: on one line of a terminal, each 50th elsewhere
+    awk -v total="$total" -v tty="$([ -t 1 ] && echo 1)" '
+        /^ *Collecting / {
+            n++
+            if (tty) printf "\r    %d of about %d: %-40.40s", n, total, $2
+            else if (n % 50 == 0) printf "    %d of about %d\n", n, total
+            fflush()
+        }
+        /^Installing collected packages/ {
+            print (tty ? "\n" : "") "    all are here; unpacking takes a minute or two"
+            fflush()
+        }'
+}
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" 2>>"$log"; }
+
+loud() { pip install --progress-bar off "$@" | tee -a "$log" | progress || fail; }
+
+# The CPU build from a place that pip is set up for, where there is one; else from the index
+torch() {
+    local list=constraints.txt
+    [ -n "$hashes" ] && list=requirements.txt
+    sed -n '/^torch==/,/[^\\]$/p' $list >"$venv/torch.txt"
+    echo "1/3 $(grep -o '^torch==[^ ]*' "$venv/torch.txt") from $index"
+    [ "$index" = $cpu ] && pip install -q $hashes --no-deps --no-index -r "$venv/torch.txt" && return
+    loud $hashes --no-deps --index-url "$index" -r "$venv/torch.txt"
+}
+
+rest() { # with hashes, the packages first: a folder such as this one has none
+    echo "2/3 asap[$extras] and what it needs: about $total packages"
+    local install=loud
+    command -v uv >/dev/null && install="uv pip install --no-sources --python $venv/bin/python"
+    if [ -n "$hashes" ]; then
+        $install $hashes -r requirements.txt
+        $install --no-deps -e .
+    else
+        $install -c constraints.txt -e ".[$extras]"
+    fi
+}
+
+echo "Installing into $PWD/$venv: 3 GB and a few minutes, once"
+[ -x $venv/bin/python ] || "${PYTHON:-python3}" -m venv $venv
+: >"$log"
+torch
+rest
+echo "3/3 checking that the packages fit together"
+pip check >>"$log" || fail

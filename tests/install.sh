@@ -38,20 +38,17 @@ loud() { pip install --progress-bar off "$@" | tee -a "$log" | progress || fail;
 
 # The CPU build from a place that pip is set up for, where there is one; else from the index
 torch() {
-    local list=constraints.txt
-    [ -n "$hashes" ] && list=requirements.txt
-    sed -n '/^torch==/,/[^\\]$/p' $list >"$venv/torch.txt"
-    echo "1/3 $(grep -o '^torch==[^ ]*' "$venv/torch.txt") from $index"
+    echo "1/3 $(grep -o '^torch==[^ ]*' constraints.txt) from $index"
     [ "$index" = $cpu ] && pip install -q $hashes --no-deps --no-index -r "$venv/torch.txt" && return
     loud $hashes --no-deps --index-url "$index" -r "$venv/torch.txt"
 }
 
-rest() { # with hashes, the packages first: a folder such as this one has none
+rest() {
     echo "2/3 asap[$extras] and what it needs: about $total packages"
     local install=loud
     command -v uv >/dev/null && install="uv pip install --no-sources --python $venv/bin/python"
-    if [ -n "$hashes" ]; then
-        $install $hashes -r requirements.txt
+    if [ -n "$hashes" ]; then # a folder such as this one has no hash: what it needs comes first
+        $install $hashes --no-deps -r "$venv/rest.txt"
         $install --no-deps -e .
     else
         $install -c constraints.txt -e ".[$extras]"
@@ -61,6 +58,12 @@ rest() { # with hashes, the packages first: a folder such as this one has none
 echo "Installing into $PWD/$venv: 3 GB and a few minutes, once"
 [ -x $venv/bin/python ] || "${PYTHON:-python3}" -m venv $venv
 : >"$log"
+pins=constraints.txt
+[ -z "$hashes" ] || pins=requirements.txt
+awk -v out=$venv/torch.txt -v rest=$venv/rest.txt '
+    /^torch==/ { torch = 1 }
+    { print > (torch ? out : rest) }
+    !/\\$/ { torch = 0 } # a pin goes on while its lines end in a backslash' "$pins"
 torch
 rest
 echo "3/3 checking that the packages fit together"

@@ -19,17 +19,23 @@ fail() {
 }
 
 progress() { # packages so far, of pip's lines: on one line of a terminal, each 50th elsewhere
-    awk -v total="$total" -v tty="$([ -t 1 ] && echo 1)" '
-        /^ *Collecting / {
-            n++
-            if (tty) printf "\r    %d of about %d: %-40.40s", n, total, $2
-            else if (n % 50 == 0) printf "    %d of about %d\n", n, total
-            fflush()
-        }
-        /^Installing collected packages/ {
-            print (tty ? "\n" : "") "    all are here; unpacking takes a minute or two"
-            fflush()
-        }'
+    local n=0 word name
+    while read -r word name _; do
+        case "$word $name" in
+        Collecting* | Processing*)
+            n=$((n + 1))
+            if [ -t 1 ]; then
+                printf '\r    %d of about %d: %-40.40s' $n "$total" "${name##*/}"
+            elif [ $((n % 50)) = 0 ]; then
+                echo "    $n of about $total"
+            fi
+            ;;
+        "Installing collected")
+            [ ! -t 1 ] || echo
+            echo "    all are here; unpacking takes a minute or two"
+            ;;
+        esac
+    done
 }
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" 2>>"$log"; }

@@ -56,8 +56,9 @@ def light_install() -> set[str]:
 def other_modules() -> list[str]:
     "Modules that are installed here, and not by the wheel"
     light = light_install() | {"asap"}
-    of = metadata.packages_distributions().items()
-    return [m for m, names in of if not light & {canonicalize_name(n) for n in names}]
+    installed = metadata.packages_distributions()
+    of = {m: {canonicalize_name(n) for n in names} for m, names in installed.items()}
+    return [m for m in of if not light & of[m] and m not in sys.stdlib_module_names]
 
 
 def test_the_light_install_stays_light():

@@ -1,6 +1,7 @@
 "Pins: one version of each package for each Python and platform, hashes in step, actions by commit"
 
 import re
+import subprocess
 import tomllib
 from itertools import product
 
@@ -105,3 +106,20 @@ def test_actions_are_pinned_by_commit():
 def test_the_workflow_checks_hashes():
     text = (TOP / ".github/workflows/test.yml").read_text()
     assert 'HASHES: "1"' in text and "requirements.txt" in (TOP / "tests/install.sh").read_text()
+
+
+def test_the_install_says_how_far_it_is():
+    script = (TOP / "tests/install.sh").read_text()
+    (progress,) = re.findall(r"(?ms)^progress\(\) \{.*?^\}", script)
+    lines = [f"Collecting p{i}\n  Using cached p{i}.whl" for i in range(110)]
+    told = "\n".join(
+        [*lines, "Installing build dependencies", "Installing collected packages: p1", ""]
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"total=300\n{progress}\nprogress"],
+        input=told,
+        capture_output=True,
+        text=True,
+    )
+    *counts, last = done.stdout.split("\n")[:-1]
+    assert counts == ["    50 of about 300", "    100 of about 300"] and "unpacking" in last

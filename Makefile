@@ -5,26 +5,18 @@ BIN := .venv/bin
 export PIP_REQUIRE_VIRTUALENV := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test fuzz lab docs readme export weights sums organs ceiling lint hooks clean
+.PHONY: help study quick rehearsal graph test fuzz lab docs readme export weights sums organs ceiling lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-.venv/done: constraints.txt pyproject.toml
+.venv/done: constraints.txt requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11.5 or newer is needed; this is {sys.version.split()[0]}: make PYTHON=python3.11 ...") if sys.version_info < (3, 11, 5) else None'
-	@echo "Installing into .venv: about 3 GB and a few minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@TORCH=$$(grep '^torch==' constraints.txt); \
-	 $(BIN)/pip install -q -c constraints.txt $$TORCH 2>.venv/pip.log \
-	 || $(BIN)/pip install -q -c constraints.txt --extra-index-url $(TORCH_INDEX) $$TORCH 2>.venv/pip.log \
-	 || { cat .venv/pip.log; exit 1; }
-	@$(BIN)/pip install -q -c constraints.txt -e '.[study,cluster,dev]' nnunetv2 dynamic-network-architectures 2>.venv/pip.log || { cat .venv/pip.log; exit 1; }
-	@$(BIN)/pip check >/dev/null || $(BIN)/pip check
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' HASHES='$(HASHES)' bash tests/install.sh
 	@touch $@
 
 study: .venv/done  ## the whole study on the built-in data
@@ -83,6 +75,21 @@ lint: .venv/done  ## ruff, codespell, mypy
 hooks: .venv/done  ## install the pre-commit hooks: lint, types, exported and clean notebooks
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "make hooks needs a git clone; this folder is none"; exit 1; }
 	@pre-commit install
+
+build/tools/done: constraints.txt
+	@test -x build/tools/bin/python || $(PYTHON) -m venv build/tools
+	@build/tools/bin/pip install -q -c constraints.txt cyclonedx-bom pip-audit uv
+	@touch $@
+
+pins: build/tools/done  ## the versions for all platforms: constraints.txt, requirements.txt (newer ones: make pins NEWER="name ...")
+	@PATH=$(CURDIR)/build/tools/bin:$$PATH $(PYTHON) tests/pins.py $(NEWER)
+
+audit: build/tools/done  ## known vulnerabilities of the pinned packages (pip-audit)
+	@build/tools/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt
+
+sbom: .venv/done build/tools/done  ## build/sbom.json: the packages in .venv and their licenses, in CycloneDX
+	@build/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+	@echo "The packages: $(CURDIR)/build/sbom.json"
 
 clean:  ## remove what the study made (not .venv, not what git keeps)
 	@rm -rf build data runs _docs .pytest_cache .mypy_cache .ruff_cache

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'ALL_CHECKS', 'CheckResult', 'check_dvc_lock', 'check_running', 'check_file_locks', 'check_space',
-           'check_versions', 'check_git', 'check_weights', 'check_records', 'check_locked_outputs', 'check_store',
-           'check_cache', 'examine']
+           'other_version', 'check_versions', 'check_git', 'check_weights', 'check_records', 'check_locked_outputs',
+           'check_store', 'check_cache', 'examine']
 
 # %% ../nbs/97_doctor.ipynb #eb53d798
 import os
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from packaging.requirements import Requirement
 
 from asap.contents import (
     CONTENTS,
@@ -117,6 +119,19 @@ def check_space(
             yield _problem("disk", f"{name} ({folder}) cannot be written: change its permissions")
 
 # %% ../nbs/97_doctor.ipynb #e2bc7813
+def other_version(
+    pin: Requirement,  # a line of constraints.txt
+) -> str | None:  # None also where it is not installed or is for other platforms
+    "The installed version, where it is not the pinned one"
+    try:
+        have = metadata.version(pin.name)
+    except metadata.PackageNotFoundError:
+        return None
+    if have in pin.specifier or (pin.marker and not pin.marker.evaluate()):
+        return None
+    return f"{pin.name} {have} for {pin.specifier}"
+
+
 def check_versions(
     root: Path,  # of the project
 ) -> Iterator[CheckResult]:
@@ -125,16 +140,8 @@ def check_versions(
     path = root / "constraints.txt"
     if not path.exists():
         return
-    other = []
-    for line in path.read_text().splitlines():
-        name, _, wanted = line.partition("==")
-        wanted = wanted.split(";")[0].split("#")[0].strip()
-        try:
-            have = metadata.version(name.strip()) if wanted else wanted
-        except metadata.PackageNotFoundError:
-            continue  # not everything is for every platform
-        if have.split("+")[0] != wanted.split("+")[0]:
-            other.append(f"{name.strip()} {have} for {wanted}")
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    other = [text for pin in lines if pin and (text := other_version(Requirement(pin)))]
     if other:
         text = f"not as in constraints.txt: {', '.join(other)}"
         yield _problem("versions", f"{text}; results may differ: run `make study`, which installs")

@@ -100,7 +100,7 @@ def test_installed_set():
         if n.startswith(("nvidia-", "cuda-")) or n in ("torchvision", "timm", "triton")
     ]
     pins = dict(
-        line.lower().split("==")
+        line.partition(";")[0].strip().lower().split("==")
         for line in (TOP / "constraints.txt").read_text().splitlines()
         if "==" in line
     )

@@ -11,6 +11,7 @@ __all__ = ['SegmenterConfig', 'build_segmenter', 'Segmenter', 'save_segmenter', 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -262,7 +263,8 @@ def choose_source(
     download: bool = False,  # allow downloading TotalSegmentator's weights
 ) -> MapSource:
     "The program that makes organ maps"
-    can_run = download or not missing_models(fast)
+    is_installed = find_spec("totalsegmentator") is not None
+    can_run = is_installed and (download or not missing_models(fast))
     has_weights = (resource_path("weights/organs") / "model.safetensors").exists()
     if wanted == "shipped" or (wanted is None and not can_run and has_weights):
         return shipped_source(groups)

@@ -9,27 +9,27 @@ from asap.tasks import vqa
 from asap.text import scores
 from asap.text.labels import extract_labels, label_reports
 
-SECRET = "Marker of a planted patient with pleural effusion."
+PLANTED = "Marker of a planted patient with pleural effusion."
 
 
 def questions(**columns):
-    row = dict(case="c1", kind="presence", question=SECRET, answer=SECRET) | columns
+    row = dict(case="c1", kind="presence", question=PLANTED, answer=PLANTED) | columns
     return pd.DataFrame([row])
 
 
 ERRORS = {
     "a question without a volume": lambda: vqa._check_questions(questions(), pd.Series(["c2"])),
     "a kind that is a text": lambda: vqa._check_questions(
-        questions(kind=SECRET), pd.Series(["c1"])
+        questions(kind=PLANTED), pd.Series(["c1"])
     ),
     "an answer that is none": lambda: vqa._check_questions(
-        questions(answer=[SECRET]), pd.Series(["c1"])
+        questions(answer=[PLANTED]), pd.Series(["c1"])
     ),
-    "a report that is a list": lambda: extract_labels([SECRET]),
-    "one report for many": lambda: label_reports(SECRET),
-    "a label that is a text": lambda: own._parse_number("label:Nodule", SECRET, (0, 1)),
-    "a time that is a text": lambda: own._parse_number("time_days", SECRET),
-    "texts that are lists": lambda: scores._check_pairs([[SECRET]], [SECRET]),
+    "a report that is a list": lambda: extract_labels([PLANTED]),
+    "one report for many": lambda: label_reports(PLANTED),
+    "a label that is a text": lambda: own._parse_number("label:Nodule", PLANTED, (0, 1)),
+    "a time that is a text": lambda: own._parse_number("time_days", PLANTED),
+    "texts that are lists": lambda: scores._check_pairs([[PLANTED]], [PLANTED]),
 }
 
 
@@ -41,7 +41,7 @@ def test_an_error_holds_no_text(what):
 
 
 def test_a_cell_is_shown_by_its_length():
-    assert hide_text(SECRET) == f"a text of {len(SECRET)} characters"
+    assert hide_text(PLANTED) == f"a text of {len(PLANTED)} characters"
     assert hide_text("maybe") == "'maybe'" and hide_text(2.0) == "2.0"
 
 

@@ -147,7 +147,7 @@ _DATA_STAGES: dict[str, Params] = {
         "anatomy",
         "cohorts.${item}",
     ),
-    "corpus": ("pretrain.cohorts", *_CROP, "model.patch_size"),
+    "corpus": ("pretrain.cohorts", *_CROP, "anatomy.groups", "model.patch_size"),
     "real_scans": ("real", *_VOLUMES, "anatomy.groups"),
 }
 

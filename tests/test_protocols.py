@@ -23,6 +23,7 @@ from asap.model.vit import ViT3D
 from asap.params import StageParams, load_params, read_params
 from asap.pretrain import checkpoint
 from asap.registry import all_tasks
+from asap.store import local_file
 from asap.study import protocols
 from asap.tasks import (
     classify,
@@ -406,8 +407,10 @@ def stage(name, **options):
 def prepared(name, root, **options):
     p = stage(name, **options)
     organs = organ_map_reader(p.anatomy.groups.model_dump(), options.get("organ_maps"))
-    status = prepare.run(get_cohort(name), p, root, organs, lambda table, out, quarantine: table)
-    return status, load(root / f"build/cohorts/{name}/{name}.parquet", root)
+    status = prepare.run(get_cohort(name), p, root, organs, lambda table, *_, **__: table)
+    t = load(root / f"build/cohorts/{name}/{name}.parquet", root)
+    t[["image", "organ_map"]] = t[["image", "organ_map"]].map(lambda f: f and str(local_file(f)))
+    return status, t
 
 
 @pytest.fixture

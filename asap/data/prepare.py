@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from asap.core import (
+    MAX_NAME_BYTES,
     Quarantine,
     code_hash,
     file_hash,
@@ -377,8 +378,9 @@ def _write_result(
     facts: dict,  # warnings, voxels, spacing
 ) -> None:
     volume, mask, record_file = store.files(case)
-    for f in (record_file, mask):  # without a record the files do not count as complete
-        f.unlink(missing_ok=True)
+    record_file.unlink(missing_ok=True)  # without it the files do not count as complete
+    if len(os.fsencode(mask.name)) <= MAX_NAME_BYTES:  # else there is none
+        mask.unlink(missing_ok=True)
     if organ_map is not None:
         write(organ_map, std.affine, mask)
     write(std.hu, std.affine, volume)

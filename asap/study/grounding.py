@@ -184,15 +184,12 @@ def _body_mean(
     return (x * body).sum(1) / np.maximum(body.sum(1), 1)
 
 
-def _score_atlas(
+def _atlas_dice(
     counts: np.ndarray | None,  # (N,), of `build_atlas`
-    positions: np.ndarray,  # (N,) bool, patches that count as a hit
     share: np.ndarray,  # (N,)
     k: int,  # patches of the region
-) -> tuple[float, float]:  # hit, Dice; NaN for a label without train masks
-    if counts is None:
-        return float("nan"), float("nan")
-    return float(positions[counts.argmax()]), float(patch_dice(topk_patches(counts, k), share))
+) -> float:  # NaN for a label without train masks
+    return float("nan") if counts is None else float(patch_dice(topk_patches(counts, k), share))
 
 # %% ../../nbs/9_study/92_grounding.ipynb #gndscor1
 def score_pointing(
@@ -217,9 +214,6 @@ def score_pointing(
         index, rows = _query_rows(queries, kind)
         return _by_sentence(patch_dice(got["region"][index], share[rows]), rows, len(t))
 
-    by_atlas = [
-        _score_atlas(maps.get(label), a, c, n) for label, a, c, n in zip(t.label, at, share, k)
-    ]
     keys = [[organ_key(r.label, r.sentence, groups), r.label] for r in t.itertuples()]
     return t.assign(
         peak_patch=got["point"][own],
@@ -232,9 +226,9 @@ def score_pointing(
         dice=dice("own"),
         dice_random=2 * k * _body_mean(share, body) / np.maximum(k + extent, 1e-6),
         dice_shuffled_scan=dice("shuffled_scan"),
-        atlas=[a for a, _ in by_atlas],
+        atlas=[atlas_hit(maps, key[1:], a) for key, a in zip(keys, at)],
         organ_atlas=[atlas_hit(maps, key, a) for key, a in zip(keys, at)],
-        dice_atlas=[d for _, d in by_atlas],
+        dice_atlas=[_atlas_dice(maps.get(x), c, n) for x, c, n in zip(t.label, share, k)],
     )
 
 # %% ../../nbs/9_study/92_grounding.ipynb #d2ecb40d

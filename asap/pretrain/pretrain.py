@@ -50,6 +50,7 @@ from asap.model.asap import (
     EncoderOutput,
     ReleasedASAP,
     arm_params,
+    arm_seed,
     build_asap,
     build_config,
     reconstruction_loss,
@@ -704,7 +705,8 @@ def run(
     targets: LesionTargets | None = None,  # lesions of held-out cases; None: no masks
 ) -> tuple:  # model, log, eval_log, rows, metrics
     "Train one arm, or load its shipped weights, and evaluate it on the test split"
-    seed, fp = p.study.seed, recipe(arm, p, inputs, p.study.seed)
+    seed = arm_seed(p, arm)
+    fp = recipe(arm, p, inputs, seed)
     p = arm_params(p, arm)
     _check_masks(p)
     t = p.pretrain
@@ -769,7 +771,7 @@ def recipe(
         if k not in IGNORED_RECIPE_KEYS
     }
     return fingerprint(
-        arm={k: v for k, v in row.items() if k != "lr_scale"},
+        arm={k: v for k, v in row.items() if k not in ("lr_scale", "seed")},
         **dump,
         groups=p.anatomy.groups,
         inputs=inputs,

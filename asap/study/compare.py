@@ -216,8 +216,8 @@ def _compare_keys(
     first, second = (float(np.mean([v[i][0] for v in parts.values()])) for i in (0, 1))
     d = with_ci(*mean_value([*differences.values()]), level)
     count = len(set().union(*(a.patients[t] for t in tasks)))
-    row = dict(tasks=len(tasks), a=first, b=second, difference=d["value"], lo=d["lo"], hi=d["hi"])
-    row |= dict(undefined_draws=count_undefined(differences))
+    row: dict[str, Any] = dict(tasks=len(tasks), a=first, b=second, difference=d["value"])
+    row |= dict(lo=d["lo"], hi=d["hi"], undefined_draws=count_undefined(differences))
     return row | dict(patients=count, interval=PAIRED)
 
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'REPORTED_PACKAGES', 'CLAIM_TEXTS', 'REAL_CT_CAPTION', 'SCORES_CAPTION', 'GUIDE', 'PageConfig',
            'read_table', 'copy_data', 'render_data_note', 'render_cohorts', 'describe_weights', 'render_run',
-           'render_ceiling', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim', 'task_title',
-           'render_ranking', 'render_claims', 'render_tasks', 'arm_cost_table', 'load_tables', 'render_families',
-           'describe_hit_difference', 'render_hit_rate', 'render_training_variation', 'render_pointing',
-           'render_grounding', 'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table',
-           'render_pretraining', 'render_sentence_table', 'render_real_scans', 'render_real_scores', 'render_inputs',
-           'list_stage_files', 'export_notebooks', 'render_training_note', 'render_summary', 'write_page']
+           'render_supervised', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim', 'task_title',
+           'render_ranking', 'render_task_weights', 'render_claims', 'render_tasks', 'arm_cost_table', 'load_tables',
+           'render_families', 'describe_hit_difference', 'render_hit_rate', 'render_training_variation',
+           'render_pointing', 'render_grounding', 'render_large_lesions', 'render_arms_and_extent',
+           'render_hit_rate_table', 'render_pretraining', 'render_sentence_table', 'render_real_scans',
+           'render_real_scores', 'render_inputs', 'list_stage_files', 'export_notebooks', 'render_training_note',
+           'render_summary', 'write_page']
 
 # %% ../../nbs/9_study/93_page.ipynb #21b34782
 import html
@@ -42,7 +43,7 @@ from asap.html import (
 )
 from ..params import BaseConfig
 from ..registry import StudyResults, family_of, get_task, task_families
-from .tables import compared_metrics
+from .tables import ONE_TRAINING, compared_metrics
 
 # %% ../../nbs/9_study/93_page.ipynb #cfg93c00
 class PageConfig(BaseConfig):
@@ -82,7 +83,7 @@ def _cited_rows(t: pd.DataFrame) -> list[dict]:  # with `row`, the value of `dat
 def copy_data(
     runs: Path,  # runs/
     out: Path,  # folder of the page
-    extra: dict[str, pd.DataFrame],  # name, such as benchmarks/ceiling -> table
+    extra: dict[str, pd.DataFrame],  # name, such as benchmarks/supervised -> table
 ) -> list[str]:  # names, such as tables/claims
     "Copy the CSVs of tables and figures beside the page"
     shutil.rmtree(out / DATA, ignore_errors=True)
@@ -188,15 +189,15 @@ def render_run(
     )
 
 # %% ../../nbs/9_study/93_page.ipynb #pagecei1
-def render_ceiling(
-    csv: pd.DataFrame | None,  # benchmarks/ceiling.csv
-    settings: dict | None,  # benchmarks/ceiling.json
+def render_supervised(
+    csv: pd.DataFrame | None,  # benchmarks/supervised.csv
+    settings: dict | None,  # benchmarks/supervised.json
 ) -> str:  # HTML
-    "Upper bound on this data: a supervised CNN"
+    "What a supervised CNN finds in this data"
     if csv is None or settings is None:
-        return _render("ceiling", measured=False)
+        return _render("supervised", measured=False)
     return _render(
-        "ceiling",
+        "supervised",
         measured=True,
         how=settings,
         mean=csv.cnn_auc.mean(),
@@ -282,15 +283,31 @@ def summarize_verdicts(
 
 def count_verdicts(
     t: pd.DataFrame,  # of `tables.claim_table`
-) -> dict[str, int]:  # claims, supported, contradicted; holm, holm_against: after the adjustment
-    "How many comparisons are borne out, alone and after Holm's adjustment over all of them"
+) -> dict[str, int]:  # claims, supported, contradicted; holm and recipe, each with its _against
+    "How many comparisons are borne out: alone, after Holm's adjustment, and for the recipes"
     return dict(
         claims=len(t),
         supported=int((t.verdict == "supported").sum()),
         contradicted=int((t.verdict == "contradicted").sum()),
         holm=int((t.verdict_holm == "supported").sum()),
         holm_against=int((t.verdict_holm == "contradicted").sum()),
+        recipe=int((t.verdict_recipe == "supported").sum()),
+        recipe_against=int((t.verdict_recipe == "contradicted").sum()),
+        one_training=int((t.verdict_recipe == ONE_TRAINING).sum()),
     )
+
+
+def _format_weighted(r: dict) -> str:  # `r`: row of `tables.claim_table`
+    if pd.isna(r["weighted"]):
+        return ""
+    return f"{r['weighted']:+.3f} [{r['weighted_lo']:+.3f}, {r['weighted_hi']:+.3f}]"
+
+
+def _format_recipe(r: dict) -> str:  # `r`: row of `tables.claim_table`
+    if pd.isna(r["recipe_lo"]):
+        return r["verdict_recipe"]
+    interval = f"[{r['recipe_lo']:+.3f}, {r['recipe_hi']:+.3f}]"
+    return f"{r['verdict_recipe']}: {r['recipe_difference']:+.3f} {interval}"
 
 
 def _claim_rows(t: pd.DataFrame) -> pd.DataFrame:  # `t`: rows of `tables.claim_table`
@@ -303,6 +320,8 @@ def _claim_rows(t: pd.DataFrame) -> pd.DataFrame:  # `t`: rows of `tables.claim_
             difference=[format_difference(r) for r in rows],
             verdict=t.verdict,
             after_holm=t.verdict_holm,
+            by_inverse_variance=[_format_weighted(r) for r in rows],
+            for_the_recipe=[_format_recipe(r) for r in rows],
         ),
         index=t.index,
     )
@@ -394,8 +413,8 @@ def task_title(
 def _task_row(g: pd.DataFrame, cnn_auc: float | None) -> dict[str, Any]:  # `g`: rows of one task
     first = g.iloc[0]
     cells = {r["arm"]: r for r in _cited_rows(g)}
-    ceiling = None if pd.isna(first.get("ceiling")) else first["ceiling"]
-    by_cnn = ceiling is None and first.task == "classify_ct_rate"
+    oracle = None if pd.isna(first.get("oracle")) else first["oracle"]
+    by_cnn = oracle is None and first.task == "classify_ct_rate"
     return dict(
         number=first.number,
         task=first.task,
@@ -404,7 +423,7 @@ def _task_row(g: pd.DataFrame, cnn_auc: float | None) -> dict[str, Any]:  # `g`:
         fraction=first.fraction,
         patients=None if pd.isna(first.get("patients")) else int(first.patients),
         detectable=None if pd.isna(first.get("detectable")) else first.detectable,
-        ceiling=cnn_auc if by_cnn else ceiling,
+        best_known=cnn_auc if by_cnn else oracle,
         by_cnn=by_cnn,
         row=next(iter(cells.values()))["row"],
         cells=cells,
@@ -413,17 +432,17 @@ def _task_row(g: pd.DataFrame, cnn_auc: float | None) -> dict[str, Any]:  # `g`:
 
 def render_ranking(
     t: pd.DataFrame,  # `tables.ranking_table`
-    ceiling: pd.DataFrame | None = None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None = None,  # benchmarks/supervised.csv
     unsolved: pd.DataFrame | None = None,  # `tables.unsolved_table`
 ) -> str:  # HTML
     "The 22 tasks by arm; bold where the paired interval against every other arm is above zero"
-    cnn_auc = None if ceiling is None else ceiling.cnn_auc.mean()
+    cnn_auc = None if supervised is None else supervised.cnn_auc.mean()
     left_out = [] if unsolved is None else _cited_rows(unsolved)
     return _render(
         "ranking",
         arms=list(dict.fromkeys(t.arm)),
         rows=[_task_row(g, cnn_auc) for _, g in t.groupby("number")],
-        cnn_source=None if ceiling is None else ceiling.attrs.get("csv"),
+        cnn_source=None if supervised is None else supervised.attrs.get("csv"),
         unsolved=[r | dict(title=task_title(r["task"])) for r in left_out],
         names={r["task"] for r in left_out},
         link=t.attrs.get("csv"),
@@ -444,6 +463,30 @@ def _claim_images(figures: Path) -> dict[str, str]:  # name -> HTML
     return {k: render_image(figures / f"{k}.png", c) for k, c in _CLAIM_CAPTIONS.items()}
 
 
+def _weight_cell(r: dict) -> Html:  # `r`: row of `tables.weight_table`
+    text = f"{r['weight']:.1%}<br><small>plain {r['weight_plain']:.1%}</small>".replace("%", " %")
+    if r["undefined_draws"]:
+        text += f"<br><small>undefined in {r['undefined_draws']} draws</small>"
+    return Html(text)
+
+
+def render_task_weights(
+    t: pd.DataFrame,  # `tables.weight_table`
+) -> str:  # HTML; empty where no mean is over all tasks
+    "Weight of each task in the mean of all tasks, against each arm"
+    t = t[t.outcome.str.startswith("mean of all")]
+    if not len(t):
+        return ""
+    cells = {a: dict[str, Html]() for a in t.comparator}
+    for i, r in zip(t.index, t.to_dict("records")):
+        cells[r["comparator"]][r["part"]] = cite(_weight_cell(r), t, i)
+    tasks = list(dict.fromkeys(t.part))
+    rows = [[task_title(k), *(c.get(k, "") for c in cells.values())] for k in tasks]
+    shown = pd.DataFrame(rows, columns=["task", *cells], dtype=object)
+    shown.attrs = {"cells": t.attrs["csv"]} if "csv" in t.attrs else {}
+    return render_details("Weight of each task in the mean by inverse variance", shown)
+
+
 def render_claims(
     t: dict[str, pd.DataFrame],  # of `load_tables`
     figures: Path,  # folder of the figures
@@ -453,6 +496,7 @@ def render_claims(
         return _render("claims", claims=[])
     drop, images = t["external_drop"], _claim_images(figures)
     evidence = dict(
+        transfer=render_task_weights(t["weights"]) if "weights" in t else "",
         ablation=render_gallery("Effect of each component", [images["ablation"]]),
         domain_shift=render_details("Internal and external performance", drop) if len(drop) else "",
     )
@@ -468,7 +512,7 @@ def _rows_by_claim(claims: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def render_tasks(
     t: dict[str, pd.DataFrame],  # of `load_tables`
     figures: Path,  # folder of the figures
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
 ) -> str:  # HTML
     "The table of the 22 tasks"
     if "tasks" not in t or not len(t["tasks"]):
@@ -477,7 +521,7 @@ def render_tasks(
     shown = render_gallery(
         "Differences by task (forest), and a radar", [images["forest"], images["radar"]]
     )
-    return render_ranking(t["tasks"], ceiling, t.get("unsolved")) + shown
+    return render_ranking(t["tasks"], supervised, t.get("unsolved")) + shown
 
 # %% ../../nbs/9_study/93_page.ipynb #pagecos2
 _STAGES_BY_ARM = ("pretrain", "embed", "segment", "report", "vqa")
@@ -880,7 +924,7 @@ def render_training_note(
 
 def _headline_cards(
     t: dict[str, pd.DataFrame],  # of `load_tables`
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
 ) -> list[tuple[str, str]]:  # value, description
     cards: list[tuple[str, str]] = []
     if "per_label" in t:
@@ -888,9 +932,9 @@ def _headline_cards(
         for i, r in list(zip(rows.index, rows.to_dict("records")))[:5]:
             text = f"macro AUC of CT-RATE's 18 abnormalities, {r['arm']}, all labels"
             cards.append((cite(f"{r['value']:.3f}", t["metrics"], i), text))
-    if ceiling is not None:
-        text = "macro AUC of a supervised CNN with all labels (ceiling)"
-        cards.append((cite(f"{ceiling.cnn_auc.mean():.3f}", ceiling, "mean"), text))
+    if supervised is not None:
+        text = "macro AUC of a supervised CNN with all labels"
+        cards.append((cite(f"{supervised.cnn_auc.mean():.3f}", supervised, "mean"), text))
     return cards
 
 
@@ -912,15 +956,15 @@ def render_summary(
     t: dict[str, pd.DataFrame],  # of `load_tables`
     folder: Path,  # runs/
     counts: pd.DataFrame,  # `tables.cohort_table`
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
     trainings: pd.DataFrame | None,  # benchmarks/trainings.csv
 ) -> str:  # HTML
-    "What matters first: the claims, the ceiling, the pointing game"
+    "What matters first: the claims, the supervised CNN, the pointing game"
     claims = _rows_by_claim(t["claims"]) if "claims" in t else []
     return _render(
         "summary",
         note=render_data_note(counts),
-        cards=render_cards(_headline_cards(t, ceiling)),
+        cards=render_cards(_headline_cards(t, supervised)),
         training_note=render_training_note(trainings),
         claims=[summarize_claim(name, g) for name, g in claims],
         counts=count_verdicts(t["claims"]) if claims else None,
@@ -945,7 +989,7 @@ def _page_sections(
     runs: Path,
     sample: dict | None,
     status: dict,
-    ceiling: tuple[pd.DataFrame | None, dict | None],
+    supervised: tuple[pd.DataFrame | None, dict | None],
     trainings: pd.DataFrame | None,
 ) -> list[tuple[str, str, str]]:  # id, title, HTML
     tables, figures = runs / "tables", runs / "figures"
@@ -955,12 +999,12 @@ def _page_sections(
     pretraining = render_pretraining(tables, figures, text, p.pretrain.mask_ratio)
     real = render_real_scans(status, runs / "grounding") + render_real_scores(runs / "real")
     return [
-        ("summary", "What was found", render_summary(t, runs, counts, ceiling[0], trainings)),
-        ("tasks", "The 22 tasks", render_tasks(t, figures, ceiling[0])),
+        ("summary", "What was found", render_summary(t, runs, counts, supervised[0], trainings)),
+        ("tasks", "The 22 tasks", render_tasks(t, figures, supervised[0])),
         ("claims", "The claims, one by one", render_claims(t, figures)),
         ("grounding", "Grounding", render_grounding(runs / "grounding", trainings)),
         *render_families(StudyResults(t, runs, counts, tuple(p.study.encoders))),
-        ("ceiling", "Ceiling of this data", render_ceiling(*ceiling)),
+        ("supervised", "A supervised CNN", render_supervised(*supervised)),
         ("pretraining", "Pre-training", pretraining),
         ("inputs", "Data", render_inputs(figures, sample, len(status["scans"]))),
         ("real", "Real CT", real),
@@ -973,16 +1017,18 @@ def write_page(
     folder: Path,  # runs/
     sample: dict | None,  # a phantom's row of a cohort table, or None
     status: dict,  # of the real CT
-    ceiling_csv: pd.DataFrame | None,  # benchmarks/ceiling.csv
-    ceiling_json: dict | None,  # benchmarks/ceiling.json
+    supervised_csv: pd.DataFrame | None,  # benchmarks/supervised.csv
+    supervised_json: dict | None,  # benchmarks/supervised.json
     trainings: pd.DataFrame | None = None,  # benchmarks/trainings.csv, of a study of phantoms
 ) -> Path:  # the page
     "Write runs/study/index.html, its CSVs and notebooks, and the metrics as metrics.json"
     out = folder / "study"
-    ceiling_csv = _benchmark(ceiling_csv, "ceiling")
+    supervised_csv = _benchmark(supervised_csv, "supervised")
     trainings = _benchmark(trainings, "trainings")
-    sections = _page_sections(p, folder, sample, status, (ceiling_csv, ceiling_json), trainings)
-    extra = {t.attrs["csv"]: t for t in (ceiling_csv, trainings) if t is not None}
+    sections = _page_sections(
+        p, folder, sample, status, (supervised_csv, supervised_json), trainings
+    )
+    extra = {t.attrs["csv"]: t for t in (supervised_csv, trainings) if t is not None}
     extra["text/metrics"] = pd.DataFrame([read_json(folder / "text/metrics.json")])
     if (folder / "real/scores.csv").exists():
         extra["real/scores"] = pd.read_csv(folder / "real/scores.csv")

@@ -52,7 +52,6 @@ from asap.study.statistics import (
     joint_draws,
     mean_value,
     part_differences,
-    part_name,
     pooled_sd,
     recipe_interval,
     replicate_se,
@@ -257,7 +256,7 @@ def difference_table(
 # %% ../../nbs/9_study/90_tables.ipynb #tabrank2
 RANKING_COLUMNS = [
     *["number", "task", "metric", "fraction", "arm", "value", "lo", "hi", "rank", "best"],
-    *["patients", "ceiling", "detectable"],
+    *["patients", "oracle", "detectable"],
 ]
 POWER = 0.8  # of the smallest detectable difference
 
@@ -288,9 +287,9 @@ def _is_best(arm: str, have: dict[str, tuple], level: float) -> bool:
     return bool(others) and all(paired_difference(have[arm], v, level)["lo"] > 0 for v in others)
 
 
-def _ceiling(scores: Scores, task: str) -> float | None:
-    "The highest value that resampling allows, where the family measures it"
-    return next((v for (t, _, _, m), (v, _) in scores.items() if (t, m) == (task, "ceiling")), None)
+def _oracle(scores: Scores, task: str) -> float | None:
+    "Score of the true mask after resampling, where the family measures it"
+    return next((v for (t, _, _, m), (v, _) in scores.items() if (t, m) == (task, "oracle")), None)
 
 
 def smallest_detectable_difference(
@@ -322,7 +321,7 @@ def ranking_table(
     for task in paper_tasks():
         metric, most, have = headline_metric(scores, task, arms)
         order = sorted(have, key=lambda a: -have[a][0])
-        known = dict(patients=(patients or {}).get(task.name), ceiling=_ceiling(scores, task.name))
+        known = dict(patients=(patients or {}).get(task.name), oracle=_oracle(scores, task.name))
         known["detectable"] = _detectable(have, order, level)
         for a, (value, replicates) in have.items():
             row: dict[str, Any] = dict(number=task.number, task=task.name, metric=metric)
@@ -534,7 +533,7 @@ def _low_label_parts(
 ) -> dict[float, list[Part]]:  # label fraction -> parts
     "Score with few labels minus score with all, on the tasks that allow so few"
     fractions = _label_fractions(scores, family)
-    out = {}
+    out: dict[float, list[Part]] = {}
     for f in fractions[:-1]:
         few = shared_tasks(scores, family, f, a, b)
         full = [(t, fractions[-1], m) for t, _, m in few]
@@ -661,7 +660,9 @@ def claim_table(
         parts = part_differences(averaged, c.parts, reference_arm, c.comparator)
         mean = mean_value([*parts.values()])
         row = dict(claim=c.claim, outcome=c.outcome, arm=reference_arm, comparator=c.comparator)
-        row |= _as_difference(mean, level) | dict(tasks=len(parts)) | _weighted_columns(parts, level)
+        row |= (
+            _as_difference(mean, level) | dict(tasks=len(parts)) | _weighted_columns(parts, level)
+        )
         trained = training_values(scores, c.parts, recipes)
         se = replicate_se(mean)
         rows.append(row | _recipe_columns(trained, reference_arm, c.comparator, se, level))
@@ -1053,9 +1054,7 @@ def _label_tables(
         probes = predictions[name]
         made = dict(per_label=per_label_table(probes, n, level, draws))
         if name in controls:
-            made["negative_controls"] = negative_control_table(
-                controls[name], n, level, draws
-            )
+            made["negative_controls"] = negative_control_table(controls[name], n, level, draws)
         made["subgroups"] = subgroup_table(probes, acquired, n, level)
         made["label_efficiency"] = label_efficiency_table(metrics, probes)
         for k, t in made.items():

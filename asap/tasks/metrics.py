@@ -294,12 +294,13 @@ def bootstrap_weights(
     seed: Any = 0,  # `JointDraws`, or anything `asap.core.rng` takes
 ) -> np.ndarray:  # (n,cases) multiplicity of each case in each replicate
     "Resample patients with replacement"
-    joint = seed if isinstance(seed, JointDraws) else JointDraws(seed, tuple(patients))
+    own = np.asarray(patients)
+    joint = seed if isinstance(seed, JointDraws) else JointDraws(seed, tuple(own))
     names = pd.Index(np.unique(joint.patients))
-    place = names.get_indexer(patients)
+    place = names.get_indexer(own)
     if (place < 0).any():
         raise ValueError(
-            f"patient {np.asarray(patients)[place < 0][0]} is not among the {len(names)} that are "
+            f"patient {own[place < 0][0]} is not among the {len(names)} that are "
             f"drawn together as `{joint.name}`: draw all patients of the predictions"
         )
     picks = rng("bootstrap", joint.name).integers(len(names), size=(n, len(names)))

@@ -2,10 +2,10 @@
 labels, a histogram baseline, twins and, for generation 3, an oracle that knows the masks.
 
 This is the reference for every probe of the study on this data and compute. Writes
-benchmarks/supervised.csv (one row per label) and benchmarks/supervised.json (settings). Run it with
-`make supervised`. With --generation 3, the labels are the 18 abnormalities and every label of a task
-that is none of them, the files are supervised3.csv and supervised3.json, and a run that was stopped goes
-on: patients, twins and the state after each epoch lie in --cache.
+benchmarks/supervised.csv (one row per label) and benchmarks/supervised.json (settings). Run it
+with `make supervised`. With --generation 3, the labels are the 18 abnormalities and every label of
+a task that is none of them, the files are supervised3.csv and supervised3.json, and a run that was
+stopped goes on: patients, twins and the state after each epoch lie in --cache.
 
     python benchmarks/supervised.py --generation 3 --jobs 1
     python benchmarks/supervised.py --generation 3 --epochs 0    # without the CNN

@@ -8,7 +8,7 @@ __all__ = ['align_sentences', 'predict_scan', 'expand_patches', 'GroundingResult
            'plot_grounding']
 
 # %% ../../nbs/8_inference/82_ground.ipynb #infg0003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ def align_sentences(
     frozen: torch.Tensor,  # (S,C') sentence features
 ) -> AlignmentOutput:  # similarity (B,S,N), weights (B,S,N) 1 in the region, k (B,S)
     "Compare every image with every sentence, all patches visible"
-    return model.forward_alignment(model.encode(x), frozen.expand(len(x), -1, -1), hard=True)
+    a = model.forward_alignment(model.encode(x), frozen.expand(len(x), -1, -1), hard=True)
+    return replace(a, similarity=a.selectable_similarity)
 
 
 def _fill_patches(

@@ -122,7 +122,8 @@ def _align_queries(
     "The queries of one scan"
     features = text.sentences(sentences)[None].to(encoded.latent.device)
     a = model.forward_alignment(encoded, features, hard=True)
-    found = dict(point=a.similarity[0].argmax(-1), region=a.weights[0] > 0.5, k=a.k[0])
+    point = a.selectable_similarity[0].argmax(-1)
+    found = dict(point=point, region=a.weights[0] > 0.5, k=a.k[0])
     return {key: v.cpu().numpy() for key, v in found.items()}
 
 

@@ -21,9 +21,9 @@ def wrong(folder):  # -> figure: (recomputed, of the tables), where they differ
 
 
 def test_the_script_is_independent():
-    nodes = [n for n in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(n, ast.Import)]
-    froms = [n.module for n in ast.walk(ast.parse(SCRIPT.read_text())) if hasattr(n, "module")]
-    names = {n.split(".")[0] for n in [*froms, *(a.name for n in nodes for a in n.names)]}
+    nodes = [*ast.walk(ast.parse(SCRIPT.read_text()))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
     assert names == {"sys", "pathlib", "numpy", "pandas", "sklearn"}
 
 

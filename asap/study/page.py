@@ -633,15 +633,23 @@ def recipe_table(
         sd, df = pooled_sd([t[figure]])
         row = dict(figure=figure, arm="asap", trainings=len(t), mean=t[figure].mean())
         rows.append(row | dict(sd=sd, df=df))
+    known = rows.pop()
+    leads = [known | _lead_over(t, k, claims, level) for k in ("atlas", "organ_atlas") if k in t]
+    return pd.DataFrame([*rows, *leads], columns=RECIPE_COLUMNS).round(5)
+
+
+def _lead_over(
+    trainings: pd.DataFrame, atlas: str, claims: pd.DataFrame | None, level: float
+) -> dict[str, Any]:  # columns of `recipe_table`; `atlas`: a column
+    row: dict[str, Any] = dict(minus=_BASELINES[atlas])
+    leads = trainings.pointing - trainings[atlas]
     game = None if claims is None else claims[claims.outcome == "pointing game"]
-    against = None if game is None else game[game.comparator == "the atlas"]
-    if against is not None and len(against):
-        leads, bounds = t.pointing - t.atlas, (against.lo.iloc[0], against.hi.iloc[0])
-        se, (sd, df) = standard_error(*bounds, level), pooled_sd([leads])
-        lo, hi = recipe_interval(leads.mean(), se, sd, df, (len(t), 0), level)
-        rows[-1] |= dict(minus="the atlas", difference=leads.mean(), lo=lo, hi=hi)
-        rows[-1]["verdict"] = claim_verdict(lo, hi)
-    return pd.DataFrame(rows, columns=RECIPE_COLUMNS).round(5)
+    against = None if game is None else game[game.comparator == row["minus"]]
+    if against is None or not len(against):
+        return row | dict(difference=leads.mean())
+    se, (sd, df) = standard_error(*against[["lo", "hi"]].iloc[0], level), pooled_sd([leads])
+    lo, hi = recipe_interval(leads.mean(), se, sd, df, (len(leads), 0), level)
+    return row | dict(difference=leads.mean(), lo=lo, hi=hi, verdict=claim_verdict(lo, hi))
 
 
 def render_training_variation(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BASELINES', 'METRIC_COLUMNS', 'RANKING_COLUMNS', 'POWER', 'CHANCE', 'UNSOLVED_COLUMNS', 'EXTERNAL_COLUMNS',
            'ABLATION_COLUMNS', 'CLAIM_COLUMNS', 'ONE_TRAINING', 'WEIGHT_COLUMNS', 'FEW_LABELS', 'POINTING',
-           'MAX_FIGURES', 'FIGURE_NAMES', 'LATEX_TABLES', 'SUBGROUP_TABLE_COLUMNS', 'TablesConfig', 'family_arms',
-           'load_predictions', 'load_controls', 'evaluate_predictions', 'internal_tasks', 'compared_metrics',
-           'mean_name', 'shared_tasks', 'mean_auc_table', 'difference_table', 'paper_tasks', 'headline_metric',
-           'smallest_detectable_difference', 'ranking_table', 'format_ranking', 'unsolved_table', 'drop_tasks',
-           'external_tasks', 'external_pairs', 'external_drop_table', 'ablation_tasks', 'ablated_arms',
+           'MAX_FIGURES', 'FIGURE_NAMES', 'LATEX_TABLES', 'LATEX_COLUMNS', 'SUBGROUP_TABLE_COLUMNS', 'TablesConfig',
+           'family_arms', 'load_predictions', 'load_controls', 'evaluate_predictions', 'internal_tasks',
+           'compared_metrics', 'mean_name', 'shared_tasks', 'mean_auc_table', 'difference_table', 'paper_tasks',
+           'headline_metric', 'smallest_detectable_difference', 'ranking_table', 'format_ranking', 'unsolved_table',
+           'drop_tasks', 'external_tasks', 'external_pairs', 'external_drop_table', 'ablation_tasks', 'ablated_arms',
            'ablation_table', 'Comparison', 'list_comparisons', 'claim_table', 'weight_table', 'headline_keys',
            'headline_figures', 'per_label_table', 'negative_control_table', 'organ_error_table', 'cohort_table',
            'to_markdown', 'to_latex', 'subgroup_table', 'label_efficiency_table', 'write_tables']
@@ -941,6 +941,9 @@ LATEX_TABLES = (
     "claims",
     "cohorts",
 )
+LATEX_COLUMNS = dict(  # of tables with more columns than a page has room for
+    claims=[*CLAIM_COLUMNS[:9], "p_holm", "verdict_holm", "verdict_recipe"],
+)
 
 
 def to_markdown(
@@ -1068,7 +1071,8 @@ def _save_table(name: str, t: pd.DataFrame, out: Path) -> None:
     write_csv(t.round(5), out / f"{name}.csv")
     write_text(to_markdown(shown), out / f"{name}.md")
     if name in LATEX_TABLES:
-        write_text(to_latex(shown), out / f"{name}.tex")
+        printed = shown[LATEX_COLUMNS.get(name, list(shown))]
+        write_text(to_latex(printed), out / f"{name}.tex")
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabwrit2
 def write_tables(

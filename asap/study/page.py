@@ -8,10 +8,10 @@ __all__ = ['TEMPLATES', 'REPORTED_PACKAGES', 'CLAIM_TEXTS', 'RECIPE_COLUMNS', 'R
            'render_run', 'render_supervised', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim',
            'task_title', 'render_ranking', 'render_task_weights', 'render_claims', 'render_tasks', 'arm_cost_table',
            'load_tables', 'render_families', 'describe_hit_difference', 'render_hit_rate', 'describe_trainings',
-           'recipe_table', 'render_training_variation', 'render_pointing', 'render_grounding', 'render_large_lesions',
-           'render_arms_and_extent', 'render_hit_rate_table', 'render_pretraining', 'render_sentence_table',
-           'render_real_scans', 'render_real_scores', 'render_inputs', 'list_stage_files', 'export_notebooks',
-           'render_training_note', 'render_summary', 'write_page']
+           'trainings_table', 'render_training_variation', 'render_pointing', 'render_grounding',
+           'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table', 'render_pretraining',
+           'render_sentence_table', 'render_real_scans', 'render_real_scores', 'render_inputs', 'list_stage_files',
+           'export_notebooks', 'render_training_note', 'render_summary', 'write_page']
 
 # %% ../../nbs/9_study/93_page.ipynb #21b34782
 import html
@@ -619,7 +619,7 @@ def describe_trainings(
 RECIPE_COLUMNS = "figure arm trainings mean sd minus difference lo hi df verdict".split()
 
 
-def recipe_table(
+def trainings_table(
     trainings: pd.DataFrame | None,  # benchmarks/trainings.csv, or None
     claims: pd.DataFrame | None,  # `tables.claim_table`, for the standard error over patients
     level: float,  # confidence level
@@ -640,21 +640,22 @@ def recipe_table(
 
 def _lead_over(
     trainings: pd.DataFrame, atlas: str, claims: pd.DataFrame | None, level: float
-) -> dict[str, Any]:  # columns of `recipe_table`; `atlas`: a column
+) -> dict[str, Any]:  # columns of `trainings_table`; `atlas`: a column
     row: dict[str, Any] = dict(minus=_BASELINES[atlas])
     leads = trainings.pointing - trainings[atlas]
     game = None if claims is None else claims[claims.outcome == "pointing game"]
     against = None if game is None else game[game.comparator == row["minus"]]
     if against is None or not len(against):
         return row | dict(difference=leads.mean())
-    se, (sd, df) = standard_error(*against[["lo", "hi"]].iloc[0], level), pooled_sd([leads])
+    se = standard_error(against.lo.iloc[0], against.hi.iloc[0], level)
+    sd, df = pooled_sd([leads])
     lo, hi = recipe_interval(leads.mean(), se, sd, df, (len(leads), 0), level)
     return row | dict(difference=leads.mean(), lo=lo, hi=hi, verdict=claim_verdict(lo, hi))
 
 
 def render_training_variation(
     trainings: pd.DataFrame | None,  # benchmarks/trainings.csv, or None
-    recipes: pd.DataFrame | None = None,  # of `recipe_table`
+    recipes: pd.DataFrame | None = None,  # of `trainings_table`
 ) -> str:  # HTML
     "Results of other trainings of the same recipe"
     if trainings is None:
@@ -693,7 +694,7 @@ def _hit_rates(t: pd.DataFrame, arm: str) -> tuple[str, str]:  # of the arm, of 
 def render_grounding(
     folder: Path,  # runs/grounding
     trainings: pd.DataFrame | None = None,  # benchmarks/trainings.csv
-    recipes: pd.DataFrame | None = None,  # of `recipe_table`
+    recipes: pd.DataFrame | None = None,  # of `trainings_table`
 ) -> str:  # HTML
     "Results of the pointing game, or the reason why there are none"
     s = read_json(folder / "status.json")
@@ -1078,7 +1079,7 @@ def write_page(
     supervised_csv = _benchmark(supervised_csv, "supervised")
     trainings = _benchmark(trainings, "trainings")
     claims = load_tables(folder / "tables").get("claims")
-    recipes = recipe_table(trainings, claims, p.tables.confidence_level)
+    recipes = trainings_table(trainings, claims, p.tables.confidence_level)
     recipes = _benchmark(recipes, "recipes")
     cnn = (supervised_csv, supervised_json)
     sections = _page_sections(p, folder, sample, status, cnn, trainings, recipes)

@@ -38,9 +38,9 @@ from asap.registry import (
     task_families,
 )
 from asap.study.statistics import (
-    Part,
     Recipes,
     ScoreKey,
+    ScorePart,
     Scores,
     Value,
     average_trainings,
@@ -217,7 +217,7 @@ def _mean_differences(
     return rows
 
 
-def _parts(keys: Iterable[ScoreKey]) -> list[Part]:  # of a plain mean
+def _parts(keys: Iterable[ScoreKey]) -> list[ScorePart]:  # of a plain mean
     return [((1, k),) for k in keys]
 
 
@@ -516,7 +516,7 @@ class Comparison:
     claim: str
     outcome: str
     comparator: str  # arm
-    parts: list[Part]
+    parts: list[ScorePart]
 
 
 def _shared_headline_tasks(scores: Scores, a: str, b: str) -> list[ScoreKey]:
@@ -530,10 +530,10 @@ def _low_label_parts(
     family: str,
     a: str,
     b: str,
-) -> dict[float, list[Part]]:  # label fraction -> parts
+) -> dict[float, list[ScorePart]]:  # label fraction -> parts
     "Score with few labels minus score with all, on the tasks that allow so few"
     fractions = _label_fractions(scores, family)
-    out: dict[float, list[Part]] = {}
+    out: dict[float, list[ScorePart]] = {}
     for f in fractions[:-1]:
         few = shared_tasks(scores, family, f, a, b)
         full = [(t, fractions[-1], m) for t, _, m in few]
@@ -543,7 +543,7 @@ def _low_label_parts(
     return out
 
 
-def _external_parts(scores: Scores, a: str, b: str) -> list[Part]:
+def _external_parts(scores: Scores, a: str, b: str) -> list[ScorePart]:
     "External score minus internal score"
     pairs = external_pairs(scores, a, b)
     return [((1, (o, f, m)), (-1, (h, f, m))) for o, h, m, f in pairs]

@@ -39,7 +39,6 @@ from asap.core import (
     parallel_map,
     progress_bar,
     read_json,
-    write_csv,
     write_json,
     write_sheet,
 )
@@ -441,7 +440,7 @@ def prepare_cases(
     duplicates = find_duplicates(prepared, {m.case: m.voxels for m in results if m.voxels})
     log_duplicates(store.volumes.name, duplicates)
     if quarantine:
-        write_csv(duplicates, Path(quarantine).with_name("duplicates.csv"))
+        write_sheet(duplicates, Path(quarantine).with_name("duplicates.csv"))
     files = [store.files(c) for c in prepared.case]
     return prepared.assign(
         image=[str(volume) for volume, _, _ in files],
@@ -515,7 +514,7 @@ def save_acquisition(
     t = t.assign(
         slice_mm=mm[:, 2], pixel_mm=mm[:, :2].mean(1).round(4), contrast=t.contrast.astype("Int64")
     )
-    write_csv(t[ACQUISITION_COLUMNS], path)
+    write_sheet(t[ACQUISITION_COLUMNS], path)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #c20639d6
 def read_raw_cohort(

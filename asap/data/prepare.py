@@ -44,10 +44,13 @@ from asap.core import (
 )
 from asap.data.adapter import (
     CohortAdapter,
+    exclude_linked_cases,
     find_raw_dir,
+    followed_folders,
     get_cohort,
     is_available,
     read_options,
+    refuse_linked_tables,
 )
 from .checks import check_mask, load_checked
 from .series import is_dicom_file
@@ -62,6 +65,7 @@ from asap.data.table import (
     save,
 )
 from .volumes import Source, Volume, file_suffix, open_nifti, standardize, write
+from ..resources import cache_folder
 from asap.store import (
     MANIFEST,
     Entry,
@@ -524,7 +528,11 @@ def read_raw_cohort(
 ) -> tuple:  # table, Quarantine
     "Read a cohort with its adapter and apply the split files named in `options`"
     raw = find_raw_dir(adapter.name, data)
+    linked = [*options.get("linked_folders", []), str(cache_folder(data.parent))]
+    folders = followed_folders(adapter, raw, linked)
+    refuse_linked_tables(raw, folders)
     table, bad = adapter.read(raw, **read_options(options))
+    table = exclude_linked_cases(table, bad, raw, folders)
     if options.get("split_files"):
         lists = read_split_files(raw / options["split_files"])
         table = check_table(apply_splits(table, lists, bad, adapter.name), adapter.name)

@@ -31,9 +31,9 @@ from asap.core import (
     log_message,
     progress_bar,
     rng,
-    write_sheet,
     write_json,
     write_parquet,
+    write_sheet,
 )
 from ..data.adapter import find_raw_dir
 from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks

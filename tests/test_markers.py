@@ -29,8 +29,22 @@ MARK = (
     "=1+1 $\\input{/etc/passwd}$ & 5 % of_it <img src=x onerror=leaked=1> | **a** "
     "[b](javascript:leaked=1) </script><script>leaked=1</script>"
 )
-needs = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
 SIZE, SPACING = (48, 48, 24), (7.0, 7.0, 14.0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium was found on this machine")
+    with tab() as t:
+        yield t
+
+
+def show(t, path, ready="document.body"):
+    "Open a file and wait until it is there; a page may add a fragment to its address"
+    t.open(path.as_uri())
+    opened = f"location.href.split('#')[0] === {path.as_uri()!r}"
+    t.until(f"{opened} && document.readyState === 'complete' && {ready}")
 
 
 # --- what a study writes
@@ -161,27 +175,24 @@ def read_text(t) -> str:
     return t.run("document.documentElement.textContent")
 
 
-@needs
-def test_pages_show_the_marker_as_text(study):
-    with tab() as t:
-        for path, least in ((study / "study/index.html", 20), (study / "study/examples.html", 4)):
-            t.open(path.as_uri())
-            t.until("document.readyState === 'complete' && document.body.innerText")
-            assert is_inert(t) and read_text(t).count("<img src=x onerror=leaked=1>") >= least
-        for picture in sorted(study.rglob("*.svg")):
-            t.open(picture.as_uri())
-            t.until("document.readyState === 'complete'")
-            assert is_inert(t)
+def test_pages_show_the_marker_as_text(study, browser):
+    for path, least in ((study / "study/index.html", 20), (study / "study/examples.html", 4)):
+        show(browser, path)
+        assert is_inert(browser)
+        assert read_text(browser).count("<img src=x onerror=leaked=1>") >= least
+    for picture in sorted(study.rglob("*.svg")):
+        show(browser, picture, "document.documentElement")
+        assert is_inert(browser)
 
 
-def test_the_check_notices(tmp_path):
-    "Each reader of this file finds a marker that is not escaped"
-    if CHROMIUM:
-        (tmp_path / "a.html").write_text(f"<body>{MARK}")
-        with tab() as t:
-            t.open((tmp_path / "a.html").as_uri())
-            t.until("document.readyState === 'complete'")
-            assert not is_inert(t)
+def test_the_browser_notices(tmp_path, browser):
+    (tmp_path / "a.html").write_text(f"<body>{MARK}")
+    show(browser, tmp_path / "a.html")
+    assert not is_inert(browser)
+
+
+def test_the_readers_notice(tmp_path):
+    "Each finds a marker that is not escaped"
     (tmp_path / "a.csv").write_text(f'a\n"{MARK}"\n')
     (tmp_path / "a.md").write_text(f"| a |\n|---|\n| {MARK} |\n")
     (tmp_path / "a.tex").write_text(MARK)
@@ -267,19 +278,23 @@ def hospital(tmp_path_factory):
     return root, [MARK, known[1]]
 
 
-def test_a_case_is_refused_by_its_name(hospital, tmp_path):
+@pytest.fixture(scope="module")
+def reviewed(hospital):
     root, labels = hospital
-    options = dict(columns=dict(labels=labels))
-    r = review.review_cohort(root, "own", options, jobs=1, pictures=1)
-    assert len(r.refused) == 4 and MARK in set(r.refused.case) and len(r.table)
-    assert MARK in set(review.count_labels(r).label)
+    r = review.review_cohort(root, "own", dict(columns=dict(labels=labels)), jobs=1, pictures=1)
     r.warnings.loc[0] = [r.table.case[0], MARK, MARK, MARK]
-    write_text(review.render_review(r), tmp_path / "page.html")
-    if CHROMIUM:
-        with tab() as t:
-            t.open((tmp_path / "page.html").as_uri())
-            t.until("document.readyState === 'complete'")
-            assert is_inert(t) and read_text(t).count(MARK) >= 4
+    return r
+
+
+def test_a_case_is_refused_by_its_name(reviewed):
+    assert len(reviewed.refused) == 4 and MARK in set(reviewed.refused.case)
+    assert len(reviewed.table) and MARK in set(review.count_labels(reviewed).label)
+
+
+def test_the_page_of_the_check(reviewed, tmp_path, browser):
+    write_text(review.render_review(reviewed), tmp_path / "page.html")
+    show(browser, tmp_path / "page.html")
+    assert is_inert(browser) and read_text(browser).count(MARK) >= 4
 
 
 def test_tables_of_prepared_cases(tmp_path):
@@ -301,22 +316,20 @@ def test_tables_of_prepared_cases(tmp_path):
 # --- a sentence that a person types
 
 
-@needs
-def test_the_viewer_shows_the_marker_as_text(tmp_path):
+def test_the_viewer_shows_the_marker_as_text(tmp_path, browser):
     c = synthesize_chest(("markers", 1), SIZE, SPACING)
     write(c.hu, c.affine, tmp_path / "scan.nii")
     affine = viewer.crop_affine(c.affine, c.hu.shape, SIZE)
     place = dict(grid=[4, 4, 4], patch_affine=ground.patch_affine(affine, (12, 12, 6)).tolist())
     found = dict(k=1, point=0, heat=np.linspace(0, 1, 64).tolist(), region=[0])
-    said = [dict(text=MARK, kind="tried", outside=0, unknown=[MARK]) | found]
-    scan = dict(name=MARK, what=MARK, files=dict(image="scan.nii"), sentences=said) | place
+    sentences = [dict(text=MARK, kind="tried", outside=0, unknown=[MARK]) | found]
+    scan = dict(name=MARK, what=MARK, files=dict(image="scan.nii"), sentences=sentences) | place
     write_json(dict(arm=MARK, patch_mm=MARK, text=None, scans=[scan]), tmp_path / "v.json")
     viewer.write_viewer(tmp_path / "v.json", tmp_path, MARK, tmp_path / "v.html")
-    with tab() as t:
-        t.open((tmp_path / "v.html").as_uri())
-        t.until("document.body && document.body.dataset.state")
-        assert t.run("document.body.dataset.state") == f"{MARK}/0" and is_inert(t)
-        assert read_text(t).count(MARK) >= 6 and t.complaints == []
+    said = len(browser.complaints)
+    show(browser, tmp_path / "v.html", "document.body.dataset.state")
+    assert browser.run("document.body.dataset.state") == f"{MARK}/0" and is_inert(browser)
+    assert read_text(browser).count(MARK) >= 6 and browser.complaints[said:] == []
 
 
 def grounded() -> tuple:

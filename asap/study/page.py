@@ -7,10 +7,11 @@ __all__ = ['TEMPLATES', 'REPORTED_PACKAGES', 'CLAIM_TEXTS', 'REAL_CT_CAPTION', '
            'read_table', 'copy_data', 'render_data_note', 'render_cohorts', 'describe_weights', 'render_run',
            'render_ceiling', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim', 'task_title',
            'render_ranking', 'render_claims', 'render_tasks', 'arm_cost_table', 'load_tables', 'render_families',
-           'describe_hit_difference', 'render_hit_rate', 'render_training_variation', 'render_pointing',
-           'render_grounding', 'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table',
-           'render_pretraining', 'render_sentence_table', 'render_real_scans', 'render_real_scores', 'render_inputs',
-           'list_stage_files', 'export_notebooks', 'render_training_note', 'render_summary', 'write_page']
+           'describe_hit_difference', 'render_hit_rate', 'describe_trainings', 'render_training_variation',
+           'render_pointing', 'render_grounding', 'render_large_lesions', 'render_arms_and_extent',
+           'render_hit_rate_table', 'render_pretraining', 'render_sentence_table', 'render_real_scans',
+           'render_real_scores', 'render_inputs', 'list_stage_files', 'export_notebooks', 'render_training_note',
+           'render_summary', 'write_page']
 
 # %% ../../nbs/9_study/93_page.ipynb #21b34782
 import html
@@ -247,13 +248,9 @@ CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, claim, limitations
         "Grounding",
         "The region of a sentence contains the finding that it describes.",
         (
-            "These rows are from one training of each arm. "
-            "<span data-row='benchmarks/trainings:0,1,2,3,4,8'>Four more trainings of the "
-            "recipe of asap have hit rates of 21.6 %, 0.0 %, 0.0 % and 12.6 % on the four small "
-            "lesions, all below the atlas (24.1 %). The claim holds for the training of the "
-            "shipped weights (37.4 %), but not for the recipe.</span> A hit is a patch with at "
-            "least half the lesion coverage of the best patch. Masks exist for lungs and "
-            "pleura only."
+            "These rows are from one training of each arm; the section Grounding shows others. "
+            "A hit is a patch with at least half the lesion coverage of the best patch. Masks "
+            "exist for lungs and pleura only."
         ),
     ),
     "bug_fixes": (
@@ -558,13 +555,27 @@ def render_hit_rate(
     return _render("hit_rate", compared=[c for c in compared if c], **r)
 
 
+def describe_trainings(
+    trainings: pd.DataFrame | None,  # benchmarks/trainings.csv, or None
+) -> dict[str, Any] | None:  # row (of `data-row`), trainings, above (the atlas), auc, pointing
+    "The trainings of the recipe of asap with other seeds"
+    if trainings is None:
+        return None
+    t = trainings[(trainings.arm == "asap") & (trainings.candidates == "organs")]
+    row = f"{trainings.attrs.get('csv')}:{','.join(map(str, t.index))}"
+    above = int((t.pointing > t.atlas).sum())
+    count = dict(row=row, trainings=len(t), above=above)
+    return count | dict(auc=t.macro_auc, pointing=t.pointing)
+
+
 def render_training_variation(
     trainings: pd.DataFrame | None,  # benchmarks/trainings.csv, or None
 ) -> str:  # HTML
     "Results of other trainings of the same recipe"
     if trainings is None:
         return ""
-    return _render("training_variation", table=render_table(trainings))
+    known = describe_trainings(trainings)
+    return _render("training_variation", known=known, table=render_table(trainings))
 
 # %% ../../nbs/9_study/93_page.ipynb #pagegro1
 def _pointing_caption(s: dict) -> str:  # HTML; `s`: status.json
@@ -871,11 +882,7 @@ def render_training_note(
     trainings: pd.DataFrame | None,  # benchmarks/trainings.csv, or None
 ) -> str:  # HTML
     "A line for the top of the page"
-    if trainings is None:
-        return ""
-    t = trainings[(trainings.arm == "asap") & trainings.macro_auc.notna()]
-    rows = f"{trainings.attrs.get('csv')}:{','.join(map(str, t.index))}"
-    return _render("training_note", row=rows, auc=t.macro_auc, pointing=t.pointing)
+    return _render("training_note", known=describe_trainings(trainings))
 
 
 def _headline_cards(
@@ -924,7 +931,7 @@ def render_summary(
         training_note=render_training_note(trainings),
         claims=[summarize_claim(name, g) for name, g in claims],
         counts=count_verdicts(t["claims"]) if claims else None,
-        one_training=trainings is not None,
+        known=describe_trainings(trainings),
         pointing=render_pointing(folder / "grounding"),
     )
 

@@ -41,7 +41,7 @@ def browser():
 
 
 def show(t, path, ready="document.body"):
-    "Open a file and wait until it is there; a page may add a fragment to its address"
+    "Open a file and wait until its pictures have loaded or failed; a page may add a fragment"
     t.open(path.as_uri())
     opened = f"location.href.split('#')[0] === {path.as_uri()!r}"
     t.until(f"{opened} && document.readyState === 'complete' && {ready}")
@@ -166,7 +166,6 @@ def study(tmp_path_factory):
 
 def is_inert(t) -> bool:
     "Nothing of the marker has become a part of the page or has run"
-    t.run("new Promise(r => setTimeout(r, 50))")
     parts = "img[src='x'], [onerror], a[href^='javascript']"
     return t.run(f"typeof leaked === 'undefined' && !document.querySelector(\"{parts}\")")
 

@@ -274,10 +274,10 @@ def _read_table(
         table, bad = adapter.read(root, **options)
         return exclude_linked_cases(table, bad, root, folders), bad
     except ValueError as e:
-        bad = getattr(e, "bad", ())
-        if not len(bad):
+        left_out = getattr(e, "bad", ())
+        if not len(left_out):
             raise
-        return pd.DataFrame(columns=COHORT_COLUMNS), bad
+        return pd.DataFrame(columns=COHORT_COLUMNS), left_out
 
 # %% ../../nbs/2_data/28_review.ipynb #03009ca5
 def _object_frame(rows, columns) -> pd.DataFrame:

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test fuzz lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
+.PHONY: help study quick rehearsal graph test fuzz mutants lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -56,6 +56,9 @@ organs: .venv/done  ## train the organ segmenter on phantoms (writes weights/org
 
 supervised: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/supervised.csv)
 	@python benchmarks/supervised.py
+
+mutants: .venv/done  ## would the tests notice? 600 small changes of asap/, one at a time (hours; goes on where it was stopped)
+	@pip install -q -c constraints.txt cosmic-ray && python tests/mutants.py --copies 2
 
 lab: .venv/done  ## JupyterLab on nbs/
 	@jupyter lab nbs

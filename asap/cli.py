@@ -556,9 +556,10 @@ def _review_cohort(a: argparse.Namespace, name: str) -> int:
     (folder, page), _ = _review_paths(a, name), get_cohort(name)
     try:
         p: Any = load_params(sections=["cohorts"])
-        options = read_options(p.cohorts[name].model_dump())
+        row = p.cohorts[name].model_dump()
     except FileNotFoundError:
-        options = {}  # outside of a project
+        row = {}  # outside of a project
+    options, linked = read_options(row), row.get("linked_folders", ())
     printed: list[str] = []  # during the check, so that a stopped one has named its refusals
 
     def refuse(line: str) -> None:
@@ -566,7 +567,7 @@ def _review_cohort(a: argparse.Namespace, name: str) -> int:
         print(line, flush=True)
 
     n_pictures = a.pictures_of if page else 0
-    r = review.review_cohort(folder, name, options, a.jobs, n_pictures, refuse)
+    r = review.review_cohort(folder, name, options, a.jobs, n_pictures, refuse, linked)
     print("\n".join(x for x in review.format_review(r) if x not in printed), flush=True)
     if page:
         write_text(review.render_review(r), page)

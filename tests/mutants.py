@@ -6,8 +6,9 @@ of the tree; the first failure kills it. What page and tests need without a chan
 first; a test file that takes longer than --patience is left out, and named. Rows are appended to
 benchmarks/mutants.csv, and what is there is not run again, so that a campaign can be stopped.
 
-    pip install -e '.[mutation]'
-    python tests/mutants.py --sample 600 --copies 2"""
+`make mutants` installs cosmic-ray (extra `mutation`) and judges 600 changes; a few of one module:
+
+    python tests/mutants.py --sample 20 --modules asap/model/align.py"""
 
 import argparse
 import ast

@@ -113,7 +113,7 @@ def kept(
 def main(*newer: str) -> None:
     "Write both files"
     pins = resolve(wanted(), kept(list(newer)))
-    hashed = with_cpu_torch(resolve(wanted("audit"), pins, "--generate-hashes"))
+    hashed = with_cpu_torch(resolve(wanted("audit", "mutation"), pins, "--generate-hashes"))
     for path, text in {PINS: pins, HASHED: hashed}.items():
         path.write_text(HEADS[path] + text)
 

@@ -64,7 +64,7 @@ def test_no_pin_names_a_build_of_one_platform():
 
 
 def test_hashes_are_in_step_with_the_pins():
-    "The same versions and markers, but for the programs of extra `audit`"
+    "The same versions and markers, but for the programs of the extras `audit` and `mutation`"
     plain, hashed = (
         {(p.name, str(p.specifier), str(p.marker)) for p in read_pins(path.read_text())}
         for path in (pins.PINS, pins.HASHED)
@@ -72,9 +72,10 @@ def test_hashes_are_in_step_with_the_pins():
     names = {n for n, *_ in hashed}
     assert (
         hashed <= plain
-        and {canonicalize_name(Requirement(w).name) for w in pins.wanted("audit")} <= names
+        and {canonicalize_name(Requirement(w).name) for w in pins.wanted("audit", "mutation")}
+        <= names
     )
-    assert {"pip-audit", "cyclonedx-bom", "uv"} <= {n for n, *_ in plain} - names
+    assert {"pip-audit", "cyclonedx-bom", "uv", "cosmic-ray"} <= {n for n, *_ in plain} - names
     blocks = re.split(r"\n(?=\S)", pins.without_head(pins.HASHED).strip())
     assert len(blocks) == len(hashed)
     assert not [b for b in blocks if not re.search(r"--hash=sha256:[0-9a-f]{64}", b)]

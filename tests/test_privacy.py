@@ -1,7 +1,6 @@
 """A patient planted in an `own` cohort, followed through a whole study: what is found where, who
 can read it, and what is left after `asap forget`"""
 
-import gzip
 import os
 import shutil
 import stat
@@ -13,6 +12,7 @@ import pandas as pd
 import pydicom
 import pytest
 import yaml
+from search import search, shown
 from smoke import ENV, FORKED, STUDY, clone as clone, run
 
 from asap.data.volumes import write
@@ -22,6 +22,8 @@ from asap.privacy import make_private, private_umask
 NAME, NUMBER = "Quuxbury^Zebedee", "PID-5550123-QX"  # of DICOM headers and further columns
 CASE, FOLDER = "case-qx-7731", "folder-qx-9917"
 REPORT = "A planted qx-nodule of 7 mm lies in the left apex."
+TEST_REPORT = "A planted qy-mass of 31 mm lies in the right base."  # of a patient in the test split
+FINDING, TEST_FINDING = "qx-nodule", "qy-mass"  # words of the two reports, and of no other
 SECRET = (NAME.split("^")[0], NUMBER)
 ITS_PLACES = ("build/", "runs/embed/", "runs/vocabulary/", "runs/retrieve/", ".dvc/")
 
@@ -46,33 +48,17 @@ def plant(raw: Path) -> None:
         "train",
     ]
     table.loc[first, "patient"] = "patient-qx"
+    other = next(i for i in range(len(table)) if table.split[i] == "test" and i != second)
+    its_rows = table.patient == table.patient[other]
+    table.loc[its_rows, "report"] = f"FINDINGS:\n{TEST_REPORT}\nIMPRESSION:\n{TEST_REPORT}"
+    # a report in the wrong column, such as a table with a shifted row has: an error names the cell
+    shifted = dict(table.loc[other], case="case-qz-1", patient="patient-qz", time_days=REPORT)
+    table = pd.concat([table, pd.DataFrame([shifted])], ignore_index=True)
     table["surname"] = [NAME.split("^")[0]] * len(table)
     table["insurance"] = NUMBER
     broken = own / table.image[second]
     broken.write_bytes(broken.read_bytes()[:2000])
     table.to_csv(own / "cases.csv", index=False)
-
-
-def texts(path: Path) -> bytes:
-    "What a file holds, with what is compressed in it"
-    data = path.read_bytes()
-    if data[:4] == b"PAR1":
-        data += pd.read_parquet(path).to_csv().encode()
-    if data[:2] == b"\x1f\x8b":
-        data += gzip.decompress(data)
-    return data
-
-
-def search(root: Path, *words: str) -> list[str]:
-    "Files below build/, runs/ and .dvc/ that hold a word, or have it in their name"
-    raw = root / "build/synthetic"
-    return [
-        f.relative_to(root).as_posix()
-        for top in ("build", "runs", ".dvc")
-        for f in sorted((root / top).rglob("*"))
-        if f.is_file() and not f.is_relative_to(raw)
-        if any(w in f.as_posix()[len(str(root)) :] or w.encode() in texts(f) for w in words)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +85,9 @@ def test_a_planted_patient(planted):
     assert not {*search(clone, *SECRET)} - {quarantine}
     listed = {f for f in search(clone, FOLDER) if not f.startswith(".dvc/")}
     assert listed <= {quarantine}  # DVC lists the names of what it imports to data/
-    assert not [w for w in (*SECRET, FOLDER, CASE, REPORT) if w in text]
-    found = search(clone, CASE, REPORT)
+    said = (*SECRET, FOLDER, CASE, FINDING, TEST_FINDING)
+    assert not [w for w in said if w in text]
+    found = search(clone, CASE, FINDING)
     assert found and not [f for f in found if not f.startswith(ITS_PLACES)]
     assert not [f for f in found if f.endswith((".html", ".ipynb", ".md", ".svg", ".log"))]
     kept = [f for f in found if not f.startswith(".dvc/cache")]
@@ -110,13 +97,24 @@ def test_a_planted_patient(planted):
 
 
 @pytest.mark.study
+def test_a_report_is_where_the_study_needs_it(planted):
+    """In no message, executed notebook, metric, page or card; in the wrong column it is refused
+    without its words"""
+    clone, _ = planted
+    found = search(clone, FINDING, TEST_FINDING)
+    assert "build/cohorts/own/own.parquet" in found and not shown(found)
+    refused = pd.read_csv(clone / "build/cohorts/own/quarantine.csv").set_index("case").reason
+    assert f"a text of {len(REPORT)} characters" in refused["case-qz-1"]
+
+
+@pytest.mark.study
 def test_forget(planted):
     clone, _ = planted
     told = run(sys.executable, "-m", "asap.cli", "forget", f"own/{CASE}", cwd=clone, env=ENV)
     assert "rewritten build/cohorts/own/own.parquet" in told
     assert f"removed   build/volumes/own/{CASE}.nii" in told
     assert "raw data, still there: data/own/cases.csv" in told
-    assert not search(clone, CASE, REPORT)
+    assert not search(clone, CASE, FINDING)
     index = pd.read_parquet(clone / "runs/embed/asap/own.parquet")
     assert len(index) == len(pd.read_parquet(clone / "build/cohorts/own/own.parquet"))
 

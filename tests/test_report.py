@@ -108,6 +108,14 @@ def test_the_same_seed_writes_the_same(world, found):
     assert set(found.arm) == {"asap", "asap, nearest neighbour"} and list(found) == report.COLUMNS
 
 
+def test_test_reports_change_no_generated_one(world, found):
+    t = world[0].copy()
+    asked = ["findings", "impression", *(c for c in t if c.startswith("label:"))]
+    t.loc[11:, asked] = t.loc[11:, asked].to_numpy()[::-1]
+    d = go(world, t)
+    assert list(d.generated) == list(found.generated) and list(d.reference) != list(found.reference)
+
+
 def test_a_report_longer_than_the_limit_keeps_its_reference(world, capsys, found):
     d = go(world, max_length=24)
     assert list(d.reference) == list(found.reference) == 2 * list(world[0].findings[11:])

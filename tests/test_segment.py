@@ -227,6 +227,20 @@ def test_bits_finished_runs_and_changed_params(tmp_path, monkeypatch):
     assert len(c) == len(a)
 
 
+def test_test_masks_change_no_prediction(tmp_path):
+    table = cohort(tmp_path / "data")
+    test, other = table.split == "test", table.copy()
+    other.loc[test, "target_map"] = table.target_map[test].to_numpy()[::-1]
+    scores = [
+        run(t, tmp_path / n, masks=tmp_path / f"{n}_masks") for n, t in (("a", table), ("b", other))
+    ]
+    predicted = [
+        [f.read_bytes() for f in sorted((tmp_path / f"{n}_masks").rglob("*.nii.gz"))] for n in "ab"
+    ]
+    assert predicted[0] == predicted[1] and len(predicted[0]) == 2
+    assert list(scores[0].dice) != list(scores[1].dice)
+
+
 def test_an_empty_mask_and_an_absent_class(tmp_path, monkeypatch):
     "Learnt from all the same; no Dice where there is nothing; said"
     table, said = cohort(tmp_path / "data"), []

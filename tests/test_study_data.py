@@ -3,8 +3,10 @@
 import json
 import sys
 
+import pandas as pd
 import pytest
 from conftest import TOP
+from search import search, shown
 from smoke import STUDY, clone as clone, digest, edited, kill_when, ran, run
 
 from asap.store import local_file, read_manifest
@@ -18,6 +20,27 @@ def listing(folder):
         for f in folder.rglob("*")
         if f.is_file()
     }
+
+
+PLANTED = dict(train="qx-opacity", validation="qy-cavity")  # words of reports
+
+
+def plant_reports(root):
+    "A sentence in reports that models learn from, and in some that they are tested on"
+    for name, word in PLANTED.items():
+        path = root / f"dataset/radiology_text_reports/{name}_reports.csv"
+        t = pd.read_csv(path, dtype=str, keep_default_na=False)
+        t.loc[:4, "Findings_EN"] += f" A planted {word} is seen in the left apex."
+        t.to_csv(path, index=False)
+
+
+def check_reports(clone, text):
+    "They are in no message, executed notebook, metric, page or card"
+    found = search(clone, *PLANTED.values())
+    written = [f"runs/report/{a}/predictions.parquet" for a in ("asap", "blind")]
+    assert {"build/corpus/corpus.parquet", written[0]} <= set(found)
+    assert not shown(found, *written) and not [w for w in PLANTED.values() if w in text]
+    assert list((clone / "runs").rglob("card.md")) and list(clone.glob("runs/notebooks/*.ipynb"))
 
 
 def manifests(clone):
@@ -37,6 +60,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
     )
     to = ("stoic", str(other / "stoic"), "ct_rate", str(far))
     run(sys.executable, str(TOP / "tests/stand_in.py"), "-c", draw, *to, cwd=clone)
+    plant_reports(far)
     (other / "ct_rate.path").write_text(f"{far}\n")
     for f in (far, *far.rglob("*")):
         f.chmod(0o555 if f.is_dir() else 0o444)
@@ -76,6 +100,7 @@ def test_other_data_in_and_back_again(clone, tmp_path):
         and str(far) not in page
         and str(other) not in page
     )
+    check_reports(clone, text)
     tables = json.loads((clone / "build/cohorts/ct_rate/status.json").read_text())
     assert tables["there"] and not tables["phantoms"] and tables["patients"] == 22
     for f, s in zip(("data.dvc", "dvc.lock"), lock):

@@ -129,6 +129,17 @@ def test_a_killed_training_is_resumed_to_the_same_bits(here, tmp_path, monkeypat
     assert len(count) == again and "trained before" in capsys.readouterr().err
 
 
+def test_test_answers_change_no_given_one(here, tmp_path):
+    "Neither what is learnt nor what is answered"
+    other = QUESTIONS.copy()
+    test = other.case.isin(TABLE.case[TABLE.split == "test"])
+    for _, rows in other[test].groupby("kind"):
+        other.loc[rows.index, "answer"] = rows.answer.to_numpy()[::-1]
+    a, b = ask(here, tmp_path / "a"), ask(here, tmp_path / "b", questions=dict(toy=other))
+    assert list(a.prediction) == list(b.prediction) and list(a.answer) != list(b.answer)
+    assert state(tmp_path / "a") == state(tmp_path / "b")
+
+
 def test_what_it_was_made_of_decides_whether_it_is_trained_again(here, tmp_path, capsys):
     ask(here, tmp_path)
     ask(here, tmp_path, num_beams=1)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CohortOptions', 'read_options', 'CohortAdapter', 'register_cohort', 'available_adapters', 'available_cohort_names',
-           'get_cohort', 'is_available', 'find_raw_dir']
+           'get_cohort', 'is_available', 'find_raw_dir', 'followed_folders', 'refuse_linked_tables',
+           'exclude_linked_cases']
 
 # %% ../../nbs/2_data/26_adapter.ipynb #15efeef7
 import difflib
 import importlib
+import os
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -20,6 +22,7 @@ import pandas as pd
 
 from ..abnormalities import DomainShift
 from ..core import Quarantine
+from .table import path_columns
 from .volumes import Source, Volume, read
 from ..params import BaseConfig, Spacing3D
 
@@ -29,13 +32,14 @@ class CohortOptions(BaseConfig):
 
     split_files: str | None = None  # file or folder with published lists of train, val and test
     spacing: Spacing3D | None = None  # mm of its standard volumes; null: volumes.spacing
+    linked_folders: list[str] = []  # outside of its folder, where links in it may lead
 
 
 def read_options(
     options: dict,  # a row of `cohorts`
 ) -> dict:  # for an adapter's `read`
-    "Options without `split_files`, `spacing` and null values"
-    ours = ("split_files", "spacing")
+    "Options without `split_files`, `spacing`, `linked_folders` and null values"
+    ours = ("split_files", "spacing", "linked_folders")
     return {k: v for k, v in options.items() if k not in ours and v is not None}
 
 # %% ../../nbs/2_data/26_adapter.ipynb #622570e5
@@ -189,3 +193,85 @@ def find_raw_dir(
             "absolute path; is the disk mounted?"
         )
     return target
+
+# %% ../../nbs/2_data/26_adapter.ipynb #5d0c11a2
+def followed_folders(
+    adapter: CohortAdapter,
+    raw: str | Path,  # the cohort's folder
+    linked: Iterable[str] = (),  # `linked_folders` of the cohort's options
+) -> list[Path]:  # without links
+    "Folders that links in a cohort's folder may lead to"
+    raw = Path(raw).absolute()
+    folders = [raw, *(Path(f).expanduser() for f in linked)]
+    if adapter.companion_of and is_available(adapter.companion_of, raw.parent):
+        folders.append(find_raw_dir(adapter.companion_of, raw.parent))
+    return [f.resolve() for f in folders]
+
+
+def _leads_out(path: Path, folders: list[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(f) for f in folders)
+
+
+_OUT = "leads out of the cohort's folder, and `linked_folders` names no folder with its target"
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:  # none where it is no folder or closed
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:  # reading it as data says why
+        return []
+
+# %% ../../nbs/2_data/26_adapter.ipynb #5d0c11a3
+_TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".xlsx")
+
+
+def _tables_below(folder: Path, depth: int) -> Iterator[Path]:
+    for e in _entries(folder):
+        if depth and e.is_dir():
+            yield from _tables_below(Path(e.path), depth - 1)
+        elif e.name.lower().endswith(_TABLE_SUFFIXES):
+            yield Path(e.path)
+
+
+def refuse_linked_tables(
+    raw: str | Path,  # the cohort's folder
+    folders: list[Path],  # of `followed_folders`
+) -> None:
+    "`ValueError` for a table that is a link to somewhere else; up to three folders deep"
+    for path in sorted(_tables_below(Path(raw), 2)):
+        if _leads_out(path, folders):
+            raise ValueError(f"{path} {_OUT}: copy the file into it")
+
+# %% ../../nbs/2_data/26_adapter.ipynb #5d0c11a4
+def _case_files(paths: str) -> Iterator[Path]:
+    "Paths separated by `;`, and the links in those that are folders"
+    for path in map(Path, filter(None, paths.split(";"))):
+        yield path
+        if path.is_dir():
+            yield from (Path(e.path) for e in _entries(path) if e.is_symlink())
+
+
+def _link_out(row: dict, columns: list[str], raw: Path, folders: list[Path]) -> str:  # or ""
+    for path in (f for c in columns for f in _case_files(row[c])):
+        if _leads_out(path, folders):
+            name = path.relative_to(raw).as_posix() if path.is_relative_to(raw) else path.name
+            return f"`{name}` {_OUT}: copy the file into it"
+    return ""
+
+
+def exclude_linked_cases(
+    table: pd.DataFrame,  # of an adapter's `read`
+    bad: Quarantine,  # gets the excluded cases
+    raw: str | Path,  # the cohort's folder
+    folders: list[Path],  # of `followed_folders`
+) -> pd.DataFrame:
+    "Exclude the cases of which a file is a link to somewhere else"
+    columns, root = path_columns(table), Path(raw).absolute()
+    rows = table[columns].fillna("").astype(str).to_dict("records")
+    reasons = [_link_out(r, columns, root, folders) for r in rows]
+    for case, reason in zip(table.case, reasons):
+        if reason:
+            bad.add(case, reason)
+    return table[[not r for r in reasons]].reset_index(drop=True) if any(reasons) else table

@@ -39,16 +39,18 @@ from asap.core import (
     parallel_map,
     progress_bar,
     read_json,
-    write_csv,
     write_json,
     write_sheet,
 )
 from asap.data.adapter import (
     CohortAdapter,
+    exclude_linked_cases,
     find_raw_dir,
+    followed_folders,
     get_cohort,
     is_available,
     read_options,
+    refuse_linked_tables,
 )
 from .checks import check_mask, load_checked
 from .series import is_dicom_file
@@ -63,6 +65,7 @@ from asap.data.table import (
     save,
 )
 from .volumes import Source, Volume, file_suffix, open_nifti, standardize, write
+from ..resources import cache_folder
 from asap.store import (
     MANIFEST,
     Entry,
@@ -441,7 +444,7 @@ def prepare_cases(
     duplicates = find_duplicates(prepared, {m.case: m.voxels for m in results if m.voxels})
     log_duplicates(store.volumes.name, duplicates)
     if quarantine:
-        write_csv(duplicates, Path(quarantine).with_name("duplicates.csv"))
+        write_sheet(duplicates, Path(quarantine).with_name("duplicates.csv"))
     files = [store.files(c) for c in prepared.case]
     return prepared.assign(
         image=[str(volume) for volume, _, _ in files],
@@ -515,7 +518,7 @@ def save_acquisition(
     t = t.assign(
         slice_mm=mm[:, 2], pixel_mm=mm[:, :2].mean(1).round(4), contrast=t.contrast.astype("Int64")
     )
-    write_csv(t[ACQUISITION_COLUMNS], path)
+    write_sheet(t[ACQUISITION_COLUMNS], path)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #c20639d6
 def read_raw_cohort(
@@ -525,7 +528,11 @@ def read_raw_cohort(
 ) -> tuple:  # table, Quarantine
     "Read a cohort with its adapter and apply the split files named in `options`"
     raw = find_raw_dir(adapter.name, data)
+    linked = [*options.get("linked_folders", []), str(cache_folder(data.parent))]
+    folders = followed_folders(adapter, raw, linked)
+    refuse_linked_tables(raw, folders)
     table, bad = adapter.read(raw, **read_options(options))
+    table = exclude_linked_cases(table, bad, raw, folders)
     if options.get("split_files"):
         lists = read_split_files(raw / options["split_files"])
         table = check_table(apply_splits(table, lists, bad, adapter.name), adapter.name)

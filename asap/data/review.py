@@ -25,7 +25,13 @@ from jinja2 import Environment, PackageLoader
 
 from ..core import Quarantine, list_files, parallel_map
 from . import checks
-from .adapter import CohortAdapter, get_cohort
+from asap.data.adapter import (
+    CohortAdapter,
+    exclude_linked_cases,
+    followed_folders,
+    get_cohort,
+    refuse_linked_tables,
+)
 from .prepare import check_organ_masks
 from .table import COHORT_COLUMNS, SPLITS, find_duplicates, label_columns
 from .volumes import Volume, open_nifti, orthogonal_planes, read_voxels
@@ -56,7 +62,7 @@ REFUSAL_KINDS = [  # kind, pattern of the message, what to do
     ("name with other signs", r"expected letters", "rename it, here and wherever it is used"),
     ("label or time", r"expected (0, 1|0 or 1|a number of days)", "correct the table"),
     ("no permission", r"Permission denied", "let your account read the file"),
-    ("path out of the folder", r"leads out of", "copy or link the file into it"),
+    ("path out of the folder", r"leads out of", "copy the file into it"),
     (
         "file missing",
         r"is missing|missing or empty|^no (image|scan)",
@@ -259,15 +265,19 @@ class CohortReview:
 
 
 def _read_table(
-    name: str, root: Path, options: dict
+    name: str, root: Path, options: dict, linked: Sequence[str]
 ) -> tuple:  # the adapter's table, Quarantine; no rows if no case is complete
+    adapter = get_cohort(name)
+    folders = followed_folders(adapter, root, linked)
+    refuse_linked_tables(root, folders)
     try:
-        return get_cohort(name).read(root, **options)
+        table, bad = adapter.read(root, **options)
+        return exclude_linked_cases(table, bad, root, folders), bad
     except ValueError as e:
-        bad = getattr(e, "bad", ())
-        if not len(bad):
+        left_out = getattr(e, "bad", ())
+        if not len(left_out):
             raise
-        return pd.DataFrame(columns=COHORT_COLUMNS), bad
+        return pd.DataFrame(columns=COHORT_COLUMNS), left_out
 
 # %% ../../nbs/2_data/28_review.ipynb #03009ca5
 def _object_frame(rows, columns) -> pd.DataFrame:
@@ -281,10 +291,11 @@ def review_cohort(
     jobs: int = 2,  # processes
     pictures: int = 24,  # at most
     on_refused: Callable | None = None,  # gets the line of each refused case as it comes
+    linked_folders: Sequence[str] = (),  # outside of `root`, where links in it may lead
 ) -> CohortReview:
     "Read the table, review every case and separate usable from refused ones"
     root = Path(root).absolute()
-    table, bad = _read_table(name, root, options or {})
+    table, bad = _read_table(name, root, options or {}, linked_folders)
 
     def report(x: CaseReview) -> None:
         if on_refused and x.refused:

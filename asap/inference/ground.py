@@ -368,7 +368,7 @@ def plot_grounding(
     place = dict(ax=axes, fraction=0.025, pad=0.02)
     bar = fig.colorbar(axes[1, 2].images[1], label="cosine similarity", **place)
     bar.ax.tick_params(labelsize=7)
-    fig.suptitle(_grounding_title(g, i), fontsize=10)
+    fig.suptitle(_grounding_title(g, i), fontsize=10, parse_math=False)
     if note:
-        fig.supxlabel(note, fontsize=7.5, color="0.35")
+        fig.supxlabel(note, fontsize=7.5, color="0.35", parse_math=False)
     return fig

@@ -59,8 +59,8 @@ _ITKSNAP_HEAD = (
 )
 
 
-def _one_line(name: str) -> str:
-    return " ".join(name.replace('"', "'").split())
+def _one_line(name: str) -> str:  # a backslash separates values in DICOM
+    return " ".join(name.replace('"', "'").replace("\\", "/").split())
 
 
 def write_color_tables(

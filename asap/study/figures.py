@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_write, write_csv
+from ..core import atomic_write, write_sheet
 from ..data.volumes import orthogonal_planes
 from ..inference.ground import set_style
 from ..params import reference_arm
@@ -57,7 +57,7 @@ def save_figure(
         with atomic_write(Path(out) / f"{name}.{suffix}") as tmp:
             fig.savefig(tmp, format=suffix, metadata=meta)
     if data is not None:
-        write_csv(data, Path(out) / f"{name}.csv")
+        write_sheet(data, Path(out) / f"{name}.csv")
     plt.close(fig)
 
 
@@ -191,7 +191,7 @@ def plot_organ_error(
         bar.set_label(name)
     ax.set(xlabel="", ylabel="mean absolute error (fraction)")
     ax.tick_params(axis="x", rotation=30)
-    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor", parse_math=False)
     add_legend(fig)
     save_figure(fig, data, out, "organs")
     return fig
@@ -214,7 +214,7 @@ def plot_phantoms(
         for ax, (img, aspect) in zip(pair, (cor, axi)):
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
-        pair[0].set_title(text, fontsize=6.5)
+        pair[0].set_title(text, fontsize=6.5, parse_math=False)
     fig.tight_layout(pad=0.4)
     titles = [text.replace("\n", "; ") for text in texts]
     data = pd.DataFrame(dict(column=range(1, len(titles) + 1), labels=titles))
@@ -239,7 +239,7 @@ def _plot_intervals(
         ax.plot(g.value, at, ls="", ms=3.8, label=a, **styles[a])
     ax.axvline(middle, color="0.6", lw=0.8, ls=":")
     ax.set(yticks=y.to_numpy(), ylim=(-0.6, len(names) - 0.4))
-    ax.set_yticklabels(names)
+    ax.set_yticklabels(names, parse_math=False)
 
 # %% ../../nbs/9_study/91_figures.ipynb #figlab02
 _REFERENCES = (("cnn_auc", "d", "supervised CNN"), ("histogram_auc", "|", "HU histogram"))

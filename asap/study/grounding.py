@@ -31,9 +31,9 @@ from asap.core import (
     log_message,
     progress_bar,
     rng,
-    write_csv,
     write_json,
     write_parquet,
+    write_sheet,
 )
 from ..data.adapter import find_raw_dir
 from ..data.cohorts.rex_grounding_ct import ReXGroundingCT, read_masks
@@ -658,8 +658,8 @@ def write_grounding(
     arm = reference_arm(models)
     write_parquet(hits, out / "hits.parquet")
     t = hit_rate_table(hits, status["large_lesions"], status["patch_mm"], n, level)
-    write_csv(t.round(5), out / "hits.csv")
-    write_csv(hit_difference_table(hits, arm, n, level).round(5), out / "differences.csv")
+    write_sheet(t.round(5), out / "hits.csv")
+    write_sheet(hit_difference_table(hits, arm, n, level).round(5), out / "differences.csv")
     adaptive = [(a, m, g) for a, m in models.items() if (g := hits[hits.arm == a]).k.nunique() > 1]
 
     def heads(m: ASAP, g: pd.DataFrame) -> np.ndarray:
@@ -667,7 +667,8 @@ def write_grounding(
         return predict_untrained_k(m.config, features, status["num_patches"], p.study.seed)
 
     rows = [dict(arm=a, **extent_correlation(g, heads(m, g), n, level)) for a, m, g in adaptive]
-    write_csv(pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5), out / "extent_correlation.csv")
+    correlations = pd.DataFrame(rows, columns=EXTENT_COLUMNS).round(5)
+    write_sheet(correlations, out / "extent_correlation.csv")
     style = arm_styles(p.study.arms)[arm]
     plot_hit_rates(t[t.arm == arm], arm, style, status, out)
     write_json(dict(status, reference_arm=arm), out / "status.json")
@@ -703,7 +704,8 @@ def plot_hit_rates(
             ax.hlines(at, t[f"{k}_lo"], t[f"{k}_hi"], color="0", lw=1)
     ax.set(yticks=y, xlabel="hit rate (fraction of sentences)", xlim=(0, 1))
     ax.set(ylim=(-0.6, len(t) - 0.4))
-    ax.set_yticklabels([f"{label} ({n})" for label, n in zip(t.label, t.sentences)])
+    rows = [f"{label} ({n})" for label, n in zip(t.label, t.sentences)]
+    ax.set_yticklabels(rows, parse_math=False)
     title = f"Pointing game, {status['num_patches']} patches of {status['patch_mm']} mm"
     ax.set_title(title, fontsize=9)
     ax.grid(axis="y", visible=False)
@@ -927,7 +929,8 @@ def plot_heatmap(
     ax.imshow(img, **gray)
     overlay_heatmap(ax, heat, region, *heat_limits(heat), gray["aspect"])
     plot_contours(ax, organs, lesion)
-    ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
+    title = textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34)
+    ax.set_title(title, fontsize=7.5, parse_math=False)
 
 
 def sentence_table(

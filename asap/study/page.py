@@ -26,7 +26,7 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from ..core import list_files, project_root, read_json, write_csv, write_json, write_text
+from ..core import list_files, project_root, read_json, write_json, write_sheet, write_text
 from asap.html import (
     DATA,
     SHORT_DATA_NOTE,
@@ -92,7 +92,7 @@ def copy_data(
     for f in files:
         write_text(f.read_text(encoding="utf8"), out / DATA / f.parent.name / f.name)
     for name, t in extra.items():
-        write_csv(t, out / DATA / f"{name}.csv")
+        write_sheet(t, out / DATA / f"{name}.csv")
     return [*(f"{f.parent.name}/{f.stem}" for f in files), *extra]
 
 # %% ../../nbs/9_study/93_page.ipynb #cd9bd30c

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from ..core import write_csv, write_text
+from ..core import write_sheet, write_text
 from ..params import BaseConfig
 from ..pretrain.pretrain import compare_to_baseline
 from asap.registry import (
@@ -946,12 +946,21 @@ LATEX_COLUMNS = dict(  # of tables with more columns than a page has room for
 )
 
 
+def _escape_markdown(cell: Any) -> Any:
+    "A cell without HTML, links and ends of a cell or row"
+    if not isinstance(cell, str):
+        return cell
+    text = " ".join(cell.split()).replace("|", "&#124;").replace("](", "]&#40;")
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+
+
 def to_markdown(
     t: pd.DataFrame,
     digits: int = 3,  # decimal places of floats
 ) -> str:
     "A table as Markdown"
-    return t.round(digits).to_markdown(index=False) + "\n"
+    safe = t.round(digits).map(_escape_markdown).rename(columns=_escape_markdown)
+    return safe.to_markdown(index=False) + "\n"
 
 
 def to_latex(
@@ -962,7 +971,7 @@ def to_latex(
     style = t.round(digits).style.hide(axis="index")
     style = style.format(precision=digits, escape="latex", na_rep="")
     text = style.format_index(escape="latex", axis=1).to_latex(hrules=True)
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)  # bold of `format_ranking`
+    return re.sub(r"\*\*([^&\n]+?)\*\*", r"\\textbf{\1}", text)  # bold of `format_ranking`
 
 # %% ../../nbs/9_study/90_tables.ipynb #tabgrps2
 SUBGROUP_TABLE_COLUMNS = "task arm fraction group scans labels positives value lo hi".split()
@@ -1068,7 +1077,7 @@ def _label_tables(
 def _save_table(name: str, t: pd.DataFrame, out: Path) -> None:
     "CSV and Markdown; LaTeX for `LATEX_TABLES`"
     shown = format_ranking(t) if name == "tasks" else t
-    write_csv(t.round(5), out / f"{name}.csv")
+    write_sheet(t.round(5), out / f"{name}.csv")
     write_text(to_markdown(shown), out / f"{name}.md")
     if name in LATEX_TABLES:
         printed = shown[LATEX_COLUMNS.get(name, list(shown))]

@@ -393,9 +393,7 @@ def resolve_inside(
     "Resolve a path relative to the CSV; it must exist inside the cohort's folder"
     p = Path(os.path.normpath(base / name))
     if not p.is_relative_to(os.path.normpath(root)):
-        raise ValueError(
-            f"`{name}` leads out of the cohort's folder: copy or link the file into it"
-        )
+        raise ValueError(f"`{name}` leads out of the cohort's folder: copy the file into it")
     if not p.exists():
         raise ValueError(f"`{name}` is missing: expected a file or a DICOM folder")
     return p

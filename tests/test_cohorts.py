@@ -394,17 +394,6 @@ def test_organ_masks_in_a_folder(root, made, tmp_path):
     assert np.array_equal(a, b) and a.any()
 
 
-def test_a_cluster_makes_the_same_volumes(tmp_path):
-    "Dask, on a cluster of this machine"
-    t = toy_table(tmp_path, 6)
-    prepare_cases(t, tmp_path / "a", tmp_path / "o", HOW)
-    with parallel_backend("dask"):
-        prepare_cases(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
-    assert len(list((tmp_path / "b").glob("*.nii"))) == 6
-    for f in (tmp_path / "a").glob("*"):
-        assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
-
-
 def test_killed_and_started_again_it_repeats_no_case(tmp_path):
     t = toy_table(tmp_path, 60)
     t.to_parquet(tmp_path / "t.parquet")

@@ -81,7 +81,7 @@ def held_out(p, models: dict):  # hits, of `evaluate_arms`; body (n,N) bool
 
     root, last = project_root(), next(iter(models.values()))
     cohort = load(root / "build/cohorts/ct_rate/ct_rate.parquet", root)
-    said, _ = load_lesion_sentences(p.study.cohorts, root)
+    said, _ = load_lesion_sentences(["ct_rate"], root)
     atlas, size = Atlas(p.anatomy.groups), (p.volumes.roi_size, last.vit.patch_size)
     hu = p.volumes.hu_range
     held, share, body, _ = load_lesion_targets(said, cohort, *size, hu, Quarantine(), atlas)

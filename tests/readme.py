@@ -42,7 +42,7 @@ def picture(to):
     from asap.core import atomic_write, rng
     from asap.data.volumes import Volume, orthogonal_planes, write
     from asap.inference import scan
-    from asap.inference.ground import ground_sentences, overlay_heatmap, plot_contours
+    from asap.inference.ground import ground_sentences, heat_limits, overlay_heatmap, plot_contours
     from asap.phantom.abnormalities import synthesize_chest
     from asap.phantom.words import finding_sentence
 
@@ -65,9 +65,7 @@ def picture(to):
             (img, aspect), (h, _), (r, _), (m, _) = planes
             ax.imshow(img, cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             ax.axis("off")
-            overlay_heatmap(
-                ax, h, r, np.percentile(g.similarity[0], 5), g.similarity[0].max(), aspect
-            )
+            overlay_heatmap(ax, h, r, *heat_limits(g.similarity[0]), aspect)
             plot_contours(ax, np.zeros_like(m), m)
             ax.set_title(textwrap.fill(sentence, 42), fontsize=7)
     Path(to).parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from asap import train as training
 from asap.core import fingerprint
 from asap.cost import CT_RATE_TRAIN_VOLUMES, count_steps
 from asap.data.crops import apply_crop, center_crop, random_cut
-from asap.model.asap import arm_params, build_asap, build_config
+from asap.model.asap import arm_params, arm_seed, build_asap, build_config
 from asap.model.fuse import similarity_bias
 from asap.model.vit import ViT3D
 from asap.params import load_params, load_stage_params
@@ -543,4 +543,11 @@ def test_overriding_keys_of_an_arm_are_keys_of_their_section():
 
     for key, section in ARM_OVERRIDES.items():
         assert key in type(getattr(P, section)).model_fields and key in ArmConfig.model_fields
-    assert arm_params(P, P.arms["asap"]) is P
+    assert arm_params(P, P.arms["simcrop"]) is P
+
+
+def test_an_arm_can_have_a_seed_of_its_own():
+    asap = P.arms["asap"].model_dump()
+    assert arm_seed(P, asap | dict(seed=None)) == P.study.seed
+    assert arm_seed(P, asap | dict(seed=P.study.seed + 1)) == P.study.seed + 1
+    assert recipe(asap | dict(seed=7), P, {}, 7) == recipe(asap | dict(seed=None), P, {}, 7)

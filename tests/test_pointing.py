@@ -73,7 +73,7 @@ KNOWN = dict(  # of a study, for `model_card`
 
 
 def row(**changes) -> dict:
-    return P.arms["asap"].model_dump() | changes
+    return P.arms["asap"].model_dump() | dict(align_candidates=None) | changes
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +233,14 @@ def test_candidates_are_the_only_patches_that_are_selected(study):
     m.eval()
     encoded = m.encode(b["image"])
     assert 0 < encoded.candidates.float().mean() < 1
+    similarity = []
     for hard in (True, False):
         a = m.forward_alignment(encoded, b["sentence_embeds"], b["sentence_mask"], hard=hard)
         outside = ~encoded.candidates[:, None].expand_as(a.weights)
         assert (a.weights[outside] == 0).all()
+        assert (a.selectable_similarity[outside] == -1).all()
+        similarity.append(a.similarity)
+    assert torch.equal(*similarity), "the fusion reads the same at use as in training"
     sim = align_sentences(m, b["image"], b["sentence_embeds"][0]).similarity
     assert encoded.candidates.gather(1, sim.argmax(-1)).all()
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['align_sentences', 'predict_scan', 'expand_patches', 'GroundingResult', 'patch_affine', 'ground_sentences',
-           'region_table', 'patch_dice', 'topk_patches', 'set_style', 'overlay_heatmap', 'plot_contours',
+           'region_table', 'patch_dice', 'topk_patches', 'set_style', 'heat_limits', 'overlay_heatmap', 'plot_contours',
            'plot_grounding']
 
 # %% ../../nbs/8_inference/82_ground.ipynb #infg0003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ def align_sentences(
     frozen: torch.Tensor,  # (S,C') sentence features
 ) -> AlignmentOutput:  # similarity (B,S,N), weights (B,S,N) 1 in the region, k (B,S)
     "Compare every image with every sentence, all patches visible"
-    return model.forward_alignment(model.encode(x), frozen.expand(len(x), -1, -1), hard=True)
+    a = model.forward_alignment(model.encode(x), frozen.expand(len(x), -1, -1), hard=True)
+    return replace(a, similarity=a.selectable_similarity)
 
 
 def _fill_patches(
@@ -224,7 +225,7 @@ def region_table(
             num_patches=int(g.region[i].sum()),
             **_columns_mm("peak_", g.peak_position(i)),
             max_similarity=round(float(heat.max()), 4),
-            mean_similarity=round(float(heat.mean()), 4),
+            mean_similarity=round(float(heat[heat > -1].mean()), 4),
         )
         for j, patches in enumerate(g.pieces(i), 1):
             piece = dict(
@@ -273,16 +274,25 @@ def set_style() -> None:
     )
 
 # %% ../../nbs/8_inference/82_ground.ipynb #infg000a
+def heat_limits(
+    heat: np.ndarray,  # similarities; -1 for patches that cannot be selected
+) -> tuple[float, float]:
+    "The similarities of the first and the last color of a heat map"
+    selectable = heat[heat > -1]
+    return float(np.percentile(selectable, 5)), float(selectable.max())
+
+
 def overlay_heatmap(
     ax: Any,
-    heat: np.ndarray,  # similarities of a slice; NaN is transparent
+    heat: np.ndarray,  # similarities of a slice; NaN and -1 are transparent
     region: np.ndarray,  # 1 in the region
     lo: float,  # similarity of the first color
     hi: float,  # similarity of the last color
     aspect: float = 1.0,  # height of a pixel by its width
 ) -> None:
     "A heat map over the slice that `ax` shows, and the border of the region"
-    ax.imshow(heat, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi + 1e-6)
+    shown = np.where(heat > -1, heat, np.nan)
+    ax.imshow(shown, cmap="inferno", alpha=0.5, aspect=aspect, vmin=lo, vmax=hi + 1e-6)
     if region.min() < region.max():
         ax.contour(region, [0.5], colors="#33ddff", linewidths=1.2)
 
@@ -319,7 +329,7 @@ def _plot_planes(axes: Any, g: GroundingResult, i: int, v: Volume) -> None:  # `
     ct, hot, mark = (Volume(x, v.affine).ras() for x in (v.hu, heat, region))
     at = _nearest_voxel(ct, g.peak_position(i))
     planes = zip(*(orthogonal_planes(x.hu, ct.spacing, at) for x in (ct, hot, mark)))
-    lo, hi = np.percentile(g.similarity[i], 5), g.similarity[i].max()
+    lo, hi = heat_limits(g.similarity[i])
     names = ("coronal", "sagittal", "axial")
     for column, name, ((img, aspect), (h, _), (r, _)) in zip(axes.T, names, planes):
         for ax in column:

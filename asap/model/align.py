@@ -253,6 +253,14 @@ class AlignmentOutput:
         "Visible patches"
         return self.similarity.shape[-1]
 
+    @property
+    def selectable_similarity(self) -> torch.Tensor:  # (B,S,V)
+        "The similarity at use: -1 for patches that cannot be selected"
+        if self.candidates is None:
+            return self.similarity
+        allowed = self.candidates[:, None, : self.num_patches]
+        return self.similarity.masked_fill(~allowed, -1.0)
+
 # %% ../../nbs/5_model/52_align.ipynb #w25cat01
 def _concat_optional(parts: list) -> torch.Tensor | None:
     return None if parts[0] is None else torch.cat(parts)
@@ -410,11 +418,8 @@ class AlignmentHead(nn.Module):
             candidates_by_sentence(candidates, organs),
             temperature=self.soft_selection,
         )
-        similarity = similarity[..., :num_patches]
-        if hard and candidates is not None:
-            similarity = similarity.masked_fill(~candidates[:, None], -1.0)
         return AlignmentOutput(
-            similarity=similarity,
+            similarity=similarity[..., :num_patches],
             weights=weights,
             k=k,
             region_embeds=weighted_pool(patch_embeds[-1], weights),

@@ -309,7 +309,7 @@ def predict_points(
         a = model.forward_alignment(encoded, features.to(get_device()), real, hard=True)
         for j, c in enumerate(some):
             n = len(rows[c])
-            out.loc[rows[c], "point"] = a.similarity[j, :n].argmax(-1).cpu().numpy()
+            out.loc[rows[c], "point"] = a.selectable_similarity[j, :n].argmax(-1).cpu().numpy()
             out.loc[rows[c], "k"] = a.k[j, :n].cpu().double().numpy()
     return out
 

@@ -496,6 +496,8 @@ def _evaluate_fusion(
     patients = [row["patient"] for row in rows]
     other = torch.tensor(mismatched_patients(patients), device=encoded.latent.device)
     swapped = replace(encoded, embedded=encoded.embedded[other], latent=encoded.latent[other])
+    if encoded.candidates is not None:
+        swapped.candidates = encoded.candidates[other]
     _set_column(rows, "mlm_accuracy", mlm_accuracy(model, batch, encoded, aligned))
     aligned = model.forward_alignment(
         swapped, batch["sentence_embeds"], batch["sentence_mask"], hard=True

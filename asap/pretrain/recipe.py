@@ -194,6 +194,12 @@ OBJECTIVE_SETTINGS = [
         "Linear GELU LayerNorm Linear",
         lambda c: " ".join(type(m).__name__ for m in c.model.alignment.image_proj),
     ),
+    Setting(
+        "patches that a sentence can select",
+        "all",
+        lambda c: c.p.model.align_candidates,
+        "P3: elsewhere a place alone wins the contrasts (66_causes)",
+    ),
     Setting("patches of a sentence, first and most", (32, 128), region_sizes),
     Setting(
         "number of patches, trained",

@@ -42,6 +42,7 @@ from ..data.table import available_cohorts, load as load_table
 from ..data.volumes import write
 from asap.inference.ground import (
     expand_patches,
+    heat_limits,
     overlay_heatmap,
     patch_dice,
     plot_contours,
@@ -122,7 +123,8 @@ def _align_queries(
     "The queries of one scan"
     features = text.sentences(sentences)[None].to(encoded.latent.device)
     a = model.forward_alignment(encoded, features, hard=True)
-    found = dict(point=a.similarity[0].argmax(-1), region=a.weights[0] > 0.5, k=a.k[0])
+    point = a.selectable_similarity[0].argmax(-1)
+    found = dict(point=point, region=a.weights[0] > 0.5, k=a.k[0])
     return {key: v.cpu().numpy() for key, v in found.items()}
 
 
@@ -923,7 +925,7 @@ def plot_heatmap(
     import textwrap
 
     ax.imshow(img, **gray)
-    overlay_heatmap(ax, heat, region, np.percentile(heat, 5), heat.max(), gray["aspect"])
+    overlay_heatmap(ax, heat, region, *heat_limits(heat), gray["aspect"])
     plot_contours(ax, organs, lesion)
     ax.set_title(textwrap.fill(f"\u201c{sentence}\u201d k = {k:.0f}", 34), fontsize=7.5)
 
@@ -944,7 +946,7 @@ def sentence_table(
                 sentence=s,
                 k=int(k),
                 max_similarity=round(float(heat.max()), 4),
-                mean_similarity=round(float(heat.mean()), 4),
+                mean_similarity=round(float(heat[heat > -1].mean()), 4),
                 **{n: round(float((inside == i).mean()), 4) for i, n in enumerate(names, 1)},
             )
         )

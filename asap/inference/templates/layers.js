@@ -14,7 +14,7 @@ function paintRegion(s) { // NiiVue's drawing: one texture, quickly replaced
 }
 async function paintHeat(s) { // slow on a large scan: only where it is shown
   at.heat ??= await layer("heat", scan.patches, {colormap: "inferno", cal_min: 1, cal_max: 255, opacity: 0});
-  const low = [...s.heat].sort((x, y) => x-y)[Math.floor(0.05*s.heat.length)], high = Math.max(...s.heat);
+  const heat = s.heat.filter(v => v > -1).sort((x, y) => x-y), low = heat[Math.floor(0.05*heat.length)], high = Math.max(...s.heat);
   paint(at.heat.img, at.patches.img, n => Math.max(0, Math.min(255, 255*(s.heat[n]-low)/(high-low+1e-9))));
   at.heat.opacity = number("heat"); nv.updateGLVolume();
 }

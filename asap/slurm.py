@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def job_resources(
     rows = read_cluster_file(root)
     known = {f.stem for f in (root / "nbs/stages").glob("*.ipynb")}
     if odd := sorted(set(rows) - known):
-        raise ValueError(f"{CLUSTER_FILE}: no stage `{odd[0]}`: expected {', '.join(sorted(known))}")
+        names = ", ".join(sorted(known))
+        raise ValueError(f"{CLUSTER_FILE}: no stage `{odd[0]}`: expected {names}")
     return rows.get(stage.split("@")[0])
 
 # %% ../nbs/06c_slurm.ipynb #51050009
@@ -159,10 +160,11 @@ def job_state(
     job: str,  # number
 ) -> str | None:  # such as `PENDING (Resources)`; None: it has ended; "": SLURM does not answer
     "State of a job in the queue"
-    told = _ask_slurm("squeue", "-h", "-j", job, "-o", "%T (%R)")
-    if told.returncode == 0 or "Invalid job id" in told.stderr:
-        return told.stdout.strip() or None
-    return ""
+    told = _ask_slurm("squeue", "-h", "-j", job, "-o", "%T|%R")
+    if told.returncode and "Invalid job id" not in told.stderr:
+        return ""
+    state, _, reason = told.stdout.strip().partition("|")
+    return f"{state} ({reason.strip('()')})" if state else None
 
 
 def _end_state(job: str) -> str:  # such as CANCELLED, OUT_OF_MEMORY

@@ -21,7 +21,7 @@ from conftest import TOP
 from tiny_cases import toy_table
 
 from asap.anatomy.organs import read_organ_map, totalsegmentator_classes
-from asap.core import list_files, parallel_backend
+from asap.core import list_files
 from asap.data.adapter import available_cohort_names, get_cohort
 from asap.data.prepare import hash_inventory, prepare_cases, quick_hash, run
 from asap.data.splits import label_subsets

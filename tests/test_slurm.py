@@ -208,8 +208,9 @@ def test_a_job_that_ends_otherwise(cluster, tmp_path):
     assert f"text: job {job_of(project)} is CANCELLED; start again to go on" in run.said
     run = Run(project, cluster, "pauses=20")
     run.wait_for("step 20")
+    words = {"submitit.core._submit", str(project / "build/jobs/text")}
     for p in psutil.process_iter(["cmdline"]):
-        if {"submitit.core._submit", str(project / "build/jobs/text")} < set(p.info["cmdline"] or []):
+        if words < set(p.info["cmdline"] or []):
             p.kill()
     assert run.code() == 1
     assert "resumed at step 12" in run.said

@@ -202,7 +202,7 @@ def dask(tmp_path):
 
 
 def test_a_dask_worker_is_killed(dask, tmp_path):
-    "One of two, while they prepare: the other makes its cases too, and they are those of one process"
+    "One of two, while they prepare: the other makes its cases too, as one process would"
     env, workers = dask
     t = toy_table(tmp_path / "raw", 50, kinds=50)
     t.to_parquet(tmp_path / "t.parquet")

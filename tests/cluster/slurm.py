@@ -1,5 +1,5 @@
-"""A SLURM of one node on this machine, in a temporary folder: munged, slurmctld and slurmd are child
-processes of this one, and end with it. Needs Debian's packages slurm-wlm and munge, no root and no
+"""A SLURM of one node on this machine, in a temporary folder: munged, slurmctld and slurmd are
+child processes of this one, and end with it. Needs Debian's packages slurm-wlm and munge, and no
 systemd.  usage: python tests/cluster/slurm.py COMMAND..."""
 
 import contextlib

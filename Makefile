@@ -40,7 +40,7 @@ graph: .venv/done  ## write the modules and params of each stage, and the stages
 test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py
 
-cluster: .venv/done  ## jobs on a SLURM of this machine, preempted and canceled (apt-get install slurm-wlm munge; minutes)
+cluster: .venv/done  ## jobs on a SLURM of this machine (apt-get install slurm-wlm munge), slots, a store that is away; minutes
 	@python -m pytest -m cluster
 
 fuzz: .venv/done  ## 3,000 hostile files and 1,000 hostile params files (goes on where it was stopped; build/fuzz)

@@ -23,7 +23,7 @@ from tiny_cases import toy_table
 from asap.anatomy.organs import read_organ_map, totalsegmentator_classes
 from asap.core import list_files
 from asap.data.adapter import available_cohort_names, get_cohort
-from asap.data.prepare import hash_inventory, prepare_cases, quick_hash, run
+from asap.data.prepare import hash_inventory, quick_hash, run
 from asap.data.splits import label_subsets
 from asap.data.table import (
     available_cohorts,

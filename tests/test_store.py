@@ -290,6 +290,7 @@ def test_s3_goes_away_for_a_moment(s3, tmp_path, monkeypatch):
 
 
 @MOTO
+@pytest.mark.cluster
 def test_s3_goes_away_while_volumes_are_read_and_written(s3, tmp_path):
     "One project writes, another one reads again and again; none notices but by the time it takes"
     server, again = s3

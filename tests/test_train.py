@@ -81,11 +81,11 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
 
 @pytest.mark.cluster
 def test_killed_after_every_slot_it_ends_with_the_same_bits(here):
-    """A slot has 3 s of CPU, of which the start takes about half; in each one the fractions of the
+    """A slot has 4 s of CPU, of which the start takes up to half; in each one the fractions of the
     positional baseline or the steps get more"""
     run("slot", here / "one-slot", 120, 0)
     folder, before, slots = here / "slots", (0, 0), 0
-    while code := run("slot", folder, 120, 3, check=False).returncode:
+    while code := run("slot", folder, 120, 4, check=False).returncode:
         after = kept(folder)
         assert code == -signal.SIGKILL and after > before and slots < 30
         before, slots = after, slots + 1

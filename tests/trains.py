@@ -93,7 +93,7 @@ def contrast(folder, n=4):
 
 
 def slot(folder, steps, seconds):
-    """Arm `asap` with all that comes before its first step, on 900 cases. As in a slot of ten
+    """Arm `asap` with all that comes before its first step, on 300 cases. As in a slot of ten
     minutes with a save every five, there are saves by the clock alone, twice a slot"""
     if seconds:
         spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -108,7 +108,7 @@ def slot(folder, steps, seconds):
     for k in ("image", "organ_map"):
         table[k] = [str(data / f) for f in table[k]]
     few = table.assign(split=["val", "val", "test", "test", "test", "test"])
-    table = pd.concat([*[table.assign(split="train")] * 150, few])
+    table = pd.concat([*[table.assign(split="train")] * 50, few])
     row = p.arms["asap"].model_dump(by_alias=True)
     model, log, *_ = run("asap", row, p, table, load(data / "text"), folder, {})
     log.to_csv(folder / "log.csv", index=False)

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test cluster fuzz lab docs readme export weights sums organs ceiling lint hooks pins audit sbom clean
+.PHONY: help study quick rehearsal graph test cluster fuzz lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -57,8 +57,8 @@ organs: .venv/done  ## train the organ segmenter on phantoms (writes weights/org
 	@python benchmarks/organs.py --keep
 	@$(MAKE) -s sums
 
-ceiling: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/ceiling.csv)
-	@python benchmarks/ceiling.py
+supervised: .venv/done  ## what a plain supervised CNN finds in the phantoms (up to 30 minutes; writes benchmarks/supervised.csv)
+	@python benchmarks/supervised.py
 
 lab: .venv/done  ## JupyterLab on nbs/
 	@jupyter lab nbs

@@ -171,7 +171,7 @@ _MODEL_STAGES: dict[str, Params] = {
 
 # %% ../nbs/94_graph.ipynb #gra00024
 _RESULT_STAGES: dict[str, Params] = {
-    "tables": ("study.arms", "study.cohorts", "tables"),
+    "tables": ("study.seed", "study.arms", "study.cohorts", "arms", "tables"),
     "figures": (
         "study.arms",
         "study.encoders",

@@ -13,7 +13,9 @@ from asap.study.grounding import plot_hit_rates
 ARMS = ["scratch", "mae", "clip", "simcrop", "asap", "released", "asap_no_organs"]
 STYLES = figures.arm_styles([*ARMS, "histogram"])
 LABELS = ["Emphysema", "Lung nodule", "Pleural effusion"]
-CEILING = pd.DataFrame(dict(label=LABELS, cnn_auc=[0.99, 0.7, 1.0], histogram_auc=[0.8, 0.5, 0.8]))
+SUPERVISED = pd.DataFrame(
+    dict(label=LABELS, cnn_auc=[0.99, 0.7, 1.0], histogram_auc=[0.8, 0.5, 0.8])
+)
 TASKS = dict(classify_ct_rate="auc", segment_btcv="dice", vqa_radgenome="accuracy, presence")
 
 
@@ -38,7 +40,7 @@ def plot_labels(out, r):
         dict(label=n, arm=a, **with_interval(v)) for a in ARMS for n, v in zip(LABELS, r.random(3))
     ]
     t = pd.DataFrame(rows).rename(columns=dict(value="auc"))
-    return figures.plot_label_auc(t, ARMS[1:6], STYLES, CEILING, out)
+    return figures.plot_label_auc(t, ARMS[1:6], STYLES, SUPERVISED, out)
 
 
 def plot_efficiency(out, r):
@@ -48,7 +50,7 @@ def plot_efficiency(out, r):
         for n in (9, 90, 900)
     ]
     arms = [*ARMS[2:], "histogram"]
-    return figures.plot_label_efficiency(pd.DataFrame(rows), arms, STYLES, CEILING, out)
+    return figures.plot_label_efficiency(pd.DataFrame(rows), arms, STYLES, SUPERVISED, out)
 
 
 def ranking(r) -> pd.DataFrame:

@@ -23,8 +23,9 @@ from ..core import atomic_write
 from ..params import merge_params, reference_arm
 from ..registry import TaskFamily, task_families
 from .grounding import bootstrap_mean, label_groups
-from .tables import POINTING, ScoreKey, Scores, headline_keys
-from ..tasks.metrics import bootstrap, bootstrap_weights, mean_over_tasks, with_ci
+from .statistics import ScoreKey, Scores, Value, count_undefined, joint_draws, mean_value
+from .tables import POINTING, headline_keys
+from ..tasks.metrics import JointDraws, bootstrap, bootstrap_weights, with_ci
 
 # %% ../../nbs/9_study/92c_compare.ipynb #f7bbb636
 WORKSPACE = "workspace"
@@ -139,6 +140,13 @@ def _arm_predictions(folder: Path, family: TaskFamily, arm: str) -> pd.DataFrame
     return pd.concat(parts, ignore_index=True) if parts else None
 
 
+def _version_predictions(
+    folder: Path, arm: str
+) -> dict[str, pd.DataFrame]:  # family -> predictions, where it has some
+    found = {n: _arm_predictions(folder, f, arm) for n, f in task_families().items()}
+    return {n: t for n, t in found.items() if t is not None}
+
+
 def _read_rows(file: Path, arm: str) -> pd.DataFrame | None:
     if not file.exists():
         return None
@@ -156,15 +164,16 @@ def load_scores(
     folder: Path,  # of `open_version`
     arm: str,
     n: int,  # bootstrap replicates
+    draws: dict[str, JointDraws] | None = None,  # of `joint_draws`; of this version when None
 ) -> VersionScores:
     "Scores of one arm"
     scores: Scores = {}
     patients: dict[str, frozenset] = {}
-    for family in task_families().values():
-        t = _arm_predictions(folder, family, arm)
-        if t is not None:
-            scores |= bootstrap(t, family.metrics, n)
-            patients |= {k: frozenset(g.patient) for k, g in t.groupby("task")}
+    predictions = _version_predictions(folder, arm)
+    draws = joint_draws(predictions.values()) if draws is None else draws
+    for name, t in predictions.items():
+        scores |= bootstrap(t, task_families()[name].metrics, n, draws)
+        patients |= {k: frozenset(g.patient) for k, g in t.groupby("task")}
     table = _read_rows(folder / "runs/tables/metrics.csv", arm)
     rows = [] if table is None else table.dropna(subset="value").itertuples()
     rates = _read_rows(folder / "runs/grounding/hits.csv", arm)
@@ -174,7 +183,7 @@ def load_scores(
     return VersionScores(scores, patients, values, hits, rate, _unsolved(folder))
 
 # %% ../../nbs/9_study/92c_compare.ipynb #0cedc0bf
-COMPARE_COLUMNS = "figure tasks a b difference lo hi patients interval".split()
+COMPARE_COLUMNS = "figure tasks a b difference lo hi patients interval undefined_draws".split()
 PAIRED = "paired by patient"
 
 
@@ -202,11 +211,19 @@ def _compare_keys(
     if why:
         x, y = (_mean_value(s, keys, arm) for s in (a, b))
         return dict(tasks=len(tasks), a=x, b=y, difference=y - x, interval=why)
-    (x, xs), (y, ys) = (mean_over_tasks(s.scores, keys, arm) for s in (a, b))
-    d = with_ci(y - x, ys - xs, level)
+    parts = {k: (_score(a, k, arm), _score(b, k, arm)) for k in keys}
+    differences = {_task_name(k): (y[0] - x[0], y[1] - x[1]) for k, (x, y) in parts.items()}
+    first, second = (float(np.mean([v[i][0] for v in parts.values()])) for i in (0, 1))
+    d = with_ci(*mean_value([*differences.values()]), level)
     count = len(set().union(*(a.patients[t] for t in tasks)))
-    row = dict(tasks=len(tasks), a=x, b=y, difference=d["value"], lo=d["lo"], hi=d["hi"])
+    row: dict[str, Any] = dict(tasks=len(tasks), a=first, b=second, difference=d["value"])
+    row |= dict(lo=d["lo"], hi=d["hi"], undefined_draws=count_undefined(differences))
     return row | dict(patients=count, interval=PAIRED)
+
+
+def _score(s: VersionScores, key: ScoreKey, arm: str) -> Value:
+    task, fraction, metric = key
+    return s.scores[task, arm, fraction, metric]
 
 
 def _compare_hits(
@@ -271,7 +288,8 @@ def compare_versions(
     params = _read_version_params(b)
     arm = arm or reference_arm(params["study"]["arms"])
     n, level = (params["tables"][k] for k in ("n_bootstrap", "confidence_level"))
-    first, second = (load_scores(f, arm, n) for f in (a, b))
+    draws = joint_draws(t for f in (a, b) for t in _version_predictions(f, arm).values())
+    first, second = (load_scores(f, arm, n, draws) for f in (a, b))
     return arm, compare_scores(first, second, arm, n, level, by_task)
 
 # %% ../../nbs/9_study/92c_compare.ipynb #81d5a89c

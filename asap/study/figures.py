@@ -249,7 +249,7 @@ def plot_label_auc(
     labels: pd.DataFrame,  # of `tables.per_label_table`, one task
     arms: list[str],
     styles: dict[str, dict[str, str]],  # of `arm_styles`
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
     out: Path,  # folder
 ) -> Any:  # matplotlib figure, closed
     "AUC of each label: arms with intervals, supervised CNN, histogram"
@@ -261,8 +261,8 @@ def plot_label_auc(
     size = (8, 0.36 * len(names) + 1)
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     _plot_intervals(ax, labels.rename(columns=dict(label="row", auc="value")), names, arms, styles)
-    if ceiling is not None:
-        c = ceiling.set_index("label").reindex(names)
+    if supervised is not None:
+        c = supervised.set_index("label").reindex(names)
         for column, mark, name in _REFERENCES:
             y = np.arange(len(names))
             ax.plot(c[column], y, mark, color="0.3", ms=5.5, mfc="none", label=name)
@@ -298,7 +298,7 @@ def plot_label_efficiency(
     t: pd.DataFrame,  # of `tables.label_efficiency_table`, one task
     arms: list[str],
     styles: dict[str, dict[str, str]],  # of `arm_styles`
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
     out: Path,  # folder
 ) -> Any:  # matplotlib figure, closed
     "Macro AUC by number of labeled volumes"
@@ -312,9 +312,9 @@ def plot_label_efficiency(
             spread, color = [g.value - g.lo, g.hi - g.value], styles[a]["color"]
             ax.plot(g.num_labeled, g.value, lw=1.2, ms=4.5, label=a, **styles[a])
             ax.errorbar(g.num_labeled, g.value, spread, fmt="none", ecolor=color, capsize=3, lw=1)
-    if ceiling is not None:
+    if supervised is not None:
         text = "supervised CNN, 100 % of labels"
-        ax.axhline(ceiling.cnn_auc.mean(), color=GRAYS[0], ls="--", lw=1, label=text)
+        ax.axhline(supervised.cnn_auc.mean(), color=GRAYS[0], ls="--", lw=1, label=text)
     ax.set(xscale="log", xlabel="labeled training volumes", ylabel="macro AUC")
     ax.set_xticks(sorted(t.num_labeled.unique()))
     ax.get_xaxis().set_major_formatter("{x:.0f}")
@@ -482,7 +482,7 @@ def _plot_by_label(
     tables: dict[str, pd.DataFrame],  # name -> table
     arms: list[str],  # of the study
     encoders: list[str],  # of study.encoders
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
     out: Path,  # folder
 ) -> None:
     "Figures of the families whose tables are by label"
@@ -492,8 +492,8 @@ def _plot_by_label(
     for task in [f.main_task for f in _label_families()]:
         if (labels.task == task).any():
             mine = labels[labels.task == task]
-            plot_label_auc(mine, arms[:MAX_ARMS], styles, ceiling, out)
-            plot_label_efficiency(growth[growth.task == task], both, styles, ceiling, out)
+            plot_label_auc(mine, arms[:MAX_ARMS], styles, supervised, out)
+            plot_label_efficiency(growth[growth.task == task], both, styles, supervised, out)
     plot_task_auc(tables["metrics"], [*arms[:MAX_ARMS], *encoders], styles, out)
 
 
@@ -501,14 +501,14 @@ def plot_tables(
     folder: Path,  # runs/tables
     arms: list[str],  # of the study
     encoders: list[str],  # of study.encoders
-    ceiling: pd.DataFrame | None,  # benchmarks/ceiling.csv
+    supervised: pd.DataFrame | None,  # benchmarks/supervised.csv
     out: Path,  # folder
 ) -> None:
     "Figures of the tables that exist"
     tables = {f.stem: pd.read_csv(f) for f in sorted(Path(folder).glob("*.csv"))}
     styles, first = arm_styles([*arms, *encoders]), arms[:MAX_ARMS]
     if "per_label" in tables:
-        _plot_by_label(tables, arms, encoders, ceiling, out)
+        _plot_by_label(tables, arms, encoders, supervised, out)
     if "tasks" in tables:
         plot_radar(tables["tasks"], first, styles, out)
         others = [a for a in first if a != reference_arm(arms)]

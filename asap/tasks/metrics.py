@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'GROUP_KEYS', 'RUN_KEYS', 'auc', 'to_matrix', 'per_label_auc', 'macro_auc', 'empty_predictions',
            'nan_mean', 'best_f1_threshold', 'threshold_metrics', 'calibration', 'survival_array', 'concordance',
-           'concordance_ipcw', 'dynamic_auc', 'retrieval_ranks', 'recall_at_k', 'bootstrap_weights', 'ci', 'with_ci',
-           'bootstrap', 'to_table', 'point_estimates', 'paired_difference', 'compare_arms', 'mean_over_tasks']
+           'concordance_ipcw', 'dynamic_auc', 'retrieval_ranks', 'recall_at_k', 'JointDraws', 'bootstrap_weights', 'ci',
+           'with_ci', 'bootstrap', 'to_table', 'point_estimates', 'paired_difference', 'compare_arms',
+           'mean_over_tasks']
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #30366329
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -278,14 +280,30 @@ def recall_at_k(
     return (w * (rank <= k)).sum(-1) / np.maximum(w.sum(-1), 1)
 
 # %% ../../nbs/7_tasks/70_metrics.ipynb #3ab59a18
+@dataclass(frozen=True)
+class JointDraws:
+    "The patients of several tasks, which are drawn together: a patient has one multiplicity in all"
+
+    name: str  # of the cohort, the seed
+    patients: tuple[Any, ...]  # all of them, of which a task may have some
+
+
 def bootstrap_weights(
     patients: ArrayLike,  # (cases,) patient of each case
     n: int,  # bootstrap replicates
-    seed: Any = 0,  # anything `asap.core.rng` takes
+    seed: Any = 0,  # `JointDraws`, or anything `asap.core.rng` takes
 ) -> np.ndarray:  # (n,cases) multiplicity of each case in each replicate
     "Resample patients with replacement"
-    names, place = np.unique(patients, return_inverse=True)
-    picks = rng("bootstrap", seed).integers(len(names), size=(n, len(names)))
+    own = np.asarray(patients)
+    joint = seed if isinstance(seed, JointDraws) else JointDraws(seed, tuple(own))
+    names = pd.Index(np.unique(joint.patients))
+    place = names.get_indexer(own)
+    if (place < 0).any():
+        raise ValueError(
+            f"patient {own[place < 0][0]} is not among the {len(names)} that are "
+            f"drawn together as `{joint.name}`: draw all patients of the predictions"
+        )
+    picks = rng("bootstrap", joint.name).integers(len(names), size=(n, len(names)))
     counts = np.stack([np.bincount(p, minlength=len(names)) for p in picks])
     return counts[:, place]
 
@@ -318,18 +336,33 @@ def bootstrap(
     predictions: pd.DataFrame,  # with task, arm, fraction, seed, patient
     figures: Callable[..., dict],  # (rows of one seed, n, seed) -> {metric: (value, (n,))}
     n: int,  # bootstrap replicates
+    draws: Mapping[str, JointDraws] | None = None,  # by task; without: the task alone
 ) -> dict[tuple, tuple]:  # (task, arm, fraction, metric) -> value, (n,)
     "Each metric with its bootstrap replicates, averaged over the label subsets"
     out: dict[tuple, tuple] = {}
     for key, g in predictions.groupby(GROUP_KEYS, sort=False):
-        # the task is the seed, so that all arms are resampled alike
-        each = [figures(d, n, key[0]) for _, d in g.groupby("seed")]
+        # the same for all arms, so that all are resampled alike
+        seed = (draws or {}).get(key[0], key[0])
+        each = [_replicates(figures, d, n, seed) for _, d in g.groupby("seed")]
         out |= {
             (*key, m): (nan_mean([e[m][0] for e in each]), nan_mean([e[m][1] for e in each]))
             for m in each[0]
             if all(m in e for e in each)
         }
     return out
+
+
+def _replicates(figures: Callable[..., dict], d: pd.DataFrame, n: int, seed: Any) -> dict:
+    "Metrics of one seed; NaN in a joint draw that has none of its patients"
+    if not isinstance(seed, JointDraws):
+        return figures(d, n, seed)
+    patients = d.patient.unique()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = figures(d, n, seed)
+    if len(patients) == len(seed.patients):
+        return found
+    empty = ~bootstrap_weights(patients, n, seed).any(1)
+    return {m: (v, np.where(empty, np.nan, r)) for m, (v, r) in found.items()}
 
 
 def to_table(
@@ -400,6 +433,6 @@ def mean_over_tasks(
     wanted: list[tuple],  # (task, fraction, metric)
     arm: str,
 ) -> tuple:  # value, (replicates,)
-    "Mean of an arm's metrics over tasks"
+    "Mean of an arm's metrics over tasks; a replicate leaves out those undefined in it"
     parts = [results[t, arm, f, m] for t, f, m in wanted]
-    return float(np.mean([v for v, _ in parts])), np.mean([d for _, d in parts], 0)
+    return float(np.mean([v for v, _ in parts])), nan_mean([d for _, d in parts])

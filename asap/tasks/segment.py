@@ -82,7 +82,7 @@ from asap.tasks.masks import (
     check_same_grid,
     dice_score,
     resample_to_native,
-    resampling_ceiling,
+    resampling_oracle,
     score_mask,
     to_class_indices,
     to_label_values,
@@ -683,7 +683,7 @@ COLUMNS = [
     "label",
     "dice",
     "hd95",
-    "ceiling",
+    "oracle",
     "reference_ml",
     "predicted_ml",
     *RUN_KEYS,
@@ -703,10 +703,10 @@ def score_case(
 ) -> list[dict]:  # one row per class
     "Scores of a prediction on the native grid against one reference mask"
     truth, num_classes = c.reference_mask, 1 + len(q.class_names)
-    best = resampling_ceiling(truth, c.mask_affine, c.shape, c.affine, num_classes)
+    best = resampling_oracle(truth, c.mask_affine, c.shape, c.affine, num_classes)
     top = dice_score(best, truth, num_classes)
     return [
-        dict(case=c.case, patient=c.patient, reference=name, ceiling=float(top[k]), **r)
+        dict(case=c.case, patient=c.patient, reference=name, oracle=float(top[k]), **r)
         for k, r in enumerate(score_mask(predicted, truth, c.mask_affine, q.class_names))
     ]
 
@@ -1084,7 +1084,7 @@ def metrics(
         labels = list(dict.fromkeys(g.label))
         by = {
             m: g.groupby(["case", "label"], sort=False)[m].mean().unstack()[labels]
-            for m in ("dice", "hd95", "ceiling")
+            for m in ("dice", "hd95", "oracle")
         }
         patients = g.drop_duplicates("case").set_index("case").patient.loc[by["dice"].index]
         w = bootstrap_weights(patients.to_numpy(), n, seed)
@@ -1204,8 +1204,8 @@ def _introduction(fractions: pd.Series) -> str:  # task -> label fraction
     return (
         "<p>Segmentation by the fine-tuned encoder with a UNETR decoder, and by a plain U-Net of "
         "similar size: same cases, steps and loss. Mean Dice over classes and cases on the native "
-        f"grid, 95 % intervals by patient{note}. The ceiling is the Dice of the true mask "
-        "after resampling to the study's grid and back, an upper bound for every model.</p>"
+        f"grid, 95 % intervals by patient{note}. Oracle: the Dice of the true mask "
+        "after resampling to the study's grid and back.</p>"
     )
 
 # %% ../../nbs/7_tasks/74_segment.ipynb #segfam02
@@ -1247,8 +1247,8 @@ class Segmentation(TaskFamily):
         if "hd95" in whole:
             title = "95 % Hausdorff distance, mm"
             body += render_details(title, pivot_metrics(whole["hd95"], "task"))
-        if "ceiling" in whole:
-            body += render_details("Ceiling of Dice", pivot_metrics(whole["ceiling"], "task"))
+        if "oracle" in whole:
+            body += render_details("Dice of the oracle", pivot_metrics(whole["oracle"], "task"))
         differences = results.tables["differences"]
         shown = set(zip(g.task, g.fraction))
         dice = differences[differences.metric == "dice"]

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ceiling3_patients import CODE, EMBOLISM, LABELS, QUANTITIES, draw, recipe
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from supervised3_patients import CODE, EMBOLISM, LABELS, QUANTITIES, draw, recipe
 
 from asap.abnormalities import ABNORMALITIES
 from asap.core import code_hash, progress_bar, read_json, rng, write_json

@@ -1,14 +1,14 @@
-"""Upper bound of classification on the phantoms, on development seeds: a supervised CNN with all
-labels, a histogram baseline, twins and, for generation 3, an oracle.
+"""References of classification on the phantoms, on development seeds: a supervised CNN with all
+labels, a histogram baseline, twins and, for generation 3, an oracle that knows the masks.
 
 This is the reference for every probe of the study on this data and compute. Writes
-benchmarks/ceiling.csv (one row per label) and benchmarks/ceiling.json (settings). Run it with
-`make ceiling`. With --generation 3, the labels are the 18 abnormalities and every label of a task
-that is none of them, the files are ceiling3.csv and ceiling3.json, and a run that was stopped goes
-on: patients, twins and the state after each epoch lie in --cache.
+benchmarks/supervised.csv (one row per label) and benchmarks/supervised.json (settings). Run it
+with `make supervised`. With --generation 3, the labels are the 18 abnormalities and every label of
+a task that is none of them, the files are supervised3.csv and supervised3.json, and a run that was
+stopped goes on: patients, twins and the state after each epoch lie in --cache.
 
-    python benchmarks/ceiling.py --generation 3 --jobs 1
-    python benchmarks/ceiling.py --generation 3 --epochs 0    # without the CNN
+    python benchmarks/supervised.py --generation 3 --jobs 1
+    python benchmarks/supervised.py --generation 3 --epochs 0    # without the CNN
 """
 
 import argparse
@@ -16,12 +16,12 @@ import os
 import time
 from pathlib import Path
 
-import ceiling3_network
-import ceiling3_oracle
-import ceiling3_patients
 import joblib
 import numpy as np
 import pandas as pd
+import supervised3_network
+import supervised3_oracle
+import supervised3_patients
 import torch
 from monai.networks.blocks import Convolution, ResidualUnit
 from sklearn.linear_model import LogisticRegression
@@ -83,7 +83,7 @@ def histogram_auc(train, val, test):
 NUM_LABELS = len(ABNORMALITIES)
 
 
-class Ceiling(torch.nn.Module):
+class SupervisedCNN(torch.nn.Module):
     "MONAI residual units; the head sees mean and maximum of the last map"
 
     def __init__(self, widths, labels=NUM_LABELS):
@@ -134,7 +134,7 @@ def cnn(train, val, test, epochs, widths, lr, size=8, minutes=20.0):
     "Per label AUC on test of the epoch that is best on val"
     (xt, yt), (xv, yv), (xs, ys) = train, val, test
     torch.manual_seed(0)
-    net = Ceiling(widths).to(memory_format=torch.channels_last_3d)
+    net = SupervisedCNN(widths).to(memory_format=torch.channels_last_3d)
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
     steps = epochs * (len(xt) // size)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.15)
@@ -184,43 +184,45 @@ DEFAULTS = {  # by generation
 
 def bounds(sets, cache, twins):
     "Every label of generation 3: how often it is known, histogram, twins, oracle"
-    labels, test = ceiling3_patients.LABELS, sets["test"]
+    labels, test = supervised3_patients.LABELS, sets["test"]
     table = pd.DataFrame(dict(label=labels))
-    table["source"] = table.label.map(ceiling3_patients.OWN).fillna("CT-RATE")
+    table["source"] = table.label.map(supervised3_patients.OWN).fillna("CT-RATE")
     table["known"] = (~np.isnan(test["y"])).sum(0)
     table["positive"] = np.nansum(test["y"], 0).astype(int)
     plain = [(np.clip(sets[s]["hu"], -1000, 1000), sets[s]["y"]) for s in SPLITS]
     table["histogram_auc"] = histogram_auc(*plain)
     if twins:
-        found = ceiling3_oracle.twins(cache, "test", test["y"], twins)
-        pairs = ceiling3_oracle.plain_twins(cache, twins)
-        aucs = {n: ceiling3_oracle.twin_auc(p) for n, p in pairs.items()}
+        found = supervised3_oracle.twins(cache, "test", test["y"], twins)
+        pairs = supervised3_oracle.plain_twins(cache, twins)
+        aucs = {n: supervised3_oracle.twin_auc(p) for n, p in pairs.items()}
         table["twin_auc"] = table.label.map(aucs)
         table["oracle_auc"] = [
-            ceiling3_oracle.oracle_auc(n, test["y"], test["q"], found) for n in labels
+            supervised3_oracle.oracle_auc(n, test["y"], test["q"], found) for n in labels
         ]
     return table
 
 
 def generation_3(a):
-    "Bounds, then the CNN; writes ceiling3.csv and ceiling3.json"
+    "References, then the CNN; writes supervised3.csv and supervised3.json"
     sizes = dict(test=a.test, val=a.val, train=a.train)
-    sets = {s: ceiling3_patients.cases(a.cache, s, n, a.jobs) for s, n in sizes.items()}
+    sets = {s: supervised3_patients.cases(a.cache, s, n, a.jobs) for s, n in sizes.items()}
     table = bounds(sets, a.cache, a.twins)
     log_message(table.drop(columns="source").round(3).to_string())
     how = dict(phantom="3", seeds="development", **{n: getattr(a, n) for n in KEPT})
     if a.epochs:
         settings = dict(epochs=a.epochs, lr=a.lr, size=4, widths=tuple(a.widths))
-        training = ceiling3_network.Training(
+        training = supervised3_network.Training(
             sets["train"], sets["val"], a.cache / "cnn.pt", **settings
         )
-        scores = ceiling3_network.predict(training.run(), sets["test"])
-        table["cnn_auc"] = ceiling3_network.aucs(sets["test"]["y"], scores, ceiling3_oracle.FEWEST)
+        scores = supervised3_network.predict(training.run(), sets["test"])
+        table["cnn_auc"] = supervised3_network.aucs(
+            sets["test"]["y"], scores, supervised3_oracle.FEWEST
+        )
         how |= dict(cpu_seconds=round(training.seconds), val=training.log)
         log_message(table.drop(columns="source").round(3).to_string())
     high = table[(table.histogram_auc > 0.9) & table.label.isin(ABNORMALITIES)].label
-    write_csv(table.round(4), a.out / "ceiling3.csv")
-    write_json(dict(how, histogram_above_0_9=list(high)), a.out / "ceiling3.json")
+    write_csv(table.round(4), a.out / "supervised3.csv")
+    write_json(dict(how, histogram_above_0_9=list(high)), a.out / "supervised3.json")
 
 
 def generation_2(a):
@@ -239,7 +241,7 @@ def generation_2(a):
         table["cnn_auc"], how = cnn(*sets, a.epochs, a.widths, a.lr)
         log_message(table.round(3).to_string())
         log_message(f"CNN: macro {table.cnn_auc.mean():.3f}, lowest {table.cnn_auc.min():.3f}")
-        write_csv(table.round(4), a.out / "ceiling.csv")
+        write_csv(table.round(4), a.out / "supervised.csv")
         write_json(
             dict(
                 how,
@@ -254,7 +256,7 @@ def generation_2(a):
                 threads=torch.get_num_threads(),
                 macro=round(float(table.cnn_auc.mean()), 4),
             ),
-            a.out / "ceiling.json",
+            a.out / "supervised.json",
         )
 
 

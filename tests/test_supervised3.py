@@ -18,9 +18,9 @@ sys.path.insert(0, str(TOP / "benchmarks"))  # the scripts import each other
 patients, oracle, network, emboli, real = (
     load_script(TOP / f"benchmarks/{n}.py")
     for n in (
-        "ceiling3_patients",
-        "ceiling3_oracle",
-        "ceiling3_network",
+        "supervised3_patients",
+        "supervised3_oracle",
+        "supervised3_network",
         "fumpe3",
         "real_or_phantom",
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ceiling3_patients import CODE, LABELS, MAPS
 from monai.networks.blocks import Convolution, ResidualUnit
 from sklearn.metrics import roc_auc_score
+from supervised3_patients import CODE, LABELS, MAPS
 from torch import nn
 
 from asap.core import (

@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 QUICK := build/quick
 REHEARSAL := build/rehearsal
 
-.PHONY: help study quick rehearsal graph test fuzz mutants lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
+.PHONY: help study quick rehearsal graph test cluster fuzz mutants lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,9 @@ graph: .venv/done  ## write the modules and params of each stage, and the stages
 
 test: .venv/done  ## every check; the last line reads `N passed, N failed`
 	@python tests/run.py
+
+cluster: .venv/done  ## jobs on a SLURM of this machine (apt-get install slurm-wlm munge), slots, a store that is away; minutes
+	@python -m pytest -m cluster
 
 fuzz: .venv/done  ## 3,000 hostile files and 1,000 hostile params files (goes on where it was stopped; build/fuzz)
 	@python benchmarks/hostile.py --save

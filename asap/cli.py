@@ -44,6 +44,7 @@ from .preempt import ignore_signals, stop_on_signal
 from .privacy import make_private, private_umask
 from .processes import LOCKS, hold_lock, lead
 from .resources import ResourceError, explain_failure, find_shortage
+from .slurm import JobResources, job_resources, run_as_job
 
 # %% ../nbs/98_cli.ipynb #76bae939
 @contextlib.contextmanager
@@ -215,6 +216,8 @@ def execute_stage(
 
 def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> Path:
     make_private(root)
+    if resources := job_resources(name, root):
+        return _execute_as_job(name, parameters, resources, root)
     with hold_lock(root / LOCKS / f"{name}.lock", f"stage {name}"):
         lead()
         check_inputs(name, root)
@@ -224,6 +227,16 @@ def _execute_whole(name: str, parameters: dict[str, str] | None, root: Path) -> 
         target = _execute(name, parameters)
         close_records(name, root)
         return target
+
+
+def _execute_as_job(
+    name: str, parameters: dict[str, str] | None, resources: JobResources, root: Path
+) -> Path:
+    _stage_notebook(name)
+    with stop_on_signal():
+        if code := run_as_job(name, _stage_words(name, parameters), resources, root):
+            raise SystemExit(code)  # the job has shown why
+    return _executed_notebook(name)
 
 
 def _explained(name: str, e: Exception, peak: float | None = None) -> Exception:
@@ -237,8 +250,16 @@ def _notebook_values(name: str, parameters: dict[str, str] | None) -> dict[str, 
     return dict(parameters or {}, stage=name)
 
 
+def _stage_words(name: str, parameters: dict[str, str] | None) -> list[str]:  # of `asap`
+    return ["stage", name, *(f"{k}={v}" for k, v in (parameters or {}).items())]
+
+
+def _executed_notebook(name: str) -> Path:
+    return project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
+
+
 def _execute(name: str, parameters: dict[str, str] | None) -> Path:
-    target = project_root() / "runs/notebooks" / f"{name.replace('@', '-')}.ipynb"
+    target = _executed_notebook(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     source = _stage_notebook(name)
     _set_environment()
@@ -273,9 +294,8 @@ def _run_notebook(source: Path, target: Path, values: dict[str, str]) -> None:
 
 
 def _run_in_processes(n: int, name: str, parameters: dict[str, str] | None) -> None:
-    given = [f"{k}={v}" for k, v in (parameters or {}).items()]
     log_message(f"{name}: {n} processes")
-    if code := run_processes(n, ["stage", name, *given]):
+    if code := run_processes(n, _stage_words(name, parameters)):
         raise ChildProcessError(
             f"{name}: one of {n} processes failed (exit code {code}); its error is above"
         )

@@ -21,9 +21,9 @@ from conftest import TOP
 from tiny_cases import toy_table
 
 from asap.anatomy.organs import read_organ_map, totalsegmentator_classes
-from asap.core import list_files, parallel_backend
+from asap.core import list_files
 from asap.data.adapter import available_cohort_names, get_cohort
-from asap.data.prepare import hash_inventory, prepare_cases, quick_hash, run
+from asap.data.prepare import hash_inventory, quick_hash, run
 from asap.data.splits import label_subsets
 from asap.data.table import (
     available_cohorts,
@@ -392,17 +392,6 @@ def test_organ_masks_in_a_folder(root, made, tmp_path):
         for r in (root, tmp_path)
     )
     assert np.array_equal(a, b) and a.any()
-
-
-def test_a_cluster_makes_the_same_volumes(tmp_path):
-    "Dask, on a cluster of this machine"
-    t = toy_table(tmp_path, 6)
-    prepare_cases(t, tmp_path / "a", tmp_path / "o", HOW)
-    with parallel_backend("dask"):
-        prepare_cases(t, tmp_path / "b", tmp_path / "o", HOW, jobs=2)
-    assert len(list((tmp_path / "b").glob("*.nii"))) == 6
-    for f in (tmp_path / "a").glob("*"):
-        assert f.read_bytes() == (tmp_path / "b" / f.name).read_bytes()
 
 
 def test_killed_and_started_again_it_repeats_no_case(tmp_path):

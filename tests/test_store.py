@@ -2,7 +2,10 @@
 checkout that prepares nothing"""
 
 import importlib.util
+import os
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -159,13 +162,65 @@ def test_a_flipped_byte_fails_verify_by_name(tmp_path, monkeypatch, capsys):
     assert not path.exists() and not manifest_folders(tmp_path)
 
 
-def test_dask_workers_write_to_the_store(tmp_path):
-    from asap.core import parallel_backend
+PREPARE = """
+import sys
+from functools import partial
+from pathlib import Path
+import pandas as pd
+from asap.core import parallel_backend, parallel_map
+from asap.data import prepare
+from test_store import put
+prepare.parallel_map = partial(parallel_map, soon=0)
+with parallel_backend("dask"):
+    put(Path(sys.argv[1]), pd.read_parquet(sys.argv[2]), jobs=2)
+"""
 
-    t = toy_table(tmp_path / "raw", 6)
-    with parallel_backend("dask"):
-        done = put(tmp_path, t, jobs=2)
-    assert len({*map(local_file, done.image)}) == 5  # two of the toys are the same
+
+@pytest.fixture
+def dask(tmp_path):
+    "A scheduler and two workers, processes of their own: their environment, the workers"
+    here = "tcp://127.0.0.1"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"{here}:{s.getsockname()[1]}"
+    env = os.environ | dict(DASK_SCHEDULER_ADDRESS=address, OMP_NUM_THREADS="1")
+    env["PYTHONPATH"] = os.pathsep.join([str(TOP), str(TOP / "tests")])
+
+    def start(program, *words):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", "--no-dashboard"]
+        return subprocess.Popen(
+            [*command, *words], env=env, cwd=tmp_path, stderr=subprocess.DEVNULL
+        )
+
+    alone = ["--no-nanny", "--nthreads", "1", "--memory-limit", "0"]
+    started = [start("scheduler", "--host", address)]
+    started += [start("worker", address, "--host", "127.0.0.1", *alone) for _ in range(2)]
+    yield env, started[1:]
+    for p in started:
+        p.kill()
+        p.wait()
+
+
+def test_a_dask_worker_is_killed(dask, tmp_path):
+    "One of two, while they prepare: the other makes its cases too, as one process would"
+    env, workers = dask
+    t = toy_table(tmp_path / "raw", 50, kinds=50)
+    t.to_parquet(tmp_path / "t.parquet")
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "b"), str(tmp_path / "t.parquet")]
+    run = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    end, records = time.monotonic() + 120, tmp_path / "b/build/store/records"
+    while len(list_files(records, "*/*.json")) < 8:
+        assert time.monotonic() < end and run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    workers[0].kill()
+    made = len(list_files(records, "*/*.json"))
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
+    assert made < 50 and workers[1].poll() is None
+    put(tmp_path / "a", t)
+    a, b = (read_manifest(tmp_path / p / "build/volumes/own") for p in "ab")
+    pd.testing.assert_frame_equal(a, b)
+    assert len(a) == 50 and not verify(store_of(tmp_path / "b/build"))
 
 
 @pytest.fixture
@@ -232,6 +287,63 @@ def test_s3_goes_away_for_a_moment(s3, tmp_path, monkeypatch):
     back.start()
     assert len(put(tmp_path / "a", t)) == 3 and not verify(store)
     back.join()
+
+
+@MOTO
+@pytest.mark.cluster
+def test_s3_goes_away_while_volumes_are_read_and_written(s3, tmp_path):
+    "One project writes, another one reads again and again; none notices but by the time it takes"
+    server, again = s3
+    t = toy_table(tmp_path / "raw", 24, kinds=24)
+    known = put(tmp_path / "b", t[:6])
+    whole = {p: local_file(p).read_bytes() for p in known.image}
+    turns, ended = [], threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            shutil.rmtree(tmp_path / "b/build/store/objects")
+            turns.append(all(local_file(p).read_bytes() == d for p, d in whole.items()))
+
+    def go_away() -> None:
+        while len(list_files(tmp_path / "a/build/store/objects", "*/*")) < 10 or not turns:
+            time.sleep(0.01)
+        server.stop()
+        time.sleep(float(os.environ.get("ASAP_TEST_AWAY", "2")))
+        again()
+
+    others = [threading.Thread(target=f) for f in (read, go_away)]
+    for thread in others:
+        thread.start()
+    done = put(tmp_path / "a", t)
+    others[1].join()
+    ended.set()
+    others[0].join()
+    assert len(turns) > 1 and all(turns)
+    assert len(done) == 24 and not verify(store_of(tmp_path / "a/build"))
+
+
+@MOTO
+def test_the_copies_have_a_limit(s3, tmp_path, monkeypatch):
+    "Those that were used longest ago go; what the store does not have stays"
+    t = toy_table(tmp_path / "raw", 6, kinds=6)
+    put(tmp_path / "a", t)
+    images = put(tmp_path / "b", t).image
+    size = local_file(images[0]).stat().st_size
+    copies = tmp_path / "b/build/store"
+    own = copies / "objects/00/own.nii"
+    own.parent.mkdir(exist_ok=True)
+    own.write_bytes(bytes(size))
+    os.utime(own, (0, 0))
+    monkeypatch.setattr("asap.store.IN_USE", 0)
+    monkeypatch.setenv("ASAP_STORE_CACHE_GB", str(4.5 * size / 1e9))
+    for i in (1, 2, 0, 3):
+        local_file(images[i])
+    names = {local_file(images[i]).name for i in (0, 3)}  # 1 was used longest ago, then 2
+    assert names < {f.name for f in list_files(copies, "objects/*/*")}
+    assert own.exists() and len(list_files(copies, "objects/*/*")) == 4
+    for image, raw in zip(images, put(tmp_path / "a", t).image):
+        assert local_file(image).read_bytes() == local_file(raw).read_bytes()
+        assert sum(f.stat().st_size for f in list_files(copies, "objects/*/*")) <= 4.5 * size
 
 
 @pytest.mark.study

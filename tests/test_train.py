@@ -79,6 +79,29 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(here):
     assert not list((folder / "resume").glob(".*")), "nothing half-written is left"
 
 
+@pytest.mark.cluster
+def test_killed_after_every_slot_it_ends_with_the_same_bits(here):
+    """A slot has 4 s of CPU, of which the start takes up to half; in each one the fractions of the
+    positional baseline or the steps get more"""
+    run("slot", here / "one-slot", 120, 0)
+    folder, before, slots = here / "slots", (0, 0), 0
+    while code := run("slot", folder, 120, 4, check=False).returncode:
+        after = kept(folder)
+        assert code == -signal.SIGKILL and after > before and slots < 30
+        before, slots = after, slots + 1
+    assert slots >= 2
+    a, b = weights(here / "one-slot"), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (here / "one-slot/log.csv").read_bytes() == (folder / "log.csv").read_bytes()
+
+
+def kept(folder):  # bytes of organ fractions, steps
+    state, bytes_ = folder / "resume/state.pt", 0
+    for f in folder.rglob("fractions-*"):
+        bytes_ += f.stat().st_size
+    return bytes_, torch.load(state, weights_only=True)["step"] if state.exists() else 0
+
+
 def state_time(folder):  # when the state was last written
     try:
         return (folder / "resume/state.pt").stat().st_mtime_ns

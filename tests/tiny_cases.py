@@ -33,8 +33,8 @@ def cases(
     return pd.DataFrame(rows)
 
 
-def toy_table(folder, n) -> pd.DataFrame:  # a cohort table
-    "Scans of one phantom, five of which differ"
+def toy_table(folder, n, kinds=5) -> pd.DataFrame:  # a cohort table
+    "Scans of one phantom, some of which differ"
     k = synthesize_chest(("toy", 0), (48, 48, 24), (7.0, 7.0, 14.0))
     rows = [
         dict(
@@ -53,5 +53,5 @@ def toy_table(folder, n) -> pd.DataFrame:  # a cohort table
         for i in range(n)
     ]
     for i, r in enumerate(rows):
-        write(k.hu + np.int16(i % 5), k.affine, r["image"])
+        write(k.hu + np.int16(i % kinds), k.affine, r["image"])
     return pd.DataFrame(rows)

@@ -1,6 +1,8 @@
 """A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun
-...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY"""
+...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY, or trains.py slot FOLDER STEPS SECONDS, which is
+killed after some seconds of its CPU (0: never)"""
 
+import resource
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from asap.params import load_params
 from asap.phantom.abnormalities import synthesize_chest
 from asap.phantom.words import synthesize_report
 from asap.pretrain.batches import ImageReportDataset
-from asap.pretrain.pretrain import build_model, train
+from asap.pretrain.pretrain import build_model, run, train
 from asap.text.encoder import load, train_text_encoder
 from asap.text.sentences import join_report, split_sentences
 
@@ -90,7 +92,33 @@ def contrast(folder, n=4):
         save_file(save, folder / "weights.safetensors")
 
 
+def slot(folder, steps, seconds):
+    """Arm `asap` with all that comes before its first step, on 300 cases. As in a slot of ten
+    minutes with a save every five, there are saves by the clock alone, twice a slot"""
+    if seconds:
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        limit = round(spent.ru_utime + spent.ru_stime) + seconds
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    short = dict(steps=steps, batch_size=2, checkpoint_every=10**6, warmup_steps=1, precision="no")
+    short |= dict(checkpoint_minutes=max(1, seconds) / 120, num_eval_cases=2, eval_every=10**6)
+    p = load_params(project_root() / "params/smoke.yaml")
+    p = p.model_copy(update=dict(pretrain=p.pretrain.model_copy(update=short)))
+    data = folder.parent / "cohort"
+    table = pd.read_parquet(data / "table.parquet")
+    for k in ("image", "organ_map"):
+        table[k] = [str(data / f) for f in table[k]]
+    few = table.assign(split=["val", "val", "test", "test", "test", "test"])
+    table = pd.concat([*[table.assign(split="train")] * 50, few])
+    row = p.arms["asap"].model_dump(by_alias=True)
+    model, log, *_ = run("asap", row, p, table, load(data / "text"), folder, {})
+    log.to_csv(folder / "log.csv", index=False)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "slot":
+        slot(Path(sys.argv[2]), *map(int, sys.argv[3:5]))
+        sys.exit()
     if sys.argv[1] == "contrast":
         contrast(Path(sys.argv[2]))
         sys.exit()

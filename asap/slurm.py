@@ -7,6 +7,7 @@ __all__ = ['LAUNCHER', 'CLUSTER_FILE', 'JOBS', 'SIGNAL_SECONDS', 'SECONDS', 'Job
            'StageJob', 'job_environment', 'job_state', 'new_lines', 'run_as_job']
 
 # %% ../nbs/06c_slurm.ipynb #51050002
+import contextlib
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import yaml
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
@@ -131,6 +131,19 @@ def job_environment(
     return own | dict.fromkeys(_THREADS, str(cpus))
 
 
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    "The environment variables of this process, for a while"
+    kept = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(values)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
 def _submit(name: str, words: list[str], r: JobResources, folder: Path) -> Any:  # submitit's job
     try:
         import submitit
@@ -148,7 +161,7 @@ def _submit(name: str, words: list[str], r: JobResources, folder: Path) -> Any: 
         additional_parameters=dict(requeue=True, **r.options),
         **gpus,
     )
-    with patch.dict(os.environ, job_environment(r.cpus), clear=True):
+    with _environment(job_environment(r.cpus)):
         return executor.submit(StageJob(words))
 
 # %% ../nbs/06c_slurm.ipynb #5105000e

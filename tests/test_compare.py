@@ -89,23 +89,23 @@ def test_headline_figures_are_those_of_the_tables(clone):
 
 
 def test_an_experiment_fits_a_terminal(clone):
-    "One param of one task: `dvc metrics diff`, `dvc exp show` and `asap compare` print what it did"
+    "One param: `dvc metrics diff`, `dvc exp show` and `asap compare` print what it did"
     if not (clone / ".git").exists():
         pytest.skip("needs git: `dvc exp` compares commits")
     env = ENV | ME | dict(COLUMNS=str(COLUMNS), ASAP_ROOT=str(clone))
     run("git", "add", "-A", cwd=clone, env=env)
     run("git", "commit", "-qm", "baseline", cwd=clone, env=env)
-    steps = ("exp", "run", "-n", "longer", "-S", "vocabulary.steps=60", "tables")
-    assert {"vocabulary", "tables"} <= ran(run("dvc", *steps, cwd=clone, env=env))
+    steps = ("exp", "run", "-n", "other", "-S", "splits.label_fraction_seeds=[1]", "tables")
+    assert {"classify", "tables"} <= ran(run("dvc", *steps, cwd=clone, env=env))
     show = ("exp", "show", "--no-pager", "--only-changed", "--drop", ".*[./]|Created")
     shown = run("dvc", *show, cwd=clone, env=env)
-    diff = run("dvc", "metrics", "diff", "HEAD", "longer", cwd=clone, env=env)
-    command = ("python", "-m", "asap.cli", "compare", "HEAD", "longer", "--tasks")
+    diff = run("dvc", "metrics", "diff", "HEAD", "other", cwd=clone, env=env)
+    command = ("python", "-m", "asap.cli", "compare", "HEAD", "other", "--tasks")
     compared = run(*command, cwd=clone, env=env)
     for text in (shown, diff, compared):
         assert max(map(len, text.splitlines())) <= COLUMNS, text
-    assert "…" not in shown and "longer" in shown
+    assert "…" not in shown and "other" in shown
     assert all(line.startswith(("Path", "runs/headline.json")) for line in diff.splitlines())
-    assert "vocabulary.steps" in compared and "vocabulary_ct_rate, auc" in compared
-    untouched = next(line for line in compared.splitlines() if "classify_ct_rate" in line)
+    assert "splits.label_fraction_seeds" in compared and "classify_ct_rate, auc, 50%" in compared
+    untouched = next(line for line in compared.splitlines() if "vocabulary_ct_rate" in line)
     assert "[+0.000, +0.000]" in untouched

@@ -227,9 +227,9 @@ def _wait(name: str, job: Any) -> None:
 
 def _result(name: str, job: Any) -> int:  # exit code
     told = f"{name}: job {job.job_id} is {_end_state(job.job_id)}"
-    for _ in range(10):  # a file server may show it late
-        if not job.paths.result_pickle.exists():
-            time.sleep(SECONDS / 4)
+    late = time.monotonic() + 2.5 * SECONDS  # a file server may show it late
+    while not job.paths.result_pickle.exists() and time.monotonic() < late:
+        time.sleep(SECONDS / 4)
     if not job.paths.result_pickle.exists():
         raise ChildProcessError(f"{told}; its log: {job.paths.stdout}")
     if (code := job.result()) == EXIT_CODE:

@@ -235,8 +235,8 @@ def test_what_is_missing_or_wrong_is_named(here, tmp_path):
         ask(here, tmp_path, tables=dict(toy=TABLE[TABLE.case != "p4_1"]))
     with pytest.raises(ValueError, match="tokens of arm `asap` are of other cases"):
         ask(here, tmp_path, tables=dict(toy=TABLE[::-1]))
-    with pytest.raises(ValueError, match="kind 'colour'"):
-        ask(here, tmp_path, questions=dict(toy=QUESTIONS.replace("size", "colour")))
+    with pytest.raises(ValueError, match="kind 'color'"):
+        ask(here, tmp_path, questions=dict(toy=QUESTIONS.replace("size", "color")))
     with pytest.raises(
         ValueError, match=r"p0_1, disorder: question and answer take \d+ tokens, expected at most 5"
     ):

@@ -30,7 +30,6 @@ def train_seed(arm: str, seed: int, p, folder: Path) -> None:
     "The stage `pretrain` with another seed; nothing where it is done"
     from asap.data.corpus import corpus_digest
     from asap.data.table import load
-    from asap.model.asap import arm_params
     from asap.pretrain import checkpoint
     from asap.pretrain.pointing import read_targets
     from asap.pretrain.pretrain import run
@@ -46,26 +45,12 @@ def train_seed(arm: str, seed: int, p, folder: Path) -> None:
     inputs = dict(corpus_digest(pd.read_parquet(corpus)), text=text.fingerprint())
     resume = root / f"build/resume/trainings/{folder.name}"
     targets = read_targets(corpus.parent, root)
-    model, log, eval_log, rows, metrics = run(
-        arm, row, p, table, text, resume, inputs, None, targets
-    )
-    study = dict(
-        data=inputs["corpus"],
-        spacing=p.volumes.spacing,
-        hu_range=p.volumes.hu_range,
-        train=table[table.split == "train"].cohort.value_counts().sort_index().to_dict(),
-        pretrain=arm_params(p, row).pretrain.model_dump(),
-        seed=seed,
-        phantom=read_json(corpus.with_name("status.json"))["phantom"],
-    )
-    card = checkpoint.model_card(arm, model.config, metrics, study)
-    checkpoint.save(model, folder / "checkpoint", card)
-    write_csv(log, folder / "log.csv")
-    write_csv(eval_log, folder / "eval.csv")
-    write_json(metrics.pop("recipe"), folder / "recipe.json")
-    write_csv(rows.round(6), folder / "heldout.csv")
+    trained = run(arm, row, p, table, text, resume, inputs, None, targets)
+    phantom = read_json(corpus.with_name("status.json"))["phantom"]
+    facts = checkpoint.training_facts(p, row, table, inputs["corpus"], phantom)
+    card = checkpoint.model_card(arm, trained[0].config, trained[-1], facts)
     write_json(dict(minutes=(time.monotonic() - start) / 60), folder / "minutes.json")
-    write_json(metrics, folder / "metrics.json")
+    checkpoint.save_training(trained, card, folder)
 
 
 def held_out(p, models: dict):  # hits, of `evaluate_arms`; body (n,N) bool

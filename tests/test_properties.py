@@ -186,8 +186,15 @@ def test_the_external_drop_is_internal_minus_external():
         assert np.allclose(t[c], 0.2)
 
 
+def claims_of(scores, level: float) -> pd.DataFrame:
+    "Claims of asap against mae, one training of each"
+    recipes = dict(asap=["asap"], mae=["mae"])
+    compared = tables.compared_parts(scores, "asap", recipes)
+    return tables.claim_table(scores, compared, {}, "asap", level, recipes)
+
+
 def test_a_lead_elsewhere_is_the_lead_there_minus_the_lead_at_home():
-    t = tables.claim_table(scores_of(0.9, 0.7), {}, "asap", ["asap", "mae"], 0.95)
+    t = claims_of(scores_of(0.9, 0.7), 0.95)
     (row,) = t[t.claim == "domain_shift"].itertuples()
     assert np.isclose(row.difference, 0.04 - 0.01) and row.arm == "asap"
 
@@ -248,7 +255,7 @@ def test_tables_use_the_level_that_they_are_given():
     scores = {k: (v, v + wide * (k[1] == "mae")) for k, (v, _) in scores_of(0.9, 0.7).items()}
     scores = {k: (v, np.resize(r, 4000)) for k, (v, r) in scores.items()}
     for level in (0.5, 0.95):
-        t = tables.claim_table(scores, {}, "asap", ["asap", "mae"], level)
+        t = claims_of(scores, level)
         row = t[t.claim == "transfer"].iloc[0]
         lo, hi = np.percentile(wide, [50 * (1 - level), 50 * (1 + level)])
         assert np.isclose(row.hi - row.lo, hi - lo, rtol=0.01)

@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINT_FILES', 'RELEASED_INPUT', 'NON_ENCODER_PREFIXES', 'MAX_WEIGHTS_MB', 'write_checkpoint', 'read_config',
            'read_weights', 'save', 'load_model', 'load_aligned_models', 'ASAPHubModel', 'ReleasedASAPHubModel',
            'build_hub_model', 'set_input_size', 'load', 'load_mae2d_blocks', 'load_image_mae', 'code_license',
-           'git_revision', 'code_version', 'model_card', 'export_weights']
+           'git_revision', 'code_version', 'model_card', 'training_facts', 'save_training', 'export_weights']
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #08a3683f
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mode
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -38,11 +39,12 @@ from asap.core import (
     read_json,
     resource_path,
     split_revision,
+    write_csv,
     write_hashes,
     write_json,
     write_text,
 )
-from ..model.asap import ASAP, ReleasedASAP, is_released
+from ..model.asap import ASAP, ReleasedASAP, arm_params, arm_seed, is_released
 from ..model.vit import ViT3D, sincos_pos_embed
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #cb9510ab
@@ -718,6 +720,42 @@ def model_card(
     ]
     about = _model_statement(config, known)
     return f"# Arm `{arm}`\n\n{about}\n\n" + "".join(f"- {line}\n" for line in lines)
+
+# %% ../../nbs/6_pretrain/62_checkpoint.ipynb #s26out2
+def training_facts(
+    p: Any,  # params of the study
+    arm: dict,  # row of the arm
+    table: pd.DataFrame,  # cohort table
+    data: str,  # hash of the corpus
+    phantom: int | str,  # version of the phantom, or "none: real scans"
+) -> dict:  # `study` of `model_card`
+    "What a card says of the data and the parameters of a training"
+    return dict(
+        data=data,
+        spacing=p.volumes.spacing,
+        hu_range=p.volumes.hu_range,
+        train=table[table.split == "train"].cohort.value_counts().sort_index().to_dict(),
+        pretrain=arm_params(p, arm).pretrain.model_dump(),
+        seed=arm_seed(p, arm),
+        phantom=phantom,
+    )
+
+
+def save_training(
+    trained: tuple,  # of `asap.pretrain.pretrain.run`
+    card: str,  # Markdown
+    out: Path,  # runs/pretrain/<arm>
+) -> dict:  # metrics
+    "Write the checkpoint, curves and held-out errors of a training; metrics.json comes last"
+    model, log, eval_log, rows, metrics = trained
+    save(model, out / "checkpoint", card)
+    write_csv(log, out / "log.csv")
+    write_csv(eval_log, out / "eval.csv")
+    write_json(metrics["recipe"], out / "recipe.json")
+    write_csv(rows.round(6), out / "heldout.csv")
+    metrics = {k: v for k, v in metrics.items() if k != "recipe"}
+    write_json(metrics, out / "metrics.json")
+    return metrics
 
 # %% ../../nbs/6_pretrain/62_checkpoint.ipynb #786d7004
 MAX_WEIGHTS_MB = 8  # of a folder in weights/

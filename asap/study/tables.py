@@ -10,9 +10,9 @@ __all__ = ['BASELINES', 'METRIC_COLUMNS', 'RANKING_COLUMNS', 'POWER', 'CHANCE', 
            'compared_metrics', 'mean_name', 'shared_tasks', 'mean_auc_table', 'difference_table', 'paper_tasks',
            'headline_metric', 'smallest_detectable_difference', 'ranking_table', 'format_ranking', 'unsolved_table',
            'drop_tasks', 'external_tasks', 'external_pairs', 'external_drop_table', 'ablation_tasks', 'ablated_arms',
-           'ablation_table', 'Comparison', 'list_comparisons', 'claim_table', 'weight_table', 'headline_keys',
-           'headline_figures', 'per_label_table', 'negative_control_table', 'organ_error_table', 'cohort_table',
-           'to_markdown', 'to_latex', 'subgroup_table', 'label_efficiency_table', 'write_tables']
+           'ablation_table', 'Comparison', 'list_comparisons', 'compared_parts', 'claim_table', 'weight_table',
+           'headline_keys', 'headline_figures', 'per_label_table', 'negative_control_table', 'organ_error_table',
+           'cohort_table', 'to_markdown', 'to_latex', 'subgroup_table', 'label_efficiency_table', 'write_tables']
 
 # %% ../../nbs/9_study/90_tables.ipynb #20c923e8
 import re
@@ -644,20 +644,30 @@ def _weighted_columns(parts: dict[str, Value], level: float) -> dict[str, Any]:
     return row | dict(weighted=d["difference"], weighted_lo=d["lo"], weighted_hi=d["hi"])
 
 
+def compared_parts(
+    scores: Scores,
+    reference_arm: str,
+    recipes: Recipes,
+) -> list[tuple[Comparison, dict[str, Value]]]:  # part -> its difference
+    "What the claims compare, with the difference in each part, over the trainings of a recipe"
+    averaged = average_trainings(scores, recipes)
+    return [
+        (c, part_differences(averaged, c.parts, reference_arm, c.comparator))
+        for c in list_comparisons(averaged, reference_arm, list(recipes))
+    ]
+
+
 def claim_table(
     scores: Scores,
+    compared: list[tuple[Comparison, dict[str, Value]]],  # of `compared_parts`
     pointed: dict[str, pd.DataFrame],  # hits and differences of the pointing game
     reference_arm: str,  # the reference arm
-    arms: list[str],
     level: float,
-    recipes: Recipes | None = None,  # None: one training of each arm
+    recipes: Recipes,
 ) -> pd.DataFrame:  # CLAIM_COLUMNS
     "Each claim against each recipe that it is about"
-    recipes = recipes or {a: [a] for a in arms}
-    averaged = average_trainings(scores, recipes)
     rows = []
-    for c in list_comparisons(averaged, reference_arm, list(recipes)):
-        parts = part_differences(averaged, c.parts, reference_arm, c.comparator)
+    for c, parts in compared:
         mean = mean_value([*parts.values()])
         row = dict(claim=c.claim, outcome=c.outcome, arm=reference_arm, comparator=c.comparator)
         row |= (
@@ -677,17 +687,12 @@ WEIGHT_COLUMNS = [
 
 
 def weight_table(
-    scores: Scores,
+    compared: list[tuple[Comparison, dict[str, Value]]],  # of `compared_parts`
     reference_arm: str,
-    arms: list[str],
-    recipes: Recipes | None = None,  # None: one training of each arm
 ) -> pd.DataFrame:  # WEIGHT_COLUMNS, a row per task of each mean
     "What each task adds to the means of the claims: its difference, and both weights"
-    recipes = recipes or {a: [a] for a in arms}
-    averaged = average_trainings(scores, recipes)
     rows = []
-    for c in list_comparisons(averaged, reference_arm, list(recipes)):
-        parts = part_differences(averaged, c.parts, reference_arm, c.comparator)
+    for c, parts in compared:
         if len(parts) < 2:
             continue
         weights = inverse_variance_weights([*parts.values()])
@@ -1029,15 +1034,16 @@ def _score_tables(
     arms = list(dict.fromkeys(a for _, a, _, _ in scores))  # with encoders and baselines
     ours = [a for a in trained or arms if a in arms]
     beside = [a for a in arms if a in BASELINES and a not in ours]
+    recipes = recipes or {a: [a] for a in ours}  # one training of each arm
+    compared = compared_parts(solved, reference_arm, recipes)
     tables = dict(
         tasks=ranking_table(scores, [*ours, *beside], level, patients),
         unsolved=unsolved,
         external_drop=external_drop_table(scores, arms, level),
-        claims=claim_table(solved, pointed, reference_arm, ours, level, recipes),
-        weights=weight_table(solved, reference_arm, ours, recipes),
+        claims=claim_table(solved, compared, pointed, reference_arm, level, recipes),
+        weights=weight_table(compared, reference_arm),
     )
-    single = list(recipes) if recipes else ours  # one training per recipe
-    ablation = ablation_table(scores, pointed, reference_arm, single, level)
+    ablation = ablation_table(scores, pointed, reference_arm, list(recipes), level)
     if len(ablation):
         tables["ablation"] = ablation
     metrics = [_metric_table(scores, level), mean_auc_table(solved, arms, level)]

@@ -326,7 +326,6 @@ def test_the_command_says_what_made_the_map(shipped, tmp_path, capsys, monkeypat
     monkeypatch.setattr(
         sg, "choose_source", lambda *a: MapSource("weights/organs", lambda v: made, {})
     )
-    monkeypatch.setattr("asap.data.checks.load_checked", lambda path, source: (v, []))
     out = tmp_path / "out"
     assert main(["organs", str(tmp_path / "a.nii.gz"), "-o", str(out), "--body"]) == 0
     assert "organ maps by weights/organs" in capsys.readouterr().err

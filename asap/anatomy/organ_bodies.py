@@ -82,6 +82,8 @@ AVERAGE: dict[str, Any] = dict(  # fields of `Patient`
     gas=0.5,
     domes=(0.0, 0.0),
     wobble=(0.0, 0.0, 0.0, 0.0),
+    recess=34.0,
+    steepness=1.05,
 )
 
 

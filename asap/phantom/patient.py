@@ -107,6 +107,8 @@ class Patient:
     gas: float = 0.5  # 0..1, gas in stomach and bowel
     domes: tuple = (0.0, 0.0)  # mm by which the right and the left dome are higher
     wobble: tuple = (0.0, 0.0, 0.0, 0.0)  # standard normal; curvature of fissures and domes
+    recess: float = 42.0  # mm by which the lungs reach lower behind than in front, over 88 mm
+    steepness: float = 1.0  # factor of the height of the domes
 
 # %% ../../nbs/1_phantom/14_patient.ipynb #p3b00011
 def tissue_values(
@@ -174,6 +176,8 @@ def _sample_organs(r: np.random.Generator, age: int, inspiration: float) -> dict
         gas=float(u(0, 1)),
         domes=(float(r.normal(0, 6)), float(r.normal(0, 6))),
         wobble=tuple(float(x) for x in r.standard_normal(4)),
+        recess=float(np.clip(r.normal(34, 20), -6, 62)),
+        steepness=float(u(0.75, 1.35)),
     )
 
 

@@ -63,7 +63,7 @@ def _dome(x: np.ndarray, y: np.ndarray, p: Patient) -> np.ndarray:
     out = np.sqrt(x**2 + 324) - 62
     q = (out / np.where(out > 0, 74, 115)) ** 2 + ((y - 6) / 92) ** 2
     q = np.minimum(q, 1.5)
-    drop = 64 - 42 * np.clip(y / 88, -1, 1)
+    drop = p.steepness * (64 - p.recess * np.clip(y / 88, -1, 1))
     wave = 2.5 * p.wobble[0] * np.sin(x / 26) + 2 * p.wobble[1] * np.sin(y / 31)
     return top - drop * q * (0.35 + 0.65 * q) + wave
 

@@ -1,6 +1,6 @@
 """Train the organ segmenter on bodies of generation 3 and measure it on generations 2 and 3b.
 
-    python benchmarks/organs.py [--folder build/organs] [--seed 1]
+    python benchmarks/organs.py [--folder build/organs] [--seed 1] [--leave-out randomization]
 
 An interrupted training resumes. Writes weights/organs (where --keep) and, beside the training,
 dice.csv (generation 2), shift.csv, partial.csv, no_lung.csv (stress tests on generation 3b) and
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from asap.anatomy.organ_training import train_segmenter, validate_on_chests
+from asap.anatomy.organ_bodies import PARTS
+from asap.anatomy.organ_training import train_segmenter, validate_on_bodies3b, validate_on_chests
 from asap.anatomy.predictors import segmenter_predictor
 from asap.anatomy.segmenter import save_segmenter
 from asap.anatomy.stress import (
@@ -51,7 +52,11 @@ def arguments():
     a.add_argument("--chests", type=int, default=24, help="phantoms of generation 2")
     a.add_argument("--bodies-3b", type=int, default=8, help="bodies of each stress test")
     a.add_argument("--seed", type=int, help="of the training; default: study.seed")
-    return a.parse_args()
+    a.add_argument("--leave-out", nargs="+", default=[], choices=PARTS, help="of the generator")
+    a = a.parse_args()
+    if a.keep and (a.leave_out or a.seed is not None):
+        raise SystemExit("--keep is for study.seed and all parts: drop --seed and --leave-out")
+    return a
 
 
 def write_card(s, c, dice, m, stress, k) -> str:
@@ -87,7 +92,7 @@ def main() -> None:
     a = arguments()
     torch.set_num_threads(1)
     p = load_params(sections=["study", "anatomy", "organs"])
-    c = p.organs
+    c = p.organs.model_copy(update=dict(leave_out=a.leave_out))
     started = time.monotonic()
 
     def on_eval(s):
@@ -101,6 +106,8 @@ def main() -> None:
     print(table.describe().round(3).to_string())
     write_csv(table.round(4), Path(a.folder) / "dice.csv")
     summary = run_stress(s, a.bodies_3b, Path(a.folder))
+    other = validate_on_bodies3b(s, a.chests).mean().round(4).to_dict()
+    summary |= dict(seed=seed, leave_out=a.leave_out, dice_3b=other)
     write_json(summary, Path(a.folder) / "summary.json")
     print(summary)
     if a.keep:

@@ -48,9 +48,9 @@ from ..train import fit
 class OrgansConfig(SegmenterConfig):
     "Training and use of the organ segmenter"
 
-    num_phantoms: PositiveInt = 300  # bodies, drawn once and kept on disk
+    num_phantoms: PositiveInt = 500  # bodies, drawn once and kept on disk
     bodies_seed: int = 1  # of the bodies; trainings with other seeds see the same ones
-    steps: PositiveInt = 3000
+    steps: PositiveInt = 4000
     batch_size: PositiveInt = 1
     lr: PositiveFloat = 0.02  # of Muon for kernels and of AdamW for the rest
     warmup_steps: NonNegativeInt = 50

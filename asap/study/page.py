@@ -6,9 +6,9 @@
 __all__ = ['TEMPLATES', 'REPORTED_PACKAGES', 'CLAIM_TEXTS', 'RECIPE_COLUMNS', 'REAL_CT_CAPTION', 'SCORES_CAPTION', 'GUIDE',
            'PageConfig', 'read_table', 'copy_data', 'render_data_note', 'render_cohorts', 'describe_weights',
            'render_run', 'render_supervised', 'summarize_verdicts', 'count_verdicts', 'summarize_claim', 'render_claim',
-           'task_title', 'render_ranking', 'render_task_weights', 'render_claims', 'render_tasks', 'arm_cost_table',
-           'load_tables', 'render_families', 'describe_hit_difference', 'render_hit_rate', 'describe_trainings',
-           'trainings_table', 'render_training_variation', 'render_pointing', 'render_grounding',
+           'task_title', 'render_ranking', 'render_task_weights', 'render_few_labels', 'render_claims', 'render_tasks',
+           'arm_cost_table', 'load_tables', 'render_families', 'describe_hit_difference', 'render_hit_rate',
+           'describe_trainings', 'trainings_table', 'render_training_variation', 'render_pointing', 'render_grounding',
            'render_large_lesions', 'render_arms_and_extent', 'render_hit_rate_table', 'render_pretraining',
            'render_sentence_table', 'render_real_scans', 'render_real_scores', 'render_inputs', 'list_stage_files',
            'export_notebooks', 'render_training_note', 'render_summary', 'write_page']
@@ -226,10 +226,12 @@ CLAIM_TEXTS = {  # claim in `tables.claim_table` -> title, claim, limitations
     ),
     "label_efficiency": (
         "Label efficiency",
-        "The advantage is largest with few labels.",
+        "The other arms need more labels for the AUC that asap reaches with few.",
         (
-            "With 1 % of the labels, small cohorts have at most one patient and are "
-            "excluded from the mean."
+            "CT-RATE, linear probes; log2 of the ratio, so that 1 means twice the labels, the mean "
+            "over the label fractions below 1. A ratio is limited to the fractions that were "
+            "measured: where an arm never reaches the AUC it is a lower bound. Replicates draw "
+            "patients and label subsets."
         ),
     ),
     "domain_shift": (
@@ -484,6 +486,36 @@ def render_task_weights(
     return render_details("Weight of each task in the mean by inverse variance", shown)
 
 
+def _format_estimate(r: dict, name: str) -> str:  # a column with its interval
+    return f"{r[name]:+.3f} [{r[f'{name}_lo']:+.3f}, {r[f'{name}_hi']:+.3f}]"
+
+
+def _format_ratio(r: dict) -> str:  # `r`: row of `tables.few_label_table`
+    text = f"{r['ratio']:.2f} [{r['ratio_lo']:.2f}, {r['ratio_hi']:.2f}]"
+    return text if r["reached"] else f"at least {text}"
+
+
+def render_few_labels(
+    t: pd.DataFrame,  # `tables.few_label_table`
+) -> str:  # HTML; empty without rows
+    "Lead, error reduction and label ratio at each label fraction, against each arm"
+    if not len(t):
+        return ""
+    rows = t.to_dict("records")
+    shown = pd.DataFrame(
+        dict(
+            comparator=t.comparator,
+            labeled=t.num_labeled,
+            lead=[_format_estimate(r, "lead") for r in rows],
+            error_reduction=[_format_estimate(r, "error_reduction") for r in rows],
+            label_ratio=[_format_ratio(r) for r in rows],
+        ),
+        index=t.index,
+    )
+    shown.attrs = t.attrs
+    return render_details("Lead, error reduction and label ratio by number of labels", shown)
+
+
 def render_claims(
     t: dict[str, pd.DataFrame],  # of `load_tables`
     figures: Path,  # folder of the figures
@@ -494,6 +526,7 @@ def render_claims(
     drop, images = t["external_drop"], _claim_images(figures)
     evidence = dict(
         transfer=render_task_weights(t["weights"]) if "weights" in t else "",
+        label_efficiency=render_few_labels(t["few_labels"]) if "few_labels" in t else "",
         ablation=render_gallery("Effect of each component", [images["ablation"]]),
         domain_shift=render_details("Internal and external performance", drop) if len(drop) else "",
     )

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'METRIC_COLUMNS', 'RANKING_COLUMNS', 'POWER', 'CHANCE', 'UNSOLVED_COLUMNS', 'EXTERNAL_COLUMNS',
-           'ABLATION_COLUMNS', 'CLAIM_COLUMNS', 'ONE_TRAINING', 'WEIGHT_COLUMNS', 'FEW_LABELS', 'POINTING',
-           'MAX_FIGURES', 'FIGURE_NAMES', 'LATEX_TABLES', 'LATEX_COLUMNS', 'SUBGROUP_TABLE_COLUMNS', 'TablesConfig',
-           'family_arms', 'load_predictions', 'load_controls', 'evaluate_predictions', 'internal_tasks',
-           'compared_metrics', 'mean_name', 'shared_tasks', 'mean_auc_table', 'difference_table', 'paper_tasks',
-           'headline_metric', 'smallest_detectable_difference', 'ranking_table', 'format_ranking', 'unsolved_table',
-           'drop_tasks', 'external_tasks', 'external_pairs', 'external_drop_table', 'ablation_tasks', 'ablated_arms',
-           'ablation_table', 'Comparison', 'list_comparisons', 'compared_parts', 'claim_table', 'weight_table',
-           'headline_keys', 'headline_figures', 'per_label_table', 'negative_control_table', 'organ_error_table',
-           'cohort_table', 'to_markdown', 'to_latex', 'subgroup_table', 'label_efficiency_table', 'write_tables']
+           'ABLATION_COLUMNS', 'CLAIM_COLUMNS', 'ONE_TRAINING', 'FEW_LABEL_OUTCOME', 'FEW_LABEL_COLUMNS',
+           'WEIGHT_COLUMNS', 'FEW_LABELS', 'POINTING', 'MAX_FIGURES', 'FIGURE_NAMES', 'LATEX_TABLES', 'LATEX_COLUMNS',
+           'SUBGROUP_TABLE_COLUMNS', 'TablesConfig', 'family_arms', 'load_predictions', 'load_controls',
+           'evaluate_predictions', 'internal_tasks', 'compared_metrics', 'mean_name', 'shared_tasks', 'mean_auc_table',
+           'difference_table', 'paper_tasks', 'headline_metric', 'smallest_detectable_difference', 'ranking_table',
+           'format_ranking', 'unsolved_table', 'drop_tasks', 'external_tasks', 'external_pairs', 'external_drop_table',
+           'ablation_tasks', 'ablated_arms', 'ablation_table', 'Comparison', 'list_comparisons', 'compared_parts',
+           'claim_table', 'few_label_table', 'few_label_claims', 'weight_table', 'headline_keys', 'headline_figures',
+           'per_label_table', 'negative_control_table', 'organ_error_table', 'cohort_table', 'to_markdown', 'to_latex',
+           'subgroup_table', 'label_efficiency_table', 'write_tables']
 
 # %% ../../nbs/9_study/90_tables.ipynb #20c923e8
 import re
@@ -38,6 +39,7 @@ from asap.registry import (
     task_families,
 )
 from asap.study.statistics import (
+    Curve,
     Recipes,
     ScoreKey,
     ScorePart,
@@ -46,10 +48,13 @@ from asap.study.statistics import (
     average_trainings,
     claim_verdict,
     count_undefined,
+    has_reached,
     holm,
     interval_p_value,
     inverse_variance_weights,
     joint_draws,
+    label_ratio,
+    labels_needed,
     mean_value,
     part_differences,
     pooled_sd,
@@ -525,24 +530,6 @@ def _shared_headline_tasks(scores: Scores, a: str, b: str) -> list[ScoreKey]:
     return [(t, f, m) for t, (m, f, have) in of.items() if f is not None and len(have) == 2]
 
 
-def _low_label_parts(
-    scores: Scores,
-    family: str,
-    a: str,
-    b: str,
-) -> dict[float, list[ScorePart]]:  # label fraction -> parts
-    "Score with few labels minus score with all, on the tasks that allow so few"
-    fractions = _label_fractions(scores, family)
-    out: dict[float, list[ScorePart]] = {}
-    for f in fractions[:-1]:
-        few = shared_tasks(scores, family, f, a, b)
-        full = [(t, fractions[-1], m) for t, _, m in few]
-        have = all((t, x, all_, m) in scores for t, all_, m in full for x in (a, b))
-        if few and have:
-            out[f] = [((1, k), (-1, all_)) for k, all_ in zip(few, full)]
-    return out
-
-
 def _external_parts(scores: Scores, a: str, b: str) -> list[ScorePart]:
     "External score minus internal score"
     pairs = external_pairs(scores, a, b)
@@ -583,10 +570,6 @@ def _transfer_means(scores: Scores, reference_arm: str, b: str) -> list:  # (out
 def _peer_claims(scores: Scores, reference_arm: str, b: str) -> list[Comparison]:
     means = _transfer_means(scores, reference_arm, b)
     found = [Comparison("transfer", name, b, _parts(w)) for name, w in means if w]
-    for family in _means_by_fraction():
-        for f, parts in _low_label_parts(scores, family, reference_arm, b).items():
-            outcome = f"lead at {f:.0%} of the labels minus lead at all"
-            found.append(Comparison("label_efficiency", outcome, b, parts))
     if parts := _external_parts(scores, reference_arm, b):
         outcome = "lead elsewhere minus lead at home"
         found.append(Comparison("domain_shift", outcome, b, parts))
@@ -676,8 +659,103 @@ def claim_table(
         trained = training_values(scores, c.parts, recipes)
         se = replicate_se(mean)
         rows.append(row | _recipe_columns(trained, reference_arm, c.comparator, se, level))
+    rows += few_label_claims(scores, reference_arm, level, recipes)
     rows += _pointing_claims(pointed, reference_arm, recipes, level)
     return _verdicts(pd.DataFrame(rows, columns=CLAIM_COLUMNS), level)
+
+# %% ../../nbs/9_study/90_tables.ipynb #few33d
+FEW_LABEL_OUTCOME = "labels for the same AUC, log2 of the ratio"
+FEW_LABEL_COLUMNS = [
+    *"task arm comparator fraction num_labeled lead lead_lo lead_hi".split(),
+    *"error_reduction error_reduction_lo error_reduction_hi".split(),
+    *"ratio ratio_lo ratio_hi reached".split(),
+]
+
+
+def _few_label_tasks() -> list[str]:
+    return [f.main_task for f in _families_by_label() if f.in_mean and f.main_task]
+
+
+def _label_curve(scores: Scores, task: str, arm: str) -> Curve:
+    keys = [k for k in scores if (k[0], k[1], k[3]) == (task, arm, "auc")]
+    return {k[2]: scores[k] for k in keys if not np.isnan(scores[k][0])}
+
+
+def _few_label_row(a: Curve, b: Curve, f: float, level: float) -> dict[str, Any]:
+    "Lead, error reduction and label ratio at a label fraction"
+    (x, xs), (y, ys) = a[f], b[f]
+    values = dict(lead=(x - y, xs - ys), error_reduction=((x - y) / (1 - y), (xs - ys) / (1 - ys)))
+    log2_ratio, replicates = label_ratio(a, b, f)
+    values["ratio"] = 2**log2_ratio, 2**replicates
+    row: dict[str, Any] = {}
+    for name, value in values.items():
+        d = with_ci(*value, level)
+        row |= {name: d["value"], f"{name}_lo": d["lo"], f"{name}_hi": d["hi"]}
+    return row | dict(reached=has_reached(b, a[f]))
+
+
+def few_label_table(
+    scores: Scores,
+    arms: list[str],
+    reference_arm: str,
+    level: float,
+    labeled: dict[tuple, int],  # (task, label fraction) -> labeled cases
+) -> pd.DataFrame:  # FEW_LABEL_COLUMNS
+    """The reference arm against each other at each label fraction below 1
+
+    `reached` is False where the other arm never has the reference arm's AUC: the ratio is then a
+    lower bound.
+    """
+    rows = []
+    for task in _few_label_tasks():
+        curves = {a: c for a in arms if len(c := _label_curve(scores, task, a)) > 1}
+        if reference_arm not in curves:
+            continue
+        own = curves.pop(reference_arm)
+        for other, curve in curves.items():
+            for f in sorted(own.keys() & curve.keys())[:-1]:
+                row = dict(task=task, arm=reference_arm, comparator=other, fraction=f)
+                row |= dict(num_labeled=labeled.get((task, f)))
+                rows.append(row | _few_label_row(own, curve, f, level))
+    return pd.DataFrame(rows, columns=FEW_LABEL_COLUMNS)
+
+# %% ../../nbs/9_study/90_tables.ipynb #few33e
+def _few_label_score(scores: Scores, task: str, arm: str, levels: Curve) -> Value | None:
+    "Minus the labels needed for the reference arm's levels, log2, the mean over fractions below 1"
+    curve = _label_curve(scores, task, arm)
+    fractions = sorted(curve.keys() & levels.keys())[:-1]
+    if not fractions:
+        return None
+    value, replicates = mean_value([labels_needed(curve, levels[f]) for f in fractions])
+    return -value, -replicates
+
+
+def few_label_claims(
+    scores: Scores,
+    reference_arm: str,
+    level: float,
+    recipes: Recipes,
+) -> list[dict]:  # rows of `claim_table` without their verdict
+    "Label efficiency: the mean label ratio over the fractions below 1, against each recipe"
+    averaged = average_trainings(scores, recipes)
+    peers = set(recipes) - {reference_arm, *ablated_arms(list(recipes), reference_arm)}
+    rows = []
+    for task in _few_label_tasks():
+        levels = _label_curve(averaged, task, reference_arm)
+        found = {a: _few_label_score(averaged, task, a, levels) for a in recipes}
+        single = {
+            k: [s[0] for a in v if (s := _few_label_score(scores, task, a, levels))]
+            for k, v in recipes.items()
+        }
+        for b in [r for r in recipes if r in peers]:
+            if (own := found[reference_arm]) and (other := found[b]):
+                difference = (own[0] - other[0], own[1] - other[1])
+                row: dict[str, Any] = dict(claim="label_efficiency", outcome=FEW_LABEL_OUTCOME)
+                row |= dict(arm=reference_arm, comparator=b, tasks=1)
+                row |= _as_difference(difference, level)
+                se = replicate_se(difference)
+                rows.append(row | _recipe_columns(single, reference_arm, b, se, level))
+    return rows
 
 # %% ../../nbs/9_study/90_tables.ipynb #b24c90e2
 WEIGHT_COLUMNS = [
@@ -1026,6 +1104,7 @@ def _score_tables(
     trained: list[str],
     level: float,
     patients: dict[str, int],
+    labeled: dict[tuple, int],  # of `_count_labeled`
     recipes: Recipes | None,
 ) -> dict[str, pd.DataFrame]:  # name -> table
     "Tables of all tasks; means are over the tasks that an arm or a baseline can solve"
@@ -1049,11 +1128,21 @@ def _score_tables(
     metrics = [_metric_table(scores, level), mean_auc_table(solved, arms, level)]
     tables["metrics"] = pd.concat(metrics, ignore_index=True)
     tables["differences"] = difference_table(scores, reference_arm, arms, level, solved)
+    averaged = average_trainings(solved, recipes)
+    tables["few_labels"] = few_label_table(averaged, [*recipes], reference_arm, level, labeled)
     return tables
 
 
 def _count_patients(predictions: dict[str, pd.DataFrame]) -> dict[str, int]:  # task -> patients
     counts = [t.groupby("task").patient.nunique() for t in predictions.values() if len(t)]
+    return {k: int(n) for c in counts for k, n in c.items()}
+
+
+def _count_labeled(
+    predictions: dict[str, pd.DataFrame],
+) -> dict[tuple, int]:  # (task, label fraction) -> labeled cases, the mean over subsets
+    parts = [t for t in predictions.values() if len(t) and "num_labeled" in t]
+    counts = [t.groupby(["task", "fraction"]).num_labeled.mean().round() for t in parts]
     return {k: int(n) for c in counts for k, n in c.items()}
 
 
@@ -1109,8 +1198,8 @@ def write_tables(
     draws = joint_draws([*predictions.values(), *controls.values()])
     found = evaluate_predictions(predictions, n, draws)
     if found:
-        arms, counts = trained or [], _count_patients(predictions)
-        tables |= _score_tables(found, pointed or {}, reference_arm, arms, level, counts, recipes)
+        arms, counts = trained or [], (_count_patients(predictions), _count_labeled(predictions))
+        tables |= _score_tables(found, pointed or {}, reference_arm, arms, level, *counts, recipes)
         tables |= _label_tables(predictions, controls, acquired, tables["metrics"], n, level, draws)
     if organ_rows:
         tables["organ_error"] = organ_error_table(organ_rows, n)

@@ -338,18 +338,27 @@ def bootstrap(
     n: int,  # bootstrap replicates
     draws: Mapping[str, JointDraws] | None = None,  # by task; without: the task alone
 ) -> dict[tuple, tuple]:  # (task, arm, fraction, metric) -> value, (n,)
-    "Each metric with its bootstrap replicates, averaged over the label subsets"
+    """Each metric with its bootstrap replicates, averaged over the label subsets
+
+    A replicate draws the subsets, too, so that intervals are over patients and subsets.
+    """
     out: dict[tuple, tuple] = {}
     for key, g in predictions.groupby(GROUP_KEYS, sort=False):
         # the same for all arms, so that all are resampled alike
         seed = (draws or {}).get(key[0], key[0])
         each = [_replicates(figures, d, n, seed) for _, d in g.groupby("seed")]
-        out |= {
-            (*key, m): (nan_mean([e[m][0] for e in each]), nan_mean([e[m][1] for e in each]))
-            for m in each[0]
-            if all(m in e for e in each)
-        }
+        drawn = _subset_draws(key, len(each), n)
+        for m in each[0]:
+            if all(m in e for e in each):
+                replicates = np.stack([e[m][1] for e in each])[drawn, np.arange(n)]
+                out[*key, m] = nan_mean([e[m][0] for e in each]), nan_mean([*replicates])
     return out
+
+
+def _subset_draws(key: tuple, subsets: int, n: int) -> np.ndarray:  # (subsets,n) of 0..subsets-1
+    "Which label subsets each replicate averages; the same for all arms"
+    task, _, fraction = key
+    return rng("label subsets", task, fraction).integers(subsets, size=(n, subsets)).T
 
 
 def _replicates(figures: Callable[..., dict], d: pd.DataFrame, n: int, seed: Any) -> dict:

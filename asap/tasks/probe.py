@@ -193,15 +193,15 @@ def run(
 
     out = []
     subsets = iter_label_subsets(task, cohort, table, embedded, shares, seeds, one_class)
-    for f, chosen, keys in subsets:
+    for f, limited, chosen, keys in subsets:
         predict = probe_of(keys["fraction"], keys["seed"]) if probe_of else fit_predict
-        out.append(predict(f, table, chosen, columns, multiclass).assign(**keys))
+        out.append(predict(f, limited, chosen, columns, multiclass).assign(**keys))
         if external:
             name, other, embedded_other = external
             features, index = embedded_other[keys["arm"]]
             far = check_features(keys["arm"], name, features, index, other), other
             keys = keys | dict(task=f"external_{name}")
-            out.append(predict(f, table, chosen, columns, multiclass, far).assign(**keys))
+            out.append(predict(f, limited, chosen, columns, multiclass, far).assign(**keys))
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/70b_probe.ipynb #prob0020

@@ -417,13 +417,15 @@ def predict_mortality(
 
     subsets = iter_label_subsets(task, "inspect", table, embedded, shares, seeds, lacking)
 
-    def predict(f: ArrayLike, chosen: np.ndarray, keys: dict) -> pd.DataFrame:
+    def predict(
+        f: ArrayLike, limited: pd.DataFrame, chosen: np.ndarray, keys: dict
+    ) -> pd.DataFrame:
         if rows is None:
-            return fit_predict(f, table, chosen)
+            return fit_predict(f, limited, chosen)
         row = select_row(rows, keys["fraction"])
-        return fit_predict_released(f, table, chosen, row, keys["seed"])
+        return fit_predict_released(f, limited, chosen, row, keys["seed"])
 
-    out = [predict(f, chosen, keys).assign(**keys) for f, chosen, keys in subsets]
+    out = [predict(*subset).assign(**subset[-1]) for subset in subsets]
     return pd.concat(out, ignore_index=True)[COLUMNS] if out else empty_predictions(COLUMNS)
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #progru01

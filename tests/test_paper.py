@@ -125,6 +125,16 @@ def test_a_block_is_what_pytorch_counts():
     assert f.get_total_flops() == block_flops(37, 64, 2)
 
 
+def test_volumes_of_a_companion_are_kept_once():
+    def disk(*left_out):
+        cohorts = [c for c in PAPER.study.cohorts if c not in left_out]
+        study = PAPER.study.model_copy(update=dict(cohorts=cohorts))
+        return disk_usage(PAPER.model_copy(update=dict(study=study)), 10**8)["standard volumes"]
+
+    assert disk() == disk("radgenome") > disk("ct_rate", "radgenome")
+    assert disk("ct_rate") > disk("ct_rate", "radgenome"), "alone, they are its own"
+
+
 def test_without_tokens_the_disk_is_small():
     tasks = [t for t in PAPER.study.tasks if family_of(t).inputs != "tokens"]
     d = disk_usage(

@@ -166,7 +166,8 @@ def test_the_table_of_a_small_record():
 
 
 def test_the_papers_work_is_counted():
-    p, cases = load_params(PAPER), paper_cases()
+    p = load_params(PAPER)
+    cases = paper_cases(p)
     units = count_units(p, cases, 78.6, (360, 360, 330), 55)
     steps = p.pretrain.steps * p.pretrain.batch_size * p.pretrain.accum_iter
     assert units["pretrain"][1] == pytest.approx(3 * steps, rel=0.01)
@@ -174,6 +175,10 @@ def test_the_papers_work_is_counted():
     fewer = count_units(load_params(REHEARSAL), small, 5.7, (336, 336, 336), 20)
     assert units.keys() == fewer.keys()
     assert all(units[k][1] > fewer[k][1] > 0 for k in units)
+    assert (cases["radgenome"].train + cases["radgenome"].val, cases["radgenome"].test) == (
+        p.cohorts["radgenome"].train_volumes,
+        1_564,
+    )
 
 
 def test_a_task_without_predictions_is_named(tmp_path):

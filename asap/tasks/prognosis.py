@@ -12,6 +12,7 @@ __all__ = ['HORIZON_DAYS', 'LAST_HORIZON', 'INTERVAL_SCALE', 'COLUMNS', 'TASKS',
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #fb538d09
 import html
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -239,7 +240,47 @@ def censor_at_horizon(
     died = (np.asarray(event) == 1) & (np.asarray(time) <= LAST_HORIZON)
     return np.minimum(time, LAST_HORIZON), died
 
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #cidxtre1
+def _nodes_below(k: int) -> list[int]:  # of a Fenwick tree; their sum is that of places 1 to k
+    nodes = []
+    while k:
+        nodes.append(k)
+        k &= k - 1
+    return nodes
 
+
+def _nodes_above(k: int, size: int) -> list[int]:  # of a Fenwick tree of `size` places
+    nodes = []
+    while k <= size:
+        nodes.append(k)
+        k += k & -k
+    return nodes
+
+
+def _weigh_pairs(
+    time: np.ndarray,  # (n,)
+    event: np.ndarray,  # (n,) bool
+    risk: np.ndarray,  # (n,)
+    w: np.ndarray,  # (n,replicates)
+    first: np.ndarray,  # (n,replicates) weight of a patient who dies first
+) -> tuple[np.ndarray, np.ndarray]:  # (replicates,) weight of all pairs, and of those in order
+    "Sums over pairs of a death and a patient who lives longer; ties of risk count half"
+    w, rank = np.ascontiguousarray(w), np.unique(risk, return_inverse=True)[1] + 1
+    tree = np.zeros((1 + rank.max(), w.shape[1]))  # weight of those who live longer, by risk
+    longer, pairs, right = np.zeros((3, w.shape[1]))
+    order = np.lexsort((event, -time))  # of one day, deaths come last
+    for (_, died), group in itertools.groupby(order, lambda i: (time[i], event[i])):
+        day = list(group)
+        for i in day if died else ():
+            lower, upto = (tree[_nodes_below(k)].sum(0) for k in (rank[i] - 1, rank[i]))
+            pairs += first[i] * longer
+            right += first[i] * (lower + upto) / 2
+        for i in day:
+            tree[_nodes_above(rank[i], rank.max())] += w[i]
+            longer += w[i]
+    return pairs, right
+
+# %% ../../nbs/7_tasks/75_prognosis.ipynb #cidxtre2
 def c_index(
     time: ArrayLike,  # (n,) days
     event: ArrayLike,  # (n,) bool
@@ -251,12 +292,9 @@ def c_index(
     time, risk = np.asarray(time, float), np.asarray(risk, float)
     event = np.asarray(event).astype(bool)
     w = np.ones(len(time)) if weight is None else np.asarray(weight, float)
-    i = np.flatnonzero(event)
-    first = w[..., i] * (1 if death is None else np.asarray(death)[i])
-    later = (time > time[i, None]) | ((time == time[i, None]) & ~event)
-    right = later * ((risk < risk[i, None]) + (risk == risk[i, None]) / 2)
-    pairs = (first @ later * w).sum(-1)
-    out = (first @ right * w).sum(-1) / np.where(pairs > 0, pairs, np.nan)
+    first = w if death is None else w * np.asarray(death)
+    pairs, right = _weigh_pairs(time, event, risk, np.atleast_2d(w).T, np.atleast_2d(first).T)
+    out = np.reshape(right / np.where(pairs > 0, pairs, np.nan), w.shape[:-1])
     return float(out) if np.ndim(out) == 0 else out
 
 # %% ../../nbs/7_tasks/75_prognosis.ipynb #3f52d20d

@@ -250,7 +250,12 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "as organs, and every second lesion is there in place of every fourth",
         dict(align_candidates="organs", align_mask_ratio=0.5),
     ),
-    "more_steps": ("failures are final: twice the steps change nothing", dict(steps=600)),
+    "more_steps": ("failures are final: twice the steps change nothing", dict(steps=1920)),
+    "with_tokens": (
+        "where only embeddings are contrasted, tokens after attention are added, as in the whole "
+        "recipe: they carry the answer at any patch, so that hits become fewer",
+        dict(align_tokens=True),
+    ),
     "large_batch": ("more negatives separate images sooner: small gain", dict(batch_size=32)),
 }
 

@@ -1,13 +1,14 @@
-"""Processor time and peak memory of what touches every case, with 1,000 to 50,000 simulated cases.
+"""Processor time and peak memory of what touches every case, with 1,000 to 50,000 made-up cases.
 
-`python benchmarks/scale.py` writes benchmarks/scale.csv, which nbs/96a_scale.ipynb draws. A row that
-is there is not computed again; `--functions` and `--sizes` choose rows, `--again` computes them anew.
-Tables, reports, features, manifests and predictions are made up; the functions are the library's.
-Each function runs at each size in a process of its own, forked after a run with few cases that
-imports what it needs. `seconds` are those of the processor in that process, `peak_mb` is its largest resident
-memory above that at the start of the call, when the inputs exist; `process_mb` is the whole of it.
-The exponents are slopes of a line through the logarithms of the three largest sizes; there is none
-where the largest size takes less than `LEAST_SECONDS` or `LEAST_MB`.
+`python benchmarks/scale.py` writes benchmarks/scale.csv, which nbs/96a_scale.ipynb draws. A row
+that is there is not computed again; `--functions` and `--sizes` choose rows, `--again` computes
+them anew. Tables, reports, features, manifests and predictions are made up; the functions are the
+library's. Each function runs at each size in a process of its own, forked after a run with few
+cases that imports what it needs. `seconds` are those of the processor in that process, without
+`system_seconds`, which the system takes to give it memory and files; `peak_mb` is its largest
+resident memory above that at the start of the call, when the inputs exist, and `process_mb` the
+whole of it. The exponents are slopes of a line through the logarithms of the three largest sizes;
+there is none where the largest size takes less than `LEAST_SECONDS` or `LEAST_MB`.
 """
 
 import argparse
@@ -17,17 +18,18 @@ import hashlib
 import multiprocessing
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from types import SimpleNamespace
 
 SIZES = (1_000, 5_000, 20_000, 50_000)
 WARM = 60  # cases of the run before
 REPLICATES = 1000  # of the bootstrap, as params.yaml
-LEAST_SECONDS, LEAST_MB = 0.05, 10
+LEAST_SECONDS, LEAST_MB = 0.1, 10
 FUNCTIONS: dict[str, tuple[str, Callable, int]] = {}  # name -> group, generator, largest size
-COLUMNS = "group function n seconds peak_mb process_mb time_exponent memory_exponent".split()
+COLUMNS = "group function n seconds system_seconds peak_mb process_mb".split()
+COLUMNS += ["time_exponent", "memory_exponent"]
 
 
 def measured(group: str, name: str, most: int = SIZES[-1]) -> Callable:
@@ -93,7 +95,7 @@ def predictions(n: int, labels: list[str], arms: tuple[str, ...] = ("asap",), **
     return pd.concat(rows, ignore_index=True).assign(**(keys | more))
 
 
-@measured("table", "table.save")
+@measured("tables", "table.save")
 def save_table(folder: Path, n: int) -> Iterator:
     from asap.data import table
 
@@ -102,7 +104,7 @@ def save_table(folder: Path, n: int) -> Iterator:
     table.save(t, None, folder, "ct_rate", folder)
 
 
-@measured("table", "table.load")
+@measured("tables", "table.load")
 def load_table(folder: Path, n: int) -> Iterator:
     from asap.data import table
 
@@ -111,7 +113,7 @@ def load_table(folder: Path, n: int) -> Iterator:
     table.load(folder / "ct_rate.parquet", folder)
 
 
-@measured("table", "table.find_duplicates")
+@measured("tables", "table.find_duplicates")
 def duplicates(folder: Path, n: int) -> Iterator:
     from asap.data.table import find_duplicates
 
@@ -122,7 +124,7 @@ def duplicates(folder: Path, n: int) -> Iterator:
     find_duplicates(t, voxels)
 
 
-@measured("table", "splits.hold_out")
+@measured("tables", "splits.hold_out")
 def hold_out(folder: Path, n: int) -> Iterator:
     from asap.data.splits import hold_out
 
@@ -131,7 +133,7 @@ def hold_out(folder: Path, n: int) -> Iterator:
     hold_out(t, 0.1, 0)
 
 
-@measured("table", "splits.label_subsets")
+@measured("tables", "splits.label_subsets")
 def label_subsets(folder: Path, n: int) -> Iterator:
     from asap.data.splits import label_subsets
 
@@ -140,7 +142,7 @@ def label_subsets(folder: Path, n: int) -> Iterator:
     label_subsets(t, [0.01, 0.1, 1.0], 0)
 
 
-@measured("table", "splits.limit_train")
+@measured("tables", "splits.limit_train")
 def limit_train(folder: Path, n: int) -> Iterator:
     from asap.data.splits import limit_train
 
@@ -149,7 +151,7 @@ def limit_train(folder: Path, n: int) -> Iterator:
     limit_train(t, 2000)
 
 
-@measured("table", "core.Quarantine")
+@measured("tables", "core.Quarantine")
 def quarantine(folder: Path, n: int) -> Iterator:
     from asap.core import Quarantine
 
@@ -172,7 +174,7 @@ def manifest_rows(n: int) -> list[dict]:
     ]
 
 
-@measured("manifest", "store.write_manifest")
+@measured("manifests", "store.write_manifest")
 def write_manifest(folder: Path, n: int) -> Iterator:
     from asap.store import write_manifest
 
@@ -181,7 +183,7 @@ def write_manifest(folder: Path, n: int) -> Iterator:
     write_manifest(rows, folder)
 
 
-@measured("manifest", "store.find_row, every case")
+@measured("manifests", "store.find_row, every case")
 def find_rows(folder: Path, n: int) -> Iterator:
     from asap.store import find_row, write_manifest
 
@@ -209,7 +211,7 @@ def project_with_store(folder: Path, n: int):  # n objects of some bytes, record
     return store
 
 
-@measured("manifest", "store.verify")
+@measured("manifests", "store.verify")
 def verify(folder: Path, n: int) -> Iterator:
     from asap.store import verify
 
@@ -218,7 +220,7 @@ def verify(folder: Path, n: int) -> Iterator:
     assert not verify(store)
 
 
-@measured("manifest", "store.unreachable")
+@measured("manifests", "store.unreachable")
 def unreachable(folder: Path, n: int) -> Iterator:
     from asap.store import unreachable
 
@@ -227,7 +229,7 @@ def unreachable(folder: Path, n: int) -> Iterator:
     assert not unreachable(store, [folder], 0)
 
 
-@measured("manifest", "store.drop_unmet_manifests")
+@measured("manifests", "store.drop_unmet_manifests")
 def unmet(folder: Path, n: int) -> Iterator:
     from asap.store import drop_unmet_manifests
 
@@ -236,7 +238,7 @@ def unmet(folder: Path, n: int) -> Iterator:
     assert not drop_unmet_manifests(folder)
 
 
-@measured("corpus", "corpus.load_corpus")
+@measured("corpus and pre-training", "corpus.load_corpus")
 def load_corpus(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -265,7 +267,7 @@ def load_corpus(folder: Path, n: int) -> Iterator:
     load_corpus(["ct_rate"], folder)
 
 
-@measured("corpus", "corpus.corpus_digest")
+@measured("corpus and pre-training", "corpus.corpus_digest")
 def digest(folder: Path, n: int) -> Iterator:
     from asap.data.corpus import corpus_digest
 
@@ -286,7 +288,7 @@ def dataset(folder: Path, table):  # of pre-training, the built-in params
     return ImageReportDataset(table, load_params(), text, 0, augment=False)
 
 
-@measured("pre-training", "ImageReportDataset, reports")
+@measured("corpus and pre-training", "ImageReportDataset, reports")
 def read_reports(folder: Path, n: int) -> Iterator:
     t = cohort(n, texts=True)
     dataset(folder, t[:1])
@@ -294,7 +296,7 @@ def read_reports(folder: Path, n: int) -> Iterator:
     dataset(folder, t)
 
 
-@measured("pre-training", "positional_baseline, with maps of 96 x 96 x 48", 5000)
+@measured("corpus and pre-training", "positional_baseline, with maps of 96 x 96 x 48", 5000)
 def positional_baseline(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -310,7 +312,7 @@ def positional_baseline(folder: Path, n: int) -> Iterator:
     positional_baseline(data, folder)
 
 
-@measured("pre-training", "positional_baseline, mean and median of 2,744 patches")
+@measured("corpus and pre-training", "positional_baseline, mean and median of 2,744 patches")
 def mean_and_median(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -341,7 +343,7 @@ def text_encoder():  # the real class; its network gives the same features to ev
     return TextEncoder(Ones(), BertTokenizer.from_pretrained(resource_path("weights/text")), 512)
 
 
-@measured("text", "retrieve.report_features")
+@measured("text and features", "retrieve.report_features")
 def report_features(folder: Path, n: int) -> Iterator:
     from asap.tasks.retrieve import report_features
 
@@ -350,7 +352,7 @@ def report_features(folder: Path, n: int) -> Iterator:
     report_features(t, text)
 
 
-@measured("text", "pretrain.embed_sentences")
+@measured("text and features", "pretrain.embed_sentences")
 def embed_sentences(folder: Path, n: int) -> Iterator:
     from asap.pretrain.pretrain import embed_sentences
 
@@ -359,7 +361,7 @@ def embed_sentences(folder: Path, n: int) -> Iterator:
     embed_sentences(text, {s for r in said for s in r.split(". ")}, folder)
 
 
-@measured("features", "embed.save and embed.load")
+@measured("text and features", "embed.save and embed.load")
 def features(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -371,7 +373,7 @@ def features(folder: Path, n: int) -> Iterator:
     embed.load(folder, "ct_rate")
 
 
-@measured("features", "layer_norm and standardize_features")
+@measured("text and features", "layer_norm and standardize_features")
 def standardize(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -441,7 +443,7 @@ def retrieval_metrics(folder: Path, n: int) -> Iterator:
     metrics(both, REPLICATES, "retrieve_ct_rate")
 
 
-@measured("metrics", "metrics.bootstrap_weights, drawn together")
+@measured("predictions", "metrics.bootstrap_weights, drawn together")
 def draws(folder: Path, n: int) -> Iterator:
     from asap.tasks.metrics import JointDraws, bootstrap_weights
 
@@ -451,7 +453,7 @@ def draws(folder: Path, n: int) -> Iterator:
     bootstrap_weights(patients.to_numpy(), REPLICATES, joint)
 
 
-@measured("metrics", "classify.metrics, 18 labels")
+@measured("predictions", "classify.metrics, 18 labels")
 def classify_metrics(folder: Path, n: int) -> Iterator:
     from asap.abnormalities import ABNORMALITIES
     from asap.tasks.classify import metrics
@@ -461,7 +463,7 @@ def classify_metrics(folder: Path, n: int) -> Iterator:
     metrics(d, REPLICATES, "classify_ct_rate")
 
 
-@measured("metrics", "prognosis.metrics, 12 % died")
+@measured("predictions", "prognosis.metrics, 12 % died")
 def prognosis_metrics(folder: Path, n: int) -> Iterator:
     import numpy as np
     import pandas as pd
@@ -491,7 +493,7 @@ def text_scores(n: int) -> dict:  # columns of scored texts
     }
 
 
-@measured("metrics", "report.metrics")
+@measured("predictions", "report.metrics")
 def report_metrics(folder: Path, n: int) -> Iterator:
     from asap.tasks.report import metrics
 
@@ -501,7 +503,7 @@ def report_metrics(folder: Path, n: int) -> Iterator:
     metrics(d, REPLICATES, "report_ct_rate")
 
 
-@measured("metrics", "vqa.metrics, a question a case")
+@measured("predictions", "vqa.metrics, a question a case")
 def vqa_metrics(folder: Path, n: int) -> Iterator:
     import numpy as np
 
@@ -515,7 +517,7 @@ def vqa_metrics(folder: Path, n: int) -> Iterator:
     metrics(d, REPLICATES, "vqa_radgenome")
 
 
-@measured("metrics", "zero-shot scores, 18 labels")
+@measured("predictions", "zero-shot scores, 18 labels")
 def zero_shot(folder: Path, n: int) -> Iterator:
     import numpy as np
     import pandas as pd
@@ -534,7 +536,7 @@ def zero_shot(folder: Path, n: int) -> Iterator:
     vocabulary.add_mismatched_control(pd.concat(rows, ignore_index=True), "asap", 0)
 
 
-@measured("table", "tables.write_tables, 2 arms, 4 labels")
+@measured("tables", "tables.write_tables, 2 arms, 4 labels")
 def write_tables(folder: Path, n: int) -> Iterator:
     import numpy as np
     import pandas as pd
@@ -593,11 +595,12 @@ def measure(name: str, n: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="asap-") as folder:
         steps = FUNCTIONS[name][1](Path(folder), n)
         next(steps)
-        start, clock = start_of_peak(), time.process_time()
+        start, before = start_of_peak(), getrusage(RUSAGE_SELF)
         next(steps, None)
-        seconds, peak = time.process_time() - clock, status("VmHWM")
-    out = dict(seconds=round(seconds, 3), peak_mb=round(peak - start, 1))
-    return out | dict(process_mb=round(peak))
+        after, peak = getrusage(RUSAGE_SELF), status("VmHWM")
+    out = dict(seconds=round(after.ru_utime - before.ru_utime, 3))
+    out["system_seconds"] = round(after.ru_stime - before.ru_stime, 3)
+    return out | dict(peak_mb=round(peak - start, 1), process_mb=round(peak))
 
 
 def call(name: str, n: int) -> dict:  # of `measure` in a process of its own

@@ -63,6 +63,7 @@ TUTORIALS = {  # title in the menu; tutorials that are not listed follow with th
     "tutorials/new_task.ipynb": "A new task",
     "tutorials/cluster.ipynb": "A cluster",
     "96_cost.ipynb": "What the paper's scale costs",
+    "96a_scale.ipynb": "Fifty thousand cases",
 }
 CHAPTERS = {
     "1_phantom": "Phantoms",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SegmenterConfig', 'build_segmenter', 'Segmenter', 'save_segmenter', 'read_segmenter_config', 'load_segmenter',
-           'NoChestError', 'predict_probabilities', 'remove_small_pieces', 'classes_on_grid', 'segment_organs',
-           'check_chest', 'shipped_source', 'choose_source']
+           'NoChestError', 'predict_probabilities', 'remove_small_pieces', 'lung_classes', 'join_air',
+           'classes_on_grid', 'segment_organs', 'check_chest', 'shipped_source', 'choose_source']
 
 # %% ../../nbs/3_anatomy/34_segmenter.ipynb #d542ea26
 from collections.abc import Sequence
@@ -53,6 +53,8 @@ class SegmenterConfig(BaseConfig):
     min_piece: OpenFraction = 0.1  # of the largest piece of an organ; smaller ones are removed
     min_lung: PositiveFloat = 150.0  # ml; a scan with less has no chest
     min_confidence: OpenFraction = 0.6  # of the lungs; a scan with less has no chest
+    lung_air: float = -500.0  # HU; what is darker and touches a lung may be lung
+    min_contact: OpenFraction = 0.1  # of its surface with a lung; bowel gas touches none
 
 # %% ../../nbs/3_anatomy/34_segmenter.ipynb #573cdfff
 def build_segmenter(
@@ -160,6 +162,45 @@ def remove_small_pieces(
     return proba.argmax(0).numpy()
 
 
+def lung_classes(
+    s: Segmenter,
+) -> list[int]:
+    "Classes of the groups that hold lung alone"
+    groups = enumerate(s.groups.values(), 1)
+    return [k for k, names in groups if all(n.startswith("lung") for n in names)]
+
+
+def join_air(
+    proba: torch.Tensor,  # (n+2,W,H,D), changed in place
+    found: np.ndarray,  # (W,H,D), classes
+    hu: np.ndarray,  # (W,H,D)
+    s: Segmenter,
+) -> np.ndarray:  # (W,H,D), the class of each voxel
+    "Give pieces of air that border on lung to the nearest lobe"
+    from scipy.ndimage import convolve, distance_transform_edt, generate_binary_structure, label
+
+    lungs, rest = np.isin(found, lung_classes(s)), len(s.groups) + 1
+    air = (found == rest) & (hu < s.config.lung_air)
+    pieces, count = label(air)
+    if not count or not lungs.any():
+        return found
+    faces = generate_binary_structure(3, 1).astype(np.uint8)
+    near_lung, near_air = (
+        convolve(m.astype(np.uint8), faces, mode="constant") for m in (lungs, air)
+    )
+    contact = np.bincount(pieces.ravel(), near_lung.ravel())
+    surface = np.bincount(pieces.ravel(), 7 - near_air.ravel().astype(float))  # itself is one of 7
+    joined = contact >= s.config.min_contact * surface
+    joined[0] = False
+    mask = joined[pieces]
+    nearest = distance_transform_edt(~lungs, return_distances=False, return_indices=True)
+    lobe = torch.from_numpy(found[tuple(nearest)][mask].astype(np.int64))
+    where = torch.from_numpy(mask).nonzero().T
+    proba[lobe, *where] += proba[rest, *where]
+    proba[rest, *where] = 0
+    return proba.argmax(0).numpy()
+
+
 def _interpolation(n: int, m: int, scale: float, start: float) -> torch.Tensor:  # (m,n)
     "Linear interpolation along one axis as a matrix"
     at = np.clip(start + scale * np.arange(m), 0, n - 1)
@@ -206,6 +247,7 @@ def segment_organs(
     hu = resample(v.hu, v.affine, shape, affine, fill=-1000, clip=c.hu_range)
     proba = predict_probabilities(hu, s)
     found = remove_small_pieces(proba, len(names), c.min_piece)
+    found = join_air(proba, found, hu, s)
     check_chest(found, proba, s)
     confidence: dict[str, float | None] = {}
     for k, name in enumerate(names, 1):
@@ -222,12 +264,7 @@ def check_chest(
     s: Segmenter,
 ) -> None:
     "Raise `NoChestError` where there is too little lung, or lung of low confidence"
-    lungs = [
-        k
-        for k, names in enumerate(s.groups.values(), 1)
-        if all(n.startswith("lung") for n in names)
-    ]
-    if not lungs:
+    if not (lungs := lung_classes(s)):
         return
     mask = torch.from_numpy(np.isin(found, lungs))
     ml = float(mask.sum()) * np.prod(s.config.spacing) / 1000

@@ -247,8 +247,8 @@ def segment_organs(
     hu = resample(v.hu, v.affine, shape, affine, fill=-1000, clip=c.hu_range)
     proba = predict_probabilities(hu, s)
     found = remove_small_pieces(proba, len(names), c.min_piece)
-    found = join_air(proba, found, hu, s)
     check_chest(found, proba, s)
+    found = join_air(proba, found, hu, s)
     confidence: dict[str, float | None] = {}
     for k, name in enumerate(names, 1):
         mask = torch.from_numpy(found == k)

@@ -59,7 +59,7 @@ def arguments():
     return a
 
 
-def write_card(s, c, dice, m, stress, k) -> str:
+def write_card(s, c, dice, m, stress, k, code) -> str:
     return CARD.format(
         spacing="x".join(f"{x:g}" for x in c.spacing),
         size=sum(q.numel() for q in s.model.parameters()),
@@ -69,7 +69,7 @@ def write_card(s, c, dice, m, stress, k) -> str:
         n=c.num_phantoms,
         m=m,
         groups=", ".join(f"{name} {v:.2f}" for name, v in dice.items()),
-        code=code_version(),
+        code=code,
         k=k,
         **stress,
     )
@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     p = load_params(sections=["study", "anatomy", "organs"])
     c = p.organs.model_copy(update=dict(leave_out=a.leave_out))
-    started = time.monotonic()
+    started, code = time.monotonic(), code_version()  # before anything is written
 
     def on_eval(s):
         return validate_on_chests(s, 3).mean().to_dict()
@@ -114,7 +114,7 @@ def main() -> None:
         write_csv(table.round(4), project_root() / "benchmarks/organs.csv")
         write_json(summary, project_root() / "benchmarks/organs_stress.json")
     place = project_root() / "weights/organs" if a.keep else Path(a.folder) / "organs"
-    save_segmenter(s, place, write_card(s, c, table.mean(), len(table), summary, a.bodies_3b))
+    save_segmenter(s, place, write_card(s, c, table.mean(), len(table), summary, a.bodies_3b, code))
     print(place)
 
 

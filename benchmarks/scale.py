@@ -399,30 +399,31 @@ def fit_retrieval(folder: Path, n: int) -> Iterator:
     fit_predict(f, t, table, config, 0)
 
 
-@measured("retrieval", "retrieve.rank_embeddings, every case a candidate")
-def rank_all(folder: Path, n: int) -> Iterator:
+def embedded_pairs(n: int) -> tuple:  # (n,128) of both sides, table, number of each report
     import torch
 
-    from asap.tasks.retrieve import rank_embeddings, report_ids
+    from asap.tasks.retrieve import report_ids
 
     torch.manual_seed(0)
     u, v = (torch.nn.functional.normalize(torch.randn(n, 128), dim=1) for _ in range(2))
     table = cohort(n, texts=True)
-    number = report_ids(table)
+    return u, v, table, report_ids(table)
+
+
+@measured("retrieval", "retrieve.rank_embeddings, every case a candidate")
+def rank_all(folder: Path, n: int) -> Iterator:
+    from asap.tasks.retrieve import rank_embeddings
+
+    u, v, table, number = embedded_pairs(n)
     yield
     rank_embeddings(u, v, table, number)
 
 
 @measured("retrieval", "retrieve.rank_embeddings, 3,039 candidates")
 def rank_pool(folder: Path, n: int) -> Iterator:
-    import torch
+    from asap.tasks.retrieve import rank_embeddings
 
-    from asap.tasks.retrieve import rank_embeddings, report_ids
-
-    torch.manual_seed(0)
-    u, v = (torch.nn.functional.normalize(torch.randn(n, 128), dim=1) for _ in range(2))
-    table = cohort(n, texts=True)
-    number = report_ids(table)
+    u, v, table, number = embedded_pairs(n)
     yield
     for i in range(0, n, 3039):
         part = slice(i, i + 3039)

@@ -54,7 +54,7 @@ class SegmenterConfig(BaseConfig):
     min_lung: PositiveFloat = 150.0  # ml; a scan with less has no chest
     min_confidence: OpenFraction = 0.6  # of the lungs; a scan with less has no chest
     lung_air: float = -500.0  # HU; what is darker and touches a lung may be lung
-    min_contact: OpenFraction = 0.1  # of its surface with a lung; bowel gas touches none
+    min_contact: OpenFraction = 0.1  # of its surface with a lung; bowel gas hardly touches any
 
 # %% ../../nbs/3_anatomy/34_segmenter.ipynb #573cdfff
 def build_segmenter(

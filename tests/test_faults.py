@@ -13,11 +13,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 from conftest import TOP
 from files import FORMS, write as write_as
+from tiny_cases import toy_table
 
 from asap.cli import main
 from asap.core import atomic_write, list_files, write_json
@@ -112,28 +112,6 @@ def test_without_permission(tmp_path):
     (shut / "series").chmod(0o755)
 
 
-def table(folder, n=4):
-    rows = [
-        dict(
-            case=f"c{i}",
-            scan=f"s{i}",
-            patient=f"p{i}",
-            image=str(folder / f"{i}.nii.gz"),
-            organ_map="",
-            target_map="",
-            findings="",
-            impression="",
-            split="train",
-            time_days=None,
-            event=None,
-        )
-        for i in range(n)
-    ]
-    for r in rows:
-        write(C.hu, C.affine, r["image"])
-    return pd.DataFrame(rows)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     "A disk of one megabyte"
@@ -160,7 +138,7 @@ def test_a_full_disk_stops_and_loses_nothing(small_disk, tmp_path):
         sorted(f.name for f in small_disk.iterdir()) == ["metrics.json"]
         and "kept" in (small_disk / "metrics.json").read_text()
     )
-    t = table(tmp_path, 30)
+    t = toy_table(tmp_path, 30, kinds=1)
     with pytest.raises(OSError, match="No space left"):
         prepare_cases(
             t, small_disk / "volumes", small_disk / "organs", HOW, quarantine=small_disk / "q.csv"
@@ -231,7 +209,7 @@ def test_two_processes_on_the_same_files(tmp_path):
 
 def test_two_preparations_of_one_cohort(tmp_path):
     "Both end well, with the same volumes"
-    t = table(tmp_path, 6)
+    t = toy_table(tmp_path, 6, kinds=1)
     t.to_parquet(tmp_path / "t.parquet")
     code = textwrap.dedent(f"""
         import pandas as pd
@@ -255,13 +233,13 @@ def test_two_preparations_of_one_cohort(tmp_path):
 
 def test_a_changed_number_and_a_kill_do_not_mix(tmp_path):
     "A volume whose record was taken away is made anew, though its file is there"
-    t = table(tmp_path, 2)
+    t = toy_table(tmp_path, 2, kinds=1)
     prepare_cases(t, tmp_path / "v", tmp_path / "o", HOW)
-    first = (tmp_path / "v/c0.nii").read_bytes()
-    (tmp_path / "v/c0.nii").write_bytes(b"of another run")
-    (tmp_path / "v/c0.json").unlink()
+    first = (tmp_path / "v/c000.nii").read_bytes()
+    (tmp_path / "v/c000.nii").write_bytes(b"of another run")
+    (tmp_path / "v/c000.json").unlink()
     prepare_cases(t, tmp_path / "v", tmp_path / "o", HOW)
-    assert (tmp_path / "v/c0.nii").read_bytes() == first
+    assert (tmp_path / "v/c000.nii").read_bytes() == first
 
 
 def test_embed_and_standardise_quarantine(tmp_path, capsys):

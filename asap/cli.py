@@ -42,7 +42,7 @@ from .launch import LAUNCHED, count_processes, run_cells, run_processes
 from .params import load_params, read_params
 from .preempt import ignore_signals, stop_on_signal
 from .privacy import make_private, private_umask
-from .processes import LOCKS, hold_lock, lead
+from .processes import DVC_LOCK_ADVICE, DVC_LOCK_ERROR, LOCKS, hold_lock, lead
 from .resources import ResourceError, explain_failure, find_shortage
 from .slurm import JobResources, job_resources, run_as_job
 
@@ -1694,6 +1694,10 @@ def _run(a: argparse.Namespace) -> int:  # exit code
         )
     except (ValueError, OSError) as e:
         print(f"asap: {e}", file=sys.stderr)
+    except Exception as e:
+        if not DVC_LOCK_ERROR.search(str(e)):
+            raise
+        print(f"asap: {DVC_LOCK_ADVICE}", file=sys.stderr)
     finally:
         os.umask(umask)
     return 1

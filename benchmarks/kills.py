@@ -33,12 +33,16 @@ from asap.processes import LOCKS, is_held, start_time
 
 COMMANDS = {"asap study": smoke.STUDY, "dvc repro": [sys.executable, "-m", "dvc", "repro"]}
 AFTER = 2.0  # s from a kill to the look at what is left
+PATIENCE = (
+    10.0  # s in which what is left may end by itself: a row says when, it is a fault all the same
+)
 LOOKS = 0.2  # s between two looks at the kernels
 TRIES = 3  # runs in a row that may stop by themselves
+ERRORS = re.compile(r"\bERROR\b|\basap: |Error: |failed; ")
 STOPPED_BY_LOCK = re.compile(r"RWLock|acquire lock|is busy|is running already", re.I)
 COLUMNS = (
-    "round command at_once planned seconds ended stages left locks half_lock two_writers mended "
-    "compared different said"
+    "round command at_once planned seconds ended stages left gone_after "
+    "locks half_lock two_writers mended compared different said"
 ).split()
 
 
@@ -222,7 +226,6 @@ class Campaign:
         if step.at_once and following:
             next_run = self.start(following.command)
         time.sleep(max(0.0, look - time.monotonic()))
-        left = smoke.processes_of(self.folder, run.number) + smoke.strangers_in(self.folder)
         self.append(
             command=run.command,
             at_once=int(next_run is not None),
@@ -230,12 +233,20 @@ class Campaign:
             seconds=seconds,
             ended="killed",
             stages=";".join(stages),
-            left=";".join(describe(p) for p in left),
+            **self._left(run),
             locks=";".join(locks_of_the_dead(self.folder)),
             half_lock=int(half or (not step.at_once and is_half_written(lock))),
         )
         smoke.end_all(self.folder, run.number)
         return next_run
+
+    def _left(self, run: Run) -> dict:  # part of a row
+        "Processes that are left of a run, and when the last of them has ended"
+        found = smoke.processes_of(self.folder, run.number) + smoke.strangers_in(self.folder)
+        words, began = [describe(p) for p in found], time.monotonic()
+        alive = psutil.wait_procs(found, timeout=PATIENCE)[1] if found else []
+        gone = AFTER + time.monotonic() - began
+        return dict(left=";".join(words), gone_after="never" if alive else round(gone, 1))
 
     def _ended(self, run: Run, code: int) -> None:
         "A run that ended by itself: compare and begin anew, or see what stopped it"
@@ -250,11 +261,14 @@ class Campaign:
             if different:
                 self.folder.rename(kept)
             return
-        said = self.log.read_text(errors="replace").strip().splitlines()
-        self.append(**row, said=" | ".join(said[-3:]), mended=self._doctor())
-        log_message(f"{run.command} stopped by itself ({code}): {said[-1] if said else ''}")
+        said = read_errors(self.log.read_text(errors="replace"))
+        self.log.rename(self.work / f"stopped-{len(self.rows) + 1}.log")
+        self.append(**row, said=said, mended=self._doctor())
+        log_message(f"{run.command} stopped by itself ({code}): {said}")
         if sum(r["ended"] not in ("killed", "0") for r in self.rows[-TRIES:]) == TRIES:
-            raise SystemExit(f"{TRIES} runs in a row stopped by themselves: {self.log}")
+            raise SystemExit(
+                f"{TRIES} runs in a row stopped by themselves: {self.work}/stopped-*.log"
+            )
 
     def _doctor(self) -> int:  # lines with `mended`
         "`asap doctor`, as a person calls it after a run that stopped"
@@ -272,9 +286,16 @@ class Campaign:
         )
 
 
+def read_errors(text: str) -> str:
+    "The lines of a run's output that say what stopped it, or the last ones"
+    lines = text.strip().splitlines()
+    return " | ".join([line for line in lines if ERRORS.search(line)][:5] or lines[-3:])
+
+
 def describe(p: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
-        return f"{p.pid} {' '.join(p.cmdline())[:160]}"
+        age = time.time() - p.create_time()
+        return f"{p.pid}, {age:.1f} s old, {' '.join(p.cmdline())[:160]}"
     return f"{p.pid}"
 
 

@@ -77,7 +77,7 @@ def keep_if_same(
     settings: dict,  # that its rows depend on
 ) -> None:
     "Remove what a campaign has kept of other files or settings"
-    record, now = work / "campaign.json", study_fingerprint() | settings
+    record, now = work / "settings.json", study_fingerprint() | settings
     if is_changed(record, now):
         shutil.rmtree(work / "study", ignore_errors=True)
         (work / "rows.csv").unlink(missing_ok=True)

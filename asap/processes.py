@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'INTERVAL', 'LOCKS', 'DVC_LOCK_ERROR', 'DVC_LOCK_ADVICE', 'start_time', 'all_run', 'end_with_them', 'parent',
-           'started_by_dvc', 'lead', 'BusyError', 'has_locks', 'lock_holder', 'holder_has_ended', 'is_held',
-           'hold_lock']
+           'started_by_dvc', 'has_lost_dvc', 'follow_dvc', 'lead', 'BusyError', 'has_locks', 'lock_holder',
+           'holder_has_ended', 'is_held', 'hold_lock']
 
 # %% ../nbs/06_processes.ipynb #fb19bd5c
 import contextlib
@@ -78,6 +78,8 @@ def _watch() -> None:
 
 def end_with_them() -> None:
     "End this process when one of those in `ASAP_STARTED_BY` ends; `import asap` calls it"
+    if sys.platform != "win32" and not os.environ.get(ABOVE):
+        follow_dvc()
     if os.environ.get(ABOVE) and sys.platform != "win32" and not _watching.is_set():
         _watching.set()
         threading.Thread(target=_watch, daemon=True).start()
@@ -115,6 +117,28 @@ def started_by_dvc() -> list[int]:  # processes
         return []
     dvc = parent(above) if _is_shell(above) else None
     return [above, dvc] if dvc and dvc != 1 else [above]
+
+
+def has_lost_dvc() -> bool:
+    "Whether the DVC that started this process has ended before it could be watched"
+    above, session = os.getppid(), os.getsid(0)
+    dvc = parent(above) if _is_shell(above) else above
+    if "DVC_STAGE" not in os.environ or not dvc or session in (os.getpid(), above):
+        return False
+    try:
+        return os.getsid(dvc) != session
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+
+
+def follow_dvc() -> None:
+    "Let this process end with the DVC that has started it"
+    if has_lost_dvc():
+        os._exit(1)
+    if found := started_by_dvc():
+        os.environ[ABOVE] = " ".join(map(_name, found))
 
 
 def lead() -> None:

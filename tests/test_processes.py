@@ -84,6 +84,36 @@ def test_a_killed_run_leaves_no_process(project, start):
             p.kill()
 
 
+LATE = """
+import os, time
+from pathlib import Path
+Path("begun").write_text(str(os.getpid()))
+while not Path("go").exists():
+    time.sleep(0.05)
+import asap
+time.sleep(300)
+"""
+
+
+@linux
+def test_a_stage_whose_dvc_was_killed_before_it_could_look(project):
+    "Its parent is another process by then"
+    (project / "stage.py").write_text(LATE)
+    env = {k: v for k, v in os.environ.items() if k != ABOVE}
+    words = [sys.executable, *STARTS["dvc"]]
+    run = subprocess.Popen(words, cwd=project, env=env, start_new_session=True)
+    wait_for(lambda: (project / "begun").exists() and (project / "begun").read_text())
+    stage = psutil.Process(int((project / "begun").read_text()))
+    try:
+        run.kill()
+        run.wait()
+        (project / "go").touch()
+        wait_for(lambda: not alive([stage]), 10)
+    finally:
+        for p in alive([stage]):
+            p.kill()
+
+
 @linux
 def test_a_number_that_is_used_again_is_another_process():
     own = f"{os.getpid()}:{start_time(os.getpid())}"

@@ -2,24 +2,23 @@
 preemption, cancellation, a waiting process that is stopped or killed. `make cluster` runs all"""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections import deque
 
 import psutil
 import pytest
 from conftest import TOP
+from toy_stage import TRAIN, Run, write_project
 
 sys.path.insert(0, str(TOP / "tests/cluster"))
 from slurm import missing, slurm
 
 ABSENT = [*missing(), *(["submitit"] if importlib.util.find_spec("submitit") is None else [])]
-pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
+SLURM = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
+pytestmark = SLURM
+URGENT = ("--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=true")
 
 # Each pause ends when the stage is asked to stop: the request falls into that step
 COUNT = """
@@ -46,34 +45,6 @@ with catch_signals():
         if stop_requested():
             raise Preempted("count", step + 1, saved=True)
 """
-TRAIN = """
-import time
-
-import torch
-from safetensors.torch import save_file
-
-from asap.core import log_message, project_root
-from asap.preempt import stop_requested
-from asap.train import fit
-
-class Points:
-    def __len__(self):
-        return 16
-    def __getitem__(self, index):
-        return torch.tensor([index[1] / 8 - 1])
-
-def loss(model, x, step):
-    log_message(f"step {step}")
-    while str(step) in pauses.split(",") and not stop_requested():
-        time.sleep(0.01)
-    return ((model(x) - 3 * x) ** 2).mean(), {}
-
-torch.manual_seed(0)
-root, model = project_root(), torch.nn.Linear(1, 1)
-fit(model, loss, Points(), steps=40, batch=8, lr=0.1, seed=0, folder=root / "run",
-    save_every=10**9, precision_="no")
-save_file(model.state_dict(), root / "weights.safetensors")
-"""
 RESOURCES = "text: {cpus: 1, memory: 1, minutes: 10}\n"
 
 
@@ -83,62 +54,20 @@ def cluster():
         yield dict(os.environ)
 
 
-def write_project(folder, code):
-    "A project with one stage, `text`"
-    first = dict(
-        cell_type="code",
-        id="a",
-        metadata=dict(tags=["parameters"]),
-        source="stage = ''\npauses = ''\nfail = ''",
-        outputs=[],
-        execution_count=None,
-    )
-    cells = [first, dict(first, id="b", metadata={}, source=code)]
-    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    notebook = dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
-    (folder / "nbs/stages").mkdir(parents=True)
-    (folder / "nbs/stages/text.ipynb").write_text(json.dumps(notebook))
+def write(folder, code):
+    "A project whose stage is a job"
+    write_project(folder, code)
     (folder / "cluster.yaml").write_text(RESOURCES)
     return folder
 
 
-class Run:
-    "`asap stage text`, and what it has printed"
-
-    def __init__(self, project, env, *given, launcher="slurm"):
-        env = env | dict(ASAP_ROOT=str(project), ASAP_STAGES="1", OMP_NUM_THREADS="1")
-        env |= dict(ASAP_LAUNCHER=launcher, ASAP_PROCESSES="1")
-        env["PYTHONPATH"] = os.pathsep.join([str(TOP), env.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "asap.cli", "stage", "text", *given]
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        self.said, self.unread = "", deque()
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
-
-    def read(self):
-        for line in self.process.stderr:
-            self.said += line
-            self.unread.append(line)
-
-    def wait_for(self, text, seconds=300):
-        "Until a line that has not been waited for has the text; the line"
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            while self.unread:
-                if text in (line := self.unread.popleft()):
-                    return line
-            assert self.reader.is_alive(), self.said
-            time.sleep(0.05)
-        raise TimeoutError(f"no `{text}` in {self.said}")
-
-    def code(self, seconds=300):
-        code = self.process.wait(seconds)
-        self.reader.join()
-        return code
+def start(project, env, *given):
+    return Run(project, *given, env=env, launcher="slurm")
 
 
-def job_of(project):
-    return (project / "build/jobs/text/job").read_text()
+def job_of(project, stage="text"):  # "": it has none yet
+    number = project / f"build/jobs/{stage}/job"
+    return number.read_text() if number.exists() else ""
 
 
 def ask(*words, env):
@@ -147,14 +76,14 @@ def ask(*words, env):
 
 def test_a_stage_is_a_job(cluster, tmp_path):
     "It shows its progress, states and errors; what it made is there"
-    project = write_project(tmp_path, COUNT)
-    run = Run(project, cluster)
+    project = write(tmp_path, COUNT)
+    run = start(project, cluster)
     assert run.code() == 0, run.said
     for part in ("text: job ", "is RUNNING", "step 39", "text: 0."):
         assert part in run.said
     assert (project / "kept").read_text() == "40"
     assert (project / "runs/notebooks/text.ipynb").exists()
-    run = Run(project, cluster, "fail=1")
+    run = start(project, cluster, "fail=1")
     assert run.code() == 1
     assert "ValueError: broken in the job" in run.said
 
@@ -162,14 +91,13 @@ def test_a_stage_is_a_job(cluster, tmp_path):
 @pytest.mark.cluster
 def test_preempted_twice_it_ends_with_the_same_bytes(cluster, tmp_path):
     "By a job of another partition, and by the signal that precedes the end of a slot"
-    whole = write_project(tmp_path / "whole", TRAIN)
-    run = Run(whole, cluster, launcher="")
+    whole = write(tmp_path / "whole", TRAIN)
+    run = Run(whole)
     assert run.code() == 0, run.said
-    project = write_project(tmp_path / "preempted", TRAIN)
-    run = Run(project, cluster, "pauses=11,23")
+    project = write(tmp_path / "preempted", TRAIN)
+    run = start(project, cluster, "pauses=11,23")
     run.wait_for("step 11")
-    urgent = ["--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=true"]
-    ask("sbatch", *urgent, env=cluster)
+    ask("sbatch", *URGENT, env=cluster)
     run.wait_for("stopped after step 12, its state is saved")
     run.wait_for("is PENDING")
     run.wait_for("step 23")
@@ -185,13 +113,13 @@ def test_preempted_twice_it_ends_with_the_same_bytes(cluster, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_waiting_process_ends(cluster, tmp_path, number):
     "Stopped, it cancels its job; killed, the next run does so. The stage saves in either case"
-    project = write_project(tmp_path, COUNT)
-    run = Run(project, cluster, "pauses=11")
+    project = write(tmp_path, COUNT)
+    run = start(project, cluster, "pauses=11")
     run.wait_for("step 11")
     job = job_of(project)
     run.process.send_signal(number)
     assert run.code() == (75 if number == signal.SIGTERM else -9), run.said
-    run = Run(project, cluster)
+    run = start(project, cluster)
     assert run.code() == 0, run.said
     assert (f"job {job} of a run that was killed" in run.said) == (number == signal.SIGKILL)
     assert "resumed at step 12" in run.said and job != job_of(project)
@@ -200,13 +128,13 @@ def test_the_waiting_process_ends(cluster, tmp_path, number):
 @pytest.mark.cluster
 def test_a_job_that_ends_otherwise(cluster, tmp_path):
     "Canceled by somebody, it has saved; killed without a signal before, it has no result"
-    project = write_project(tmp_path, COUNT)
-    run = Run(project, cluster, "pauses=11")
+    project = write(tmp_path, COUNT)
+    run = start(project, cluster, "pauses=11")
     run.wait_for("step 11")
     ask("scancel", job_of(project), env=cluster)
     assert run.code() == 75
     assert f"text: job {job_of(project)} is CANCELLED; start again to go on" in run.said
-    run = Run(project, cluster, "pauses=20")
+    run = start(project, cluster, "pauses=20")
     run.wait_for("step 20")
     words = {"submitit.core._submit", str(project / "build/jobs/text")}
     for p in psutil.process_iter(["cmdline"]):

@@ -1,5 +1,5 @@
-"""A part of `make kills` and `make full_disk`, on a project of two stages; and that the campaigns
-notice what they look for"""
+"""A part of `make kills`, on a project of two stages; and that the campaign notices what it looks
+for"""
 
 import os
 import subprocess
@@ -31,20 +31,10 @@ LEAVES = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!
 
 
 @pytest.fixture(scope="module")
-def scripts():
+def kills():
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(TOP / "benchmarks"))
-        return [load_script(TOP / f"benchmarks/{n}.py") for n in ("kills", "full_disk")]
-
-
-@pytest.fixture
-def kills(scripts):
-    return scripts[0]
-
-
-@pytest.fixture
-def full_disk(scripts):
-    return scripts[1]
+        return load_script(TOP / "benchmarks/kills.py")
 
 
 def make_project(folder, seconds=1.0):
@@ -196,45 +186,3 @@ def test_bytes_are_compared_but_for_times(kills, tmp_path):
     assert (
         smoke.differences(written(), first) == ["runs/b.csv"] == smoke.differences(first, written())
     )
-
-
-# ----- a full disk
-
-
-def test_a_small_study_on_a_small_disk(full_disk, expected, tmp_path):
-    campaign = full_disk.Campaign(
-        tmp_path, expected, lambda f: make_project(f, 0.0), tuple(STUDY), limit=120
-    )
-    try:
-        row = campaign.try_size(5_000_000, 30_000_000)
-    except full_disk.NoDiskError as e:
-        pytest.skip(f"no small disk can be mounted here: {e}")
-    row = {k: str(v) for k, v in row.items()}
-    assert not full_disk.is_fault(row), row
-    assert (row["stage"], row["done"], row["done_after"]) == ("b", "1", "1")
-    assert not os.path.ismount(campaign.folder)
-
-
-SENTENCE = (
-    "text stopped: no space is left. 0.00 GB are free for build, runs ({}/build). Make room there, "
-    "or move the project or TMPDIR to a larger disk, and start again: finished stages stay"
-)
-
-
-def test_what_a_person_reads(full_disk, tmp_path):
-    told = full_disk.judge(f"text | asap: {SENTENCE.format(tmp_path)}\n", tmp_path)
-    told |= dict(stopped="1", ended="0", different="", traceback="0")
-    assert (told["stage"], told["free"], told["place"]) == ("text", "0.00", "named")
-    assert not full_disk.is_fault(told)
-    other = full_disk.judge(SENTENCE.format("/another"), tmp_path)
-    assert other["place"] == "/another/build" and full_disk.is_fault(told | other)
-    silent = full_disk.judge("Traceback (most recent call last):\nOSError: [Errno 28]", tmp_path)
-    assert silent["traceback"] == 1 and not silent["stage"] and full_disk.is_fault(told | silent)
-
-
-def test_a_file_with_two_names_takes_its_space_once(full_disk, tmp_path):
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build/a").write_bytes(bytes(5000))
-    (tmp_path / "build/b").hardlink_to(tmp_path / "build/a")
-    (tmp_path / "asap.py").write_bytes(bytes(10))
-    assert full_disk.needed(tmp_path) == (4096, 8192)

@@ -2,14 +2,13 @@
 development patients.
 
 Each variant is a row of `arms` (asap with the changes of VARIANTS; `hard_negatives` changes the
-loss in this script). For every variant and
-development seed one process trains it on one core and measures it on development patients; its
-row is appended to benchmarks/grounding_causes.csv at once, and rows that are there are not
-computed again. With `--losses all` the hits of every sentence go to
-benchmarks/grounding_hits_CORPUS.csv. What the variants of a seed share (volumes, organ maps,
-lesion masks, sentence features) is kept in --cache, outside the repository. The generation of
-phantoms is that of the params file (phantom.version). The study's seed is refused: no patient of
-the study is seen.
+loss in this script). For every variant and development seed one process trains it on one core and
+measures it on development patients; its row is appended to benchmarks/grounding_causes.csv at once,
+and rows that are there are not computed again. With `--losses all` the hits of every sentence go to
+benchmarks/grounding_hits_CORPUS.csv. What the variants of a seed share (volumes, organ maps, lesion
+masks, sentence features) is kept in --cache, outside the repository. The generation of phantoms is
+that of the params file (phantom.version). The study's seed is refused: no patient of the study is
+seen.
 
     python benchmarks/grounding_causes.py --cache /data/causes --seeds 4001 4002 4003
 """

@@ -255,7 +255,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "hard_negatives": (
         "only a region that shows the finding separates a sentence from the denial of its finding; "
         "but a patch that the sentence has made its own separates them as well: small gain",
-        dict(hard_negatives=True),
+        {},
     ),
     "with_tokens": (
         "where only embeddings are contrasted, tokens after attention are added, as in the whole "
@@ -407,9 +407,7 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     corpus = a.corpus or seed
     folder = patients_folder(corpus, a.cache, base)
     table = draw(corpus, dict(zip(SPLITS, a.patients)), a.cache, base)
-    changes = dict(VARIANTS[variant][1])
-    hard_negatives = changes.pop("hard_negatives", False)  # of this script alone
-    row = arm_row(changes, a.losses, base)
+    row = arm_row(VARIANTS[variant][1], a.losses, base)
     p = arm_params(base, row)
     text = encoder.load(a.text, p.text.max_length)
     parts = table[table.split == "train"].reset_index(drop=True)
@@ -417,7 +415,7 @@ def train_one(variant: str, seed: int, a) -> dict:  # row of the table
     data = ImageReportDataset(parts, p, text, seed, lesions=masks)
     model = build_model(base, row, text, seed)
     fit_stem(model, ImageReportDataset(parts.head(16), p, text, seed, augment=False))
-    if hard_negatives:
+    if variant == "hard_negatives":
         add_hard_negatives(model.alignment, text, [s for x in data.sentences for s in x])
     watched, final = (shared_targets(table, k, folder, p) for k in ("val", "test"))
 

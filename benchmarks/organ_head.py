@@ -5,7 +5,8 @@ samples, and measure its organ head on bodies of generation 3b.
 
 The study's seed is refused: no patient of the study is seen. Patients and bodies are drawn once;
 an interrupted training resumes. Writes beside the training the checkpoint, the tables of the
-stress tests (shift.csv, partial.csv, no_lung.csv), heldout.csv and summary.json.
+stress tests (shift.csv, partial.csv, no_lung.csv), heldout.csv and summary.json, and with --save a
+row of benchmarks/organ_head.csv.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from asap.params import load_params
 from asap.phantom.abnormalities3 import synthesize_body_case
 from asap.pretrain import checkpoint
 from asap.pretrain.batches import ImageReportDataset
-from asap.pretrain.bodies import ReportOrBodyDataset
+from asap.pretrain.bodies import ReportOrBodyDataset, vary_steps
 from asap.pretrain.pretrain import (
     PRETRAIN_MODULES,
     build_model,
@@ -66,6 +67,11 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--test", type=int, default=48, help="patients")
     a.add_argument("--bodies", type=int, default=300, help="bodies without a report")
     a.add_argument("--body-fraction", type=float, default=0.5, help="of the samples")
+    a.add_argument("--max-shift", type=float, default=80.0, help="mm, of the crops of cases")
+    a.add_argument("--cut-prob", type=float, default=0.5, help="of bodies, cut to fewer slices")
+    a.add_argument("--max-offset", type=float, default=4.0, help="patches, of the positions")
+    a.add_argument("--visible-prob", type=float, default=0.5, help="of steps, few patches hidden")
+    a.add_argument("--save", action="store_true", help="write a row of benchmarks/organ_head.csv")
     a.add_argument("--bodies-3b", type=int, default=8, help="bodies of each stress test")
     a.add_argument("--jobs", type=int, default=1, help="processes that draw patients")
     return a.parse_args()
@@ -117,13 +123,14 @@ def train_arm(a: argparse.Namespace, p: Any, table: pd.DataFrame, folder: Path) 
     args = parts["train"], p, text, a.seed
     plain = ImageReportDataset(*args, False)
     fit_stem(model, ImageReportDataset(args[0].head(16), *args[1:], False))
-    data = (
-        ReportOrBodyDataset(*args, folder=folder / "bodies", body_fraction=a.body_fraction)
-        if a.body_fraction
-        else ImageReportDataset(*args)
-    )
-    run = folder / f"{a.arm}_{a.seed}_{a.body_fraction:g}"
-    options = dict(pretrain=p.pretrain, model=p.model, row=row, bodies=a.body_fraction)
+    how = dict(body_fraction=a.body_fraction, max_shift=a.max_shift, cut_prob=a.cut_prob)
+    data = ReportOrBodyDataset(*args, folder=folder / "bodies", **how)
+    if a.max_offset or a.visible_prob:
+        vary_steps(model, a.max_offset, a.visible_prob)
+    values = a.body_fraction, a.max_shift, a.max_offset, a.visible_prob, a.cut_prob
+    run = folder / "_".join(map(str, (a.arm, a.seed, *(f"{v:g}" for v in values))))
+    varied = dict(zip(("bodies", "max_shift", "max_offset", "visible", "cut"), values))
+    options = dict(pretrain=p.pretrain, model=p.model, row=row, **varied)
     fp = fingerprint(**options, patients=len(data), code=code_hash(*PRETRAIN_MODULES))
     log = train(model, data, p, a.seed, run, fp, label=f"{a.arm} {a.seed}")
     write_csv(log, run / "training.csv")
@@ -150,6 +157,21 @@ def run_stress(model: Any, p: Any, n: int, run: Path) -> dict:
     return stress_summary(**tables)
 
 
+OPTIONS = "arm seed steps body_fraction max_shift cut_prob max_offset visible_prob".split()
+
+
+def save_row(a: argparse.Namespace, summary: dict, steps: int) -> None:
+    "Add a training to benchmarks/organ_head.csv, or replace that with the same options"
+    path = project_root() / "benchmarks/organ_head.csv"
+    options = {k: getattr(a, k) for k in OPTIONS} | dict(steps=steps)
+    organs = summary["held_out"]["organs"]["mae"]
+    measured = summary["stress"] | dict(mae=organs["model"], mae_guess=organs["guess"])
+    row = options | {k: round(v, 4) for k, v in measured.items()}
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    others = [r for r in rows if any(r[k] != options[k] for k in OPTIONS)]
+    write_csv(pd.DataFrame([*others, row]), path)
+
+
 def main() -> None:
     a = arguments()
     torch.set_num_threads(1)
@@ -164,6 +186,8 @@ def main() -> None:
     model, held_out, run = train_arm(a, p, table, folder)
     summary = dict(held_out=held_out, stress=run_stress(model, p, a.bodies_3b, run))
     write_json(summary, run / "summary.json")
+    if a.save:
+        save_row(a, summary, p.pretrain.steps)
     print(run, summary)
 
 

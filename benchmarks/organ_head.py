@@ -146,9 +146,7 @@ def train_arm(a: argparse.Namespace, p: Any, table: pd.DataFrame, folder: Path) 
 def run_stress(model: Any, p: Any, n: int, run: Path) -> dict:
     "The stress tests of the organ head"
     groups = {g: list(names) for g, names in dict(p.anatomy.groups).items()}
-    predictor = head_predictor(
-        model.eval().cpu(), p.volumes.spacing, p.volumes.hu_range, len(groups)
-    )
+    predictor = head_predictor(model.eval().cpu(), p.volumes.spacing, p.volumes.hu_range, groups)
     seeds = [("organs", "stress", i) for i in range(n)]
     tests = dict(shift=stress_shift, partial=stress_partial, no_lung=stress_no_lung)
     tables = {name: test(predictor, groups, seeds) for name, test in tests.items()}

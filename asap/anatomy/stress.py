@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .organs import map_to_groups
-from .predictors import SharePredictor, soft_dice
+from .predictors import SharePredictor, lung_groups, soft_dice
 from ..data.volumes import Volume
 from ..phantom.bodies3b import Box, OtherBody, synthesize_other_body
 
@@ -62,10 +62,6 @@ def stress_shift(
     return pd.DataFrame(rows)
 
 
-def _lungs(groups: dict) -> list[int]:
-    return [k for k, ns in enumerate(groups.values()) if all(n.startswith("lung") for n in ns)]
-
-
 def stress_partial(
     predictor: SharePredictor,
     groups: dict,  # as in params.yaml
@@ -73,7 +69,7 @@ def stress_partial(
     heights: Sequence[float] = PARTIAL,  # mm in view
 ) -> pd.DataFrame:  # seed, height, part, ratio
     "Predicted over true lung volume where the lowest or highest part of the lungs is in view"
-    rows, lungs = [], _lungs(groups)
+    rows, lungs = [], lung_groups(groups)
     for seed in seeds:
         for part, edge, way in (("lowest", -170.0, 1), ("highest", 115.0, -1)):
             for height in heights:
@@ -102,7 +98,7 @@ def stress_no_lung(
     seeds: Sequence,  # keys of bodies
 ) -> pd.DataFrame:  # seed, share
     "Share of a box without lung that is predicted to be lung"
-    rows, lungs = [], _lungs(groups)
+    rows, lungs = [], lung_groups(groups)
     for seed in seeds:
         box = _box(predictor, center=(0.0, 0.0, -260.0 - (predictor.extent or [0, 0, 240])[2] / 2))
         if predictor.extent is None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..anatomy.masks import organ_fractions
 from ..anatomy.organ_training import OrganDataset, OrgansConfig
+from ..anatomy.predictors import lung_groups
 from ..core import derive_seed, rng
 from .batches import ImageReportDataset
 from ..text.tokens import encode_report
@@ -53,8 +54,7 @@ class ReportOrBodyDataset(ImageReportDataset):
                 raise ValueError(f"`{name}` is {value}, expected 0 to 1")
         self.body_fraction, self.max_shift, self.cut_prob = body_fraction, max_shift, cut_prob
         groups = {g: list(names) for g, names in dict(self.params.anatomy.groups).items()}
-        names = enumerate(groups.values(), 1)
-        self.lungs = [k for k, of in names if all(n.startswith("lung") for n in of)]
+        self.lungs = [k + 1 for k in lung_groups(groups)]  # classes
         self.bodies = OrganDataset(body_config(self.params), groups, ("bodies", self.seed), folder)
 
     def __getitem__(self, index) -> dict:

@@ -133,7 +133,7 @@ def _arm_model(arm: Any, folder: Path, row: Mapping, weights: str, groups: dict)
     config, shares, rank = arm.config, None, None
     if config["arm"]["organ_weight"]:
         _check_groups(config["organ_names"], groups, row["source"])
-        predictor = head_predictor(arm, config["spacing"], config["hu_range"], len(groups))
+        predictor = head_predictor(arm, config["spacing"], config["hu_range"], groups)
         shares = partial(_head_shares, predictor, config["hu_range"])
     if config["arm"]["align_weight"]:
         sentence = load_text_encoder(arm, folder).sentences([LESION_SENTENCE]).cpu()

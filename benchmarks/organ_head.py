@@ -57,10 +57,15 @@ SPLITS = {"train": "train", "test": "valid"}  # of the table -> of the phantom
 CARD = "Development checkpoint of phantom generation 3, seed {seed}: for no clinical use.\n"
 
 
+VARIED = ("body_fraction", "max_shift", "max_offset", "visible_prob")
+
+
 def arguments() -> argparse.Namespace:
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument("--folder", default="build/organ_head", help="of patients, bodies, trainings")
     a.add_argument("--arm", default="asap", help="row of `arms`")
+    a.add_argument("--organ-weight", type=float, help="of the organ loss; default: of the arm")
+    a.add_argument("--organs-only", action="store_true", help="the organ loss alone")
     a.add_argument("--seed", type=int, default=4001)
     a.add_argument("--steps", type=int, help="default: pretrain.steps")
     a.add_argument("--train", type=int, default=500, help="patients")
@@ -68,7 +73,6 @@ def arguments() -> argparse.Namespace:
     a.add_argument("--bodies", type=int, default=300, help="bodies without a report")
     a.add_argument("--body-fraction", type=float, default=0.5, help="of the samples")
     a.add_argument("--max-shift", type=float, default=80.0, help="mm, of the crops of cases")
-    a.add_argument("--cut-prob", type=float, default=0.5, help="of bodies, cut to fewer slices")
     a.add_argument("--max-offset", type=float, default=4.0, help="patches, of the positions")
     a.add_argument("--visible-prob", type=float, default=0.5, help="of steps, few patches hidden")
     a.add_argument("--save", action="store_true", help="write a row of benchmarks/organ_head.csv")
@@ -115,21 +119,30 @@ def draw(a: argparse.Namespace, p: Any, folder: Path) -> pd.DataFrame:
     return table
 
 
+def arm_row(a: argparse.Namespace, p: Any) -> dict:
+    "The row of the arm with the weights that are given"
+    changes = {} if a.organ_weight is None else dict(organ_weight=a.organ_weight)
+    if a.organs_only:
+        changes |= dict(recon_weight=0.0, align_weight=0.0, mlm_weight=0.0)
+    return p.arms[a.arm].model_dump() | changes
+
+
 def train_arm(a: argparse.Namespace, p: Any, table: pd.DataFrame, folder: Path) -> tuple:
     "The model of the arm, trained, and its errors on held-out patients"
-    text, row = load(project_root() / "weights/text"), p.arms[a.arm].model_dump()
+    text, row = load(project_root() / "weights/text"), arm_row(a, p)
     parts = {s: table[table.split == s].reset_index(drop=True) for s in SPLITS}
     model = build_model(p, row, text, a.seed)
     args = parts["train"], p, text, a.seed
     plain = ImageReportDataset(*args, False)
     fit_stem(model, ImageReportDataset(args[0].head(16), *args[1:], False))
-    how = dict(body_fraction=a.body_fraction, max_shift=a.max_shift, cut_prob=a.cut_prob)
+    how = dict(body_fraction=a.body_fraction, max_shift=a.max_shift)
     data = ReportOrBodyDataset(*args, folder=folder / "bodies", **how)
     if a.max_offset or a.visible_prob:
         vary_steps(model, a.max_offset, a.visible_prob)
-    values = a.body_fraction, a.max_shift, a.max_offset, a.visible_prob, a.cut_prob
-    run = folder / "_".join(map(str, (a.arm, a.seed, *(f"{v:g}" for v in values))))
-    varied = dict(zip(("bodies", "max_shift", "max_offset", "visible", "cut"), values))
+    varied = {k: getattr(a, k) for k in VARIED}
+    values = row["organ_weight"], p.pretrain.steps, *varied.values()
+    name = "organs" if a.organs_only else a.arm
+    run = folder / "_".join(map(str, (name, a.seed, *(f"{v:g}" for v in values))))
     options = dict(pretrain=p.pretrain, model=p.model, row=row, **varied)
     fp = fingerprint(**options, patients=len(data), code=code_hash(*PRETRAIN_MODULES))
     log = train(model, data, p, a.seed, run, fp, label=f"{a.arm} {a.seed}")
@@ -155,19 +168,17 @@ def run_stress(model: Any, p: Any, n: int, run: Path) -> dict:
     return stress_summary(**tables)
 
 
-OPTIONS = "arm seed steps body_fraction max_shift cut_prob max_offset visible_prob".split()
-
-
-def save_row(a: argparse.Namespace, summary: dict, steps: int) -> None:
+def save_row(a: argparse.Namespace, summary: dict, p: Any) -> None:
     "Add a training to benchmarks/organ_head.csv, or replace that with the same options"
-    path = project_root() / "benchmarks/organ_head.csv"
-    options = {k: getattr(a, k) for k in OPTIONS} | dict(steps=steps)
-    organs = summary["held_out"]["organs"]["mae"]
-    measured = summary["stress"] | dict(mae=organs["model"], mae_guess=organs["guess"])
-    row = options | {k: round(v, 4) for k, v in measured.items()}
+    path, row = project_root() / "benchmarks/organ_head.csv", arm_row(a, p)
+    options = dict(losses="organs" if a.organs_only else a.arm, organ_weight=row["organ_weight"])
+    options |= dict(seed=a.seed, steps=p.pretrain.steps) | {k: getattr(a, k) for k in VARIED}
+    mae = summary["held_out"]["organs"]["mae"]
+    measured = summary["stress"] | dict(mae=mae["model"], mae_guess=mae["guess"])
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    others = [r for r in rows if any(r[k] != options[k] for k in OPTIONS)]
-    write_csv(pd.DataFrame([*others, row]), path)
+    others = [r for r in rows if any(r[k] != v for k, v in options.items())]
+    new = options | {k: round(v, 4) for k, v in measured.items()}
+    write_csv(pd.DataFrame([*others, new]), path)
 
 
 def main() -> None:
@@ -185,7 +196,7 @@ def main() -> None:
     summary = dict(held_out=held_out, stress=run_stress(model, p, a.bodies_3b, run))
     write_json(summary, run / "summary.json")
     if a.save:
-        save_row(a, summary, p.pretrain.steps)
+        save_row(a, summary, p)
     print(run, summary)
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from ..anatomy.masks import organ_fractions
 from ..anatomy.organ_training import OrganDataset, OrgansConfig
-from ..anatomy.predictors import lung_groups
 from ..core import derive_seed, rng
 from .batches import ImageReportDataset
 from ..text.tokens import encode_report
@@ -46,15 +45,12 @@ class ReportOrBodyDataset(ImageReportDataset):
         folder: Path | str,  # of the drawn bodies
         body_fraction: float = 0.5,  # of the samples, in [0, 1]
         max_shift: float = 0.0,  # mm, of the crop of a case along each axis
-        cut_prob: float = 0.0,  # fraction of the bodies of which only some slices are kept
     ):
         super().__init__(*args)
-        for name, value in dict(body_fraction=body_fraction, cut_prob=cut_prob).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"`{name}` is {value}, expected 0 to 1")
-        self.body_fraction, self.max_shift, self.cut_prob = body_fraction, max_shift, cut_prob
+        if not 0 <= body_fraction <= 1:
+            raise ValueError(f"`body_fraction` is {body_fraction}, expected 0 to 1")
+        self.body_fraction, self.max_shift = body_fraction, max_shift
         groups = {g: list(names) for g, names in dict(self.params.anatomy.groups).items()}
-        self.lungs = [k + 1 for k in lung_groups(groups)]  # classes
         self.bodies = OrganDataset(body_config(self.params), groups, ("bodies", self.seed), folder)
 
     def __getitem__(self, index) -> dict:
@@ -70,22 +66,6 @@ class ReportOrBodyDataset(ImageReportDataset):
         voxels = np.rint(moved / self.params.volumes.spacing).astype(int)
         return dict(crop, start=crop["start"] + voxels)
 
-    def choose_slices(
-        self,
-        r: np.random.Generator,
-        organs: np.ndarray,  # organ map (W,H,D)
-    ) -> np.ndarray:  # bool (D,)
-        "Choose neighboring slices, 80 mm or more; in a third of the draws those without lung"
-        n = organs.shape[2]
-        fewest = min(n, round(80 / self.params.volumes.spacing[2]))
-        low, high = sorted(r.integers(0, n + 1, 2))
-        low = min(low, n - fewest)
-        high = max(high, low + fewest)
-        lung = np.flatnonzero(np.isin(organs, self.lungs).any((0, 1)))
-        if r.random() < 1 / 3 and len(lung) and max(lung[0], n - 1 - lung[-1]) >= fewest:
-            low, high = (0, lung[0]) if lung[0] >= fewest else (lung[-1] + 1, n)
-        return (np.arange(n) >= low) & (np.arange(n) < high)
-
     def body_sample(
         self,
         draw: int,
@@ -96,10 +76,6 @@ class ReportOrBodyDataset(ImageReportDataset):
         key = draw * len(self) + i  # another crop and other HU in each place
         image, classes = (x.numpy() for x in self.bodies[(key, body)])
         organs = np.where(classes > self.num_organs, 0, classes)
-        r = rng("cut", self.seed, key, body)
-        if r.random() < self.cut_prob:
-            kept = self.choose_slices(r, organs)
-            image, organs = np.where(kept, image, -1.0), np.where(kept, organs, 0)
         patch = self.params.model.patch_size
         fractions, valid = organ_fractions(organs.astype(np.uint8), patch, self.num_organs)
         tokenizer, max_length = self.text_encoder.tokenizer, self.text_encoder.max_length

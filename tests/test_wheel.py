@@ -12,6 +12,7 @@ from importlib import metadata
 import numpy as np
 import pytest
 from conftest import TOP
+from files import write as write_as
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -62,11 +63,11 @@ def other_modules() -> list[str]:
 
 
 def test_the_light_install_stays_light():
-    "On Python 3.11 (newer ones need less) with torch's build for CPUs; as pip unpacks it, uncompiled"
+    "On Python 3.11 (newer ones need less), with the build of torch for CPUs; without bytecode"
     light = light_install()
     size = sum(f.size or 0 for name in light for f in metadata.files(name) or [])
-    assert len(light) <= 61
-    assert size < 1.45e9
+    assert len(light) <= 60
+    assert size < 1.2e9
 
 
 def run(unpacked, folder, *args):
@@ -108,6 +109,34 @@ def test_embed(unpacked, scan):
     with np.load(scan / "scan.npz") as z:
         assert z["features"].shape[0] == 1 and np.isfinite(z["features"]).all()
     assert {p.name for p in scan.iterdir()} == {"scan.nii.gz", "scan.npz"}
+
+
+COMMANDS = {
+    "check": (),
+    "standardize": ("-o", "out"),
+    "organs": ("-o", "out"),
+    "embed": ("-o", "scan.npz"),
+    "zero-shot": ("-o", "scan.csv"),
+    "ground": ("-o", "out", "--sentence", "There is pleural effusion."),
+    "view": ("-o", "page.html"),
+}
+
+
+@pytest.mark.parametrize("form", ["nrrd", "dicom"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_formats(unpacked, tmp_path, command, form):
+    chest = synthesize_chest(("wheel", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
+    path = write_as(chest.hu, chest.affine, tmp_path / "in", form)
+    done = run(unpacked, tmp_path, "-m", "asap", command, path, *COMMANDS[command])
+    assert done.returncode == 0, done.stderr
+    assert path.name.split(".")[0] in done.stdout + done.stderr
+
+
+def test_metaimage_needs_an_extra(unpacked, tmp_path):
+    chest = synthesize_chest(("wheel", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
+    path = write_as(chest.hu, chest.affine, tmp_path, "mha")
+    done = run(unpacked, tmp_path, "-m", "asap", "check", path)
+    assert done.returncode == 1 and "pip install '.[formats]'" in done.stdout + done.stderr
 
 
 def test_parquet_needs_an_extra(unpacked, scan):

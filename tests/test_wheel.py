@@ -111,25 +111,27 @@ def test_embed(unpacked, scan):
     assert {p.name for p in scan.iterdir()} == {"scan.nii.gz", "scan.npz"}
 
 
-COMMANDS = {
-    "check": (),
-    "standardize": ("-o", "out"),
-    "organs": ("-o", "out"),
-    "embed": ("-o", "scan.npz"),
-    "zero-shot": ("-o", "scan.csv"),
-    "ground": ("-o", "out", "--sentence", "There is pleural effusion."),
-    "view": ("-o", "page.html"),
-}
+SAID = ("--sentence", "There is pleural effusion.")
+READ = [  # command, its options, format
+    ("check", (), "nrrd"),
+    ("check", (), "dicom"),
+    ("standardize", ("-o", "out"), "nrrd"),
+    ("standardize", ("-o", "out"), "dicom"),
+    ("organs", ("-o", "out"), "nrrd"),
+    ("embed", ("-o", "scan.npz"), "dicom"),
+    ("zero-shot", ("-o", "scan.csv"), "nrrd"),
+    ("ground", ("-o", "out", *SAID), "dicom"),
+    ("view", ("-o", "page.html"), "nrrd"),
+]
 
 
-@pytest.mark.parametrize("form", ["nrrd", "dicom"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_formats(unpacked, tmp_path, command, form):
+@pytest.mark.parametrize("command, options, form", READ)
+def test_formats(unpacked, tmp_path, command, options, form):
     chest = synthesize_chest(("wheel", 0), (48, 48, 24), (7.0, 7.0, 14.0), only="Consolidation")
     path = write_as(chest.hu, chest.affine, tmp_path / "in", form)
-    done = run(unpacked, tmp_path, "-m", "asap", command, path, *COMMANDS[command])
-    assert done.returncode == 0, done.stderr
-    assert path.name.split(".")[0] in done.stdout + done.stderr
+    done = run(unpacked, tmp_path, "-m", "asap", command, path, *options)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"in", *options[1:2]}
 
 
 def test_metaimage_needs_an_extra(unpacked, tmp_path):

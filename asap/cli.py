@@ -850,6 +850,11 @@ def _check_features_file(
         )
     if tokens and ending != ".npz":
         raise ValueError(f"-o {out}: a table has no place for --tokens; write an .npz")
+    if ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(
+            f"-o {out}: parquet needs pyarrow, which is not installed: in a clone, "
+            "pip install '.[parquet]', or write a .csv"
+        )
 
 
 def _embed_one(
@@ -1672,6 +1677,13 @@ def _end_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _missing_module(e: ImportError) -> str:  # "asap": it is a fault of this package
+    "The module that is not installed; pandas raises an error without a name for pyarrow"
+    if isinstance(e, ModuleNotFoundError) and e.name:
+        return e.name
+    return "pyarrow" if "pyarrow" in str(e) else "asap"
+
+
 def _run(a: argparse.Namespace) -> int:  # exit code
     "Run a command; what went wrong is one line"
     umask = _make_files_private(a.command)
@@ -1684,11 +1696,12 @@ def _run(a: argparse.Namespace) -> int:  # exit code
     except KeyboardInterrupt:
         print("asap: stopped; the results so far are written", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as e:
-        if (e.name or "asap").startswith("asap"):
+    except ImportError as e:
+        name = _missing_module(e)
+        if name.startswith("asap"):
             raise
         print(
-            f"asap: {a.command} needs {e.name}, which is not installed: "
+            f"asap: {a.command} needs {name}, which is not installed: "
             "in a clone, pip install '.[study]'",
             file=sys.stderr,
         )

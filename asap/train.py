@@ -11,8 +11,10 @@ __all__ = ['lr_factor', 'EpochBatchSampler', 'IndexDataset', 'local_sums', 'repl
 # %% ../nbs/03_train.ipynb #edfaa59d
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -244,6 +246,9 @@ def resolve_precision(
 
 def get_device() -> torch.device:
     "The device that Accelerate uses: a GPU if available"
+    if importlib.util.find_spec("accelerate") is None:  # the light install: one process
+        here = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device(os.environ.get("ACCELERATE_TORCH_DEVICE") or here or "cpu")
     from accelerate import PartialState
 
     # `cpu`: without it the processes of torchrun cannot communicate on a machine without a GPU

@@ -470,3 +470,11 @@ def test_real_chests_in_both_formats(scans, tmp_path):
             and np.allclose(region.affine, v.affine, atol=1e-3)
             and (tmp_path / f"out/{name}_1.png").stat().st_size > 5e4
         )
+
+
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch, capsys):
+    "pandas raises an error that has no name of a module"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("asap.cli.load_params", lambda _: pd.read_parquet(tmp_path / "a.parquet"))
+    assert main(["params"]) == 1
+    assert "params needs pyarrow, which is not installed" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 "Where a voxel lies: transforms that contradict each other, span no volume, or say nothing"
 
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -198,6 +200,44 @@ def test_axes_of_a_nifti_without_transforms_can_be_declared(tmp_path):
 def test_told_axes_are_silent(space, tmp_path):
     v = read(nrrd(tmp_path / "a.nrrd", f"space: {space}\n{DIRECTIONS}"))
     assert v.axes == ("LPS" if "left" in space else "RAS") and not v.facts["notes"]
+
+
+PLAIN_NRRD = {
+    "LAS": "space: LAS\nspace directions: (7,0,0) (0,7,0) (0,0,14)\nspace origin: (1,-2,3)\n",
+    "RAS, turned": "space: RAS\nspace directions: (0,-7,0) (7,0,0) (0,0.5,14)\n",
+    "LPS": "space: left-posterior-superior\nkinds: domain domain domain\n" + DIRECTIONS,
+    "no directions": "spacings: 7 7 14\n",
+    "a scanner's": "space: scanner-xyz\n" + DIRECTIONS,
+}
+
+
+@pytest.mark.parametrize("what", PLAIN_NRRD)
+def test_an_nrrd_is_the_same_without_simpleitk(what, tmp_path, monkeypatch):
+    path = nrrd(tmp_path / "a.nrrd", PLAIN_NRRD[what])
+    v = read(path)
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    w = read(path)
+    assert np.allclose(w.affine, v.affine, atol=1e-6) and w.facts == v.facts
+    assert w.hu.dtype == v.hu.dtype and np.array_equal(w.hu, v.hu)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("endian: little", "endian: little\nbyte skip: 2", "formats"),
+        ("spacings: 7 7 14", "kinds: vector domain domain", "formats"),
+        ("type: short", "type: block", "formats"),
+        ("spacings: 7 7 14", "spacings: 7 seven 14", "truncated or broken"),
+        ("type: short\n", "", "truncated or broken"),
+        ("spacings: 7 7 14", "spacings: 7 0 14", "spans no volume"),
+    ],
+)
+def test_other_nrrds_are_refused_without_simpleitk(old, new, message, tmp_path, monkeypatch):
+    path = nrrd(tmp_path / "a.nrrd", "spacings: 7 7 14\n")
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode(), 1))
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(ValueError, match=message):
+        read(path)
 
 
 # ----- names

@@ -10,6 +10,7 @@ __all__ = ['MAX_SCAN_VOXELS', 'MAX_RATIO', 'RATIO_BYTES', 'HEADER_BYTES', 'TEXT_
 
 # %% ../../nbs/2_data/20_decode.ipynb #eb96f577
 import gzip
+import importlib.util
 import io
 import math
 import os
@@ -196,6 +197,75 @@ def check_text_header(
         if (path.parent / name).exists():
             check_file(path.parent / name)
 
+# %% ../../nbs/2_data/20_decode.ipynb #nr0d0002
+_NRRD_TYPES = {  # SimpleITK's name of a type: those of the format
+    "8-bit signed integer": "signed char, int8, int8_t",
+    "8-bit unsigned integer": "uchar, unsigned char, uint8, uint8_t",
+    "16-bit signed integer": "short, short int, signed short, signed short int, int16, int16_t",
+    "16-bit unsigned integer": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+    "32-bit signed integer": "int, signed int, int32, int32_t",
+    "32-bit unsigned integer": "uint, unsigned int, uint32, uint32_t",
+    "32-bit float": "float",
+    "64-bit float": "double",
+}
+_TO_LPS = {  # signs of x and y in the spaces that ITK knows
+    **dict.fromkeys(("right-anterior-superior", "ras"), (-1, -1, 1)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (1, -1, 1)),
+}
+
+# %% ../../nbs/2_data/20_decode.ipynb #nr0d0003
+def _has_itk() -> bool:
+    return importlib.util.find_spec("SimpleITK") is not None
+
+
+def _itk_missing(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path}: {what} needs SimpleITK, which is not installed: in a clone, "
+        "pip install '.[formats]', or convert it to NIfTI"
+    )
+
+# %% ../../nbs/2_data/20_decode.ipynb #nr0d000a
+def _nrrd_type(fields: dict[str, str]) -> str | None:  # None: not one value per voxel in space
+    "SimpleITK's name of the type, where one value per voxel lies along three axes"
+    kinds = {*fields.get("kinds", "").lower().split()} - {"domain", "space"}
+    directions = fields.get("space directions", "()()()").count("(")
+    if kinds or not directions == len(_integers(fields["sizes"])) == 3:
+        return None
+    names = {n: itk for itk, known in _NRRD_TYPES.items() for n in known.split(", ")}
+    return names.get(fields["type"].lower())
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(w) for w in re.findall(r"[^\s(),]+", text)]
+
+# %% ../../nbs/2_data/20_decode.ipynb #nr0d000b
+def _nrrd_place(fields: dict[str, str]) -> dict:  # spacing, origin, direction
+    signs = np.reshape(_TO_LPS.get(fields.get("space", "").lower(), (1, 1, 1)), (3, 1))
+    if "space directions" in fields:
+        axes = np.reshape(_numbers(fields["space directions"]), (3, 3)).T
+    else:
+        axes = np.diag(_numbers(fields.get("spacings", "1 1 1")))
+    origin = np.reshape(_numbers(fields.get("space origin", "0 0 0")), (3, 1))
+    spacing = np.sqrt((axes**2).sum(0))
+    with np.errstate(invalid="ignore"):  # 0 / 0: it spans no volume
+        direction = signs * axes / spacing
+    return {
+        k: v.ravel().tolist()
+        for k, v in dict(spacing=spacing, origin=signs * origin, direction=direction).items()
+    }
+
+
+def _parse_nrrd_header(path: Path) -> dict:  # as `_parse_itk_header`
+    "For a machine without SimpleITK"
+    fields, _ = header_fields(path, "nrrd")
+    try:
+        kind, size = _nrrd_type(fields), _integers(fields["sizes"])
+        if kind is not None:
+            return dict(components=1, type=kind, size=size, **_nrrd_place(fields))
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path} is truncated or broken (header: {e}): fetch it again") from None
+    raise _itk_missing(path, "an NRRD that is not one number per voxel along three axes")
+
 # %% ../../nbs/2_data/20_decode.ipynb #4d5dab4b
 MAX_MEMBERS = 1000
 
@@ -281,6 +351,10 @@ def read_itk_header(
 ) -> dict:  # components, type, size, spacing, origin, direction, as ITK has them
     "Header of an NRRD or a MetaImage"
     check_text_header(path, kind)
+    if not _has_itk():
+        if kind == "nrrd":
+            return _parse_nrrd_header(path)
+        raise _itk_missing(path, "MetaImage")
     if os.fsencode(path) != str(path).encode("utf8", "replace"):
         raise ValueError(f"{path}: SimpleITK opens names in UTF-8 only: rename file or folder")
     function = "asap.data.decode:_parse_itk_header"
@@ -302,6 +376,8 @@ def read_itk_voxels(
     shape: Sequence[int],  # of the header
 ) -> np.ndarray:  # first axis fastest
     "Voxels by SimpleITK, for what is spread over several files or written as text"
+    if not _has_itk():
+        raise _itk_missing(path, "an NRRD whose voxels are not one block")
     limits = CallLimits(gigabytes=1 + 24 * math.prod(shape) / 1e9)
     data = call_isolated(path, "asap.data.decode:_decode_itk", str(path), kind, limits=limits)
     return data.transpose(range(data.ndim)[::-1])

@@ -8,6 +8,7 @@ __all__ = ['CHECKPOINT_DIRS', 'TEXT_ENCODER_DIRS', 'resolve_folder', 'load_text_
 
 # %% ../../nbs/8_inference/80_scan.ipynb #s0000003
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +145,6 @@ def use_device(
     name: str,  # of torch: cpu, cuda, cuda:1, mps
 ) -> None:
     "Compute on this device, in this process, instead of Accelerate's choice"
-    from accelerate import PartialState
-
     here = torch.accelerator.current_accelerator(check_available=True)
     known = ["cpu", *([here.type] if here else [])]
     kind, _, number = name.partition(":")
@@ -155,7 +154,8 @@ def use_device(
             f"device {name!r}: this machine has {' and '.join(known)}; name one of them"
         )
     os.environ["ACCELERATE_TORCH_DEVICE"] = name
-    PartialState._reset_state()
+    if accelerate := sys.modules.get("accelerate"):  # may have chosen
+        accelerate.PartialState._reset_state()
 
 # %% ../../nbs/8_inference/80_scan.ipynb #s000000c
 @dataclass

@@ -7,8 +7,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 QUICK := build/quick
 REHEARSAL := build/rehearsal
+BUDGET ?= short
+STUDY := $(CURDIR)$(if $(filter full,$(BUDGET)),/build/full)
 
-.PHONY: help study quick rehearsal graph test cluster fuzz mutants kills lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
+.PHONY: help study record quick rehearsal graph test cluster fuzz mutants kills lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,10 +21,15 @@ help:  ## this list
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' HASHES='$(HASHES)' bash tests/install.sh
 	@touch $@
 
-study: .venv/done  ## the whole study on the built-in data
-	@python -m asap.cli study
-	@test -f runs/study/index.html || dvc repro -f -s page
-	@echo "The study page: $(CURDIR)/runs/study/index.html"
+study: .venv/done  ## the whole study on the built-in data; BUDGET=full: more patients and steps, in build/full
+	@case '$(BUDGET)' in short|full) ;; *) echo "BUDGET is '$(BUDGET)': short or full"; exit 1;; esac
+	@[ '$(BUDGET)' = short ] || bash tests/smoke.sh "$(STUDY)" params/full.yaml
+	@cd "$(STUDY)" && python -m asap.cli study
+	@cd "$(STUDY)" && { test -f runs/study/index.html || dvc repro -f -s page; }
+	@echo "The study page: $(STUDY)/runs/study/index.html"
+
+record: .venv/done  ## keep tables, metrics and page of a finished `make study BUDGET=full` in results/full
+	@python benchmarks/record.py
 
 quick: .venv/done  ## the study at smoke scale, in a few minutes, in build/quick
 	@bash tests/smoke.sh $(QUICK)

@@ -210,7 +210,7 @@ def disk_usage(
     voxels = prod(v / s for v, s in zip(a.scan_size_mm, p.volumes.spacing))
     arms = len(p.study.arms)
     n = count_patches(p)
-    tokens = count(set(cohorts_of(p.study.tasks, *families_with("tokens"))))
+    tokens = count(without_companions(cohorts_of(p.study.tasks, *families_with("tokens"))))
     return (
         pd.Series(
             {

@@ -135,6 +135,7 @@ class StudyConfig(BaseConfig):
     n_jobs: PositiveInt  # processes that prepare data
     max_parallel_stages: PositiveInt  # that `asap study` runs at a time
     backend: Literal["loky", "dask"]  # this machine's processes, or a cluster
+    budget: Literal["short", "full"] | None = None  # of the built-in study; null: another scale
 
     def check(
         self,

@@ -7,6 +7,16 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 top = Path(__file__).resolve().parent.parent
+RECORD = "<!-- results/full -->\n\n"  # where the claims of the full budget stand
+
+
+def record(root: Path = top) -> str:
+    "Claims of the full budget and where they come from; empty where no run of it is kept"
+    if not (root / "results/full/record.json").exists():
+        return ""
+    from asap.study.page import read_record, record_markdown
+
+    return record_markdown(read_record(root)) + "\n\n"
 
 
 def readme() -> str:
@@ -24,11 +34,11 @@ def readme() -> str:
     nb.metadata.language_info = dict(name="python")
     body, _ = MarkdownExporter().from_notebook_node(nb)
     lines = [line.rstrip() for line in body.strip().splitlines()]
-    return (
-        "<!-- made from nbs/index.ipynb by `make readme`: edit that page, not this file -->\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    head = "<!-- made from nbs/index.ipynb by `make readme`: edit that page, not this file -->\n"
+    body = "\n".join(lines) + "\n"
+    if body.count(RECORD) != 1:
+        sys.exit(f"nbs/index.ipynb needs one paragraph {RECORD.strip()}")
+    return head + body.replace(RECORD, record())
 
 
 def picture(to):

@@ -50,7 +50,7 @@ def test_readme_is_fresh():
     subprocess.run([sys.executable, "tests/readme.py", "--check"], cwd=TOP, check=True)
 
 
-@pytest.mark.parametrize("name", ["params/smoke.yaml", "params/paper.yaml"])
+@pytest.mark.parametrize("name", ["params/full.yaml", "params/smoke.yaml", "params/paper.yaml"])
 def test_overlays_hold_what_differs(name):
     "Each key of an overlay is one of params.yaml with another value"
     load_params(TOP / name)

@@ -589,8 +589,8 @@ def run(
     save_acquisition(known, table.case, store, out / "acquired.csv")
     phantoms = (data / name).is_dir() and (data / PHANTOM_MARKER).exists()
     version = read_phantom_version(name, data)
-    spacing = p.cohorts[name].model_dump().get("spacing")
-    return _write_status(name, out, table, questions, len(bad), phantoms, version, spacing)
+    facts = dict(spacing=p.cohorts[name].model_dump().get("spacing"), parent=adapter.companion_of)
+    return _write_status(name, out, table, questions, len(bad), phantoms, version, facts)
 
 # %% ../../nbs/2_data/27_prepare.ipynb #933b2d4a
 def _volume_recipe(
@@ -654,7 +654,7 @@ def _write_status(
     n_excluded: int,
     phantoms: bool,
     phantom_version: str | None,
-    spacing: list | None,  # mm; None: that of the study
+    facts: dict,  # spacing (mm; None: the study's), parent (cohort with its volumes, or None)
 ) -> dict:
     status = dict(
         cohort=name,
@@ -665,8 +665,7 @@ def _write_status(
         warnings=len(pd.read_csv(here / "warnings.csv")),
         **count_cohort(table, n_excluded, pd.read_csv(here / "duplicates.csv")),
     )
-    if spacing:
-        status["spacing"] = spacing
+    status |= {k: v for k, v in facts.items() if v}
     write_json(status, here / "status.json")
     return status
 

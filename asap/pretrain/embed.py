@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['resize_body', 'load_image', 'ImageDataset', 'encode_tokens', 'threaded_map', 'iter_tokens', 'mean_pool',
-           'extract_features', 'save', 'load', 'read_rows', 'check_same_cases', 'mark_left_out', 'available_encoders',
-           'read_grid', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
+           'extract_features', 'save', 'load', 'read_rows', 'check_same_cases', 'token_cohorts', 'link_tokens',
+           'mark_left_out', 'available_encoders', 'read_grid', 'embed_cohort', 'encoder_from_factory',
+           'HistogramEncoder']
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #b5c2f115
 import importlib
@@ -32,6 +33,7 @@ from asap.core import (
     write_json,
     write_parquet,
 )
+from ..data import table as tables
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import resample, standard_grid
 from ..store import local_file
@@ -279,6 +281,39 @@ def check_same_cases(
             f"{what} of arm `{arm}` are of other cases than cohort {cohort}: rerun `dvc repro "
             f"embed@{arm}`"
         )
+
+# %% ../../nbs/6_pretrain/63_embed.ipynb #embcomp2
+def _has_volumes(parent: str, cohort: str, root: Path) -> bool:
+    "Does one cohort have every volume of another, voxel for voxel?"
+    cases = tables.load(root / f"build/cohorts/{cohort}/{cohort}.parquet", root).case
+    known = tables.load(root / f"build/cohorts/{parent}/{parent}.parquet", root).case
+    if not set(cases) <= set(known):
+        return False
+    ours, theirs = (tables.volume_hashes(c, cases, root) for c in (cohort, parent))
+    return ours == theirs
+
+
+def token_cohorts(
+    cohorts: Iterable[str],  # whose tokens are needed
+    root: Path,  # the project's folder
+) -> dict[str, str]:  # cohort -> the one among whose tokens its own are; without those not in data/
+    "The cohorts to embed: a companion is among its parent, if that is needed too"
+    names = tables.available_cohorts(cohorts, root)
+    out = {}
+    for c in names:
+        parent = read_json(root / f"build/cohorts/{c}/status.json").get("parent")
+        out[c] = parent if parent in names and _has_volumes(parent, c, root) else c
+    return out
+
+
+def link_tokens(
+    holders: dict[str, str],  # of `token_cohorts`
+    folder: Path | str,  # build/tokens/<name>
+) -> None:
+    "Write where the tokens of companions are"
+    for cohort, parent in holders.items():
+        if parent != cohort:
+            write_json(dict(tokens_of=parent), Path(folder) / f"{cohort}.json")
 
 # %% ../../nbs/6_pretrain/63_embed.ipynb #embleft1
 def mark_left_out(

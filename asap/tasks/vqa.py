@@ -160,12 +160,17 @@ def attach_cases(
 def load_tokens(
     folder: Path | str,  # build/tokens/<arm>
     cohort: str,
-    table: pd.DataFrame,  # cohort table
-) -> np.ndarray:  # (n,1+N,C), memory-mapped
-    "An arm's tokens; an error unless their cases are those of the table, in its order"
-    t, index = embed.load(folder, cohort)
+    table: pd.DataFrame,  # cohort table, n cases
+) -> tuple[np.ndarray, np.ndarray, dict]:  # (m,1+N,C), memory-mapped; (n,) rows; fingerprint
+    "An arm's tokens and the row of each case; an error unless all cases are there, in this order"
+    link = Path(folder) / f"{cohort}.json"
+    name = read_json(link).get("tokens_of", cohort) if link.exists() else cohort
+    t, index = embed.load(folder, name)
+    index = index.assign(row=index.index)
+    if name != cohort:  # a companion: rows among those of the cohort that has its volumes
+        index = index.set_index("case").reindex(table.case).dropna(subset="row").reset_index()
     check_same_cases(index, table, Path(folder).name, cohort, "tokens")
-    return t
+    return t, index.row.to_numpy(int), read_json(Path(folder) / f"{name}.json")
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0011
 FREE_TEXT_KINDS = ("abnormality", "location", "disorder")
@@ -889,10 +894,12 @@ def run_all(
     "Answers of one arm to the test questions of all cohorts; writes its checkpoints"
     found = []
     for c, table in tables.items():
-        q = attach_cases(questions[c], table)
+        q, t = attach_cases(questions[c], table), None
+        made: dict[str, Any] = {}
         lm, tokenizer = language.load(p.language_model)
-        t = None if arm == TEXT_ONLY else load_tokens(tokens, c, table)
-        made = {} if t is None else read_json(Path(tokens) / f"{c}.json")
+        if arm != TEXT_ONLY:
+            t, at, made = load_tokens(tokens, c, table)
+            q["row"] = at[q.row]
         fp = _training_fingerprint(arm, q, p, seed, made, lm, tokenizer)
         channels = dim if t is None else t.shape[-1]
         folder = Path(resume) / c

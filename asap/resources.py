@@ -162,7 +162,8 @@ def explain_failure(
 
 def _explain_space(name: str, text: str, root: Path) -> str:
     disks = run_disks(root)
-    named = [d for d in disks if str(d.folder) in text and d.folder != root]
+    errors = [line for line in text.splitlines() if NO_SPACE.search(line)]
+    named = [d for d in disks if any(str(d.folder) in e for e in errors) and d.folder != root]
     disk = min(named or disks, key=lambda d: d.free)
     needed = sum(v for k, v in needed_space(name, root).items() if k in disk.names)
     wrote = f" It wrote {needed:.2f} GB there when it last ran." if needed else ""

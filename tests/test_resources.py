@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import TOP
 from smoke import ENV
 
-from asap.resources import remove_half_copies, run_disks
+from asap.resources import explain_failure, remove_half_copies, run_disks
 from asap.run import run_stage
 
 GRAPH = """
@@ -101,6 +102,17 @@ def test_a_full_disk_that_pytorch_meets(small_disk, tmp_path):
     root = project(tmp_path, code)
     folder = small_disk(root / "runs")
     assert f"no space is left. 0.00 GB are free for runs ({folder})" in stage(root)
+
+
+def test_a_disk_that_the_error_does_not_name(small_disk, tmp_path):
+    "The command of the stage lies in the folder of temporary files, which has room"
+    root = project(small_disk(tmp_path / "project"), FULL)
+    with pytest.raises(OSError, match="No space left"):
+        (root / "runs/fill").write_bytes(bytes(2**21))
+    text = f"> {tempfile.gettempdir()}/bin/python stage.py\n[Errno 28] No space left on device"
+    assert f"0.00 GB are free for build, runs, data, cache ({root}" in explain_failure(
+        "fill", text, root
+    )
 
 
 def test_dvc_finds_no_room_for_its_cache(small_disk, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,11 @@ REHEARSAL := build/rehearsal
 BUDGET ?= short
 STUDY := $(CURDIR)$(if $(filter full,$(BUDGET)),/build/full)
 
-.PHONY: help study record quick rehearsal graph test cluster fuzz mutants kills lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
+.PHONY: help study record quick rehearsal graph test cluster fuzz mutants kills full_disk lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z_]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/done: constraints.txt requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11.5 or newer is needed; this is {sys.version.split()[0]}: make PYTHON=python3.11 ...") if sys.version_info < (3, 11, 5) else None'
@@ -72,6 +72,9 @@ mutants: .venv/done  ## would the tests notice? 600 small changes of asap/, one 
 
 kills: .venv/done  ## 40 SIGKILLs over the study at smoke scale: nothing left, the same bytes (half an hour; build/kills)
 	@python benchmarks/kills.py --save
+
+full_disk: .venv/done  ## the study at smoke scale on disks that are too small for it (root; half an hour; build/full_disk)
+	@python benchmarks/full_disk.py --save
 
 lab: .venv/done  ## JupyterLab on nbs/
 	@jupyter lab nbs

@@ -1,4 +1,4 @@
-"""The smoke study in folders of its own, for a campaign that disturbs it (kills.py)
+"""The smoke study in folders of its own, for the campaigns that disturb it: kills.py, full_disk.py
 
 The undisturbed study runs once, in build/undisturbed, and is kept until a file that it depends on
 changes. Every run has one thread per process and none of the variables of asap and DVC, so that

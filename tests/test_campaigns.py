@@ -1,5 +1,5 @@
-"""A part of `make kills`, on a project of two stages; and that the campaign notices what it looks
-for"""
+"""A part of `make kills` and `make full_disk`, on a project of two stages; and that the campaigns
+notice what they look for"""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ try:
 except OSError as e:
     sys.exit(str(e))
 """
-STUDY = "from pathlib import Path; from asap.run import run_study; exit(run_study(Path(), 1))"
+STUDY = "from pathlib import Path; from asap.run import run_study; exit(run_study(Path.cwd(), 1))"
 STUDY = [sys.executable, "-c", STUDY]
 NAMES = ("runs/a", "runs/b")  # 3 MB each
 SLEEP = "import time; time.sleep(300)"
@@ -31,10 +31,28 @@ LEAVES = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!
 
 
 @pytest.fixture(scope="module")
-def kills():
+def scripts():
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(TOP / "benchmarks"))
-        return load_script(TOP / "benchmarks/kills.py")
+        return [load_script(TOP / f"benchmarks/{n}.py") for n in ("kills", "full_disk")]
+
+
+@pytest.fixture(autouse=True)
+def this_tree(scripts, monkeypatch):
+    "The project of the tests has no asap of its own"
+    smoke = scripts[0].smoke
+    env = smoke.environment() | dict(PYTHONPATH=str(TOP))
+    monkeypatch.setattr(smoke, "environment", lambda: env)
+
+
+@pytest.fixture
+def kills(scripts):
+    return scripts[0]
+
+
+@pytest.fixture
+def full_disk(scripts):
+    return scripts[1]
 
 
 def make_project(folder, seconds=1.0):
@@ -102,7 +120,8 @@ def test_a_process_that_goes_on_is_seen(kills, tmp_path):
 
 def test_two_kernels_of_a_stage_are_seen(kills, tmp_path, monkeypatch):
     "A fork of a kernel, which has its connection file, is no second one"
-    monkeypatch.setattr(kills.smoke, "environment", lambda: os.environ | dict(DVC_STAGE="one"))
+    env = kills.smoke.environment() | dict(DVC_STAGE="one")
+    monkeypatch.setattr(kills.smoke, "environment", lambda: env)
     words = [sys.executable, "-c", SLEEP, "ipykernel_launcher", "-f"]
 
     def start(number, file):
@@ -186,3 +205,45 @@ def test_bytes_are_compared_but_for_times(kills, tmp_path):
     assert (
         smoke.differences(written(), first) == ["runs/b.csv"] == smoke.differences(first, written())
     )
+
+
+# ----- a full disk
+
+
+def test_a_small_study_on_a_small_disk(full_disk, expected, tmp_path):
+    campaign = full_disk.Campaign(
+        tmp_path, expected, lambda f: make_project(f, 0.0), tuple(STUDY), limit=120
+    )
+    try:
+        row = campaign.try_size(5_000_000, 30_000_000)
+    except full_disk.NoDiskError as e:
+        pytest.skip(f"no small disk can be mounted here: {e}")
+    row = {k: str(v) for k, v in row.items()}
+    assert not full_disk.is_fault(row), str(row)
+    assert (row["stage"], row["done"], row["done_after"]) == ("b", "1", "1")
+    assert not os.path.ismount(campaign.folder)
+
+
+SENTENCE = (
+    "text stopped: no space is left. 0.00 GB are free for build, runs ({}/build). Make room there, "
+    "or move the project or TMPDIR to a larger disk, and start again: finished stages stay"
+)
+
+
+def test_what_a_person_reads(full_disk, tmp_path):
+    told = full_disk.judge(f"text | asap: {SENTENCE.format(tmp_path)}\n", tmp_path)
+    told |= dict(stopped="1", ended="0", different="", traceback="0")
+    assert (told["stage"], told["free"], told["place"]) == ("text", "0.00", "named")
+    assert not full_disk.is_fault(told)
+    other = full_disk.judge(SENTENCE.format("/another"), tmp_path)
+    assert other["place"] == "/another/build" and full_disk.is_fault(told | other)
+    silent = full_disk.judge("Traceback (most recent call last):\nOSError: [Errno 28]", tmp_path)
+    assert silent["traceback"] == 1 and not silent["stage"] and full_disk.is_fault(told | silent)
+
+
+def test_a_file_with_two_names_takes_its_space_once(full_disk, tmp_path):
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build/a").write_bytes(bytes(5000))
+    (tmp_path / "build/b").hardlink_to(tmp_path / "build/a")
+    (tmp_path / "asap.py").write_bytes(bytes(10))
+    assert full_disk.needed(tmp_path) == (4096, 8192)

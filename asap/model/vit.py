@@ -62,11 +62,13 @@ def unpatchify(
 def sincos_pos_embed(
     grid: Sequence[int],  # patches (h,w,d)
     dim: int,  # channels
+    offset: Sequence[float] = (0, 0, 0),  # patches, of the grid along each axis
 ) -> torch.Tensor:  # (h*w*d,dim)
     "Sine-cosine table of a 3-D grid; each axis has a third of the channels"
     per = dim // 6
     wave = 1 / 10000 ** (torch.arange(per) / per)
-    axes = torch.meshgrid(*[torch.arange(n).float() for n in grid], indexing="ij")
+    places = [torch.arange(n).float() + o for n, o in zip(grid, offset)]
+    axes = torch.meshgrid(*places, indexing="ij")
     table = torch.cat(
         [f(a.flatten()[:, None] * wave) for a in axes for f in (torch.sin, torch.cos)], 1
     )

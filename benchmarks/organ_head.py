@@ -55,8 +55,6 @@ from asap.text.encoder import load
 
 SPLITS = {"train": "train", "test": "valid"}  # of the table -> of the phantom
 CARD = "Development checkpoint of phantom generation 3, seed {seed}: for no clinical use.\n"
-
-
 VARIED = ("body_fraction", "max_shift", "max_offset", "visible_prob")
 
 

@@ -450,6 +450,18 @@ def test_every_variant_of_the_search_is_one_row_of_arms():
         assert name in ("today", "hard_negatives") or changes
 
 
+def test_hard_negatives_contrast_a_sentence_with_its_opposite(study):
+    causes = driver()
+    assert causes.opposite("No pleural effusion.") == "There is pleural effusion."
+    assert causes.opposite("There is pleural effusion.") == "There is no pleural effusion."
+    assert not causes.opposite("No pleural effusion or consolidation.")
+    (model, b), (data, _) = model_of(study), batch(study, P)
+    before, again = (model(b)[1]["align"] for _ in range(2))
+    sentences = [s for of in data.sentences for s in of]
+    causes.add_hard_negatives(model.alignment, study.text, sentences)
+    assert before == again != model(b)[1]["align"]
+
+
 def test_the_search_goes_on_where_it_stopped_and_refuses_the_studys_seed(tmp_path, monkeypatch):
     causes, out = driver(), tmp_path / "x.csv"
     argv = ["x", "--cache", str(tmp_path), "--out", str(out)]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SegmenterConfig', 'build_segmenter', 'Segmenter', 'save_segmenter', 'read_segmenter_config', 'load_segmenter',
-           'NoChestError', 'predict_probabilities', 'remove_small_pieces', 'lung_classes', 'join_air',
+           'NoChestError', 'predict_probabilities', 'remove_small_pieces', 'lung_groups', 'lung_classes', 'join_air',
            'classes_on_grid', 'segment_organs', 'check_chest', 'shipped_source', 'choose_source']
 
 # %% ../../nbs/3_anatomy/34_segmenter.ipynb #d542ea26
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -162,12 +162,19 @@ def remove_small_pieces(
     return proba.argmax(0).numpy()
 
 
+def lung_groups(
+    groups: Mapping[str, Sequence[str]],  # as in params.yaml
+) -> list[int]:  # positions
+    "The groups that hold lung alone"
+    parts = enumerate(groups.values())
+    return [k for k, names in parts if all(n.startswith("lung") for n in names)]
+
+
 def lung_classes(
     s: Segmenter,
 ) -> list[int]:
     "Classes of the groups that hold lung alone"
-    groups = enumerate(s.groups.values(), 1)
-    return [k for k, names in groups if all(n.startswith("lung") for n in names)]
+    return [k + 1 for k in lung_groups(s.groups)]
 
 
 def join_air(

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .organs import map_to_groups
-from .predictors import SharePredictor, lung_groups, soft_dice
+from .predictors import SharePredictor, soft_dice
+from .segmenter import lung_groups
 from ..data.volumes import Volume
 from ..phantom.bodies3b import Box, OtherBody, synthesize_other_body
 

@@ -110,9 +110,9 @@ def iter_label_subsets(
         reasons = {d: why for d, _, chosen in subsets if (why := lacking(chosen))}
         have |= {(share, d): (t, chosen) for d, t, chosen in subsets if d not in reasons}
         for why in dict.fromkeys(reasons.values()):
-            which = ", ".join(str(d) for d, found in reasons.items() if found == why)
-            share_text = f"{task}: {share:.0%} of the labels (seeds {which})"
-            log_message(f"{share_text} {why}, and are left out")
+            which = [str(d) for d, found in reasons.items() if found == why]
+            draws = f"seed{'s' if len(which) > 1 else ''} {', '.join(which)}"
+            log_message(f"{task}: {share:.0%} of the labels ({draws}) {why}, and are left out")
     todo = [(a, *key) for a in embedded for key in have]
     for arm, share, seed in progress_bar(todo, label=f"probes of {task}"):
         features, index = embedded[arm]

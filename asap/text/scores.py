@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -130,6 +132,27 @@ def _java_problem() -> str:  # why METEOR cannot be computed, or ""
     )
 
 
+def _start_meteor():  # a `Meteor` of pycocoevalcap
+    """Its Java program, which looks in vain for the paraphrases below a path with a blank or an
+    umlaut unless it is told where they are; a lock that the same thread may take again, since
+    `Meteor` takes it when it is deleted, and keeps it where its program ends early"""
+    from pycocoevalcap.meteor import meteor as package
+
+    class Meteor(package.Meteor):
+        def __init__(self):
+            command = ["java", "-jar", "-Xmx2G", package.METEOR_JAR, "-", "-", "-stdio"]
+            self.meteor_p = subprocess.Popen(
+                [*command, "-l", "en", "-norm", "-a", "data/paraphrase-en.gz"],
+                cwd=Path(package.__file__).parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            self.lock = threading.RLock()
+
+    return Meteor()
+
+
 def meteor(
     hypotheses: Sequence[str],  # n texts
     references: Sequence[str],  # their references
@@ -140,11 +163,9 @@ def meteor(
         return None, why
     if not hypotheses:
         return np.zeros(0), ""
-    from pycocoevalcap.meteor.meteor import Meteor
-
     targets = {i: [t] for i, t in enumerate(references)}
     candidates = {i: [s] for i, s in enumerate(hypotheses)}
-    program = Meteor()
+    program = _start_meteor()
     try:
         return np.array(program.compute_score(targets, candidates)[1], float), ""
     except (ValueError, OSError) as e:

@@ -2,6 +2,7 @@
 notice what they look for"""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ def make_project(folder, seconds=1.0):
     (folder / "stage.py").write_text(STAGE)
     stages = {}
     for name, before in zip(NAMES, (None, NAMES[0])):
-        command = f"{sys.executable} stage.py {name} {seconds}"
+        command = f"{shlex.quote(sys.executable)} stage.py {name} {seconds}"
         stages[name[-1]] = dict(cmd=command, deps=[before] if before else [], outs=[name])
     (folder / "dvc.yaml").write_text(yaml.safe_dump(dict(stages=stages)))
     words = [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"]

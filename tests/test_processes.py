@@ -1,6 +1,7 @@
 "A run that is killed ends whole: DVC, shells, stages, their children, forks and workers; locks"
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ PLACES = ("child", "fork", "worker0", "worker1")
 def project(tmp_path):
     (tmp_path / "stage.py").write_text(STAGE)
     (tmp_path / "below.py").write_text(BELOW)
-    page = dict(cmd=f"{sys.executable} stage.py", outs=["page.txt"])
+    page = dict(cmd=f"{shlex.quote(sys.executable)} stage.py", outs=["page.txt"])
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(dict(stages=dict(page=page))))
     subprocess.run(
         [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True

@@ -51,6 +51,7 @@ WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 
 TUTORIALS = {  # title in the menu; tutorials that are not listed follow with their own
     "000_tour.ipynb": "Get started: a tour in ten minutes",
+    "tutorials/manual.ipynb": "Manual",
     "tutorials/one_scan.ipynb": "One scan",
     "tutorials/view_in_lab.ipynb": "One scan in JupyterLab",
     "tutorials/open_results.ipynb": "One scan in 3D Slicer and OHIF",

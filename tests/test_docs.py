@@ -14,6 +14,7 @@ import api
 import pytest
 from browser import CHROMIUM, tab
 from conftest import PAGES, TOP
+from markdown import markdown
 
 
 class Page(HTMLParser):
@@ -216,6 +217,23 @@ def test_no_line_of_code_is_cut(site):
                 ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.slice(0, 60))"
             )
             assert not cut, (name, cut)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")
+def test_the_readme_is_one_and_a_half_screens(tmp_path):
+    "Of 1,300 x 900 pixels, with a column of 980 as GitHub has"
+    style = "body { width: 980px; font: 16px/1.5 sans-serif } pre { font: 13.6px/1.45 monospace }"
+    text = (TOP / "README.md").read_text(encoding="utf8")
+    body = markdown(text, extensions=["fenced_code", "tables"])
+    head = f"<base href='{TOP.as_uri()}/'><style>{style} h1 {{ margin: 0 }}</style>"
+    (tmp_path / "readme.html").write_text(head + body, encoding="utf8")
+    with tab() as t:
+        size = dict(width=1300, height=900, deviceScaleFactor=1, mobile=False)
+        t.call("Emulation.setDeviceMetricsOverride", **size)
+        t.open((tmp_path / "readme.html").as_uri())
+        t.until("document.readyState === 'complete' && document.images.length")
+        assert t.run("Array.from(document.images).every(i => i.naturalWidth)")
+        assert t.run("document.documentElement.scrollHeight") <= 1.5 * 900
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found on this machine")

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 
+import nbformat
 import pytest
 import yaml
 from conftest import TOP
@@ -106,12 +107,10 @@ def test_an_edited_arm_reruns_alone(clone):
 
 
 def fenced(kind, holds) -> str:
-    "The README's block of a kind that holds some words"
-    return next(
-        b
-        for b in re.findall(rf"```{kind}\n(.*?)```", (TOP / "README.md").read_text(), re.S)
-        if holds in b
-    )
+    "The block of a kind that holds some words, in the README or in the manual"
+    page = nbformat.read(TOP / "nbs/tutorials/manual.ipynb", as_version=4)
+    text = "\n".join([(TOP / "README.md").read_text(), *(c.source for c in page.cells)])
+    return next(b for b in re.findall(rf"```{kind}\n(.*?)```", text, re.S) if holds in b)
 
 
 def test_one_number_as_the_readme_says(clone):
@@ -125,9 +124,10 @@ def test_one_number_as_the_readme_says(clone):
         "GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@t; "
     )
     lines = [line.split("#")[0].strip() for line in fenced("sh", "dvc exp run").splitlines()]
-    assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "asap", "git"] and lines[
-        0
-    ] == "cd build/quick && source ../../.venv/bin/activate"
+    first = ["make quick", "cd build/quick && source ../../.venv/bin/activate"]
+    assert lines[:2] == first
+    lines = lines[1:]
+    assert [line.split()[0] for line in lines] == ["cd", "git", "dvc", "asap", "git"]
     run("bash", "-ec", me + lines[1], cwd=clone)
     text = run("bash", "-ec", f"{me}{lines[2]} pretrain@asap", cwd=clone)
     assert (
@@ -149,7 +149,7 @@ def test_one_number_as_the_readme_says(clone):
 
 
 def test_a_new_arm_is_a_row_and_its_name(clone):
-    "The README's row: it is read, it alone is trained, and what reads arms reads it too"
+    "The row of the manual: it is read, it alone is trained, and what reads arms reads it too"
     raw, block = (
         yaml.safe_load((clone / "params.yaml").read_text()),
         yaml.safe_load(fenced("yaml", "arms:")),

@@ -51,7 +51,6 @@ WORKER = (TOP / "tests/iframe-worker.js").read_text(encoding="utf8")
 
 TUTORIALS = {  # title in the menu; tutorials that are not listed follow with their own
     "000_tour.ipynb": "Get started: a tour in ten minutes",
-    "tutorials/manual.ipynb": "Manual",
     "tutorials/one_scan.ipynb": "One scan",
     "tutorials/view_in_lab.ipynb": "One scan in JupyterLab",
     "tutorials/open_results.ipynb": "One scan in 3D Slicer and OHIF",
@@ -63,6 +62,7 @@ TUTORIALS = {  # title in the menu; tutorials that are not listed follow with th
     "tutorials/own_encoder.ipynb": "Your encoder",
     "tutorials/new_task.ipynb": "A new task",
     "tutorials/cluster.ipynb": "A cluster",
+    "tutorials/manual.ipynb": "Manual",
     "96_cost.ipynb": "What the paper's scale costs",
     "96a_scale.ipynb": "Fifty thousand cases",
 }

@@ -70,10 +70,10 @@ supervised: .venv/done  ## what a plain supervised CNN finds in the phantoms (up
 mutants: .venv/done  ## would the tests notice? 600 small changes of asap/, one at a time (hours; goes on where it was stopped)
 	@pip install -q -c constraints.txt cosmic-ray && python tests/mutants.py --copies 2
 
-kills: .venv/done  ## 40 SIGKILLs over the study at smoke scale: nothing left, the same bytes (half an hour; build/kills)
+kills: .venv/done  ## 40 SIGKILLs over the study at smoke scale: nothing left, the same bytes (build/kills)
 	@python benchmarks/kills.py --save
 
-full_disk: .venv/done  ## the study at smoke scale on disks that are too small for it (root; half an hour; build/full_disk)
+full_disk: .venv/done  ## the study at smoke scale on disks that are too small for it (root; build/full_disk)
 	@python benchmarks/full_disk.py --save
 
 lab: .venv/done  ## JupyterLab on nbs/

@@ -7,7 +7,7 @@ study goes on: what it has written when it ends must be the same bytes as those 
 study.
 
 Rows go to build/full_disk/rows.csv at once, and a campaign that was stopped goes on from there;
---save writes benchmarks/full_disk.csv and benchmarks/full_disk.json. 20 to 30 minutes on two cores.
+--save writes benchmarks/full_disk.csv and benchmarks/full_disk.json.
 """
 
 import argparse

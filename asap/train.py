@@ -6,7 +6,7 @@
 __all__ = ['lr_factor', 'EpochBatchSampler', 'IndexDataset', 'local_sums', 'replicated', 'world_size', 'global_mean',
            'weighted_mean', 'all_gather', 'local_rows', 'wait_for_all', 'discard', 'resolve_precision', 'get_device',
            'retain_freed_memory', 'limit_threads', 'param_groups', 'newton_schulz', 'MuonFP32', 'build_optimizers',
-           'count_micro_batches', 'fit']
+           'adapt_blocks', 'count_micro_batches', 'fit']
 
 # %% ../nbs/03_train.ipynb #edfaa59d
 import contextlib
@@ -29,6 +29,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from asap.core import (
@@ -409,7 +410,42 @@ def _resume(acc, folder: Path | None, fp: dict, model, opts) -> _TrainState:
     acc.wait_for_everyone()
     return _load_state(folder, model, opts, acc.scaler) if folder else _TrainState()
 
+# %% ../nbs/03_train.ipynb #blkcode1
+def _find_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    "Items of the outermost `ModuleList`s"
+    if isinstance(module, torch.nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in _find_blocks(child)]
+
+
+@contextlib.contextmanager
+def adapt_blocks(
+    model: torch.nn.Module,
+    activation_checkpointing: bool = False,  # compute activations again in the backward pass
+    torch_compile: bool = False,  # compile each block
+):
+    "Within, the blocks of a model need less memory, or are compiled"
+    if not (activation_checkpointing or torch_compile):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for block in _find_blocks(model):
+            forward = torch.compile(block.forward) if torch_compile else block.forward
+            if activation_checkpointing:
+                forward = partial(checkpoint, forward, use_reentrant=False)
+            stack.enter_context(patch.object(block, "forward", forward))
+        yield
+
 # %% ../nbs/03_train.ipynb #2ff94d82
+def _check_whole_weights() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "Accelerate's config asks for FSDP (ACCELERATE_USE_FSDP), but a saved state holds the "
+            "whole weights of a process, not a shard: leave FSDP out, and to need less memory set "
+            "`activation_checkpointing: true` and a smaller `micro_batch_size`"
+        )
+
+
 def _make_accelerator(
     precision: str,
     accumulate: int,
@@ -419,6 +455,7 @@ def _make_accelerator(
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
+    _check_whole_weights()
     # a process may train several models, each with its own precision
     AcceleratorState._reset_state()
     retain_freed_memory()
@@ -426,7 +463,7 @@ def _make_accelerator(
         cpu=get_device().type == "cpu",
         mixed_precision=resolve_precision(precision),
         gradient_accumulation_steps=accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if batch % acc.num_processes and not replicate:
@@ -435,6 +472,23 @@ def _make_accelerator(
             "make it a multiple of them"
         )
     return acc
+
+
+def _make_loader(
+    data: Any,  # as in `fit`
+    sampler: EpochBatchSampler,
+    collate: Callable | None,
+    workers: int,
+    device: torch.device,  # of the model
+) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
 
 
 class _BatchLoss(torch.nn.Module):
@@ -650,7 +704,9 @@ def fit(
     accumulate: int = 1,  # batches per step
     micro_batch: int | None = None,  # samples of one forward pass of a process, at most; None: all
     weigh: Callable | None = None,  # batch -> sum of its samples' weights; None: equal weights
-    workers: int = 0,  # processes that read samples
+    activation_checkpointing: bool = False,  # as in `adapt_blocks`
+    torch_compile: bool = False,  # as in `adapt_blocks`
+    workers: int = 0,  # processes that read samples, for each process of the training
     fp: dict | None = None,  # fingerprint of the run
     save_every: int = 100,  # steps
     save_minutes: float | None = 5,  # at most, between two saves; None: by steps alone
@@ -678,10 +734,12 @@ def fit(
         seed=str(seed),
         **({"slow_lr": slow_lr} if slow_lr else {}),
         **({"micro_batch": micro_batch} if micro_batch else {}),
+        **({"torch_compile": True} if torch_compile else {}),
     )
     alone = batch % acc.num_processes > 0
     rank = 0 if alone else acc.process_index
-    with replicated(alone), catch_signals():
+    blocks = adapt_blocks(model, activation_checkpointing, torch_compile)
+    with replicated(alone), catch_signals(), blocks:
         opts = build_optimizers(model, lr, weight_decay, betas, matrices, muon_lr, slow, slow_lr)
         folder = Path(folder) if folder else None
         state = _resume(acc, folder, fp, model, opts)
@@ -691,13 +749,7 @@ def fit(
         acc.gradient_accumulation_steps = accumulate
         weights = _BatchWeights(acc, weigh if num_parts > 1 else None)
         sampler = EpochBatchSampler(len(data), batch, steps * accumulate, seed, start * accumulate)
-        loader = DataLoader(
-            data,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-        )
+        loader = _make_loader(data, sampler, collate, workers, acc.device)
         plain = model
         model, compute, loader, opts = _prepare(acc, model, loss, loader, opts)
         progress, saved = _Progress(label, start, steps), time.monotonic()

@@ -142,6 +142,16 @@ def test_two_processes_learn_what_one_does(here, arm, tolerance):
     )
 
 
+def test_two_processes_that_encode_one_pair_at_a_time_learn_what_one_does(here):
+    "The contrast is that of the whole batch, over processes and micro batches"
+    small = ["micro_batch_size=1", "activation_checkpointing=1"]
+    run("clip", here / "whole-batch", 2, 4, 1)
+    run("clip", here / "by-pairs", 2, 4, 1, *small, processes=2)
+    one, two = (first_gradient(here / k) for k in ("whole-batch", "by-pairs"))
+    largest = max(float(g.abs().max()) for g in one)
+    assert max(float((a - b).abs().max()) for a, b in zip(one, two)) <= 1e-5 * largest
+
+
 def test_a_batch_that_cannot_be_shared_is_an_error(here):
     r = run("asap", here / "odd", 2, 3, 99, processes=2, check=False)
     assert (

@@ -1,6 +1,6 @@
 """A short pre-training of one arm on six phantoms, for tests/test_train.py.  usage: [torchrun
-...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY, or trains.py slot FOLDER STEPS SECONDS, which is
-killed after some seconds of its CPU (0: never)"""
+...] trains.py ARM FOLDER STEPS BATCH SAVE_EVERY [KEY=VALUE of `pretrain`...], or trains.py slot
+FOLDER STEPS SECONDS, which is killed after some seconds of its CPU (0: never)"""
 
 import resource
 import sys
@@ -125,19 +125,10 @@ if __name__ == "__main__":
     arm, folder, steps, batch, save_every = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6])
     data = folder.parent / "cohort"
     p = load_params(project_root() / "params/smoke.yaml")
-    p = p.model_copy(
-        update=dict(
-            pretrain=p.pretrain.model_copy(
-                update=dict(
-                    steps=steps,
-                    batch_size=batch,
-                    checkpoint_every=save_every,
-                    warmup_steps=1,
-                    precision="no",
-                )
-            )
-        )
-    )
+    short = dict(steps=steps, batch_size=batch, checkpoint_every=save_every)
+    short |= dict(warmup_steps=1, precision="no")
+    short |= {k: int(v) for k, v in (pair.split("=") for pair in sys.argv[6:])}
+    p = p.model_copy(update=dict(pretrain=p.pretrain.model_copy(update=short)))
     table = pd.read_parquet(data / "table.parquet")
     for k in ("image", "organ_map"):
         table[k] = [str(data / f) for f in table[k]]

@@ -92,9 +92,11 @@ class PretrainConfig(BaseConfig):
     # at most, between two saved states; null: by steps alone
     checkpoint_minutes: PositiveFloat | None = 5
     num_eval_cases: PositiveInt  # of the validation split
-    num_workers: NonNegativeInt  # data loader processes
+    num_workers: NonNegativeInt  # data loader processes, for each process of the training
     weights: Literal["shipped", "none"]  # shipped: those in weights/ whose recipe matches
     micro_batch_size: PositiveInt | None = None  # pairs encoded at a time; null: all
+    activation_checkpointing: bool = False  # blocks keep their input alone for the backward pass
+    torch_compile: bool = False  # compile the blocks
     crop_mode: Literal["zoom", "cut"] = "zoom"  # cut: `random_cut`, without resampling
     crop_padding: Literal["air", "reflect"] = "air"
     align_text: Literal["report", "findings"] = "report"  # sentences that the alignment uses
@@ -195,6 +197,8 @@ def fit_options(
         batch=t.batch_size,
         accumulate=t.accum_iter,
         workers=t.num_workers,
+        activation_checkpointing=t.activation_checkpointing,
+        torch_compile=t.torch_compile,
         lr=t.lr * lr_scale,
         matrices=model.muon_params() if t.optimizer == "muon" else (),
         muon_lr=t.muon_lr * lr_scale,
@@ -753,6 +757,8 @@ IGNORED_RECIPE_KEYS = (
     "num_eval_cases",
     "precision",
     "micro_batch_size",
+    "activation_checkpointing",
+    "torch_compile",
 )
 
 

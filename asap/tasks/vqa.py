@@ -88,6 +88,9 @@ class VQAConfig(BaseConfig):
     steps: PositiveInt
     batch_size: PositiveInt  # volumes
     micro_batch_size: PositiveInt | None = None  # volumes of one forward pass; null: all
+    activation_checkpointing: bool = False  # blocks keep their input alone for the backward pass
+    torch_compile: bool = False  # compile the blocks
+    num_workers: NonNegativeInt = 0  # data loader processes, for each process of the training
     questions_per_volume: PositiveInt  # in a batch
     lr: PositiveFloat  # of the projector; of everything where `lora_lr` is null
     lora_lr: PositiveFloat | None = None  # of LoRA and of the query layers; null: `lr`
@@ -603,6 +606,9 @@ def train_vqa(
             batch=min(p.batch_size, len(train)),
             micro_batch=p.micro_batch_size,
             weigh=_batch_weight,
+            activation_checkpointing=p.activation_checkpointing,
+            torch_compile=p.torch_compile,
+            workers=p.num_workers,
             seed=seed,
             folder=folder,
             fp=fp,
@@ -866,8 +872,9 @@ def _training_fingerprint(
     lm: nn.Module,
     tokenizer: Any,
 ) -> dict:
-    "What a trained model depends on; params of the answers are left out"
-    ignored = ("arms", "tiny_lm", "max_new_tokens", "num_beams")
+    "What a trained model depends on; params of the answers and of speed are left out"
+    ignored = ["arms", "tiny_lm", "max_new_tokens", "num_beams"]
+    ignored += ["activation_checkpointing", "torch_compile", "num_workers"]
     kept = {k: v for k, v in drop_defaults(p, VQAConfig).items() if k not in ignored}
     return fingerprint(
         arm=arm,

@@ -1569,7 +1569,7 @@ def _collect_store(a: argparse.Namespace, store: Any, root: Path) -> int:
 
 
 def _add_store_command(sub: Any) -> None:
-    what = "look after the store of volumes and organ maps (ASAP_STORE, else build/store)"
+    what = "look after the store of volumes and features (ASAP_STORE, else build/store)"
     c = _add_command(sub, "store", _run_store, what, "asap store verify")
     actions = c.add_subparsers(dest="action_name", required=True, metavar="ACTION")
     what = "its place, its size, and what this study uses of it"

@@ -216,7 +216,7 @@ def disk_usage(
             {
                 "standard volumes": 2 * voxels * count(without_companions(p.study.cohorts)),
                 "organ maps": voxels * a.organ_map_ratio * count(p.pretrain.cohorts),
-                "features": 4 * p.model.embed_dim * count(p.study.cohorts) * arms,
+                "features": 2 * 4 * p.model.embed_dim * count(p.study.cohorts) * arms,
                 "all tokens": 2 * (n + 1) * p.model.embed_dim * tokens * arms,
                 "checkpoints": 4 * parameters * arms,
                 "states to resume from": 12 * parameters * arms * a.num_saved_states,
@@ -255,10 +255,10 @@ def pretrain_memory(p: Any, a: CostAssumptions = DEFAULT_ASSUMPTIONS) -> StageMe
 
 
 def embed_memory(p: Any) -> StageMemory:  # p: params
-    "A batch of volumes and of tokens, the rows since the last flush, and the features"
+    "A batch of volumes and of tokens, a shard of 128 and its copy, and the features"
     tokens = (count_patches(p) + 1) * p.model.embed_dim
     batch = 16 * (8 * prod(p.volumes.roi_size) + 4 * tokens)
-    return StageMemory(batch + 64 * 2 * tokens, 4 * p.model.embed_dim, 4 * tokens)
+    return StageMemory(batch + 2 * 128 * 2 * tokens, 8 * p.model.embed_dim, 4 * tokens)
 
 
 def classify_memory(p: Any) -> StageMemory:  # p: params

@@ -450,7 +450,7 @@ def check_locked_outputs(
 def check_store(
     root: Path,  # of the project
 ) -> Iterator[CheckResult]:
-    "Volumes and organ maps in the store, against their hashes"
+    "Volumes, organ maps and features in the store, against their hashes"
     folders = manifest_folders(root)
     if not folders:
         return

@@ -21,7 +21,13 @@ import numpy as np
 from .contents import CONTENTS, FileRecord, read_records
 from .core import list_files, read_json, write_json, write_parquet, write_text
 from .resources import cache_folder
-from .store import manifest_folders, read_manifest, remove_patient, store_of
+from asap.store import (
+    drop_unmet_manifests,
+    manifest_folders,
+    read_manifest,
+    remove_patient,
+    store_of,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +185,7 @@ def _forget_entries(case: _Case, done: Forgotten, root: Path) -> None:
         for r in read_manifest(folder).itertuples():
             if (folder.name, r.case) == (case.cohort, case.name):
                 own.setdefault(r.key, []).append((folder / r.name).relative_to(root).as_posix())
-            else:
+            elif r.case:
                 others[r.key] = f"{folder.name}/{r.case}"
     done.shared = sorted({others[k] for k in own if k in others})
     done.removed += [p for k, paths in own.items() if k not in others for p in paths]
@@ -290,6 +296,7 @@ def forget(
             array = f.with_suffix(".npy")
             if what == "rewritten" and f.suffix == ".parquet" and array.exists():
                 done.rewritten.append(array.relative_to(root).as_posix())
+    done.removed += [f.relative_to(root).as_posix() for f in drop_unmet_manifests(root)]
     touched = {*done.removed, *done.rewritten}
     done.cached = _forget_cache(case, touched, root)
     _update_records(root, touched)

@@ -123,15 +123,15 @@ def run_embed(folder: Path, n: int) -> None:
     from asap.model.vit import ViT3D
     from asap.params import load_params
     from asap.pretrain import embed
+    from asap.store import store_of
 
     p = load_params()
     m, size, hu = p.model, p.volumes.roi_size, p.volumes.hu_range
     vit = ViT3D(size, m.patch_size, m.embed_dim, 1, m.num_heads, m.stem.model_dump())
-    table = cohort(n, image=str(folder / "volume.nii"))
+    table, store = cohort(n, image=str(folder / "volume.nii")), store_of(folder / "build").create()
+    folders = {k: folder / "build" / k / "vit" for k in ("features", "tokens")}
     yield
-    embed.embed_cohort(
-        vit, table, folder / "e", "ct_rate", size, hu, {}, folder / "r", folder / "t"
-    )
+    embed.embed_cohort(vit, table, "ct_rate", folders, folder / "e", size, hu, {}, store)
 
 
 def run_retrieve(folder: Path, n: int) -> None:

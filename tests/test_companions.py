@@ -64,10 +64,10 @@ def test_its_tokens_are_rows_of_the_cohort(root, tmp_path):
     asked = prepare(root, "radgenome", ["e", "b"], dict(e="e", b="b"), parent="ct_rate")
     table, folder = (
         embed.tables.load(root / "build/cohorts/ct_rate/ct_rate.parquet", root),
-        tmp_path,
+        tmp_path / "build/tokens/asap",
     )
     tokens = np.arange(6 * 2 * 3, dtype=np.float16).reshape(6, 2, 3)
-    embed.save(tokens, table, folder, "ct_rate", dict(encoder="x"))
+    embed.save_tokens(tokens, table, folder, "ct_rate", dict(encoder="x"))
     embed.link_tokens(holders(root, "ct_rate", "radgenome"), folder)
     assert sorted(f.name for f in folder.glob("*radgenome*")) == ["radgenome.json"]
     t, rows, made = load_tokens(folder, "radgenome", asked)

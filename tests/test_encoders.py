@@ -18,6 +18,7 @@ from torch import nn
 from asap.core import write_json
 from asap.data.volumes import write as write_volume
 from asap.pretrain import checkpoint, embed, encoders
+from asap.store import store_of
 from asap.tasks import report, segment, token_unetr
 
 torch.set_num_threads(1)
@@ -572,19 +573,21 @@ def embedded(encoder, folder, n=2):
     table = pd.DataFrame(dict(case=names, scan=names, patient=names, split="test", image=files))
     size = getattr(encoder, "img_size", None) or (48, 48, 24)
     grid = encoders.token_grid(encoder, size)
+    kinds = {k: folder / "build" / k / "conv" for k in ("features", "tokens")}
     embed.embed_cohort(
         encoder,
         table,
-        folder / "half",
         "toy",
+        kinds,
+        folder / "half",
         size,
         (-1000, 1000),
         {},
-        folder / "resume",
-        folder / "tokens",
+        store_of(folder / "build").create(),
         convert=encoders.stored_tokens(encoder, grid),
     )
-    return embed.load(folder / "tokens", "toy")[0], embed.load(folder / "half", "toy")[0], grid
+    tokens, _ = embed.load_tokens(kinds["tokens"], "toy")
+    return tokens[:], embed.load(folder / "half", "toy")[0], grid
 
 
 def test_tokens_for_reports_have_positions_and_features_do_not(tmp_path):

@@ -87,7 +87,8 @@ def test_a_stage_reads_params_by_its_name(stage):
 def test_what_an_encoder_writes_are_outputs_of_its_stage():
     "Reports, questions and segmentation read them, so their stages come after it"
     stages = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
-    outs = {str(o).replace("key", "item") for o in stages["encode"]["do"]["outs"]}
+    listed = stages["encode"]["do"]["outs"]  # names, and {name: options}
+    outs = {(o if isinstance(o, str) else next(iter(o))).replace("key", "item") for o in listed}
     assert set(stages["report"]["do"]["deps"]) & outs == {"build/tokens/${item}"}
     for stage, folder in (("vqa", "build/tokens"), ("segment", "runs/pretrain")):
         assert folder in stages[stage]["do"]["deps"]

@@ -385,17 +385,6 @@ def test_the_atlas_of_case_by_case_is_that_of_all_masks():
     assert atlas.large_labels() == grounding.large_lesion_labels(share, labels)
 
 
-@pytest.mark.parametrize("rows", [3, slice(1, 5), np.array([4, 0]), [2, 2]])
-def test_rows_of_a_file_are_a_copy(rows, tmp_path):
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(6, 4, 3)))
-    a = np.load(tmp_path / "a.npy", mmap_mode="r")
-    for b in (a, a[1:], np.asarray(a)):
-        if b is not a and np.max(rows if not isinstance(rows, slice) else 4) > 4:
-            continue
-        np.testing.assert_array_equal(embed.read_rows(b, rows), b[rows])
-    assert not isinstance(embed.read_rows(a, rows), np.memmap)
-
-
 class Elsewhere(torch.nn.Module):
     "An encoder that knows on which device its weights and its input lie"
 

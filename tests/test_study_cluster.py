@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.study, pytest.mark.cluster]
 RESULTS = (  # tables, features, tokens, weights
     "runs/tables/*.csv",
     "runs/embed/*/*.npy",
-    "build/tokens/*/*.npy",
+    "build/tokens/*/*/manifest.parquet",
     "runs/pretrain/*/checkpoint/*.safetensors",
 )
 # The whole node, so that one job runs at a time; its processes are no forks (tests/preloaded.py)
@@ -91,7 +91,7 @@ def test_jobs_that_are_preempted_twice(clone, cluster, tmp_path):
         study = subprocess.Popen(STUDY, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         preempt(folder, "pretrain@asap", "build/resume/pretrain/asap/resume/state.pt", study, env)
-        preempt(folder, "embed@asap", "build/resume/embed/asap/*/half.npy", study, env)
+        preempt(folder, "embed@asap", "build/features/asap/*/manifest.parquet", study, env)
         code = study.wait(900)
     finally:
         study.kill()
@@ -129,14 +129,14 @@ def test_a_second_checkout(clone, tmp_path):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="experiments need git")
 def test_an_experiment_in_a_folder_of_its_own(clone):
-    "`dvc exp run --temp` makes the raw data again, and no volume"
+    "`dvc exp run --temp` makes the raw data again, and no volume and no features"
     me = {f"GIT_{who}_{k}": "t@t" for who in ("AUTHOR", "COMMITTER") for k in ("NAME", "EMAIL")}
     env, before = FORKED | me, listing(clone / "build/store")
     run("git", "add", "-A", cwd=clone, env=env)
     run("git", "commit", "-qm", "baseline", cwd=clone, env=env)
     command = ("dvc", "exp", "run", "--temp", "-n", "few", "-S", "tables.n_bootstrap=60")
     text = run(*command, cwd=clone, env=env)
-    assert preparing(clone) < ran(text) and "tables" in ran(text)
-    assert not ran(text) & {"corpus", "text", "pretrain@asap", "embed@asap"}
+    assert preparing(clone) < ran(text) and {"embed@asap", "tables"} < ran(text)
+    assert not ran(text) & {"corpus", "text", "pretrain@asap", "report@asap"}
     assert listing(clone / "build/store") == before
     assert "few" in run("dvc", "exp", "show", "--csv", cwd=clone, env=env)

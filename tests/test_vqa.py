@@ -82,7 +82,7 @@ TOKENS = np.random.default_rng(0).normal(size=(16, 9, 8)).astype(np.float16)
 def here(tmp_path_factory):
     "Tokens and a language model"
     at = tmp_path_factory.mktemp("vqa")
-    embed.save(TOKENS, TABLE, at / "tokens/asap", "toy", dict(encoder="a"))
+    embed.save_tokens(TOKENS, TABLE, at / "build/tokens/asap", "toy", dict(encoder="a"))
     language.build_language_model(
         P, QUESTIONS, dict(zip(TABLE.case, TABLE.split)), 0, at / "language"
     )
@@ -97,7 +97,7 @@ def ask(here, out, arm="asap", tables=None, questions=None, **kw):
         questions or dict(toy=QUESTIONS),
         p,
         0,
-        here / "tokens" / arm,
+        here / "build/tokens" / arm,
         8,
         out / "runs",
         out / "resume",
@@ -263,7 +263,7 @@ def test_an_answer_without_a_number_counts():
 
 def test_no_cohort_no_rows(here, tmp_path):
     d = vqa.run_all(
-        "asap", {}, {}, P, 0, here / "tokens/asap", 8, tmp_path / "runs", tmp_path / "resume"
+        "asap", {}, {}, P, 0, here / "build/tokens/asap", 8, tmp_path / "runs", tmp_path / "resume"
     )
     assert list(d) == vqa.COLUMNS and not len(d) and metrics.point_estimates(d, vqa.metrics) == {}
     assert (

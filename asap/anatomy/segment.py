@@ -39,9 +39,9 @@ from asap.store import (
     Store,
     add_entry,
     add_rows,
+    content_hash,
     entry_key,
     find_entry,
-    find_row,
     local_file,
     manifest_row,
 )
@@ -323,9 +323,7 @@ def _segment_shared(
     shared: Store,
     found: list[dict],  # gets a row of a manifest
 ) -> None:
-    known = find_row(row["image"])
-    digest = known.hash[:16] if known else file_hash(row["image"])
-    fp = fingerprint(**source.origin, volume=digest)
+    fp = fingerprint(**source.origin, volume=content_hash(row["image"]))
     entry = find_entry(shared, entry_key(fp))
     if entry is None:
         with tempfile.TemporaryDirectory(prefix="asap-") as folder:

@@ -34,12 +34,14 @@ from asap.core import (
     file_hash,
     fingerprint,
     log_message,
+    process_rank,
     project_root,
     split_revision,
     write_json,
 )
 from ..model.vit import ViT3D, sincos_pos_embed
 from . import checkpoint, embed
+from ..train import wait_for_all
 
 # %% ../../nbs/6_pretrain/64_encoders.ipynb #enc64006
 def token_grid(
@@ -689,18 +691,22 @@ def encoder_fingerprint(
 def build_or_leave_out(
     name: str,  # of the row
     row: Any,  # of `study.encoders`
-    folders: Iterable[Path],  # runs/embed/<name>, build/tokens/<name>
+    folders: Iterable[Path],  # runs/embed/<name>, build/features/<name>, build/tokens/<name>
     record: Path,  # gets the fingerprint, for the stage `segment`
 ) -> Any:  # encoder; None where it was left out
     "The encoder of a row, or a message and `left_out.json` where its weights cannot be fetched"
-    found = encoder_fingerprint(row)
+    if process_rank():
+        wait_for_all()  # the first process may have to fetch the weights
+        left_out = any((Path(f) / "left_out.json").exists() for f in folders)
+        return None if left_out else build_encoder(row)
+    found, encoder = encoder_fingerprint(row), None
     try:
         encoder = build_encoder(row)
     except EncoderUnavailableError as e:
         log_message(f"encoder `{name}` is left out of the study: {e}")
         for folder in folders:
             embed.mark_left_out(folder, str(e))
-        write_json(found | dict(left_out=str(e)), record)
-        return None
+        found |= dict(left_out=str(e))
     write_json(found, record)
+    wait_for_all()
     return encoder

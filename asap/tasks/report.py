@@ -46,7 +46,7 @@ from asap.params import (
     reference_arm,
 )
 from ..pretrain import checkpoint
-from ..pretrain.embed import check_same_cases, read_rows
+from ..pretrain.embed import Tokens, check_same_cases
 from ..registry import StudyResults, Task, TaskFamily, register_family, requested
 from .features import layer_norm
 from .metrics import bootstrap_weights, empty_predictions
@@ -145,7 +145,7 @@ def _check_grid(
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep76a01
 def pool_tokens(
-    tokens: np.ndarray,  # (n,1+N,C) before the last norm, memory-mapped or not
+    tokens: Tokens,  # (n,1+N,C) before the last norm
     grid: Sequence[int],  # patches along H, W, D
     pool: Sequence[int],  # patches to average, along H, W, D
     batch: int = 64,  # scans at a time
@@ -171,7 +171,7 @@ class PooledTokens:
 
     def __init__(
         self,
-        tokens: np.ndarray,  # (n,1+N,C) of `asap.pretrain.embed.load`
+        tokens: Tokens,  # (n,1+N,C) of `asap.pretrain.embed.load_tokens`
         grid: Sequence[int],  # patches along H, W, D
         pool: Sequence[int],  # patches to average, along H, W, D
         rows: ArrayLike | None = None,  # of the scans; None: all
@@ -189,7 +189,7 @@ class PooledTokens:
         self,
         index: Any,  # slice or array of the scans
     ) -> np.ndarray:  # (b,3+M,C) float32
-        return pool_tokens(read_rows(self.tokens, self.rows[index]), self.grid, self.pool)
+        return pool_tokens(self.tokens[self.rows[index]], self.grid, self.pool)
 
     def select(
         self,
@@ -853,7 +853,7 @@ def _find_empty_split(
 
 
 def _decoder_input(
-    tokens: np.ndarray | None,  # (n,1+N,C); None: blind
+    tokens: Tokens | None,  # (n,1+N,C); None: blind
     grid: Sequence[int] | None,  # patches along H, W, D
     has: np.ndarray,  # (n,) bool: cases with findings
     p: ReportConfig,
@@ -926,7 +926,7 @@ def run(
     task: str,
     cohort: str,
     table: pd.DataFrame,  # cohort table
-    tokens: np.ndarray | None,  # (n,1+N,C) of `asap.pretrain.embed.load`; None: blind
+    tokens: Tokens | None,  # (n,1+N,C); None: blind
     index: pd.DataFrame | None,  # cases of the tokens; None: blind
     arm: str,
     grid: Sequence[int] | None,  # patches along H, W, D; None: blind

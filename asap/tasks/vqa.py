@@ -164,11 +164,11 @@ def load_tokens(
     folder: Path | str,  # build/tokens/<arm>
     cohort: str,
     table: pd.DataFrame,  # cohort table, n cases
-) -> tuple[np.ndarray, np.ndarray, dict]:  # (m,1+N,C), memory-mapped; (n,) rows; fingerprint
+) -> tuple[embed.StoredTokens, np.ndarray, dict]:  # (m,1+N,C); (n,) rows; fingerprint
     "An arm's tokens and the row of each case; an error unless all cases are there, in this order"
     link = Path(folder) / f"{cohort}.json"
     name = read_json(link).get("tokens_of", cohort) if link.exists() else cohort
-    t, index = embed.load(folder, name)
+    t, index = embed.load_tokens(folder, name)
     index = index.assign(row=index.index)
     if name != cohort:  # a companion: rows among those of the cohort that has its volumes
         index = index.set_index("case").reindex(table.case).dropna(subset="row").reset_index()
@@ -465,7 +465,7 @@ class VQADataset:
         self,
         q: pd.DataFrame,  # of `attach_cases`, one split
         tokenizer: Any,  # of the language model
-        tokens: np.ndarray | None,  # (n,1+N,C) of all cases; None: blind
+        tokens: embed.Tokens | None,  # (n,1+N,C) of all cases; None: blind
         p: VQAConfig,
         seed: int,
     ):
@@ -491,7 +491,7 @@ class VQADataset:
         picks = [int(r.choice(by_kind[k])) for k in kinds]
         tokens = np.zeros((1, 1), np.float32)
         if self.tokens is not None:
-            tokens = np.asarray(embed.read_rows(self.tokens, row), np.float32)
+            tokens = np.asarray(self.tokens[row], np.float32)
         return dict(
             case=case,
             tokens=tokens,
@@ -582,7 +582,7 @@ def train_vqa(
     m: VQAModel,
     tokenizer: Any,  # of the language model
     q: pd.DataFrame,  # of `attach_cases`
-    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    tokens: embed.Tokens | None,  # (n,1+N,C), rows of `q.row`; None: blind
     p: VQAConfig,
     seed: int,
     folder: Path | str | None = None,  # of the resume state
@@ -624,7 +624,7 @@ def train_vqa(
 @torch.no_grad()
 def encode_volumes(
     m: VQAModel,
-    tokens: np.ndarray | None,  # (n,1+N,C); None: blind
+    tokens: embed.Tokens | None,  # (n,1+N,C); None: blind
     rows: Iterable[int],  # of the volumes, with repetitions
     many: int = 16,  # volumes at a time
 ) -> dict[int, torch.Tensor]:  # row -> (Q,E), on the CPU
@@ -636,7 +636,7 @@ def encode_volumes(
         part = unique[i : i + many]
         t = np.zeros((len(part), 1, 1), np.float32)
         if tokens is not None:
-            t = np.asarray(embed.read_rows(tokens, part), np.float32)
+            t = np.asarray(tokens[part], np.float32)
         out |= dict(zip(part, m.resampler(torch.from_numpy(t).to(device)).cpu()))
     return out
 
@@ -679,7 +679,7 @@ def generate_answers(
     m: VQAModel,
     tokenizer: Any,  # of the language model
     q: pd.DataFrame,  # of `attach_cases`, n questions
-    tokens: np.ndarray | None,  # as `train_vqa`
+    tokens: embed.Tokens | None,  # as `train_vqa`
     p: VQAConfig,
     rows: np.ndarray | None = None,  # (n,) volume of each question; None: that of its case
     many: int = 64,  # questions at a time
@@ -787,7 +787,7 @@ def majority_answers(
 def train_or_load_vqa(
     arm: str,
     q: pd.DataFrame,  # of `attach_cases`, all splits
-    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    tokens: embed.Tokens | None,  # (n,1+N,C), rows of `q.row`; None: blind
     p: VQAConfig,
     seed: int,
     lm: nn.Module,  # frozen language model
@@ -822,7 +822,7 @@ def _answer_with_baseline(
     m: VQAModel,
     arm: str,
     q: pd.DataFrame,  # of `attach_cases`, all splits
-    tokens: np.ndarray | None,
+    tokens: embed.Tokens | None,
     p: VQAConfig,
     seed: int,
     tokenizer: Any,
@@ -841,7 +841,7 @@ def run(
     cohort: str,
     arm: str,
     q: pd.DataFrame,  # of `attach_cases`, all splits
-    tokens: np.ndarray | None,  # (n,1+N,C), rows of `q.row`; None: blind
+    tokens: embed.Tokens | None,  # (n,1+N,C), rows of `q.row`; None: blind
     p: VQAConfig,
     seed: int,
     lm: nn.Module,  # frozen language model

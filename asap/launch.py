@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .core import visible_gpus
+
 # %% ../nbs/06a_launch.ipynb #lau00006
 TRAINING_STAGES = (
     "pretrain",
@@ -30,14 +32,6 @@ PROCESSES = "ASAP_PROCESSES"  # environment variable: processes of such a stage
 LAUNCHED = "ASAP_LAUNCHED"  # set for the processes of `run_processes`
 
 
-def _count_gpus() -> int:
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return 0  # without 3 s for importing torch
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def count_processes(
     stage: str,  # in dvc.yaml, such as `pretrain@asap`
 ) -> int:
@@ -46,7 +40,7 @@ def count_processes(
         return 1
     wanted = os.environ.get(PROCESSES, "")
     if not wanted:
-        return max(1, _count_gpus())
+        return max(1, len(visible_gpus()))
     if not wanted.isdecimal() or not int(wanted):
         raise ValueError(f"{PROCESSES} is `{wanted}`: expected a number of processes, from 1 on")
     return int(wanted)

@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from .core import log_message
+from .core import GPUS, log_message, visible_gpus
 from .preempt import EXIT_CODE, stop_on_signal, stop_requested
 from .privacy import make_private
 from .processes import DVC_LOCK_ADVICE, DVC_LOCK_ERROR, LOCKS, hold_lock, lead
@@ -86,12 +86,14 @@ DVC = (
 )
 
 
-def _stage_environment(stages: int) -> dict[str, str]:
+def _stage_environment(stages: int, slot: int) -> dict[str, str]:
     import joblib
 
     threads = str(max(1, joblib.cpu_count() // stages))
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
     own = {"ASAP_STAGES": str(stages), "PATH": _own_path()}
+    if gpus := visible_gpus():
+        own[GPUS] = ",".join(gpus[slot::stages] or [gpus[slot % len(gpus)]])
     return dict.fromkeys(limits, threads) | os.environ | own
 
 
@@ -102,7 +104,8 @@ def _own_path() -> str:  # dvc.yaml calls `python`: the one that runs this
 def run_stage(
     name: str,  # of the stage
     folder: Path,  # of the project
-    stages: int = 1,  # that run at a time: they share the cores
+    stages: int = 1,  # that run at a time: they share the cores and the GPUs
+    slot: int = 0,  # of this one among them
 ) -> int:  # exit code
     "Let DVC run a stage if it is out of date; its name precedes each line of its output"
     run = subprocess.Popen(
@@ -112,7 +115,7 @@ def run_stage(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=_stage_environment(stages),
+        env=_stage_environment(stages, slot),
     )
     assert run.stdout is not None
     last: deque[str] = deque(maxlen=40)
@@ -327,6 +330,7 @@ def _run_stages(folder: Path, stages: int) -> int:
     progress = _Progress(len(todo))
     failed = 0
     running: dict[Any, str] = {}  # future -> stage
+    slots: dict[str, int] = {}  # of running stages
     with ThreadPoolExecutor(stages) as pool:
         while running or (todo and not failed and not stop_requested()):
             ready = (
@@ -337,9 +341,11 @@ def _run_stages(folder: Path, stages: int) -> int:
             for name in ready[: stages - len(running)]:
                 todo.remove(name)
                 _warn_of_data(name, folder)
-                running[pool.submit(run_stage, name, folder, stages)] = name
+                slots[name] = min({*range(stages)} - {*slots.values()})
+                running[pool.submit(run_stage, name, folder, stages, slots[name])] = name
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 name, code = running.pop(done), done.result()
+                del slots[name]
                 failed = failed or code
                 progress.report(name, code, len(todo), len(running))
     return failed

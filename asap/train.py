@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['lr_factor', 'EpochBatchSampler', 'IndexDataset', 'local_sums', 'replicated', 'world_size', 'global_mean',
-           'weighted_mean', 'all_gather', 'local_rows', 'wait_for_all', 'discard', 'resolve_precision', 'get_device',
-           'retain_freed_memory', 'limit_threads', 'param_groups', 'newton_schulz', 'MuonFP32', 'build_optimizers',
-           'adapt_blocks', 'count_micro_batches', 'fit']
+           'weighted_mean', 'all_gather', 'local_rows', 'wait_for_all', 'discard', 'threaded_map', 'shared_map',
+           'resolve_precision', 'get_device', 'retain_freed_memory', 'limit_threads', 'param_groups', 'newton_schulz',
+           'MuonFP32', 'build_optimizers', 'adapt_blocks', 'count_micro_batches', 'fit']
 
 # %% ../nbs/03_train.ipynb #edfaa59d
 import contextlib
@@ -19,7 +19,9 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from asap.core import (
     process_count,
     process_rank,
     progress_bar,
+    read_json,
     reuse_or_set_aside,
     rng,
     write_csv,
@@ -225,6 +228,81 @@ def _of_first(value: float) -> float:  # the first process's
     found = torch.tensor(value, dtype=torch.float64, device=get_device())
     dist.broadcast(found, 0)
     return float(found)
+
+# %% ../nbs/03_train.ipynb #shmap000
+def threaded_map(
+    function: Callable,  # item -> anything
+    items: Iterable,
+    threads: int = 1,  # each computes on one core
+) -> Iterator:  # in the order of the items
+    "Map with one item per core: on a CPU, several small batches in parallel are faster"
+    if threads == 1:
+        yield from map(function, items)
+        return
+    n = torch.get_num_threads()
+    # the calling thread too: idle OpenMP threads that wait for work occupy cores
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: deque[Future] = deque()
+            for x in items:
+                waiting.append(pool.submit(function, x))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(n)
+
+# %% ../nbs/03_train.ipynb #shmap001
+def _kept_or_computed(
+    file: Path,  # of the result
+    compute: Callable[[], Any],
+) -> Any:
+    def digest(found: Any) -> str:
+        return f"{derive_seed(json.dumps(found)):x}"
+
+    if file.exists():
+        kept = read_json(file)
+        if kept["digest"] == digest(kept["result"]):
+            return kept["result"]
+        log_message(f"{file} has changed since it was written: it is computed anew")
+    found = compute()
+    with atomic_write(file, each=True) as tmp:
+        tmp.write_text(json.dumps(dict(result=found, digest=digest(found))), encoding="utf8")
+    return found
+
+
+def shared_map(
+    function: Callable,  # item -> what JSON can hold
+    items: Sequence,
+    label: str,  # of the progress bar
+    folder: Path | str | None = None,  # of the results until all are there; None: none is kept
+    fp: dict | None = None,  # fingerprint of function and items
+    threads: int = 1,  # of each process, as `threaded_map`
+) -> list:  # a result for each item, in every process
+    "Map in all processes of a run, each of which computes every n-th item"
+    n, rank, kept = process_count(), process_rank(), Path(folder) if folder else None
+    if kept and rank == 0 and not reuse_or_set_aside(kept, fp or {}):
+        write_json(fp or {}, kept / "fingerprint.json")
+    wait_for_all()
+
+    def compute(i: int) -> Any:
+        if kept is None:
+            return function(items[i])
+        return _kept_or_computed(kept / f"{i:06}.json", lambda: function(items[i]))
+
+    mine = range(rank, len(items), n)
+    own = list(progress_bar(threaded_map(compute, mine, threads), total=len(mine), label=label))
+    parts = [own]
+    if n > 1:
+        from accelerate.utils import gather_object
+
+        get_device()
+        parts = gather_object([own])
+    if kept:
+        discard(kept)
+    return [parts[i % n][i // n] for i in range(len(items))]
 
 # %% ../nbs/03_train.ipynb #7a199747
 def resolve_precision(

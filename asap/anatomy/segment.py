@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ from asap.core import (
     file_hash,
     fingerprint,
     first_difference,
+    is_system_error,
     log_message,
+    parallel_map,
     progress_bar,
     read_json,
     write_json,
@@ -321,8 +322,7 @@ def _segment_shared(
     out: Path,  # folder of organ maps
     source: MapSource,
     shared: Store,
-    found: list[dict],  # gets a row of a manifest
-) -> None:
+) -> dict:  # row of a manifest
     fp = fingerprint(**source.origin, volume=content_hash(row["image"]))
     entry = find_entry(shared, entry_key(fp))
     if entry is None:
@@ -330,9 +330,28 @@ def _segment_shared(
             mask = Path(folder) / "organs.nii.gz"
             _predict_organs(local_file(row["image"]), source, mask)
             entry = add_entry(shared, fp, dict(organs=mask), {})
-    found.append(manifest_row(f"{row['case']}.nii.gz", row["case"], entry, "organs"))
+    return manifest_row(f"{row['case']}.nii.gz", row["case"], entry, "organs")
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #36d37443
+@dataclass
+class _Segmented:
+    entry: dict | None = None  # row of a manifest
+    remade: str | None = None  # why an existing map was computed again
+    error: str = ""
+
+
+def _try_segment(row: dict, out: Path, source: MapSource, shared: Store | None) -> _Segmented:
+    "An error of the machine, such as a full disk, is no fault of the case"
+    try:
+        if shared:
+            return _Segmented(entry=_segment_shared(row, out, source, shared))
+        return _Segmented(remade=_segment_case(row, out, source))
+    except Exception as e:
+        if is_system_error(e):
+            raise
+        return _Segmented(error=f"{type(e).__name__}: {e}")
+
+
 def _segment_cases(
     rows: list[dict],  # of the cohort table
     source: MapSource,
@@ -340,16 +359,13 @@ def _segment_cases(
     quarantine: Quarantine,
     shared: Store | None,
 ) -> set:  # the cases that failed
-    found: list[dict] = []
-    one: Callable = _segment_case
-    if shared:
-        one = partial(_segment_shared, shared=shared, found=found)
-    remade = []
-    for row in progress_bar(rows, label="organ maps"):
-        try:
-            remade.append(one(row, out, source))
-        except Exception as e:
-            quarantine.add(row["case"], e)
+    todo = [(row, out, source, shared) for row in rows]
+    done = parallel_map(_try_segment, todo, label="organ maps", gpus=True)
+    for row, one in zip(rows, done):
+        if one.error:
+            quarantine.add(row["case"], one.error)
+    found = [one.entry for one in done if one.entry]
+    remade = [one.remade for one in done]
     if found:
         add_rows(found, out)
     if reasons := [r for r in remade if r]:

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..abnormalities import ABNORMALITIES
-from ..core import derive_seed, fingerprint, log_message, progress_bar, reuse_or_set_aside
+from ..core import derive_seed, fingerprint, log_message, reuse_or_set_aside
 from ..data.splits import hold_out
 from ..data.table import SPLITS, normalize_reports
 from asap.html import (
@@ -59,6 +59,7 @@ from asap.train import (
     fit,
     get_device,
     limit_threads,
+    shared_map,
     weighted_mean,
 )
 
@@ -638,15 +639,19 @@ def generate_reports(
     tokenizer: Any,  # of `transformers`
     p: ReportConfig,
     batch: int = 32,  # scans at a time
+    folder: Path | str | None = None,  # of the reports until all are written
+    fp: dict | None = None,  # fingerprint of model, scans and `p`
 ) -> list[str]:  # n texts
     "A report for each scan"
-    out: list[str] = []
+
+    def write(start: int) -> list[str]:
+        tokens = torch.as_tensor(x[start : start + batch]).to(get_device())
+        ids = model.generate(tokens, p.num_beams, p.no_repeat_ngram_size)
+        return [detokenize(tokenizer.decode(r, skip_special_tokens=True)) for r in ids]
+
     with limit_threads(model):
-        for i in progress_bar(range(0, len(x), batch), label="reports"):
-            tokens = torch.as_tensor(x[i : i + batch]).to(get_device())
-            ids = model.generate(tokens, p.num_beams, p.no_repeat_ngram_size)
-            out += [detokenize(tokenizer.decode(r, skip_special_tokens=True)) for r in ids]
-    return out
+        parts = shared_map(write, range(0, len(x), batch), "reports", folder, fp)
+    return [report for part in parts for report in part]
 
 # %% ../../nbs/7_tasks/76_report.ipynb #rep00021
 def most_frequent_report(
@@ -813,14 +818,10 @@ def _train_or_load(
     text: Any,  # frozen text encoder
     p: ReportConfig,
     seed: int,
-    resume: Path | str | None,  # folder
-    provenance: dict,  # what the tokens were made from
+    folder: Path | None,  # of the resume state and the finished model
+    fp: dict,  # fingerprint of the run
 ) -> ReportDecoder:
     "Train a decoder, or reuse the one that was trained from the same inputs"
-    cases = f"{derive_seed(*table.case, *table.findings, *table.split):x}"
-    inputs = dict(tokens=provenance, words=text.fingerprint(), cases=cases)
-    fp = fingerprint(task=task, arm=arm, seed=seed, report=p, **inputs)
-    folder = Path(resume) / task if resume else None
     if folder and reuse_or_set_aside(folder / "model", fp):
         return load(folder / "model").to(get_device())
     model = train_report_decoder(
@@ -881,10 +882,12 @@ def _with_baseline(
     tokenizer: Any,
     p: ReportConfig,
     blind: bool,
+    folder: Path | None,  # of unfinished reports
+    fp: dict,  # fingerprint of the run
 ) -> dict[str, list[str]]:  # name in the column `arm` -> a report for each test case
     "Reports of the decoder and of its baseline"
     test = (table.split == "test").to_numpy()
-    out = {arm: generate_reports(model, _select(x, test), tokenizer, p)}
+    out = {arm: generate_reports(model, _select(x, test), tokenizer, p, folder=folder, fp=fp)}
     if blind:
         out["most frequent"] = [most_frequent_report(table)] * int(test.sum())
     else:
@@ -945,8 +948,15 @@ def run(
         return empty_predictions(COLUMNS)
     x = _decoder_input(tokens, grid, has, p)
     table, tested = table[has].reset_index(drop=True), table[has & (table.split == "test")]
-    model = _train_or_load(x, table, arm, task, text, p, seed, resume, provenance or {})
-    reports = _with_baseline(model, x, table, arm, text.tokenizer, p, tokens is None)
+    cases = f"{derive_seed(*table.case, *table.findings, *table.split):x}"
+    inputs = dict(tokens=provenance or {}, words=text.fingerprint(), cases=cases)
+    fp = fingerprint(task=task, arm=arm, seed=seed, report=p, **inputs)
+    folder = Path(resume) / task if resume else None
+    model = _train_or_load(x, table, arm, task, text, p, seed, folder, fp)
+    unfinished = folder / "reports" if folder else None
+    reports = _with_baseline(
+        model, x, table, arm, text.tokenizer, p, tokens is None, unfinished, fp
+    )
     scored = [
         score_reports(said, tested, text).assign(task=task, arm=name, fraction=1.0, seed=seed)
         for name, said in reports.items()

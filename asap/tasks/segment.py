@@ -1091,7 +1091,7 @@ def run_all(
         ]
     cost = [_training_cost(c, p, f) for _, c, f, *_ in todo]
     jobs = jobs if get_device().type == "cpu" else 1  # parallel trainings would share one GPU
-    done = parallel_map(run_one, todo, jobs, f"segment {arm}", soon=0, cost=cost)
+    done = parallel_map(run_one, todo, jobs, f"segment {arm}", soon=0, cost=cost, gpus=True)
     bad = Quarantine(quarantine)
     for case, reason in dict.fromkeys((r["case"], r["reason"]) for _, rows in done for r in rows):
         bad.add(case, reason)

@@ -12,6 +12,7 @@ __all__ = ['QUESTION_KINDS', 'FREE_TEXT_KINDS', 'SCORE_COLUMNS', 'TEXT_ONLY', 'A
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqap0003
 import html
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ from asap.core import (
     fingerprint,
     hide_text,
     log_message,
-    progress_bar,
+    process_count,
+    process_rank,
     read_json,
     reuse_or_set_aside,
     rng,
@@ -45,7 +47,7 @@ from asap.html import (
 from ..model.vit import Attention, Block, init_weights
 from ..params import BaseConfig, check_arms
 from ..pretrain import checkpoint, embed
-from ..pretrain.embed import check_same_cases, threaded_map
+from ..pretrain.embed import check_same_cases
 from ..registry import StudyResults, Task, TaskFamily, register_family
 from .features import mismatched_cases
 from .metrics import bootstrap_weights, empty_predictions
@@ -59,7 +61,7 @@ from asap.text.language import (
     encode_answers,
     encode_questions,
 )
-from ..train import fit, get_device, global_mean, limit_threads
+from ..train import fit, get_device, global_mean, limit_threads, shared_map
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #8d84606f
 class KindWeights(BaseConfig):
@@ -659,7 +661,7 @@ def _make_answerer(
     m: VQAModel,
     tokenizer: Any,
     before: Sequence[Sequence[int]],  # n token ids of the questions
-    images: Sequence[torch.Tensor],  # n (Q,E)
+    images: Mapping[int, torch.Tensor],  # place of a question -> (Q,E)
     p: VQAConfig,
     many: int,  # questions at a time
 ) -> Callable[[list[int]], list[str]]:  # places of a batch -> answers
@@ -684,6 +686,8 @@ def generate_answers(
     rows: np.ndarray | None = None,  # (n,) volume of each question; None: that of its case
     many: int = 64,  # questions at a time
     label: str = "answers",  # of the progress bar
+    folder: Path | str | None = None,  # of the answers until all are given
+    fp: dict | None = None,  # fingerprint of model, questions, `p` and rows
 ) -> list[str]:  # n answers
     "The model's answer to each question"
     m.to(get_device()).eval()
@@ -691,19 +695,16 @@ def generate_answers(
     rows = np.asarray(q.row if rows is None else rows)
     before = encode_questions(tokenizer, q.question)
     batches = batch_by_length(q.kind.tolist(), before, many)
+    own = [i for at in batches[process_rank() :: process_count()] for i in at]
     threads = torch.get_num_threads() if get_device().type == "cpu" else 1
-    out = [""] * len(q)
-    bar = progress_bar(total=len(q), label=label)
     with limit_threads(m):
-        volumes = encode_volumes(m, tokens, rows.tolist())
-        answer = _make_answerer(m, tokenizer, before, [volumes[r] for r in rows.tolist()], p, many)
-        for at, said in zip(batches, threaded_map(answer, batches, threads)):
-            for i, s in zip(at, said):
-                out[i] = s
-            bar.update(len(at))
-    bar.close()
+        volumes = encode_volumes(m, tokens, rows[own].tolist())
+        images = {i: volumes[rows[i]] for i in own}
+        answer = _make_answerer(m, tokenizer, before, images, p, many)
+        found = shared_map(answer, batches, label, folder, fp, threads)
     m.lm.unmerge_adapter()
-    return out
+    said = dict(zip(itertools.chain(*batches), itertools.chain(*found)))
+    return [said[i] for i in range(len(q))]
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0009
 def mismatched_rows(
@@ -826,14 +827,19 @@ def _answer_with_baseline(
     p: VQAConfig,
     seed: int,
     tokenizer: Any,
+    folder: Path,  # of unfinished answers
+    fp: dict,  # fingerprint of the run
 ) -> dict[str, list[str]]:  # name in the column `arm` -> an answer for each test question
     test = q[q.split == "test"].reset_index(drop=True)
-    out = {arm: generate_answers(m, tokenizer, test, tokens, p, label=arm)}
+    fp = dict(run=fp, tokens=p.max_new_tokens, beams=p.num_beams)
+    kept: dict = dict(folder=folder / "own", fp=fp)
+    out = {arm: generate_answers(m, tokenizer, test, tokens, p, label=arm, **kept)}
     if tokens is None:
         out["majority"] = majority_answers(q)
     elif test.patient.nunique() > 1:
         name, rows = f"{arm}, a stranger's scan", mismatched_rows(test, seed)
-        out[name] = generate_answers(m, tokenizer, test, tokens, p, rows, label=name)
+        kept = dict(folder=folder / "others", fp=fp)
+        out[name] = generate_answers(m, tokenizer, test, tokens, p, rows, label=name, **kept)
     return out
 
 # %% ../../nbs/7_tasks/79_vqa.ipynb #vqax0014
@@ -853,7 +859,8 @@ def run(
 ) -> tuple[pd.DataFrame, VQAModel]:  # predictions: COLUMNS; the model
     "Answers of one arm to the test questions, with its baseline"
     m = train_or_load_vqa(arm, q, tokens, p, seed, lm, tokenizer, dim, folder, fp)
-    answers = _answer_with_baseline(m, arm, q, tokens, p, seed, tokenizer)
+    kept = Path(folder) / "answers"
+    answers = _answer_with_baseline(m, arm, q, tokens, p, seed, tokenizer, kept, fp)
     test = q[q.split == "test"].reset_index(drop=True)
     usual = median_size(q[q.split == "train"])
     out = []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODE', 'STOP_FILE', 'SIGNALS', 'GRACE', 'request_stop', 'stop_requested', 'catch_signals', 'ignore_signals',
-           'Preempted', 'stop_on_signal']
+           'Preempted', 'stop_if_requested', 'stop_on_signal']
 
 # %% ../nbs/02a_preempt.ipynb #pre00003
 import contextlib
@@ -73,6 +73,15 @@ class Preempted(SystemExit):
         kept = "its state is saved" if saved else "it keeps no state"
         log_message(f"{label}: stopped after step {step}, {kept}; start it again to go on")
         super().__init__(EXIT_CODE)
+
+
+def stop_if_requested(
+    label: str,  # of work whose parts are kept
+) -> None:
+    "End this process between two parts, where that was asked for"
+    if stop_requested():
+        log_message(f"{label}: stopped, what is done is kept; start it again to go on")
+        raise SystemExit(EXIT_CODE)
 
 # %% ../nbs/02a_preempt.ipynb #pre00015
 GRACE = 25.0  # seconds

@@ -282,6 +282,7 @@ def forget(
 ) -> Forgotten:
     "Take a case out of all that was made from it, and out of DVC's cache"
     case, done = _find_case(name, root), Forgotten()
+    shutil.rmtree(root / "build/raw", ignore_errors=True)  # copies, made again where needed
     done.models = _trained_with(case, root)
     _forget_entries(case, done, root)
     for f in list(_own_files(case, root)):

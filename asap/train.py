@@ -47,7 +47,13 @@ from asap.core import (
     write_csv,
     write_json,
 )
-from .preempt import Preempted, catch_signals, ignore_signals, stop_requested
+from asap.preempt import (
+    Preempted,
+    catch_signals,
+    ignore_signals,
+    stop_if_requested,
+    stop_requested,
+)
 
 # %% ../nbs/03_train.ipynb #0717502b
 def lr_factor(
@@ -290,6 +296,7 @@ def shared_map(
     def compute(i: int) -> Any:
         if kept is None:
             return function(items[i])
+        stop_if_requested(label)
         return _kept_or_computed(kept / f"{i:06}.json", lambda: function(items[i]))
 
     mine = range(rank, len(items), n)

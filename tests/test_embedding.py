@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 from conftest import TOP
-from embeds import HU, SIZE, N, embed_own, project
+from embeds import HU, SIZE, Encoder, N, embed_own, project
 
 from asap.core import write_parquet
 from asap.data.table import save
+from asap.preempt import EXIT_CODE, STOP_FILE
 from asap.pretrain import embed
 from asap.privacy import forget
 from asap.store import (
@@ -161,3 +162,21 @@ def test_a_killed_pass_and_two_processes(tmp_path):
     assert run(two, N, *torchrun) == 0
     assert [(two / f"seen{i}").read_text() for i in range(2)] == [str(N // 2)] * 2
     assert results(one) == results(two)
+
+
+def test_a_request_to_stop_ends_a_pass_between_two_shards(tmp_path, monkeypatch):
+    table, stop, forward = project(tmp_path), tmp_path / "stop", Encoder.forward_features
+
+    def stopping(self, x):
+        if self.seen == 2:
+            stop.touch()
+        return forward(self, x)
+
+    monkeypatch.setenv(STOP_FILE, str(stop))
+    monkeypatch.setattr(Encoder, "forward_features", stopping)
+    with pytest.raises(SystemExit) as end:
+        embed_own(tmp_path, table)
+    assert end.value.code == EXIT_CODE and not (tmp_path / "runs").exists()
+    stop.unlink()
+    monkeypatch.setattr(Encoder, "forward_features", forward)
+    assert 0 < embed_own(tmp_path, table) < N

@@ -22,6 +22,7 @@ import pandas as pd
 
 from ..abnormalities import DomainShift
 from ..core import Quarantine
+from .remote import is_url, mirror
 from .table import path_columns
 from .volumes import Source, Volume, read
 from ..params import BaseConfig, Spacing3D
@@ -173,11 +174,19 @@ def is_available(
     return (data / name).is_dir() or (data / f"{name}.path").exists()
 
 # %% ../../nbs/2_data/26_adapter.ipynb #ec0903bf
+@cache
+def _mirrored(url: str, folder: Path) -> Path:
+    return mirror(url, folder)
+
+
 def find_raw_dir(
     name: str,  # of the cohort
     data: Path,  # the project's data/
 ) -> Path:  # folder in the owners' layout
-    "Folder of a cohort's raw data: `data/<name>/`, or the path in `data/<name>.path`"
+    """Folder of a cohort's raw data: `data/<name>/`, or the path in `data/<name>.path`
+
+    For a URL there it is `build/raw/<name>`, brought up to date once by each process.
+    """
     if (data / name).is_dir():
         return data / name
     note = data / f"{name}.path"
@@ -186,11 +195,14 @@ def find_raw_dir(
             f"cohort {name}: neither {data / name}/ nor {note} exists: put the data or its "
             f"path there, or take {name} out of study.cohorts"
         )
-    target = Path(note.read_text(encoding="utf8").strip()).expanduser()
+    told = note.read_text(encoding="utf8").strip()
+    if is_url(told):
+        return _mirrored(told.rstrip("/"), data.parent / "build/raw" / name)
+    target = Path(told).expanduser()
     if not target.is_absolute() or not target.is_dir():
         raise FileNotFoundError(
             f"{note} names `{target}`, which is not a folder: expected one line with an "
-            "absolute path; is the disk mounted?"
+            "absolute path, or a URL; is the disk mounted?"
         )
     return target
 

@@ -53,7 +53,8 @@ from asap.data.adapter import (
     refuse_linked_tables,
 )
 from .checks import check_mask, load_checked
-from .series import is_dicom_file
+from .remote import fetch, release, remote_stamp
+from .series import DICOM_SUFFIXES, is_dicom_file
 from .split_files import apply_splits, read_split_files
 from .splits import hold_out
 from asap.data.table import (
@@ -64,7 +65,7 @@ from asap.data.table import (
     log_duplicates,
     save,
 )
-from .volumes import Source, Volume, file_suffix, open_nifti, standardize, write
+from .volumes import READERS, Source, Volume, file_suffix, open_nifti, standardize, write
 from ..resources import cache_folder
 from asap.store import (
     MANIFEST,
@@ -119,11 +120,14 @@ def raw_files(
 ) -> list[Path]:  # none where it is missing
     "Files that a volume is read from"
     p = Path(path)
+    detached = file_suffix(p) in (".mhd", ".nhdr")
+    sole = file_suffix(p) in READERS and not detached and file_suffix(p) not in DICOM_SUFFIXES
+    if not sole and not p.is_dir():
+        fetch(p)  # it says which further files belong to it
     if p.is_dir() or is_dicom_file(p):
         return [f for f in list_files(p if p.is_dir() else p.parent) if f.is_file()]
     if not p.is_file():
         return []
-    detached = file_suffix(p) in (".mhd", ".nhdr")
     return [p, *sorted({*_data_files(p)} - {p})] if detached else [p]
 
 # %% ../../nbs/2_data/27_prepare.ipynb #bc08bd0c
@@ -131,6 +135,8 @@ SETTLED_NS = 2_000_000_000  # since the last change; file systems round times
 
 
 def _file_stamp(f: Path) -> list:  # differs after every write
+    if found := remote_stamp(f):
+        return found
     s = f.stat()
     return [f.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
@@ -147,10 +153,12 @@ def quick_hash(
     start, stamps = time.time_ns(), [_file_stamp(f) for f in files]
     if known.get("files") == stamps:
         return known["hash"]
+    fetch(*files)
     digests = [(f.name, file_hash(f)) for f in files]
     h = hashlib.sha256(repr(digests).encode("utf8", "backslashreplace"))
     found = [sum(s[1] for s in stamps), len(files), h.hexdigest()[:16]]
-    settled = start - max(max(s[2:4]) for s in stamps) > SETTLED_NS
+    times = [t for s in stamps for t in s[2:4] if isinstance(t, int)]
+    settled = not times or start - max(times) > SETTLED_NS
     known.update(dict(files=stamps, hash=found) if settled else dict(files=None, hash=None))
     return found
 
@@ -184,6 +192,7 @@ def standardize_case(
     opener: Callable | None = None,  # the adapter's reader: path -> Volume
 ) -> tuple:  # Volume, organ map or None, warnings, spacing of the file
     "Read, check and resample one case to the study's grid"
+    fetch(*(f for k in ("image", "organ_map") if row[k] for f in raw_files(row[k])))
     v, found = load_checked(row["image"], source, opener)
     std = standardize(v, recipe["spacing"], recipe["hu"])
     if not row["organ_map"]:
@@ -345,6 +354,8 @@ def prepare_case(
         if is_system_error(e):
             raise
         return CaseResult(case, error=f"{type(e).__name__}: {e}")
+    finally:
+        release()
     result = CaseResult(
         case,
         _recompute_reason(was, fp, case),
@@ -528,6 +539,8 @@ def read_raw_cohort(
 ) -> tuple:  # table, Quarantine
     "Read a cohort with its adapter and apply the split files named in `options`"
     raw = find_raw_dir(adapter.name, data)
+    if adapter.companion_of and is_available(adapter.companion_of, data):
+        find_raw_dir(adapter.companion_of, data)  # up to date, where it lies behind a URL
     linked = [*options.get("linked_folders", []), str(cache_folder(data.parent))]
     folders = followed_folders(adapter, raw, linked)
     refuse_linked_tables(raw, folders)

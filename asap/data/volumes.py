@@ -35,6 +35,7 @@ from asap.data.decode import (
     read_itk_voxels,
     read_picture,
 )
+from .remote import fetch
 from asap.data.series import (
     AIR,
     DICOM_SUFFIXES,
@@ -350,6 +351,7 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
 
 
 def _open_settled(path: Path) -> tuple:  # image, warnings about its affine
+    fetch(path)
     check_nifti_header(path)
     try:
         img = _load_nifti(path)
@@ -764,6 +766,7 @@ def read(
 ) -> Volume:  # in the file's own orientation and spacing
     "Read a volume of any known format; `ValueError` names what is broken or not a volume"
     path = Path(path)
+    fetch(path)
     data, affine, facts = _read_array(path, source)
     affine = _place(affine, facts, data.shape, source, path)
     raw = tuple(float(f.reduce(data, axis=None)) for f in (np.fmin, np.fmax))

@@ -40,6 +40,7 @@ from asap.core import (
 from ..data import table as tables
 from ..data.crops import apply_crop, center_crop, scale_intensity
 from ..data.volumes import resample, standard_grid
+from ..preempt import stop_if_requested
 from asap.store import (
     MANIFEST,
     Entry,
@@ -474,6 +475,7 @@ def _embed_shards(
 
     cases = results()
     for s in missing:
+        stop_if_requested("embed")
         arrays = zip(*itertools.islice(cases, len(s.rows)))
         s.add(shared, {k: np.stack(a) for k, a in zip(kinds, arrays)})
     next(cases, None)  # the progress bar ends

@@ -303,9 +303,11 @@ def bootstrap_weights(
             f"patient {own[place < 0][0]} is not among the {len(names)} that are "
             f"drawn together as `{joint.name}`: draw all patients of the predictions"
         )
-    picks = rng("bootstrap", joint.name).integers(len(names), size=(n, len(names)))
-    counts = np.stack([np.bincount(p, minlength=len(names)) for p in picks])
-    return counts[:, place]
+    draw, size = rng("bootstrap", joint.name), len(names)
+    out = np.empty((n, len(own)), np.int32)
+    for row in out:
+        row[:] = np.bincount(draw.integers(size, size=size), minlength=size)[place]
+    return out
 
 
 def ci(

@@ -53,7 +53,7 @@ def test_features_are_those_of_the_volumes(tmp_path):
     table = project(tmp_path)
     assert embed_own(tmp_path, table) == N
     f, index = embed.load(tmp_path / "runs/embed/asap", "own")
-    tokens, _ = embed.load_tokens(tmp_path / "build/tokens/asap", "own")
+    tokens, _ = embed.open_tokens(tmp_path / "build/tokens/asap", "own")
     assert index.case.tolist() == table.case.tolist() and tokens.shape == (N, 8, 64)
     for i, path in enumerate(table.image):
         x = embed.load_image(path, SIZE, HU).reshape(8, 64)
@@ -65,7 +65,7 @@ def test_features_are_those_of_the_volumes(tmp_path):
 def test_tokens_have_the_rows_of_an_array(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "SHARD", 3)
     embed_own(tmp_path, project(tmp_path))
-    tokens, _ = embed.load_tokens(tmp_path / "build/tokens/asap", "own")
+    tokens, _ = embed.open_tokens(tmp_path / "build/tokens/asap", "own")
     whole = np.concatenate([np.load(local_file(f)) for f in tokens.files])
     found = tokens[rows]
     np.testing.assert_array_equal(found, whole[rows])

@@ -586,7 +586,7 @@ def embedded(encoder, folder, n=2):
         store_of(folder / "build").create(),
         convert=encoders.stored_tokens(encoder, grid),
     )
-    tokens, _ = embed.load_tokens(kinds["tokens"], "toy")
+    tokens, _ = embed.open_tokens(kinds["tokens"], "toy")
     return tokens[:], embed.load(folder / "half", "toy")[0], grid
 
 

@@ -40,11 +40,11 @@ from asap.store import (
     Store,
     add_entry,
     add_rows,
-    content_hash,
     entry_key,
     find_entry,
     local_file,
     manifest_row,
+    stored_hash,
 )
 
 # %% ../../nbs/3_anatomy/32_segment.ipynb #9297cfc4
@@ -323,7 +323,7 @@ def _segment_shared(
     source: MapSource,
     shared: Store,
 ) -> dict:  # row of a manifest
-    fp = fingerprint(**source.origin, volume=content_hash(row["image"]))
+    fp = fingerprint(**source.origin, volume=stored_hash(row["image"]))
     entry = find_entry(shared, entry_key(fp))
     if entry is None:
         with tempfile.TemporaryDirectory(prefix="asap-") as folder:

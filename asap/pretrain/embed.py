@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD', 'Tokens', 'resize_body', 'load_image', 'ImageDataset', 'encode_tokens', 'iter_tokens', 'mean_pool',
-           'extract_features', 'save', 'load', 'split_shards', 'StoredTokens', 'save_tokens', 'load_tokens',
+           'extract_features', 'save', 'load', 'split_shards', 'StoredTokens', 'save_tokens', 'open_tokens',
            'check_same_cases', 'token_cohorts', 'link_tokens', 'empty', 'mark_left_out', 'available_encoders',
            'read_grid', 'embed_cohort', 'encoder_from_factory', 'HistogramEncoder']
 
@@ -47,13 +47,13 @@ from asap.store import (
     Store,
     StoreError,
     add_entry,
-    content_hash,
     entry_key,
     find_entry,
     local_file,
     manifest_row,
     read_manifest,
     store_of,
+    stored_hash,
     write_manifest,
 )
 from asap.train import (
@@ -325,7 +325,7 @@ def save_tokens(
     _save_index(table, folder, name, fp)
 
 
-def load_tokens(
+def open_tokens(
     folder: Path | str,  # build/tokens/<name>
     name: str,  # of the cohort
 ) -> tuple[StoredTokens, pd.DataFrame]:  # tokens; index
@@ -450,7 +450,7 @@ def _list_shards(
     images: Iterable[Path | str],  # standard volumes
     fp: dict,  # fingerprint without the volumes
 ) -> list[_Shard]:
-    volumes = [content_hash(f) for f in images]
+    volumes = [stored_hash(f) for f in images]
     parts = split_shards(volumes)
     return [_Shard(r, dict(fp, volumes=[volumes[i] for i in r])) for r in parts]
 

@@ -172,7 +172,7 @@ class PooledTokens:
 
     def __init__(
         self,
-        tokens: Tokens,  # (n,1+N,C) of `asap.pretrain.embed.load_tokens`
+        tokens: Tokens,  # (n,1+N,C) of `asap.pretrain.embed.open_tokens`
         grid: Sequence[int],  # patches along H, W, D
         pool: Sequence[int],  # patches to average, along H, W, D
         rows: ArrayLike | None = None,  # of the scans; None: all

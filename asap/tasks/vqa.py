@@ -170,7 +170,7 @@ def load_tokens(
     "An arm's tokens and the row of each case; an error unless all cases are there, in this order"
     link = Path(folder) / f"{cohort}.json"
     name = read_json(link).get("tokens_of", cohort) if link.exists() else cohort
-    t, index = embed.load_tokens(folder, name)
+    t, index = embed.open_tokens(folder, name)
     index = index.assign(row=index.index)
     if name != cohort:  # a companion: rows among those of the cohort that has its volumes
         index = index.set_index("case").reindex(table.case).dropna(subset="row").reset_index()

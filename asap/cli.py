@@ -31,6 +31,7 @@ from asap.core import (
     list_files,
     log_message,
     parallel_map,
+    printable,
     process_count,
     process_rank,
     project_root,
@@ -381,7 +382,7 @@ def _print_result(
     if a.json:
         _print_json(a, name, path, "ok", **more)
     else:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def _refuser(
@@ -584,11 +585,12 @@ def _review_cohort(a: argparse.Namespace, name: str) -> int:
 
     def refuse(line: str) -> None:
         printed.append(line)
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     n_pictures = a.pictures_of if page else 0
     r = review.review_cohort(folder, name, options, a.jobs, n_pictures, refuse, linked)
-    print("\n".join(x for x in review.format_review(r) if x not in printed), flush=True)
+    rest = "\n".join(x for x in review.format_review(r) if x not in printed)
+    print(printable(rest), flush=True)
     if page:
         write_text(review.render_review(r), page)
         print(f"page     {page}")
@@ -621,14 +623,14 @@ def _check_scans(a: argparse.Namespace) -> int:
         if a.json:
             _print_json(a, name, dict(scans)[name], "refused", reason=str(e), warnings=[])
         else:
-            print(f"REFUSED  {name}: {e}", flush=True)
+            print(f"REFUSED  {name}: {printable(e)}", flush=True)
 
     def show(name: str, path: Path, found: tuple[bool, str, dict[str, Any]]) -> None:
         usable, line, record = found
         if a.json:
             _print_json(a, name, path, "ok" if usable else "refused", **record)
         else:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     done, bad = _map_scans(a, scans, partial(_check_one, a), refuse, show=show)
     refused = len(bad) + sum(not usable for _, (usable, *_) in done)
@@ -1706,7 +1708,7 @@ def _run(a: argparse.Namespace) -> int:  # exit code
             file=sys.stderr,
         )
     except (ValueError, OSError) as e:
-        print(f"asap: {e}", file=sys.stderr)
+        print(f"asap: {printable(e)}", file=sys.stderr)
     except Exception as e:
         if not DVC_LOCK_ERROR.search(str(e)):
             raise

@@ -7,8 +7,8 @@ __all__ = ['MAX_NAME_BYTES', 'GPUS', 'MISSING_WORDS', 'project_root', 'resource_
            'process_rank', 'process_count', 'fit_name', 'atomic_write', 'list_files', 'split_revision',
            'missing_reason', 'write_text', 'write_json', 'read_json', 'write_parquet', 'write_csv', 'escape_formula',
            'write_sheet', 'hide_text', 'file_hash', 'code_hash', 'drop_defaults', 'fingerprint', 'first_difference',
-           'write_hashes', 'reuse_or_set_aside', 'log_message', 'progress_bar', 'visible_gpus', 'parallel_backend',
-           'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
+           'write_hashes', 'reuse_or_set_aside', 'printable', 'log_message', 'progress_bar', 'visible_gpus',
+           'parallel_backend', 'parallel_map', 'is_system_error', 'Quarantine', 'decode_escapes']
 
 # %% ../nbs/00_core.ipynb #7b28aaef
 import contextlib
@@ -429,12 +429,25 @@ def reuse_or_set_aside(
     return False
 
 # %% ../nbs/00_core.ipynb #6fa64c85
+def printable(
+    text: Any,  # with names from files, which may hold commands to a terminal
+) -> str:
+    "Text whose control characters, and bytes that are no text, are spelled out"
+    text = str(text).encode("utf8", "backslashreplace").decode("utf8")
+    if text.isprintable():
+        return text
+    keep = {"\n", "\t", "\xa0"}
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def log_message(text: str):
     "Print one line on the terminal; of several processes, the first prints"
     if process_rank():
         return
     with _open_terminal() as out:
-        print(text, file=out, flush=True)
+        print(printable(text), file=out, flush=True)
 
 
 # `asap stage` names a file that it copies to the terminal while a notebook runs
@@ -598,10 +611,6 @@ def parallel_map(
 _SYSTEM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EIO)
 
 
-def _as_utf8(x: Any) -> str:  # bytes of a file's name may be no text
-    return str(x).encode("utf8", "backslashreplace").decode("utf8")
-
-
 def is_system_error(
     e: BaseException,  # of reading or writing a file
 ) -> bool:
@@ -621,7 +630,7 @@ class Quarantine:
         if is_system_error(reason):
             raise reason
         name = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
-        self.rows.append(dict(case=_as_utf8(case), reason=_as_utf8(f"{name}{reason}")))
+        self.rows.append(dict(case=printable(case), reason=printable(f"{name}{reason}")))
 
     def __len__(self):
         return len(self.rows)

@@ -138,10 +138,14 @@ def download_archive(
     if not found:
         raise RuntimeError(f"{page} does not list {name}")
     with urlopen(found[0], timeout=60) as f, open(Path(folder) / name, "wb") as target:
-        num_mb = -(-int(f.headers["Content-Length"]) // 2**20)
+        size = int(f.headers.get("Content-Length") or 0)  # 0: the index does not say it
         blocks = iter(lambda: f.read(2**20), b"")
+        num_mb = -(-size // 2**20) or None
         target.writelines(progress_bar(blocks, total=num_mb, label=f"MB of {name}"))
-    return Path(folder) / name
+    path = Path(folder) / name
+    if size and path.stat().st_size != size:
+        raise OSError(f"{found[0]} broke off after {path.stat().st_size:,} of {size:,} bytes")
+    return path
 
 
 def verify_sha256(

@@ -10,7 +10,7 @@ REHEARSAL := build/rehearsal
 BUDGET ?= short
 STUDY := $(CURDIR)$(if $(filter full,$(BUDGET)),/build/full)
 
-.PHONY: help study record quick rehearsal graph test cluster fuzz mutants kills full_disk lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
+.PHONY: help study record quick rehearsal graph test cluster fuzz mutants kills training_kills full_disk lab docs readme export weights sums organs supervised lint hooks pins audit sbom clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -72,6 +72,9 @@ mutants: .venv/done  ## would the tests notice? 600 small changes of asap/, one 
 
 kills: .venv/done  ## 40 SIGKILLs over the study at smoke scale: nothing left, the same bytes (build/kills)
 	@python benchmarks/kills.py --save
+
+training_kills: .venv/done  ## 20 SIGKILLs over a pre-training in two processes: the same weights (build/training_kills)
+	@python benchmarks/training_kills.py --save
 
 full_disk: .venv/done  ## the study at smoke scale on disks that are too small for it (root; build/full_disk)
 	@python benchmarks/full_disk.py --save

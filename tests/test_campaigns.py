@@ -1,5 +1,5 @@
-"""A part of `make kills` and `make full_disk`, on a project of two stages; and that the campaigns
-notice what they look for"""
+"""A part of `make kills`, `make training_kills` and `make full_disk`, on small projects; and that
+the campaigns notice what they look for"""
 
 import os
 import shlex
@@ -35,7 +35,10 @@ LEAVES = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!
 def scripts():
     with pytest.MonkeyPatch.context() as m:
         m.syspath_prepend(str(TOP / "benchmarks"))
-        return [load_script(TOP / f"benchmarks/{n}.py") for n in ("kills", "full_disk")]
+        return [
+            load_script(TOP / f"benchmarks/{n}.py")
+            for n in ("kills", "full_disk", "training_kills")
+        ]
 
 
 @pytest.fixture(autouse=True)
@@ -248,3 +251,45 @@ def test_a_file_with_two_names_takes_its_space_once(full_disk, tmp_path):
     (tmp_path / "build/b").hardlink_to(tmp_path / "build/a")
     (tmp_path / "asap.py").write_bytes(bytes(10))
     assert full_disk.needed(tmp_path) == (4096, 8192)
+
+
+# ----- kills of a training
+
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+from asap.processes import lead
+lead()
+made, kept = Path("runs/pretrain/asap"), Path("build/resume/pretrain/asap/state")
+kept.parent.mkdir(parents=True, exist_ok=True)
+for step in range(int(kept.read_text()) if kept.exists() else 0, 8):
+    time.sleep(0.25)
+    kept.write_text(str(step + 1))
+(made / "checkpoint").mkdir(parents=True)
+for name in sys.argv[1:]:
+    (made / name).write_text("{}")
+"""
+
+
+@pytest.mark.parametrize("spoiled", ["", "other weights", "a process"])
+def test_kills_of_a_training(scripts, tmp_path, monkeypatch, spoiled):
+    one = scripts[2]
+    text = TRAINING.replace("lead()\n", f"{LEAVES}\n") if spoiled == "a process" else TRAINING
+    words = [sys.executable, "-c", text.format("5"), *one.COMPARED]
+    monkeypatch.setattr(one, "command", lambda n: words)
+    study, work = tmp_path / "study", tmp_path / "work"
+    study.mkdir(), work.mkdir()
+    options = one.argparse.Namespace(work=work, kills=2, seed=0, processes=1)
+    expected = {n: one.smoke.hashlib.sha256(b"5").hexdigest()[:16] for n in one.COMPARED}
+    if spoiled == "other weights":
+        expected["checkpoint/model.safetensors"] = "0"
+    rows = one.campaign(options, study, expected, 2.0).all if spoiled != "a process" else []
+    if not rows:
+        process = one.smoke.start(words, study, 1, work / "run.log")
+        wait_for(lambda: len(one.smoke.processes_of(study, 1)) == 2)
+        assert len(one.kill(study, process, 1)) == 1
+        return
+    assert rows[-1]["ended"] == "0"
+    assert sum(r["ended"] == "killed" for r in rows) == 2 and not any(r["left"] for r in rows)
+    assert bool(rows[-1]["different"]) == bool(spoiled)
